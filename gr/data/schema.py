@@ -1,0 +1,103 @@
+"""Schema of an action log: which columns mean what, and what to do with bad rows, duplicates and rare ids.
+
+A schema file is YAML with the keys of :class:`LogSchema` and :class:`Preparation`; see docs/your-own-data.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gr.config import POSITIVE, Section
+
+IdType = Literal["auto", "integer", "string"]
+TimeUnit = Literal["s", "ms", "us", "ns", "iso"]
+
+TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9, "iso": 10**6}
+
+
+class FieldColumn(Section):
+    """An extra column of the actions.  ``type`` auto: the file's own type, string in CSV."""
+
+    column: str
+    type: Literal["auto", "integer", "float", "string"] = "auto"
+
+
+class Columns(Section):
+    """Names of the log's columns.  Without ``time`` the order is the order in the files."""
+
+    user: str
+    item: str
+    time: str | None = None
+    action_type: str | None = None
+    value: str | None = None
+    fields: dict[str, FieldColumn | str] = {}
+
+
+class Csv(Section):
+    """Form of CSV files.  ``names``: the columns of files without a header line.  ``delimiter``: one character, or
+    one character repeated (``::``).  ``null_values``: spellings of a missing value."""
+
+    delimiter: str = ","
+    names: list[str] | None = None
+    quote: str = '"'
+    encoding: str = "utf-8"
+    newlines_in_values: bool = False
+    null_values: list[str] = [""]
+
+
+class CatalogueSchema(Section):
+    """Where the items are described: ``path`` (file, folder, glob or URL), its item id column and the columns kept
+    (all of them if not given)."""
+
+    path: str
+    item: str
+    columns: list[str] | None = None
+    csv: Csv = Csv()
+
+
+class LogSchema(Section):
+    """What the log looks like.
+
+    ``time_unit``: unit of numeric times, or ``iso`` for text; columns of a timestamp type know their own.
+    ``user_ids``, ``item_ids``: ``auto`` is the type in the first file (CSV: integer if the first megabyte's are).
+    """
+
+    columns: Columns
+    time_unit: TimeUnit = "s"
+    user_ids: IdType = "auto"
+    item_ids: IdType = "auto"
+    format: Literal["auto", "parquet", "csv"] = "auto"
+    csv: Csv = Csv()
+    catalogue: CatalogueSchema | None = None
+
+
+class Filter(Section):
+    """Minimum counts.  ``once``: items and users are counted once, in the whole log, as the papers do; ``core``:
+    again and again until nothing more goes (k-core).  Then users with fewer than ``min_length`` actions left go."""
+
+    min_item_count: Annotated[int, Field(ge=0)] = 0
+    min_user_count: Annotated[int, Field(ge=0)] = 0
+    mode: Literal["once", "core"] = "once"
+    min_length: POSITIVE = 1
+
+
+class Preparation(Section):
+    """Policies and resources of preparing.
+
+    ``items``: rows of the catalogue: ``seen``, those with an action left after the count filter (before
+    ``min_length``, as in the published preparation of Amazon Books), or ``listed``, also all that the catalogue
+    file lists.
+    ``memory_mb``: working memory of one partition; ``partitions`` (a power of two) overrides the choice made by it.
+    ``scratch``: folder for the partitions, by default the one that OUT is in.
+    """
+
+    on_bad_rows: Literal["fail", "quarantine"] = "fail"
+    duplicates: Literal["keep", "drop_exact"] = "keep"
+    filter: Filter = Filter()
+    items: Literal["listed", "seen"] = "seen"
+    chunk_rows: POSITIVE = 2**20
+    memory_mb: POSITIVE = 512
+    partitions: POSITIVE | None = None
+    scratch: str | None = None

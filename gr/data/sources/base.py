@@ -1,0 +1,44 @@
+"""Source: the interface of everything that ``launch/prepare.py NAME`` can make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from gr import registry
+from gr.config import Section, _validate, merge, parse_override
+from gr.data.dataset import SequenceDataset
+from gr.data.progress import Progress
+
+QUIET = Progress()
+
+
+class Source:
+    """A named way to make a sequence dataset.
+
+    A source has a ``name`` (its key in ``registry.DATASETS``), a typed ``Options`` section, and ``prepare``.
+    """
+
+    name: ClassVar[str]
+
+    class Options(Section):
+        """What ``--set key=value`` may set."""
+
+    def __init__(self, options: Any = None):
+        self.options = self.Options() if options is None else options
+
+    def prepare(
+        self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET
+    ) -> SequenceDataset:
+        """Make the dataset in the folder ``out`` from ``source`` (file, folder, glob or URL; None where nothing is
+        read).  Raises UserError for bad input, and where ``out`` exists and ``overwrite`` is False."""
+        raise NotImplementedError
+
+
+def source(name: str, settings: Sequence[str] = (), **given: Any) -> Source:
+    """The source ``name`` with options from ``key=value`` texts and keywords (None: not given)."""
+    source_class = registry.resolve(registry.DATASETS, name, "dataset")
+    raw: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    for text in settings:
+        raw = merge(raw, parse_override(text))
+    return source_class(_validate(source_class.Options, raw, ""))

@@ -1,0 +1,123 @@
+"""Splits: which actions train, and which one of a user is held out to be predicted.
+
+Shapes: R users.  A split answers from lengths and times alone; nothing is copied or stored.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from gr.config import FRACTION, ComponentConfig
+from gr.data.sequences import Sequences
+from gr.errors import UserError
+
+
+class Split:
+    """Interface.  ``names``: the held-out splits that can be evaluated."""
+
+    names: tuple[str, ...] = ("valid", "test")
+
+    def training_rows(self, users: int) -> int:
+        """How many of the dataset's first users take part in training."""
+        return users
+
+    def train_stop(self, rows: Sequences) -> np.ndarray:
+        """(R,) number of leading actions of each user that training may see, targets included."""
+        raise NotImplementedError
+
+    def target(self, rows: Sequences, name: str, users: int) -> np.ndarray:
+        """(R,) index in each sequence of the action that split ``name`` predicts, -1 where a user has none.
+
+        Everything before that action is the user's history.  ``users``: size of the dataset.
+        """
+        raise NotImplementedError
+
+    def check(self, name: str) -> None:
+        if name not in self.names:
+            raise UserError(
+                f"split '{name}' is not held out by data.split (held out: {', '.join(self.names)}): "
+                "training would have seen its targets; change eval.splits or data.split"
+            )
+
+
+class LeaveOneOut(Split):
+    """The last action of each user is the test target; with ``holdout: 2`` the second to last validates and
+    neither trains.  With ``holdout: 1``, the public HSTU protocol, there is no validation target."""
+
+    class Config(ComponentConfig):
+        name: Literal["leave_one_out"] = "leave_one_out"
+        holdout: Literal[1, 2] = 2
+
+    def __init__(self, config: Config):
+        self.holdout = config.holdout
+        self.names = ("test",) if config.holdout == 1 else ("valid", "test")
+
+    def train_stop(self, rows: Sequences) -> np.ndarray:
+        return np.maximum(rows.lengths_R - self.holdout, 0)
+
+    def target(self, rows: Sequences, name: str, users: int) -> np.ndarray:
+        self.check(name)
+        index = rows.lengths_R - (1 if name == "test" else 2)
+        return np.where(index >= 1, index, -1)  # a target without history cannot be predicted from a sequence
+
+
+class GlobalTime(Split):
+    """Actions before ``valid_from`` train; each user's first action from then on (and before ``test_from``)
+    validates, the first one from ``test_from`` on is the test target.  Times are seconds, as in the log."""
+
+    class Config(ComponentConfig):
+        name: Literal["global_time"] = "global_time"
+        valid_from: int
+        test_from: int
+
+    def __init__(self, config: Config):
+        if config.valid_from > config.test_from:
+            raise UserError("data.split.valid_from is after data.split.test_from: swap them")
+        self.config = config
+
+    def train_stop(self, rows: Sequences) -> np.ndarray:
+        return self._before(rows, self.config.valid_from)
+
+    def target(self, rows: Sequences, name: str, users: int) -> np.ndarray:
+        self.check(name)
+        start = self.config.valid_from if name == "valid" else self.config.test_from
+        index = self._before(rows, start)
+        stop = self._before(rows, self.config.test_from) if name == "valid" else rows.lengths_R
+        return np.where((index >= 1) & (index < stop), index, -1)
+
+    @staticmethod
+    def _before(rows: Sequences, time: int) -> np.ndarray:
+        if rows.timestamps_A is None:
+            raise UserError("data.split 'global_time' needs timestamps, and this dataset has none: use leave_one_out")
+        count = np.concatenate([[0], np.cumsum(rows.timestamps_A < time)])
+        return count[rows.offsets_R1[1:]] - count[rows.offsets_R1[:-1]]
+
+
+class Records(Split):
+    """Whole sequences: the first ``train`` share of the users trains, of the rest the first half validates and the
+    second half tests; the target is the last action (synthetic streams)."""
+
+    class Config(ComponentConfig):
+        name: Literal["records"] = "records"
+        train: FRACTION = 0.9
+        valid: FRACTION = 0.0
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.names = ("valid", "test") if config.valid else ("test",)
+
+    def training_rows(self, users: int) -> int:
+        return round(self.config.train * users)
+
+    def train_stop(self, rows: Sequences) -> np.ndarray:
+        return rows.lengths_R
+
+    def target(self, rows: Sequences, name: str, users: int) -> np.ndarray:
+        self.check(name)
+        first, second = self.training_rows(users), round((self.config.train + self.config.valid) * users)
+        inside = (rows.ordinals_R >= first) & (rows.ordinals_R < second)
+        if name == "test":
+            inside = rows.ordinals_R >= second
+        return np.where(inside & (rows.lengths_R >= 2), rows.lengths_R - 1, -1)

@@ -1,0 +1,1 @@
+"""Embedding tables behind one interface: lookup, scores, topk, cross_entropy."""

@@ -1,0 +1,40 @@
+"""The error that a user can mend.
+
+Everything raised as :class:`UserError` is one sentence: what is wrong, where, and what to do.  Programs in
+``launch/`` print it without a traceback and exit with status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import wraps
+
+
+class UserError(Exception):
+    """Bad input or configuration; ``str(error)`` is the whole message for the user."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest valid name, or the list of names if none is close."""
+    names = sorted(str(v) for v in valid)
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"
+
+
+def program(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Decorate a program's ``main``: user errors end it with one line on stderr and status 2."""
+
+    @wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+        except BrokenPipeError:  # the reader of our output (head, less) has left
+            sys.stderr.close()
+            return 0
+
+    return wrapped

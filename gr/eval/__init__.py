@@ -1,0 +1,1 @@
+"""Full-catalogue evaluation: exact ranks, metrics, evaluator, tables of results."""

@@ -1,0 +1,102 @@
+"""HR@k, NDCG@k and MRR from ranks, over all users and by bucket.
+
+Shapes: B users, M metrics, G groups (all users, then the buckets).
+
+With one relevant item a user and its rank r: HR@k = [r <= k]; NDCG@k = [r <= k] / log2(r + 1) (Järvelin and
+Kekäläinen 2002; the ideal gain is 1); MRR = 1 / r.  Gains are added up as int64 in units of 2**-32: such sums do not
+depend on their order, so that batches, processes and their number change no bit of a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+UNIT = 2.0**32
+
+HISTORY_EDGES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""Lower bounds of the buckets by actions in the user's history; the last bucket is open."""
+
+POPULARITY_EDGES = (0, 1, 10, 100, 1000, 10_000, 100_000)
+"""Lower bounds of the buckets by training actions of the target item."""
+
+
+class RankMetrics:
+    """Streaming sums of the metrics; ``buckets``: ascending lower bounds by the name of a breakdown.
+
+    A user whose value lies below the first bound of a breakdown is in none of its buckets.
+    """
+
+    def __init__(self, ks: Sequence[int], buckets: Mapping[str, Sequence[int]] | None = None):
+        self.ks = sorted(set(ks))
+        self.names = [*(f"hr@{k}" for k in self.ks), *(f"ndcg@{k}" for k in self.ks), "mrr"]
+        self.buckets = {name: tuple(edges) for name, edges in (buckets or {}).items()}
+        groups = 1 + sum(map(len, self.buckets.values()))
+        self._sums_GM = torch.zeros(groups, len(self.names), dtype=torch.int64)
+        self._users_G = torch.zeros(groups, dtype=torch.int64)
+
+    def add(self, ranks_B: Tensor, **values_B: Tensor) -> None:
+        """Count users by their ranks; ``values_B``: for each breakdown, the value that puts a user in a bucket."""
+        gains_BM = (self._gains(ranks_B.double()) * UNIT).round().long()
+        self._sums_GM[0] += gains_BM.sum(0)
+        self._users_G[0] += len(ranks_B)
+        first = 1
+        for name, edges in self.buckets.items():
+            bucket_B = torch.bucketize(values_B[name], torch.tensor(edges), right=True) - 1
+            inside = bucket_B >= 0
+            group_B = bucket_B[inside] + first
+            self._sums_GM.index_add_(0, group_B, gains_BM[inside])
+            self._users_G.index_add_(0, group_B, torch.ones_like(group_B))
+            first += len(edges)
+
+    def all_reduce(self) -> None:
+        """Add up over the processes, when torch.distributed is initialised."""
+        if not dist.is_initialized():
+            return
+        device = communication_device()
+        for name in ("_sums_GM", "_users_G"):
+            total = getattr(self, name).to(device)
+            dist.all_reduce(total)
+            setattr(self, name, total.cpu())
+
+    @property
+    def users(self) -> int:
+        return int(self._users_G[0])
+
+    def result(self) -> dict[str, float]:
+        """Means over all users, by name; empty without users."""
+        return self._means(0)
+
+    def by_bucket(self) -> dict[str, list[dict[str, Any]]]:
+        """For each breakdown, its buckets that have users: ``from``, ``to`` (inclusive, None for the open one),
+        ``users`` and the metrics."""
+        result: dict[str, list[dict[str, Any]]] = {}
+        first = 1
+        for name, edges in self.buckets.items():
+            tops = [*(edge - 1 for edge in edges[1:]), None]
+            result[name] = [
+                {"from": low, "to": top, "users": int(self._users_G[group]), **self._means(group)}
+                for group, (low, top) in enumerate(zip(edges, tops, strict=True), first)
+                if self._users_G[group]
+            ]
+            first += len(edges)
+        return result
+
+    def _gains(self, ranks_B: Tensor) -> Tensor:
+        """(B, M) float64 gains of each user."""
+        hits_BK = (ranks_B[:, None] <= torch.tensor(self.ks, dtype=torch.float64)).double()
+        return torch.cat([hits_BK, hits_BK / torch.log2(ranks_B + 1)[:, None], 1 / ranks_B[:, None]], dim=1)
+
+    def _means(self, group: int) -> dict[str, float]:
+        users = int(self._users_G[group])
+        sums = self._sums_GM[group].tolist()
+        return {name: total / UNIT / users for name, total in zip(self.names, sums, strict=True)} if users else {}
+
+
+def communication_device() -> torch.device:
+    """Where tensors must be for the initialised process group: the CPU, unless it has NCCL alone."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

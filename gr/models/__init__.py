@@ -1,0 +1,1 @@
+"""Sequence encoders, tasks, similarities and objectives, and the recommender that joins them."""

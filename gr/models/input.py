@@ -1,0 +1,62 @@
+"""Item input: x = dropout(sqrt(D) E[item] + P[position]).
+
+Shapes: T actions in the batch, N positions, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gr.config import InputSection
+from gr.embeddings.table import Table
+from gr.models import init
+from gr.models.layout import JaggedLayout
+from gr.models.tasks import MASK
+
+
+class ItemInput(nn.Module):
+    """Vectors of the input tokens; position 0 is the first action that was kept.
+
+    max_length: the longest input.  masks: whether tokens may be MASK, which has a learned vector of its own.
+    """
+
+    def __init__(self, config: InputSection, table: Table, max_length: int, masks: bool, mask_std: float) -> None:
+        super().__init__()
+        self.config = config
+        self.table = table
+        self.scale = math.sqrt(table.dim) if config.scale else 1.0
+        self.mask_std = mask_std
+        if config.positions != "none":
+            self.positions = nn.Parameter(torch.empty(max_length + config.extra_positions, table.dim))
+        if masks:
+            self.mask = nn.Parameter(torch.empty(table.dim))
+
+    def initialisers(self) -> dict[str, init.Initialiser]:
+        positions = {
+            "none": init.zeros,
+            "xavier_normal": init.xavier_normal,
+            "truncated_normal": init.truncated_normal(math.sqrt(1 / self.table.dim)),
+        }
+        # the mask stands where an item's vector would: it starts as one does
+        return {
+            "positions": positions[self.config.positions],
+            "mask": init.truncated_normal(self.mask_std),
+        }
+
+    def forward(self, tokens_T: Tensor, layout: JaggedLayout) -> Tensor:
+        """(T, D) float32."""
+        if hasattr(self, "mask"):
+            hidden_T1 = (tokens_T == MASK)[:, None]
+            x_TD = torch.where(hidden_T1, self.mask, self.table.lookup(tokens_T.clamp_min(0)))
+        else:
+            x_TD = self.table.lookup(tokens_T)
+        if self.config.positions != "none":
+            positions_TD = F.embedding(layout.positions_T, self.positions)
+            x_TD = torch.add(positions_TD, x_TD, alpha=self.scale)
+        elif self.config.scale:
+            x_TD = x_TD * self.scale
+        return F.dropout(x_TD, self.config.dropout, self.training)

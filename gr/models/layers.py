@@ -1,0 +1,57 @@
+"""Layers that several encoders share.
+
+Shapes: T actions in the batch, D model width, F inner width of a feed-forward layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gr.models import init
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, with W (out, in), and b unless ``bias`` is None; both initialised as told."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        weight: init.Initialiser,
+        bias: init.Initialiser | None = init.zeros,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = None if bias is None else nn.Parameter(torch.empty(outputs))
+        self._initialisers = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+    def initialisers(self) -> dict[str, init.Initialiser]:
+        return self._initialisers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class FeedForward(nn.Module):
+    """dropout(W2 dropout(act(W1 x))): D -> F -> D."""
+
+    def __init__(
+        self,
+        dim: int,
+        inner: int,
+        activation: str,
+        dropout: float,
+        weight: init.Initialiser,
+        biases: tuple[init.Initialiser, init.Initialiser] = (init.zeros, init.zeros),
+    ) -> None:
+        super().__init__()
+        self.up = Linear(dim, inner, weight, biases[0])
+        self.down = Linear(inner, dim, weight, biases[1])
+        self.activation = {"relu": F.relu, "gelu": F.gelu}[activation]
+        self.dropout = dropout
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        inner_TF = F.dropout(self.activation(self.up(x_TD)), self.dropout, self.training)
+        return F.dropout(self.down(inner_TF), self.dropout, self.training)

@@ -1,0 +1,52 @@
+"""Where the sequences of a jagged tensor begin and end, and when their actions happened.
+
+Shapes: B sequences, T actions in the batch, N longest sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class JaggedLayout:
+    """The sequences of a (T, ...) tensor.
+
+    offsets_B1: int64, first row of each sequence and the end of the last.  lengths: the same as Python integers.
+    max_length: N.  query_times_T: int64 seconds, the time of the action that row i predicts (t_{i+1} when the next
+    action is predicted).  key_times_T: the time of the action in row i.  Both None for data without times.
+    dropout_key: the 64-bit key of this step's attention dropout.
+    """
+
+    offsets_B1: Tensor
+    lengths: tuple[int, ...]
+    max_length: int
+    query_times_T: Tensor | None = None
+    key_times_T: Tensor | None = None
+    dropout_key: int = 0
+
+    @property
+    def rows(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+    @cached_property
+    def sequences_T(self) -> Tensor:
+        """int64: the number of the sequence that each row belongs to."""
+        return sequence_of_rows(self.offsets_B1, self.rows)
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """int64: each row's place in its sequence, from 0."""
+        rows = torch.arange(self.rows, device=self.offsets_B1.device)
+        return rows - self.offsets_B1[self.sequences_T]
+
+
+def sequence_of_rows(offsets_B1: Tensor, rows: int) -> Tensor:
+    """int64 (rows,): the sequence of each row.  ``rows`` is known, so that no device is waited for."""
+    numbers = torch.arange(offsets_B1.shape[0] - 1, device=offsets_B1.device)
+    return torch.repeat_interleave(numbers, offsets_B1.diff(), output_size=rows)

@@ -1,0 +1,1 @@
+"""Objectives: losses with their negatives, summed over the targets of a batch."""

@@ -1,0 +1,198 @@
+"""Tasks: from a batch of action sequences to inputs, queries and targets.
+
+Shapes: B sequences, A actions of the batch, T input rows, S supervised targets, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from gr_kernels.counter_random import derive_key, uniform_floats
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from gr.batch import UNKNOWN, SequenceBatch
+from gr.config import FRACTION, ComponentConfig
+from gr.models.layout import JaggedLayout
+
+MASK = -1
+"""The input token whose item is hidden."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What goes into the encoder, and what must come out of it.
+
+    tokens_T: int64 input item rows, MASK where hidden.  queries_S: int64 rows of the encoder's output, or None for
+    all of them in order; the row T (only in requests, when ``some_without_input``) stands for a sequence with no
+    input and selects a zero vector.  targets_S: int64 item rows.  ordinals_S, positions_S: the sample and the
+    place in it of each target, on which random draws hang.
+    """
+
+    tokens_T: Tensor
+    layout: JaggedLayout
+    queries_S: Tensor | None
+    targets_S: Tensor
+    ordinals_S: Tensor
+    positions_S: Tensor
+    some_without_input: bool = False
+
+    @property
+    def count(self) -> int:
+        """S."""
+        return self.targets_S.shape[0]
+
+    def select(self, encoded_TD: Tensor) -> Tensor:
+        """The queries (S, D) out of the encoder's output."""
+        if self.queries_S is None:
+            return encoded_TD
+        if self.some_without_input:
+            encoded_TD = F.pad(encoded_TD, (0, 0, 0, 1))
+        return encoded_TD.index_select(0, self.queries_S)
+
+
+class NextItem:
+    """Predict action i + 1 from actions 0 .. i: every action but the last is an input, every one but the first a
+    target."""
+
+    class Config(ComponentConfig):
+        name: Literal["next_item"] = "next_item"
+
+    extra_inputs = 0
+    masks = False
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def supervise(self, batch: SequenceBatch, key: int) -> Supervision:
+        """Every input row is a query; ``key`` is this step's."""
+        layout, source_T = _all_but_last(batch, key)
+        return Supervision(
+            tokens_T=batch.items_T[source_T],
+            layout=layout,
+            queries_S=None,
+            targets_S=batch.items_T[source_T + 1],
+            ordinals_S=batch.ordinals_B[layout.sequences_T],
+            positions_S=layout.positions_T,
+        )
+
+    def request(self, batch: SequenceBatch) -> Supervision:
+        """One query a sequence, at its last input row; the target may be UNKNOWN."""
+        layout, source_T = _all_but_last(batch, 0)
+        counts_B = layout.offsets_B1.diff()
+        return Supervision(
+            tokens_T=batch.items_T[source_T],
+            layout=layout,
+            queries_S=torch.where(counts_B > 0, layout.offsets_B1[1:] - 1, layout.rows),
+            targets_S=_last_items(batch),
+            ordinals_S=batch.ordinals_B,
+            positions_S=(counts_B - 1).clamp_min(0),
+            some_without_input=min(layout.lengths, default=1) == 0,
+        )
+
+
+class Cloze:
+    """Hide some actions and predict them from all the others (BERT4Rec, Sun et al., arXiv 1904.06690).
+
+    Each action is hidden with ``mask_probability``; a sample in which none was drawn hides its last action.  In a
+    share ``last_probability`` of the samples the last action alone is hidden, as it is in a request.
+    """
+
+    class Config(ComponentConfig):
+        name: Literal["cloze"] = "cloze"
+        mask_probability: Annotated[float, Field(gt=0, le=1)] = 0.2
+        last_probability: FRACTION = 0.0
+
+    extra_inputs = 1  # the hidden action is itself an input
+    masks = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def supervise(self, batch: SequenceBatch, key: int) -> Supervision:
+        """The hidden actions are the queries; which ones depends on (key, sample ordinal, position) alone.
+
+        Waits for the device once, for the number of hidden actions.
+        """
+        layout = _whole(batch, key)
+        sequences_T, positions_T = layout.sequences_T, layout.positions_T
+        ordinals_T = batch.ordinals_B[sequences_T]
+        draws_T = uniform_floats(derive_key(key, "cloze"), ordinals_T, positions_T, 1)[:, 0]
+        hidden_T = draws_T < self.config.mask_probability
+
+        none_B = torch.zeros_like(batch.ordinals_B)
+        hidden_B = none_B.index_add(0, sequences_T, hidden_T.long())
+        coins_B = uniform_floats(derive_key(key, "cloze last"), batch.ordinals_B, none_B, 1)[:, 0]
+        last_alone_B = (coins_B < self.config.last_probability) | (hidden_B == 0)
+        last_T = positions_T == layout.offsets_B1.diff()[sequences_T] - 1
+        hidden_T = torch.where(last_alone_B[sequences_T], last_T, hidden_T)
+
+        queries_S = hidden_T.nonzero().squeeze(1)
+        return Supervision(
+            tokens_T=batch.items_T.masked_fill(hidden_T, MASK),
+            layout=layout,
+            queries_S=queries_S,
+            targets_S=batch.items_T[queries_S],
+            ordinals_S=ordinals_T[queries_S],
+            positions_S=positions_T[queries_S],
+        )
+
+    def request(self, batch: SequenceBatch) -> Supervision:
+        """The last action of each sequence is hidden and asked for."""
+        layout = _whole(batch, 0)
+        counts_B = layout.offsets_B1.diff()
+        last_T = layout.positions_T == counts_B[layout.sequences_T] - 1
+        return Supervision(
+            tokens_T=batch.items_T.masked_fill(last_T, MASK),
+            layout=layout,
+            queries_S=torch.where(counts_B > 0, layout.offsets_B1[1:] - 1, layout.rows),
+            targets_S=_last_items(batch),
+            ordinals_S=batch.ordinals_B,
+            positions_S=(counts_B - 1).clamp_min(0),
+            some_without_input=min(layout.lengths, default=1) == 0,
+        )
+
+
+Task = NextItem | Cloze
+
+
+def _all_but_last(batch: SequenceBatch, key: int) -> tuple[JaggedLayout, Tensor]:
+    """The layout of the sequences without their last actions, and the place of each of its rows in the batch.
+
+    The lengths are known to the host, so that nothing waits for a device.
+    """
+    lengths = tuple(max(n - 1, 0) for n in batch.lengths)
+    offsets_B1 = F.pad((batch.offsets_B1.diff() - 1).clamp_min(0).cumsum(0), (1, 0))
+    layout = JaggedLayout(offsets_B1, lengths, max(lengths, default=0))
+    source_T = batch.offsets_B1[layout.sequences_T] + layout.positions_T
+    times_A = batch.timestamps_T
+    timed = JaggedLayout(
+        offsets_B1,
+        lengths,
+        layout.max_length,
+        query_times_T=None if times_A is None else times_A[source_T + 1],
+        key_times_T=None if times_A is None else times_A[source_T],
+        dropout_key=derive_key(key, "dropout"),
+    )
+    return timed, source_T
+
+
+def _whole(batch: SequenceBatch, key: int) -> JaggedLayout:
+    """The layout of the sequences with their last actions; each row predicts its own action."""
+    return JaggedLayout(
+        batch.offsets_B1,
+        batch.lengths,
+        batch.max_length,
+        query_times_T=batch.timestamps_T,
+        key_times_T=batch.timestamps_T,
+        dropout_key=derive_key(key, "dropout"),
+    )
+
+
+def _last_items(batch: SequenceBatch) -> Tensor:
+    """(B,) the item of each sequence's last action, UNKNOWN for an empty sequence."""
+    items = F.pad(batch.items_T, (0, 1), value=UNKNOWN)
+    return items[torch.where(batch.offsets_B1.diff() > 0, batch.offsets_B1[1:] - 1, batch.actions)]

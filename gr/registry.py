@@ -1,0 +1,67 @@
+"""Tables of names: what a config may ask for, and where it lives.
+
+A name maps to ``module:attribute``; nothing is imported until it is used.  Adding a model, an objective or a
+dataset is one file and one line here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from gr.errors import UserError, nearest
+
+ENCODERS = {
+    "hstu": "gr.models.hstu:HSTU",
+    "sasrec": "gr.models.sasrec:SASRec",
+    "transformer": "gr.models.transformer:Transformer",
+    "gru4rec": "gr.models.gru4rec:GRU4Rec",
+}
+
+SPLITS = {
+    "leave_one_out": "gr.data.split:LeaveOneOut",
+    "global_time": "gr.data.split:GlobalTime",
+    "records": "gr.data.split:Records",
+}
+
+TASKS = {
+    "next_item": "gr.models.tasks:NextItem",
+    "cloze": "gr.models.tasks:Cloze",
+}
+
+OBJECTIVES = {
+    "sampled_softmax": "gr.models.objectives.sampled_softmax:SampledSoftmax",
+    "full_softmax": "gr.models.objectives.full_softmax:FullSoftmax",
+    "bce": "gr.models.objectives.pairwise:BCE",
+    "bpr": "gr.models.objectives.pairwise:BPR",
+    "in_batch": "gr.models.objectives.in_batch:InBatchDebiased",
+}
+
+BASELINES = {
+    "popularity": "gr.models.baselines:Popularity",
+    "last_item": "gr.models.baselines:LastItem",
+    "item_knn": "gr.models.baselines:ItemKNN",
+    "oracle": "gr.data.sources.synthetic_dp:Oracle",
+}
+
+OPTIMIZERS = {
+    "adamw": "gr.train.optimizers:AdamW",
+    "sgd": "gr.train.optimizers:SGD",
+}
+
+DATASETS = {
+    "ml-1m": "gr.data.sources.movielens:ML1M",
+    "ml-20m": "gr.data.sources.movielens:ML20M",
+    "amazon-books": "gr.data.sources.amazon:AmazonBooks",
+    "amazon-beauty": "gr.data.sources.amazon:AmazonBeauty",
+    "synthetic-dp": "gr.data.sources.synthetic_dp:SyntheticDP",
+    "log": "gr.data.sources.log:ActionLog",
+}
+
+
+def resolve(table: dict[str, str], name: str, what: str) -> Any:
+    """The object that ``name`` stands for in ``table``; ``what`` names the table in the error."""
+    if name not in table:
+        raise UserError(f"unknown {what} '{name}': {nearest(name, table)}")
+    module, attribute = table[name].split(":")
+    return getattr(import_module(module), attribute)

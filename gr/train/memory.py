@@ -1,0 +1,47 @@
+"""Memory: what a step took, and advice when there was not enough."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gr.config import RunConfig
+from gr.errors import UserError
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def advice_when_out_of_memory(config: RunConfig) -> Iterator[None]:
+    """Turn an allocation failure into advice; the original error stays its cause."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        train, evaluation = config.train, config.eval
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0]}): lower train.micro_batch_actions (now "
+            f"{train.micro_batch_actions}; the loss does not change), then eval.max_scores (now "
+            f"{evaluation.max_scores}), data.max_length (now {config.data.max_length}) or model.dim, "
+            "or train on more processes"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+    )

@@ -1,0 +1,263 @@
+"""Trainer: epochs of steps, evaluations and checkpoints; every number it makes is a function of config, data, seed.
+
+A step: cut the rank's share into micro-batches; count the targets of the global batch; forward and backward each
+micro-batch with loss = sum over targets / global count; clip; move the parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from gr_kernels.counter_random import derive_key
+from torch import Tensor
+
+from gr.config import RunConfig, to_dict
+from gr.data.loader import GlobalBatch, TrainingBatches
+from gr.errors import UserError
+from gr.models.recommender import Recommender
+from gr.models.step import StepContext
+from gr.models.tasks import Supervision
+from gr.train import checkpoint
+from gr.train.cursor import Cursor
+from gr.train.folder import RunFolder
+from gr.train.log import MetricsLog, StepProgress
+from gr.train.optimizers import set_rate
+from gr.train.parallel import Parallel
+from gr.train.schedule import rate_factor
+from gr.train.stopping import StopSignal
+
+Evaluate = Callable[[str], dict[str, Any]]
+"""Split name -> a row of metrics."""
+
+
+class Trainer:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Recommender,
+        optimizer: torch.optim.Optimizer,
+        batches: TrainingBatches,
+        evaluate: Evaluate,
+        parallel: Parallel,
+        folder: RunFolder,
+        cursor: Cursor,
+        on_step: Callable[[], None] = lambda: None,
+    ):
+        self.config, self.model, self.optimizer, self.batches = config, model, optimizer, batches
+        self.evaluate, self.parallel, self.folder, self.cursor = evaluate, parallel, folder, cursor
+        self.on_step = on_step
+        self.wrapped = parallel.wrap(model)
+        self.total_steps = config.train.epochs * batches.per_epoch
+        if config.train.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.train.max_steps)
+        self.metrics = MetricsLog(folder, config.log.tensorboard, parallel.is_main)
+        self.progress = StepProgress(self.total_steps, cursor.step, parallel.is_main)
+        self.last_loss = float("nan")
+        self._unchecked: tuple[Tensor, GlobalBatch] | None = None
+
+    def train(self) -> bool:
+        """Train to the end of the config, or until told to stop; True if finished.  The state is saved either way."""
+        try:
+            with StopSignal() as signal:
+                for batch in self._remaining():
+                    stop = self.step(batch, stop=bool(signal.received))
+                    if self._ends_epoch(batch):
+                        self.end_epoch()
+                    elif self._due(self.config.eval.every_steps):
+                        self.run_evaluations()
+                    if stop or self._due(self.config.checkpoint.every_steps):
+                        self.save()
+                    if stop:
+                        return False
+            self.cursor.finished = True
+            self.save()
+            return True
+        finally:
+            self.progress.close()
+            self.metrics.close()
+
+    def step(self, batch: GlobalBatch, stop: bool = False) -> bool:
+        """One optimiser step on a global batch; True if any rank was asked to stop."""
+        started = time.perf_counter()
+        config, cursor = self.config.train, self.cursor
+        key = derive_key(config.seed, "step", cursor.step)
+        torch.manual_seed(derive_key(config.seed, "dropout", cursor.step, self.parallel.rank))
+
+        share = batch.share.to(self.parallel.device)
+        parts = [self.model.supervise(part, key) for part in share.split(config.micro_batch_actions)]
+        targets, stops = self._agree([sum(part.count for part in parts), int(stop)])
+        loss = self._forward_backward(parts, StepContext(key, self._candidates(parts)), targets)
+
+        norm = None
+        if config.clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        rate = set_rate(
+            self.optimizer, rate_factor(self.config.schedule, cursor.step, self.total_steps)
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._unchecked = (loss, batch)
+        cursor.advance(batch.digest)
+
+        if self._due(self.config.log.every_steps) or cursor.step == 1:
+            self._log(loss, norm, rate, batch, targets, time.perf_counter() - started)
+        self.progress.update(cursor.epoch, config.epochs, cursor.step, self.last_loss, batch.samples, targets)
+        self.on_step()
+        return bool(stops)
+
+    def end_epoch(self) -> None:
+        """Evaluate if it is time, remember the best, save, go on to the next epoch."""
+        cursor, config = self.cursor, self.config
+        last = cursor.step >= self.total_steps or cursor.epoch + 1 >= config.train.epochs
+        if (cursor.epoch + 1) % config.eval.every_epochs == 0 or last:
+            self.run_evaluations()
+        cursor.next_epoch()
+        if cursor.epoch % config.checkpoint.every_epochs == 0 or last:
+            self.save()
+
+    def run_evaluations(self) -> None:
+        self._check_finite()
+        for split in self.config.eval.splits:
+            row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step, **self.evaluate(split)}
+            self.cursor.metrics_rows += self.metrics.write(row)
+            self.progress.say(summary(row))
+            if split == "valid":
+                self._compare_with_best(row)
+
+    def save(self) -> None:
+        """Publish a checkpoint of this moment."""
+        self._check_finite()
+        folder = self.folder.checkpoints
+        checkpoint.save(folder, self.model, self.optimizer, self.cursor, to_dict(self.config), self.parallel)
+        if self.parallel.is_main:
+            best = self.cursor.best.get("step")
+            checkpoint.prune(folder, self.config.checkpoint.keep, None if best is None else int(best))
+
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _remaining(self) -> Iterator[GlobalBatch]:
+        """The global batches from the cursor on."""
+        cursor = self.cursor
+        while cursor.epoch < self.config.train.epochs and not self._enough():
+            epoch = cursor.epoch
+            if cursor.batch >= self.batches.per_epoch:  # saved after the epoch's last step, before its evaluation
+                self.end_epoch()
+                continue
+            for batch in self.batches.epoch(epoch, cursor.batch):
+                yield batch
+                if self._enough() or cursor.epoch != epoch:
+                    break
+
+    def _enough(self) -> bool:
+        stopping = self.config.train.early_stopping
+        return self.cursor.step >= self.total_steps or (
+            stopping is not None and self.cursor.stale >= stopping.patience
+        )
+
+    def _ends_epoch(self, batch: GlobalBatch) -> bool:
+        return batch.index + 1 == self.batches.per_epoch or self.cursor.step >= self.total_steps
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.cursor.step % every == 0
+
+    def _agree(self, values: list[int]) -> tuple[int, int]:
+        """Targets of the global batch and stop requests over ranks; raises if any rank's previous loss was broken."""
+        targets, stops, broken = self.parallel.sum([*values, int(self._is_broken())], dtype=torch.int64)
+        if broken:
+            self._stop_broken()
+        return targets, stops
+
+    def _candidates(self, parts: list[Supervision]) -> Tensor | None:
+        if not self.model.objective.needs_global_targets:
+            return None
+        return self.parallel.gather(torch.cat([part.targets_S for part in parts]))
+
+    def _forward_backward(self, parts: list[Supervision], context: StepContext, targets: int) -> Tensor:
+        """Gradients of the global mean loss; returns this rank's sum of losses."""
+        # DDP averages over ranks: times their number gives the sum that the contract asks for
+        scale = self.parallel.ranks / max(targets, 1)
+        total = torch.zeros((), device=self.parallel.device)
+        for i, part in enumerate(parts):
+            with self.parallel.accumulating(self.wrapped, last=i + 1 == len(parts)):
+                with torch.autocast(
+                    self.parallel.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"
+                ):
+                    loss = self.wrapped(part, context)
+                (loss * scale).backward()
+            total += loss.detach()
+        return total
+
+    def _log(self, loss: Tensor, norm: Tensor | None, rate: float, batch: GlobalBatch, targets: int, seconds: float):
+        (total,) = self.parallel.sum([loss.item()])
+        self.last_loss = total / max(targets, 1)
+        cursor = self.cursor
+        row: dict[str, Any] = {
+            "kind": "train",
+            "epoch": cursor.epoch,
+            "step": cursor.step,
+            "loss": self.last_loss,
+            "lr": rate,
+            "samples": batch.samples,
+            "targets": targets,
+            "data_digest": cursor.data_digest,
+        }
+        if norm is not None:
+            row["grad_norm"] = norm.item()
+        cursor.metrics_rows += self.metrics.write(row)
+        window = self.progress.window
+        self.metrics.write_timing(
+            {
+                "step": cursor.step,
+                "step_s": round(seconds, 5),
+                "samples_per_s": round(window.samples_per_s, 1),
+                "tokens_per_s": round(window.actions_per_s, 1),
+            }
+        )
+
+    def _compare_with_best(self, row: dict[str, Any]) -> None:
+        stopping = self.config.train.early_stopping
+        metric = stopping.metric if stopping else "ndcg@10"
+        if metric not in row:
+            raise UserError(f"train.early_stopping.metric '{metric}' is not evaluated: add its k to eval.ks")
+        if not self.cursor.best or row[metric] > self.cursor.best["value"]:
+            self.cursor.best = {"epoch": row["epoch"], "step": row["step"], "value": row[metric]}
+            self.cursor.stale = 0
+        else:
+            self.cursor.stale += 1
+
+    # The flag of a step is read with the next step's counts, or before anything is published: no waiting on the
+    # device inside a step.
+
+    def _is_broken(self) -> bool:
+        return self._unchecked is not None and not math.isfinite(self._unchecked[0].item())
+
+    def _check_finite(self) -> None:
+        (broken,) = self.parallel.sum([int(self._is_broken())], dtype=torch.int64)
+        if broken:
+            self._stop_broken()
+        self._unchecked = None
+
+    def _stop_broken(self) -> None:
+        assert self._unchecked is not None
+        _, batch = self._unchecked
+        file = self.folder.path / f"nonfinite-step-{self.cursor.step:08d}-rank-{self.parallel.rank}.json"
+        ids = {"step": self.cursor.step, "epoch": self.cursor.epoch, "ordinals": batch.share.ordinals_B.tolist()}
+        file.write_text(json.dumps(ids))
+        self.parallel.barrier()
+        good = checkpoint.newest(self.folder.checkpoints)
+        raise UserError(
+            f"the loss of step {self.cursor.step} is not finite: its samples are in "
+            f"'{self.folder.path}/nonfinite-step-{self.cursor.step:08d}-rank-*.json', the last good checkpoint is "
+            f"{f'{chr(39)}{good}{chr(39)}' if good else 'none'}; lower optimizer.lr, set train.clip_norm, or look at the samples"
+        )
+
+
+def summary(row: dict[str, Any]) -> str:
+    """An evaluation in one line."""
+    shown = [f"{name} {row[name]:.4f}" for name in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr") if name in row]
+    return f"epoch {row['epoch'] + 1}  {row['split']:<5} {'  '.join(shown)}  ({row['users']:,} users)"

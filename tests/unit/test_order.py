@@ -1,0 +1,127 @@
+"""The order is a permutation, a pure function of its key, and independent of ranks and restarts."""
+
+import numpy as np
+import pytest
+
+from gr.data.dataset import DatasetWriter
+from gr.data.deal import deal
+from gr.data.loader import TrainingBatches
+from gr.data.order import Order, permute
+from gr.data.sequences import Sequences
+from gr.data.split import LeaveOneOut
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000])
+def test_permute_is_a_permutation_that_depends_on_its_key(size):
+    first, second = permute(np.arange(size), size, key=1), permute(np.arange(size), size, key=2)
+    assert sorted(first) == list(range(size))
+    if size > 50:
+        assert (first != second).mean() > 0.8
+        assert abs(np.corrcoef(np.arange(size), first)[0, 1]) < 4 / np.sqrt(size)  # 4 standard deviations
+    one_by_one = [permute(np.array([i]), size, key=1)[0] for i in range(size)]
+    assert one_by_one == first.tolist()
+
+
+@pytest.mark.parametrize("rows,window_blocks", [(1, 1), (9, 2), (40, 3), (43, 3), (43, 100)])
+def test_every_row_has_one_position_and_the_short_block_is_last(rows, window_blocks):
+    order = Order("f", seed=1, rows=rows, block_rows=10, window_blocks=window_blocks)
+    windows = [order.window(epoch=0, window=w) for w in range(order.windows)]
+    ordinals = np.concatenate([o for _, o in windows])
+    assert sorted(ordinals) == list(range(rows))
+    assert all(len(o) == order.window_rows for _, o in windows[:-1])
+    if rows % 10:
+        assert windows[-1][0][-1] == rows // 10
+    for blocks, inside in windows:
+        assert set(inside // 10) == set(blocks.tolist())
+
+
+def test_epochs_and_seeds_differ_and_a_stream_keeps_its_order():
+    order = Order("f", seed=1, rows=100, block_rows=10, window_blocks=4)
+    first = order.window(0, 0)[1].tolist()
+    assert first == order.window(0, 0)[1].tolist()
+    assert first != order.window(1, 0)[1].tolist()
+    assert first != Order("f", 2, 100, 10, 4).window(0, 0)[1].tolist()
+    stream = Order("f", 1, 100, 10, 4, shuffle=False)
+    assert np.concatenate([stream.window(3, w)[1] for w in range(3)]).tolist() == list(range(100))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    import pyarrow as pa
+
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 30, 57)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    items = rng.integers(0, 40, offsets[-1]).astype(np.int32)
+    writer = DatasetWriter(tmp_path_factory.mktemp("d") / "set", "t", block_rows=8)
+    writer.add(Sequences(np.arange(57), np.arange(57), offsets, items, np.arange(offsets[-1])))
+    return writer.finish(pa.table({"item_id": np.arange(40), "count": np.bincount(items, minlength=40)}))
+
+
+def batches(dataset, rank=0, ranks=1, start=0, epoch=0, tail="keep"):
+    order = Order(dataset.manifest.fingerprint, 3, dataset.users, 8, window_blocks=2)
+    split = LeaveOneOut(LeaveOneOut.Config())
+    loader = TrainingBatches(
+        dataset, split, order, global_batch=10, max_length=12, rank=rank, ranks=ranks, tail=tail
+    )
+    result = list(loader.epoch(epoch, start))
+    assert len(result) == loader.per_epoch - start
+    return result
+
+
+def test_global_batches_do_not_depend_on_ranks_or_restarts(dataset):
+    whole = batches(dataset)
+    assert sum(b.samples for b in whole) == 57
+    assert [b.index for b in whole] == list(range(6))
+    for start in range(7):
+        assert [b.digest for b in batches(dataset, start=start)] == [b.digest for b in whole[start:]]
+    for ranks in (2, 3, 4):
+        shares = [batches(dataset, rank, ranks) for rank in range(ranks)]
+        for k, batch in enumerate(whole):
+            parts = [s[k] for s in shares]
+            assert {p.digest for p in parts} == {batch.digest}
+            together = sorted(o for p in parts for o in p.share.ordinals_B.tolist())
+            assert together == sorted(batch.share.ordinals_B.tolist())
+            counts = [p.share.sequences for p in parts]
+            assert max(counts) - min(counts) <= 1
+
+
+def test_samples_are_the_latest_training_actions(dataset):
+    seen = {}
+    for batch in batches(dataset):
+        share = batch.share
+        offsets = share.offsets_B1.tolist()
+        for i, ordinal in enumerate(share.ordinals_B.tolist()):
+            seen[ordinal] = share.items_T[offsets[i] : offsets[i + 1]].tolist()
+    rows = dataset.read_rows(0, 57)
+    for i in range(57):
+        whole = rows.items_A[rows.offsets_R1[i] : rows.offsets_R1[i + 1]].tolist()
+        assert seen[i] == whole[: max(len(whole) - 2, 0)][-13:]
+
+
+def test_tail_drop_leaves_the_short_batch_out(dataset):
+    assert [b.samples for b in batches(dataset, tail="drop")] == [10] * 5
+    assert [b.samples for b in batches(dataset)] == [10] * 5 + [7]
+
+
+def test_an_error_in_the_reading_thread_reaches_the_reader(dataset, tmp_path):
+    import shutil
+
+    from gr.data.dataset import SequenceDataset
+    from gr.errors import UserError
+
+    shutil.copytree(dataset.path, tmp_path / "broken")
+    (tmp_path / "broken/sequences/part-00000.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="row group"):
+        batches(SequenceDataset(tmp_path / "broken"))
+
+
+def test_dealing_levels_the_cost():
+    lengths = np.random.default_rng(1).integers(1, 200, 128)
+    for ranks in (2, 3, 4, 8):
+        rank_of = deal(lengths, ranks)
+        cost = np.bincount(rank_of, weights=lengths + 0.005 * lengths**2.0)
+        counts = np.bincount(rank_of)
+        assert counts.max() - counts.min() <= 1
+        assert cost.max() / cost.min() < 1.02
+    assert deal(np.array([5]), 4).tolist() == [0]
