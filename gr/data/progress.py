@@ -73,6 +73,8 @@ class _BarStage(Stage):
 
     def advance(self, units: int) -> None:
         self.bar.advance(self.task, units)
+        speed = self.bar.tasks[self.task].finished_speed or self.bar.tasks[self.task].speed
+        self.bar.update(self.task, rate=f"{speed:,.0f}/s" if speed else "")
 
 
 class BarProgress(Progress):
@@ -80,21 +82,18 @@ class BarProgress(Progress):
 
     @contextmanager
     def stage(self, name: str, total: int | None = None, unit: str = "actions") -> Iterator[Stage]:
+        from rich import progress as bars
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f} {task.fields[unit]}"),
-            TextColumn("{task.speed:,.0f}/s" if False else "{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            bars.TextColumn("{task.description:<12}"),
+            bars.BarColumn(),
+            bars.TextColumn("{task.completed:,.0f} {task.fields[unit]}  {task.fields[rate]}"),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(name, total=total, unit=unit, rate="")
-            stage = _BarStage(bar, task)
-            yield stage
+        with bars.Progress(*columns, console=Console(stderr=True)) as bar:
+            yield _BarStage(bar, bar.add_task(name, total=total, unit=unit, rate=""))
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

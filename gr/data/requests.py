@@ -9,8 +9,9 @@ an ``UNKNOWN`` action at the time of the request.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -108,7 +109,7 @@ class HeldOutRequests:
     rank: int = 0
     world: int = 1
     max_users: int | None = None
-    population: int | None = None
+    population: int | None = field(default=None, init=False)
     """Users with a target in this split; known once a pass is over."""
 
     def __post_init__(self) -> None:
@@ -117,6 +118,14 @@ class HeldOutRequests:
 
     def __iter__(self) -> Iterator[Request]:
         return _requests(self._parts(), self.batch)
+
+    @property
+    def share(self) -> int | None:
+        """Users of this rank; known once a pass is over."""
+        if self.population is None:
+            return None
+        users = self.population if self.max_users is None else min(self.population, self.max_users)
+        return len(range(self.rank, users, self.world))
 
     def _parts(self) -> Iterator[_Part]:
         count = 0
@@ -181,7 +190,7 @@ def recommendation_requests(
     if time is not None and not dataset.has_timestamps:
         raise UserError("a time of request was given, but this dataset has no timestamps: leave it out")
     blocks = range(len(dataset.manifest.blocks))
-    wanted = {block: None for block in blocks} if users is None else find_users(dataset, users)
+    wanted = dict.fromkeys(blocks) if users is None else find_users(dataset, users)
     return _requests(_recommendation_parts(dataset, wanted, max_length, exclude, time), batch)
 
 
@@ -214,8 +223,8 @@ def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> dict[int, np.nda
     sought: set[Any] | None = None
     integers = False
     for number, block in enumerate(dataset.manifest.blocks):
-        column = pq.ParquetFile(dataset.path / block.file).read_row_group(block.row_group, columns=["user_id"])
-        known = column.column("user_id").to_numpy()
+        file = pq.ParquetFile(dataset.path / block.file)
+        known = file.read_row_group(block.row_group, columns=["user_id"]).column("user_id").to_numpy()
         if sought is None:
             integers = np.issubdtype(known.dtype, np.integer)
             sought = {_as_id(i, integers) for i in left}
@@ -233,13 +242,9 @@ def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> dict[int, np.nda
 
 
 def _as_id(value: Any, integers: bool) -> Any:
-    """``value`` as an id of the dataset's type; text that is no integer stays text and is found nowhere."""
-    if not integers:
-        return str(value)
-    try:
-        return int(value)
-    except ValueError:
-        return value
+    """``value`` as an id of the dataset's type; text that is no integer stays text, which is found nowhere."""
+    text = str(value)
+    return int(text) if integers and re.fullmatch(r"0|-?[1-9]\d*", text) else text
 
 
 @dataclass(frozen=True)
@@ -275,14 +280,15 @@ def _excluded(
 
 
 def _append_unknown(rows: Sequences, time: int | None) -> Sequences:
-    """Each row with one more action: an unknown item at ``time``, of the type (and time) of the row's last action."""
-    last = rows.offsets_R1[1:] - 1
+    """Each row with one more action: an unknown item at ``time``, of the type (and time) of the row's last action
+    (0 where the row is empty)."""
     end = rows.offsets_R1[1:]
+    last = np.where(rows.lengths_R > 0, end, 0)  # in a column that starts with a 0
 
     def append(column: np.ndarray | None, value: Any = None) -> np.ndarray | None:
         if column is None:
             return None
-        return np.insert(column, end, column[last] if value is None else value)
+        return np.insert(column, end, np.insert(column, 0, 0)[last] if value is None else value)
 
     return replace(
         rows,
@@ -327,4 +333,3 @@ def _request(part: _Part) -> Request:
         history_lengths_B=torch.from_numpy(part.history_R.astype(np.int64)),
         users=samples.users_R,
     )
-

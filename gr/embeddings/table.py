@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from gr_kernels.candidate_scores import candidate_scores
 from gr_kernels.counter_random import derive_key, truncated_normal_rows
 from gr_kernels.log_partition import cross_entropy
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 Rows = Tensor | range
 Excluded = tuple[Tensor, Tensor]
@@ -67,7 +68,9 @@ class LocalTable(nn.Module):
         super().__init__()
         self.name, self.rows, self.dim = name, rows, dim
         self.implementation = implementation
-        self.weight = nn.Parameter(truncated_normal_rows(derive_key(seed, "table", name), range(rows), dim, std))
+        self.weight = nn.Parameter(
+            truncated_normal_rows(derive_key(seed, "table", name), range(rows), dim, std)
+        )
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Rows of the table, shape ``(*rows.shape, D)``; differentiable (a dense gradient)."""
@@ -102,7 +105,9 @@ class LocalTable(nn.Module):
         if exclude is not None:
             excluded_rows = exclude[1].long()
             excluded_queries = torch.repeat_interleave(
-                torch.arange(queries, device=excluded_rows.device), exclude[0].diff(), output_size=len(excluded_rows)
+                torch.arange(queries, device=excluded_rows.device),
+                exclude[0].diff(),
+                output_size=len(excluded_rows),
             )
         step = max(k, MAX_SCORES // max(1, queries), 1)
         for start in range(0, self.rows, step):

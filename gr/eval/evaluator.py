@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch import distributed as dist
+from torch import Tensor, distributed as dist, nn
 
 from gr.errors import UserError
 from gr.eval.metrics import HISTORY_EDGES, POPULARITY_EDGES, RankMetrics, communication_device
 from gr.eval.protocols import Request, Scorer
 from gr.eval.ranking import ranks_of
 
-Progress = Callable[[int, float], None]
-"""Called with the users ranked so far by this process and the seconds since the start."""
+Advance = Callable[[int], None]
+"""Called after each request with the users that it ranked."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,10 @@ class EvalResult:
     def users_per_second(self) -> float:
         return self.users / self.seconds if self.seconds else 0.0
 
-    def row(self, buckets: bool = False) -> dict[str, Any]:
-        """What a metrics file keeps: deterministic content only."""
+    def row(self) -> dict[str, Any]:
+        """What a metrics file keeps: deterministic content only.  ``of_users`` says that only some were asked."""
         subset = {} if self.population in (None, self.users) else {"of_users": self.population}
-        broken_down = {"buckets": self.buckets} if buckets and self.buckets else {}
-        return {"split": self.split, "users": self.users, **subset, **self.metrics, **broken_down}
+        return {"split": self.split, "users": self.users, **subset, **self.metrics}
 
 
 def evaluate(
@@ -56,7 +54,7 @@ def evaluate(
     item_counts: Tensor | None = None,
     buckets: bool = True,
     population: Callable[[], int | None] | None = None,
-    progress: Progress | None = None,
+    advance: Advance | None = None,
 ) -> EvalResult:
     """Rank the whole catalogue of ``items`` for this process's ``requests`` and add up over all processes.
 
@@ -79,8 +77,8 @@ def evaluate(
                 if "popularity" in breakdowns and item_counts is not None:
                     values["popularity"] = item_counts[request.targets_B]
                 metrics.add(ranks_of(scorer, request.to(device), items, max_scores), **values)
-                if progress is not None:
-                    progress(metrics.users, time.perf_counter() - start)
+                if advance is not None:
+                    advance(len(request))
         except UserError as error:  # the other processes wait in the sum: tell them, then stop together
             failure = error
     _stop_together(failure)

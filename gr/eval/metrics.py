@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, distributed as dist
 
 UNIT = 2.0**32
 
@@ -94,9 +93,17 @@ class RankMetrics:
     def _means(self, group: int) -> dict[str, float]:
         users = int(self._users_G[group])
         sums = self._sums_GM[group].tolist()
-        return {name: total / UNIT / users for name, total in zip(self.names, sums, strict=True)} if users else {}
+        return (
+            {name: total / UNIT / users for name, total in zip(self.names, sums, strict=True)}
+            if users
+            else {}
+        )
 
 
 def communication_device() -> torch.device:
     """Where tensors must be for the initialised process group: the CPU, unless it has NCCL alone."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )

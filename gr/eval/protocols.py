@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,13 +21,24 @@ class Scorer(Protocol):
 class Request(Protocol):
     """Sequences with their targets and excluded items, as ``gr.data.requests.Request`` has them."""
 
-    batch: Any
-    targets_B: Any
-    exclude_offsets: Any
-    exclude_items: Any
-    history_lengths_B: Any
-    users: np.ndarray
+    @property
+    def batch(self) -> SequenceBatch: ...
+
+    @property
+    def targets_B(self) -> Tensor: ...
+
+    @property
+    def exclude_offsets(self) -> Tensor: ...
+
+    @property
+    def exclude_items(self) -> Tensor: ...
+
+    @property
+    def history_lengths_B(self) -> Tensor: ...
+
+    @property
+    def users(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 
-    def to(self, device: torch.device | str) -> Any: ...
+    def to(self, device: torch.device | str) -> Request: ...

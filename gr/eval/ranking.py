@@ -28,10 +28,12 @@ def ranks_of(scorer: Scorer, request: Request, items: int, max_scores: int = 2**
         stop = start + batch.sequences
         scores_BI = scorer.scores(batch)
         if scores_BI.shape != (stop - start, items):
-            raise ValueError(f"{type(scorer).__name__}.scores gave {tuple(scores_BI.shape)}, not {(stop - start, items)}")
+            raise ValueError(
+                f"{type(scorer).__name__}.scores gave {tuple(scores_BI.shape)}, not {(stop - start, items)}"
+            )
         nan_B = torch.isnan(scores_BI.amax(1))  # max hands NaN on, without a mask of the scores' size
         if nan_B.any():
-            user = request.users[start + int(nan_B.nonzero()[0])]
+            user = request.users.tolist()[start + int(nan_B.nonzero()[0])]
             raise UserError(
                 f"{type(scorer).__name__} scored items as NaN for {int(nan_B.sum())} users, the first is {user!r}: "
                 "the model has diverged; evaluate an earlier checkpoint, or train with a lower learning rate"
@@ -44,7 +46,10 @@ def ranks_of(scorer: Scorer, request: Request, items: int, max_scores: int = 2**
 
 
 def target_ranks(
-    scores_BI: Tensor, targets_B: Tensor, exclude_offsets: Tensor | None = None, exclude_items: Tensor | None = None
+    scores_BI: Tensor,
+    targets_B: Tensor,
+    exclude_offsets: Tensor | None = None,
+    exclude_items: Tensor | None = None,
 ) -> Tensor:
     """(B,) float64 ranks.  Excluded items (jagged rows of each sequence; repeats count once, the target stays in)
     count neither as higher nor as ties."""

@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from gr_kernels.counter_random import derive_key
 from torch import Tensor, nn
+
+from gr_kernels.counter_random import derive_key
 
 Initialiser = Callable[[Tensor, torch.Generator], object]
 

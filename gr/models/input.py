@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gr.config import InputSection
 from gr.embeddings.table import Table
 from gr.models import init
+from gr.models.dropout import dropout
 from gr.models.layout import JaggedLayout
 from gr.models.tasks import MASK
 
@@ -24,7 +25,9 @@ class ItemInput(nn.Module):
     max_length: the longest input.  masks: whether tokens may be MASK, which has a learned vector of its own.
     """
 
-    def __init__(self, config: InputSection, table: Table, max_length: int, masks: bool, mask_std: float) -> None:
+    def __init__(
+        self, config: InputSection, table: Table, max_length: int, masks: bool, mask_std: float
+    ) -> None:
         super().__init__()
         self.config = config
         self.table = table
@@ -59,4 +62,4 @@ class ItemInput(nn.Module):
             x_TD = torch.add(positions_TD, x_TD, alpha=self.scale)
         elif self.config.scale:
             x_TD = x_TD * self.scale
-        return F.dropout(x_TD, self.config.dropout, self.training)
+        return dropout(x_TD, self.config.dropout, self.training)

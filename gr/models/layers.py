@@ -5,11 +5,16 @@ Shapes: T actions in the batch, D model width, F inner width of a feed-forward l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr.models import init
+from gr.models.dropout import dropout
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class Linear(nn.Module):
@@ -49,9 +54,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = Linear(dim, inner, weight, biases[0])
         self.down = Linear(inner, dim, weight, biases[1])
-        self.activation = {"relu": F.relu, "gelu": F.gelu}[activation]
+        self.activation = ACTIVATIONS[activation]
         self.dropout = dropout
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        inner_TF = F.dropout(self.activation(self.up(x_TD)), self.dropout, self.training)
-        return F.dropout(self.down(inner_TF), self.dropout, self.training)
+        inner_TF = dropout(self.activation(self.up(x_TD)), self.dropout, self.training)
+        return dropout(self.down(inner_TF), self.dropout, self.training)

@@ -38,7 +38,9 @@ class Similarity(nn.Module):
             scores_TK = self.table.scores(scaled_TD, rows, self.normalize_eps)
             if self.bias is None:
                 return scores_TK
-            own = self.bias[rows.start : rows.stop : rows.step] if isinstance(rows, range) else self.bias[rows]
+            own = (
+                self.bias[rows.start : rows.stop : rows.step] if isinstance(rows, range) else self.bias[rows]
+            )
             return scores_TK + own
 
     def topk(self, queries_BD: Tensor, k: int, exclude: Excluded | None = None) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from gr_kernels.counter_random import derive_key, uniform_floats
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from gr.batch import UNKNOWN, SequenceBatch
-from gr.config import FRACTION, ComponentConfig
+from gr.config import ComponentConfig
 from gr.models.layout import JaggedLayout
+from gr_kernels.counter_random import derive_key, uniform_floats
 
 MASK = -1
 """The input token whose item is hidden."""
@@ -104,7 +104,7 @@ class Cloze:
     class Config(ComponentConfig):
         name: Literal["cloze"] = "cloze"
         mask_probability: Annotated[float, Field(gt=0, le=1)] = 0.2
-        last_probability: FRACTION = 0.0
+        last_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     extra_inputs = 1  # the hidden action is itself an input
     masks = True

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, distributed as dist, nn
 
 from gr import registry
 from gr.config import RunConfig
@@ -16,7 +15,7 @@ from gr.data.popularity import training_counts, training_sequences
 from gr.data.requests import HeldOutRequests, requests
 from gr.data.split import Split
 from gr.errors import UserError
-from gr.eval.evaluator import EvalResult, Progress, evaluate
+from gr.eval.evaluator import Advance, EvalResult, evaluate
 from gr.eval.protocols import Scorer
 
 
@@ -25,7 +24,8 @@ class Evaluation:
 
     Keeps what does not change between evaluations: which blocks hold targets, and the items' popularity.
     item_counts: (I,) training actions of each item; counted from the dataset when needed and not given.
-    device: where scorers work.  Each of the initialised process group's ranks takes its share of the users.
+    device: where modules score; other scorers work on the CPU.  The users are shared out over the ranks of the
+    process group, where one is initialised.
     """
 
     def __init__(
@@ -46,8 +46,7 @@ class Evaluation:
         name: str,
         scorer: Scorer,
         *,
-        device: torch.device | str | None = None,
-        progress: Progress | None = None,
+        advance: Advance | None = None,
     ) -> EvalResult:
         """Metrics of ``scorer`` on the held-out split ``name``, the same on every rank."""
         config = self.config.eval
@@ -59,11 +58,11 @@ class Evaluation:
             ks=config.ks,
             split=name,
             max_scores=config.max_scores,
-            device=self.device if device is None else device,
+            device=self.device if isinstance(scorer, nn.Module) else "cpu",
             item_counts=self.item_counts if config.buckets else None,
             buckets=config.buckets,
             population=lambda: held_out.population,
-            progress=progress,
+            advance=advance,
         )
         if not result.users:
             raise UserError(
@@ -75,7 +74,7 @@ class Evaluation:
     def baselines(self, name: str, names: Sequence[str] | None = None) -> dict[str, EvalResult]:
         """Metrics of the baselines ``names`` (eval.baselines without it), each fitted to the training actions."""
         chosen = self.config.eval.baselines if names is None else names
-        return {baseline: self.run(name, self.baseline(baseline), device="cpu") for baseline in chosen}
+        return {baseline: self.run(name, self.baseline(baseline)) for baseline in chosen}
 
     def baseline(self, name: str) -> Scorer:
         """The baseline ``name`` ready to score; it has seen training actions only.  It works on the CPU."""
@@ -117,12 +116,11 @@ def evaluate_split(
     *,
     device: torch.device | str = "cpu",
     item_counts: Tensor | None = None,
-    progress: Progress | None = None,
+    advance: Advance | None = None,
 ) -> EvalResult:
-    """:meth:`Evaluation.run` for one evaluation."""
-    return Evaluation(dataset, split, config, device=device, item_counts=item_counts).run(
-        name, scorer, progress=progress
-    )
+    """:meth:`Evaluation.run`, once."""
+    evaluation = Evaluation(dataset, split, config, device=device, item_counts=item_counts)
+    return evaluation.run(name, scorer, advance=advance)
 
 
 def evaluate_baselines(
@@ -134,5 +132,5 @@ def evaluate_baselines(
     *,
     item_counts: Tensor | None = None,
 ) -> dict[str, EvalResult]:
-    """:meth:`Evaluation.baselines` for one evaluation."""
+    """:meth:`Evaluation.baselines`, once."""
     return Evaluation(dataset, split, config, item_counts=item_counts).baselines(name, names)

@@ -23,7 +23,7 @@ from gr.models.recommender import Recommender
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.environment import record
-from gr.train.evaluation import evaluate_split
+from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
 from gr.train.memory import advice_when_out_of_memory
 from gr.train.parallel import Parallel, processes
@@ -60,6 +60,7 @@ class Parts:
 
     dataset: SequenceDataset
     split: Split
+    item_counts: torch.Tensor
     model: Recommender
     optimizer: torch.optim.Optimizer
     batches: TrainingBatches
@@ -105,7 +106,8 @@ def build(config: RunConfig, parallel: Parallel) -> Parts:
     split = build_split(config)
     for name in config.eval.splits:
         split.check(name)
-    model = build_model(config, dataset, split).to(parallel.device)
+    counts = torch.from_numpy(training_counts(dataset, split))
+    model = build_model(config, dataset, counts).to(parallel.device)
     optimizer = registry.resolve(registry.OPTIMIZERS, config.optimizer.name, "optimizer")(config.optimizer).build(model)
     order = Order(
         fingerprint=dataset.manifest.fingerprint,
@@ -131,16 +133,16 @@ def build(config: RunConfig, parallel: Parallel) -> Parts:
             f"dataset '{config.data.path}' has {order.rows} training sequences, fewer than train.global_batch "
             f"{config.train.global_batch} with data.tail=drop: lower the batch or keep the tail"
         )
-    return Parts(dataset, split, model, optimizer, batches)
+    return Parts(dataset, split, counts, model, optimizer, batches)
 
 
 def build_split(config: RunConfig) -> Split:
     return registry.resolve(registry.SPLITS, config.data.split.name, "data.split")(config.data.split)
 
 
-def build_model(config: RunConfig, dataset: SequenceDataset, split: Split) -> Recommender:
-    model = Recommender(config, items=dataset.items, item_counts=torch.from_numpy(training_counts(dataset, split)))
-    if model.uses_times and not dataset.has_timestamps:
+def build_model(config: RunConfig, dataset: SequenceDataset, item_counts: torch.Tensor) -> Recommender:
+    model = Recommender(config, items=dataset.items, item_counts=item_counts)
+    if model.encoder.uses_times and not dataset.has_timestamps:
         raise UserError(
             f"the encoder uses times and dataset '{config.data.path}' has none: "
             "set model.encoder.relative_time=false, or prepare the dataset with a time column"
@@ -167,8 +169,12 @@ def _train(
     parallel: Parallel,
     on_step: Callable[[], None],
 ) -> RunResult:
+    evaluation = Evaluation(
+        parts.dataset, parts.split, config, device=parallel.device, item_counts=parts.item_counts
+    )
+
     def evaluate(split: str) -> dict[str, Any]:
-        return evaluate_split(parts.dataset, parts.split, split, parts.model, config, parallel).row
+        return evaluation.run(split, parts.model).row()
 
     trainer = Trainer(config, parts.model, parts.optimizer, parts.batches, evaluate, parallel, folder, cursor, on_step)
     finished = trainer.train() if not cursor.finished else True

@@ -10,6 +10,7 @@ import torch
 from gr import config as configs
 from gr.config import RunConfig
 from gr.data.dataset import SequenceDataset
+from gr.data.popularity import training_counts
 from gr.data.split import Split
 from gr.errors import UserError
 from gr.models.recommender import Recommender
@@ -38,7 +39,7 @@ def open_run(path: str | Path, checkpoint_name: str = "last", device: torch.devi
     chosen = find_checkpoint(folder, checkpoint_name)
     dataset = SequenceDataset(config.data.path)
     split = build_split(config)
-    model = build_model(config, dataset, split)
+    model = build_model(config, dataset, torch.from_numpy(training_counts(dataset, split)))
     cursor = checkpoint.load(chosen, model)
     if cursor.generation != dataset.manifest.fingerprint:
         raise UserError(

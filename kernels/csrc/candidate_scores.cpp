@@ -37,6 +37,7 @@ using gr::load;
 using gr::store;
 
 constexpr int64_t kBucketBytes = 256 << 10;        // sums of one bucket: within a core's L2
+constexpr int64_t kBlockPairs = 1 << 19;           // (query, candidate) pairs whose terms are sorted at a time
 constexpr int64_t kCachedTableBytes = 1 << 20;     // a table above this is prefetched row by row
 constexpr int64_t kPrefetchRows = 32;              // how far ahead
 constexpr int64_t kNoRow = std::numeric_limits<int64_t>::max();
@@ -134,25 +135,6 @@ GR_INLINE float inverse_norm(float squared, float eps) {
   return norm < eps ? -1.0f / eps : 1.0f / norm;  // NaN: not below, stays NaN
 }
 
-template <int W>
-struct AllInverseNorms {
-  GR_INLINE void run(const float* table, int64_t width, float eps, int64_t begin, int64_t end, float* inverse) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float* e = table + row * width;
-      inverse[row] = inverse_norm(one_dot<W>(e, e, width), eps);
-    }
-  }
-};
-
-template <int W>
-GR_INLINE void inverse_norms_body(const float* table, int64_t width, float eps, int64_t begin, int64_t end,
-                                  float* inverse) {
-  with_width<W, AllInverseNorms>(width, table, width, eps, begin, end, inverse);
-}
-GR_MULTIVERSION(inverse_norms,
-                (const float* table, int64_t width, float eps, int64_t begin, int64_t end, float* inverse),
-                (table, width, eps, begin, end, inverse))
-
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
 template <class Row>
@@ -161,8 +143,7 @@ struct Forward {
   const float* table;    // I x D
   const Row* rows;       // T x K
   int64_t candidates, catalogue, width;
-  float* inverse;        // I, or null: no normalisation
-  bool norms_on_the_way; // inverse is to be set for the rows met, else it is set already
+  float* inverse;        // I, set for the rows met; null: no normalisation
   float eps;
   float* scores;         // T x K
 };
@@ -209,31 +190,25 @@ struct ScoreTokens {
             const Row* stop = std::min(ahead + W, last);
             for (; ahead < stop; ++ahead) prefetch_row(f.table + int64_t(*ahead) * D, D);
           }
+          float squares[W], lanes[W];
           if (count <= W / 4) {
             for (int i = 0; i < count; ++i) {
-              if (f.norms_on_the_way) set_norm(f, rows[k + i], one_dot<W>(group[i], group[i], D));
-              scores[k + i] = one_dot<W>(query, group[i], D);
+              if (f.inverse) squares[i] = one_dot<W>(group[i], group[i], D);
+              lanes[i] = one_dot<W>(query, group[i], D);
             }
           } else {
-            float lanes[W];
-            if (f.norms_on_the_way) {
-              store<W>(lanes, dots<W, true>(nullptr, group, D));
-              for (int i = 0; i < count; ++i) set_norm(f, rows[k + i], lanes[i]);
-            }
+            if (f.inverse) store<W>(squares, dots<W, true>(nullptr, group, D));  // the rows are in L1 for the next
             store<W>(lanes, dots<W, false>(query, group, D));
-            std::memcpy(scores + k, lanes, sizeof(float) * size_t(count));
           }
-        }
-        if (f.inverse) {
-          for (int64_t k = 0; k < K; ++k) scores[k] *= std::fabs(f.inverse[rows[k]]);
+          for (int i = 0; f.inverse && i < count; ++i) {
+            const float inverse = inverse_norm(squares[i], f.eps);
+            // several threads may meet a row; all store the same bits
+            __atomic_store(&f.inverse[rows[k + i]], &inverse, __ATOMIC_RELAXED);
+            lanes[i] *= std::fabs(inverse);
+          }
+          std::memcpy(scores + k, lanes, sizeof(float) * size_t(count));
         }
       }
-    }
-
-    // Several threads may meet a row; all store the same bits.
-    GR_INLINE void set_norm(const Forward<Row>& f, Row row, float squared) {
-      const float value = inverse_norm(squared, f.eps);
-      __atomic_store(&f.inverse[row], &value, __ATOMIC_RELAXED);
     }
   };
 };
@@ -382,18 +357,16 @@ void query_gradients(const Backward<int32_t>& f, int64_t begin, int64_t end, int
   query_gradients_int(f, begin, end, next);
 }
 
+// The terms of one block of queries that fall into one bucket.
 struct Bucket {
   const Term* terms;
   int64_t count;
   const float* queries;
-  const float* table;    // the bucket's first row, also below
-  const float* inverse;  // or null
-  int64_t rows, width;
-  float* sums;           // scratch, rows x round_up(D, W)
-  float* grad_table;
+  int64_t width;
+  float* sums;  // the bucket's rows of the table's gradient
 };
 
-// sums[row] += weight * q over the bucket's terms, in their order; a row of sums is laid out slot by slot.
+// sums[row] += weight * q over the terms, in their order.
 template <int W, int NV>
 GR_INLINE void scatter_terms(const Bucket& b) {
   int64_t starts[NV];
@@ -402,72 +375,74 @@ GR_INLINE void scatter_terms(const Bucket& b) {
   for (int64_t i = 0; i < b.count; ++i) {
     const Term term = b.terms[i];
     const float* query = b.queries + int64_t(term.token) * b.width;
-    float* sums = b.sums + int64_t(term.row) * (NV * W);
+    float* sums = b.sums + int64_t(term.row) * b.width;
+    Float<W> added[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      store<W>(sums + v * W, load<W>(sums + v * W) + term.weight * load<W>(query + starts[v]));
-    }
+    for (int v = 0; v < NV; ++v) added[v] = load<W>(sums + starts[v]) + term.weight * load<W>(query + starts[v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store<W>(sums + starts[v], added[v]);
   }
 }
 
+// y += alpha * x over a row: the last two vectors may overlap, so both are loaded before either is stored.
 template <int W>
-GR_INLINE void scatter_terms_any(const Bucket& b) {
-  const int64_t count = slots<W>(b.width);
-  for (int64_t i = 0; i < b.count; ++i) {
-    const Term term = b.terms[i];
-    const float* query = b.queries + int64_t(term.token) * b.width;
-    float* sums = b.sums + int64_t(term.row) * (count * W);
-    for (int64_t v = 0; v < count; ++v) {
-      store<W>(sums + v * W, load<W>(sums + v * W) + term.weight * load<W>(query + slot_start<W>(v, b.width)));
-    }
-  }
+GR_INLINE void add_row(float alpha, const float* x, float* y, int64_t width) {
+  const int64_t last = slots<W>(width) - 1;
+  for (int64_t v = 0; v + 1 < last; ++v) store<W>(y + v * W, load<W>(y + v * W) + alpha * load<W>(x + v * W));
+  const int64_t before = last > 0 ? (last - 1) * W : 0, end = width - W;
+  const Float<W> left = load<W>(y + before) + alpha * load<W>(x + before);
+  const Float<W> right = load<W>(y + end) + alpha * load<W>(x + end);
+  store<W>(y + before, left);
+  store<W>(y + end, right);
 }
 
 template <int W>
 struct SumBucket {
-  GR_INLINE void run(const Bucket& b, uint8_t* touched) {
-    const int64_t D = b.width, count = slots<W>(D);
-    std::fill(b.sums, b.sums + b.rows * count * W, 0.0f);
-    std::fill(touched, touched + b.rows, uint8_t{0});
-    for (int64_t i = 0; i < b.count; ++i) touched[b.terms[i].row] = 1;
-    switch (count) {
-      case 1: scatter_terms<W, 1>(b); break;
-      case 2: scatter_terms<W, 2>(b); break;
-      case 3: scatter_terms<W, 3>(b); break;
-      case 4: scatter_terms<W, 4>(b); break;
-      case 8: scatter_terms<W, 8>(b); break;
-      default: scatter_terms_any<W>(b);
-    }
-    for (int64_t row = 0; row < b.rows; ++row) {
-      float* out = b.grad_table + row * D;
-      const float* sums = b.sums + row * count * W;
-      for (int64_t v = 0; v < count; ++v) store<W>(out + slot_start<W>(v, D), load<W>(sums + v * W));
-      if (!b.inverse || !touched[row]) continue;
-      const float inverse = b.inverse[row];
-      if (inverse < 0) continue;  // the divisor was a constant
-      // with G = sum of terms (each already divided by |e|): dE = G - (G . e) e / |e|^2
-      const float* e = b.table + row * D;
-      const float along = -one_dot<W>(out, e, D) * inverse * inverse;
-      Float<W> finished[2];
-      int64_t v = 0;
-      for (; v + 2 < count; ++v) {
-        store<W>(out + v * W, load<W>(out + v * W) + along * load<W>(e + v * W));
-      }
-      const int64_t ahead = v;  // the last two may overlap: load both, then store both
-      for (; v < count; ++v) {
-        const int64_t start = slot_start<W>(v, D);
-        finished[v - ahead] = load<W>(out + start) + along * load<W>(e + start);
-      }
-      for (v = ahead; v < count; ++v) store<W>(out + slot_start<W>(v, D), finished[v - ahead]);
+  GR_INLINE void run(const Bucket& b) {
+    switch (slots<W>(b.width)) {
+      case 1: return scatter_terms<W, 1>(b);
+      case 2: return scatter_terms<W, 2>(b);
+      case 3: return scatter_terms<W, 3>(b);
+      case 4: return scatter_terms<W, 4>(b);
+      case 8: return scatter_terms<W, 8>(b);
+      default:
+        for (int64_t i = 0; i < b.count; ++i) {
+          const Term term = b.terms[i];
+          add_row<W>(term.weight, b.queries + int64_t(term.token) * b.width, b.sums + int64_t(term.row) * b.width,
+                     b.width);
+        }
     }
   }
 };
 
 template <int W>
-GR_INLINE void sum_bucket_body(const Bucket& b, uint8_t* touched) {
-  with_width<W, SumBucket>(b.width, b, touched);
+GR_INLINE void sum_bucket_body(const Bucket& b) {
+  with_width<W, SumBucket>(b.width, b);
 }
-GR_MULTIVERSION(sum_bucket, (const Bucket& b, uint8_t* touched), (b, touched))
+GR_MULTIVERSION(sum_bucket, (const Bucket& b), (b))
+
+// The way through the norm: with G the sum of the terms (each divided by |e| already), dE = G - (G . e) e / |e|^2.
+template <int W>
+struct ThroughNorm {
+  GR_INLINE void run(const float* table, const float* inverse, const uint8_t* met, int64_t rows, int64_t width,
+                     float* grad) {
+    for (int64_t row = 0; row < rows; ++row) {
+      if (!met[row] || inverse[row] < 0) continue;  // below 0: the divisor was the constant eps
+      const float* e = table + row * width;
+      float* g = grad + row * width;
+      add_row<W>(-one_dot<W>(g, e, width) * inverse[row] * inverse[row], e, g, width);
+    }
+  }
+};
+
+template <int W>
+GR_INLINE void through_norm_body(const float* table, const float* inverse, const uint8_t* met, int64_t rows,
+                                 int64_t width, float* grad) {
+  with_width<W, ThroughNorm>(width, table, inverse, met, rows, width, grad);
+}
+GR_MULTIVERSION(through_norm,
+                (const float* table, const float* inverse, const uint8_t* met, int64_t rows, int64_t width, float* grad),
+                (table, inverse, met, rows, width, grad))
 
 // ---- Operators ------------------------------------------------------------------------------------------------------
 
@@ -483,10 +458,10 @@ void prefer_huge_pages(const at::Tensor& tensor) {
 
 template <class Row>
 void forward_rows(const at::Tensor& queries, const at::Tensor& table, const at::Tensor& rows, at::Tensor& scores,
-                  float* inverse, bool norms_on_the_way, float eps) {
+                  float* inverse, float eps) {
   const int64_t K = rows.size(1), catalogue = table.size(0);
   const Forward<Row> f{queries.const_data_ptr<float>(), table.const_data_ptr<float>(), rows.const_data_ptr<Row>(), K,
-                       catalogue, table.size(1), inverse, norms_on_the_way, eps, scores.mutable_data_ptr<float>()};
+                       catalogue, table.size(1), inverse, eps, scores.mutable_data_ptr<float>()};
   std::atomic<int64_t> first{kNoRow};
   at::parallel_for(0, rows.size(0), std::max<int64_t>(1, 4096 / K), [&](int64_t begin, int64_t end) {
     int64_t bad = kNoRow;
@@ -523,86 +498,92 @@ std::tuple<at::Tensor, at::Tensor> candidate_scores(const at::Tensor& queries, c
                                                     const at::Tensor& rows, std::optional<double> eps) {
   check(queries, table, rows);
   auto [scores, inverse] = forward_outputs(queries, table, rows, eps);
-  const int64_t catalogue = table.size(0), width = table.size(1);
   if (rows.numel() == 0) return {scores, inverse};
-  if (width == 0) return {scores.zero_(), inverse.fill_(-1.0 / eps.value_or(1.0))};
+  if (table.size(1) == 0) return {scores.zero_(), inverse.fill_(-1.0 / eps.value_or(1.0))};
   float* norms = eps ? inverse.mutable_data_ptr<float>() : nullptr;
-  // A pass over the table reads it in order; a norm taken where a row is met costs arithmetic only, but each time.
-  const bool on_the_way = norms && rows.numel() < 4 * catalogue;
-  if (norms && !on_the_way) {
-    at::parallel_for(0, catalogue, 1024, [&](int64_t begin, int64_t end) {
-      inverse_norms(table.const_data_ptr<float>(), width, float(*eps), begin, end, norms);
-    });
-  }
   if (rows.scalar_type() == at::kLong) {
-    forward_rows<int64_t>(queries, table, rows, scores, norms, on_the_way, float(eps.value_or(0)));
+    forward_rows<int64_t>(queries, table, rows, scores, norms, float(eps.value_or(0)));
   } else {
-    forward_rows<int32_t>(queries, table, rows, scores, norms, on_the_way, float(eps.value_or(0)));
+    forward_rows<int32_t>(queries, table, rows, scores, norms, float(eps.value_or(0)));
   }
   return {scores, inverse};
+}
+
+// Runs task(0), ..., task(count - 1), each on whichever thread is free: for tasks whose results do not depend on it.
+template <class Task>
+void share_out(int64_t count, const Task& task) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i = next++; i < count; i = next++) task(i);
+    }
+  });
 }
 
 template <class Row>
 void backward_rows(const at::Tensor& grad, const at::Tensor& queries, const at::Tensor& table, const at::Tensor& rows,
                    const at::Tensor& inverse, at::Tensor& grad_queries, at::Tensor& grad_table) {
   const int64_t tokens = rows.size(0), K = rows.size(1), catalogue = table.size(0), width = table.size(1);
-  const bool want_queries = grad_queries.numel() > 0, want_table = grad_table.numel() > 0;
-  int shift = 0;
-  while ((int64_t{2} << shift) * (width + 16) * 4 <= kBucketBytes) ++shift;
-  const int64_t buckets = want_table ? ((catalogue - 1) >> shift) + 1 : 0;
-  const int64_t threads = at::get_num_threads();
-  const int64_t parts = std::min<int64_t>(tokens, threads);
-  auto part_start = [&](int64_t part) { return tokens * part / parts; };
-
-  // positions[part, bucket]: where the next term goes; a part is a stretch of queries
-  std::vector<int64_t> positions(size_t(parts * buckets), 0), bucket_start(size_t(buckets + 1), 0);
-  std::unique_ptr<Term[]> terms;
+  const bool want_table = grad_table.numel() > 0;
   const Row* row_data = rows.const_data_ptr<Row>();
-  if (want_table) {
+  const float* norms = inverse.numel() ? inverse.const_data_ptr<float>() : nullptr;
+  int shift = 0;
+  while ((int64_t{2} << shift) * width * 4 <= kBucketBytes) ++shift;
+  const int64_t buckets = want_table ? ((catalogue - 1) >> shift) + 1 : 0;
+  const auto bucket_rows = [&](int64_t bucket) { return std::min(catalogue - (bucket << shift), int64_t{1} << shift); };
+
+  // Queries come in blocks whose terms stay in cache, but outnumber the rows that each block goes over again.
+  const int64_t block_pairs = want_table ? std::max(kBlockPairs, 2 * catalogue) : tokens * K;
+  const int64_t block_tokens = std::clamp<int64_t>(block_pairs / K, 1, tokens);
+  const int64_t parts = std::min<int64_t>(block_tokens, at::get_num_threads());
+  at::Tensor term_bytes = at::empty({want_table ? block_tokens * K * int64_t(sizeof(Term)) : 0}, at::kByte);
+  prefer_huge_pages(term_bytes);
+  Term* terms = want_table ? reinterpret_cast<Term*>(term_bytes.mutable_data_ptr<uint8_t>()) : nullptr;
+  std::vector<int64_t> next(size_t(parts * buckets)), bucket_start(size_t(buckets + 1));
+  std::vector<uint8_t> met(want_table && norms ? size_t(catalogue) : 0);
+  float* sums = want_table ? grad_table.mutable_data_ptr<float>() : nullptr;
+  if (want_table) prefer_huge_pages(grad_table);
+
+  const Backward<Row> f{grad.const_data_ptr<float>(), queries.const_data_ptr<float>(), table.const_data_ptr<float>(),
+                        row_data, norms, K, catalogue, width,
+                        grad_queries.numel() ? grad_queries.mutable_data_ptr<float>() : nullptr, shift, terms};
+  for (int64_t first = 0; first < tokens; first += block_tokens) {
+    const int64_t count = std::min(block_tokens, tokens - first);
+    const auto part_start = [&](int64_t part) { return first + count * part / parts; };  // a stretch of queries
+    if (want_table) {
+      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) {
+          int64_t* counts = next.data() + part * buckets;
+          std::fill(counts, counts + buckets, 0);
+          for (int64_t i = part_start(part) * K; i < part_start(part + 1) * K; ++i) ++counts[row_data[i] >> shift];
+        }
+      });
+      int64_t total = 0;  // counts become places: bucket by bucket, within a bucket part by part
+      for (int64_t bucket = 0; bucket < buckets; ++bucket) {
+        bucket_start[bucket] = total;
+        for (int64_t part = 0; part < parts; ++part) total += std::exchange(next[part * buckets + bucket], total);
+      }
+      bucket_start[buckets] = total;
+    }
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        int64_t* counts = positions.data() + part * buckets;
-        for (int64_t i = part_start(part) * K; i < part_start(part + 1) * K; ++i) ++counts[row_data[i] >> shift];
+        query_gradients(f, part_start(part), part_start(part + 1), next.data() + part * buckets);
       }
     });
-    int64_t total = 0;
-    for (int64_t bucket = 0; bucket < buckets; ++bucket) {
-      bucket_start[bucket] = total;
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t count = positions[part * buckets + bucket];
-        positions[part * buckets + bucket] = total;
-        total += count;
+    share_out(buckets, [&](int64_t bucket) {
+      const int64_t row = bucket << shift, here = bucket_rows(bucket);
+      float* bucket_sums = sums + row * width;
+      if (first == 0) std::fill(bucket_sums, bucket_sums + here * width, 0.0f);
+      const Bucket b{terms + bucket_start[bucket], bucket_start[bucket + 1] - bucket_start[bucket], f.queries, width,
+                     bucket_sums};
+      sum_bucket(b);
+      if (!norms) return;
+      for (int64_t i = 0; i < b.count; ++i) met[row + b.terms[i].row] = 1;
+      if (first + count == tokens) {
+        through_norm(f.table + row * width, norms + row, met.data() + row, here, width, bucket_sums);
       }
-    }
-    bucket_start[buckets] = total;
-    terms.reset(new Term[size_t(total)]);
+    });
   }
-
-  const float* inverse_data = inverse.numel() ? inverse.const_data_ptr<float>() : nullptr;
-  const Backward<Row> f{grad.const_data_ptr<float>(), queries.const_data_ptr<float>(), table.const_data_ptr<float>(),
-                        row_data, inverse_data, K, catalogue, width,
-                        want_queries ? grad_queries.mutable_data_ptr<float>() : nullptr, shift, terms.get()};
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      query_gradients(f, part_start(part), part_start(part + 1), positions.data() + part * buckets);
-    }
-  });
-  if (!want_table) return;
-
-  prefer_huge_pages(grad_table);
-  float* out = grad_table.mutable_data_ptr<float>();
-  std::atomic<int64_t> next_bucket{0};  // popular rows make buckets uneven: whoever is free takes the next one
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    std::vector<float> sums((size_t{1} << shift) * size_t(width + 16));
-    std::vector<uint8_t> touched(size_t{1} << shift);
-    for (int64_t bucket = next_bucket++; bucket < buckets; bucket = next_bucket++) {
-      const int64_t first = bucket << shift, last = std::min(first + (int64_t{1} << shift), catalogue);
-      sum_bucket({terms.get() + bucket_start[bucket], bucket_start[bucket + 1] - bucket_start[bucket], f.queries,
-                  f.table + first * width, inverse_data ? inverse_data + first : nullptr, last - first, width,
-                  sums.data(), out + first * width},
-                 touched.data());
-    }
-  });
 }
 
 std::tuple<at::Tensor, at::Tensor> backward_outputs(const at::Tensor& queries, const at::Tensor& table,

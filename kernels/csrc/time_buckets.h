@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -51,11 +52,8 @@ struct TimeBucketTable {
     return x;
   }
 
-  // The smallest integer whose float is at least x (a float >= 1): rounding to float may have moved it up to x.
-  static int64_t smallest_reaching(float x) {
-    const double below = value(bits(x) - 1);
-    return static_cast<int64_t>(std::min((below + x) / 2, 9.2e18));
-  }
+  // Halfway between a float x >= 1 and the float below it: the integers that round to x or more start here.
+  static double reaching(float x) { return (static_cast<double>(value(bits(x) - 1)) + x) / 2; }
 
   void build(const int64_t* thresholds, int64_t count, int mantissa_bits) {
     shift = 23 - mantissa_bits;
@@ -68,9 +66,11 @@ struct TimeBucketTable {
     start.assign(1, 0);
     steps = 0;
     for (uint32_t cell = lowest; cell <= highest; ++cell) {
-      const float from = value(cell << shift), to = value((cell + 1) << shift);
-      const int64_t largest = to >= 9.2e18f ? std::numeric_limits<int64_t>::max() : static_cast<int64_t>(to);
-      start.push_back(bucket(from >= 9.2e18f ? smallest_reaching(9.2e18f) : smallest_reaching(from)));
+      constexpr double limit = 9.2233720368547748e18;  // the largest double below 2^63
+      const double from = std::ceil(reaching(value(cell << shift))), to = std::floor(reaching(value((cell + 1) << shift)));
+      const int64_t smallest = static_cast<int64_t>(std::min(from, limit));
+      const int64_t largest = to >= limit ? std::numeric_limits<int64_t>::max() : static_cast<int64_t>(to);
+      start.push_back(bucket(smallest));
       steps = std::max(steps, bucket(largest) - start.back());
     }
   }

@@ -180,6 +180,13 @@ def test_oracle_is_calibrated_on_the_stream(tmp_path, repeats):
     mass = np.take_along_axis(scores, best, axis=1).sum(axis=1)
     hits = (best == items[:, -1:]).any(axis=1).sum()
     assert abs(hits - mass.sum()) < 4 * np.sqrt((mass * (1 - mass)).sum())
+    # Ranks that count half of the ties see no tie, so the ceiling is what an evaluator measures.
+    assert all(np.unique(row[row > 0]).size == (row > 0).sum() for row in scores)
+    ranks = 1 + (scores > target[:, None]).sum(axis=1) + ((scores == target[:, None]).sum(axis=1) - 1) / 2
+    assert (ranks <= 10).sum() == hits
+    generator = Generator(Options(**SMALL, repeats=repeats))
+    exact = generator.next_item(generator.make(rows.ordinals_R, 11))
+    np.testing.assert_allclose(scores, exact, rtol=60 * 2.0**-22 + 1e-6)
 
 
 def test_oracle_uses_nothing_of_the_target(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from gr import registry
@@ -35,10 +35,10 @@ class Source:
         raise NotImplementedError
 
 
-def source(name: str, settings: Sequence[str] = (), **given: Any) -> Source:
-    """The source ``name`` with options from ``key=value`` texts and keywords (None: not given)."""
+def make_source(name: str, given: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Source:
+    """The source ``name`` with the options ``given``, ``settings`` (``key=value`` texts) over them."""
     source_class = registry.resolve(registry.DATASETS, name, "dataset")
-    raw: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    raw = dict(given or {})
     for text in settings:
         raw = merge(raw, parse_override(text))
     return source_class(_validate(source_class.Options, raw, ""))

@@ -49,6 +49,7 @@ CHOICES = {
     "category of an item": "uniform, independent for every item",
 }
 _CHUNK_RECORDS = 1024
+_TIE_STEP = 2.0**-22
 
 
 class StreamOptions(Source.Options):
@@ -175,8 +176,11 @@ class Generator:
             counts_SR[slot_R, records] += 1
         return Records(items_LR.T, alpha_R, prior_SR, categories_SR, available_SR, counts_SR, decks_SRM)
 
-    def next_item(self, state: Records) -> np.ndarray:
-        """Predictive probabilities (R, I) float64 of every record's next action, given all about it but that draw."""
+    def next_item(self, state: Records, tie_step: float = 0.0) -> np.ndarray:
+        """Predictive probabilities (R, I) float64 of every record's next action, given all about it but that draw.
+
+        With ``tie_step`` the j-th of a category's equally probable items is lowered by the factor 1 - j * tie_step.
+        """
         slots, records = state.prior_SR.shape
         actions = state.items_RL.shape[1]
         category_SR = (state.alpha_R * state.prior_SR + state.counts_SR) / (state.alpha_R + actions)
@@ -194,7 +198,8 @@ class Generator:
                 positions = np.arange(left.start, left.stop)
                 if state.decks_SRM is not None:
                     positions = state.decks_SRM[slot, record, left]
-                probability[record, self.members_I[first + positions]] = item_SR[slot, record]
+                untied = 1 - tie_step * np.arange(len(positions))
+                probability[record, self.members_I[first + positions]] = item_SR[slot, record] * untied
         return probability
 
 
@@ -248,6 +253,10 @@ class Oracle:
 
     It knows a record's categories, prior, alpha, the items available and all actions before the target, but not the
     target's draw.  Its HR and NDCG are the ceiling of every model on the same stream.
+
+    All items of a category that may come next are equally probable, and ranks count half of the ties: some two hundred
+    tied items at the top would make the best scorer miss always.  So ties are broken, in an order that has nothing to
+    do with the target, by steps of 2^-22 (two to four float32 steps), too small to reorder anything that matters.
     """
 
     def __init__(self, dataset: SequenceDataset):
@@ -266,10 +275,10 @@ class Oracle:
         self.generator = Generator(self.options)
 
     def scores(self, batch: SequenceBatch) -> Tensor:
-        """(B, I) float32 probabilities of each record's last action.  ``batch.ordinals_B`` are record numbers; the
-        sequences end with the record's last action (which is not looked at) and may begin late.
+        """(B, I) float32 probabilities of each record's last action, ties broken.
 
-        Raises UserError if the actions before the target are not the end of the record's.
+        ``batch.ordinals_B`` are record numbers; the sequences end with the record's last action (which is not looked
+        at) and may begin late.  Raises UserError if the actions before the target are not the end of the record's.
         """
         import torch
 
@@ -277,7 +286,7 @@ class Oracle:
         steps = self.options.length - 1
         state = self.generator.make(records_B, steps)
         self._check(batch, state.items_RL)
-        probability = self.generator.next_item(state)
+        probability = self.generator.next_item(state, tie_step=_TIE_STEP)
         return torch.from_numpy(probability.astype(np.float32)).to(batch.items_T.device)
 
     @staticmethod

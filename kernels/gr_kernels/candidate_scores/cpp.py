@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from gr_kernels import native
+
+_NORMALIZE_ONCE = 4  # times a row is met on average, from which the table is normalised beforehand
 
 
 class _NativeScores(torch.autograd.Function):
@@ -49,6 +52,9 @@ def candidate_scores(
             f"candidate_scores: 'cpp' takes float32 on CPU, not {queries_TD.dtype} on {queries_TD.device}; "
             "use 'auto', 'dense' or 'gather'"
         )
+    if normalize_eps is not None and rows_TK.numel() >= _NORMALIZE_ONCE * table_ID.shape[0]:
+        # each row is met several times: a normalised copy of the table costs less than norms on the way
+        table_ID, normalize_eps = F.normalize(table_ID, dim=-1, eps=normalize_eps), None
     return _NativeScores.apply(
         queries_TD.contiguous(), table_ID.contiguous(), rows_TK.contiguous(), normalize_eps
     )

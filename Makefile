@@ -1,0 +1,65 @@
+# `make help` lists the targets.  Variables: VENV (folder of the environment), DEVICE (auto, cpu, cuda),
+# PYTHON (the interpreter to make the environment with), TESTS (what `make test` runs).
+VENV ?= .venv
+DEVICE ?= auto
+TESTS ?= tests
+PYTHON ?=
+export PYTHON
+
+PY = $(VENV)/bin/python
+STEP = @bash launch/setup_environment.sh
+DONE = @touch $@
+
+.PHONY: help setup setup-sharded train test check format clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '  %-20s %s\n' "$$a" "$$b"; done
+
+setup: $(VENV)/.gr ## the environment: Python packages, CPU or CUDA builds as the machine needs, compiled operators
+	@echo "[setup] ready: $(PY)"
+
+$(VENV)/.venv: launch/setup_environment.sh
+	$(STEP) venv $(VENV) $(DEVICE)
+	$(DONE)
+
+$(VENV)/.torch: launch/tested_set.txt | $(VENV)/.venv
+	$(STEP) torch $(VENV) $(DEVICE)
+	$(DONE)
+
+$(VENV)/.packages: pyproject.toml $(VENV)/.torch
+	$(STEP) packages $(VENV) $(DEVICE)
+	$(DONE)
+
+$(VENV)/.kernels: kernels/setup.py kernels/pyproject.toml $(wildcard kernels/csrc/*) $(VENV)/.torch | $(VENV)/.packages
+	$(STEP) kernels $(VENV) $(DEVICE)
+	$(DONE)
+
+$(VENV)/.gr: setup.py pyproject.toml $(VENV)/.packages $(VENV)/.kernels
+	$(STEP) gr $(VENV) $(DEVICE)
+	$(DONE)
+
+setup-sharded: setup ## also TorchRec and FBGEMM, for tables over many devices
+	$(STEP) sharded $(VENV) $(DEVICE)
+
+train: setup ## quickstart: makes a small synthetic stream, trains HSTU on it, ends with a table and a plot
+	@$(PY) launch/quickstart.py
+
+test: setup ## all tests (TESTS=tests/unit for some)
+	@$(PY) -m pytest $(TESTS)
+
+check: setup ## style, types, file sizes
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@large=$$(git ls-files -z 2>/dev/null | xargs -0 -I{} find {} -maxdepth 0 -type f -size +1024k 2>/dev/null); \
+	if [ -n "$$large" ]; then echo "error: files over 1 MiB don't belong in git: $$large" >&2; exit 1; fi
+	@echo "check: all good"
+
+format: setup ## rewrites the code in the project's style
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+clean: ## removes caches and builds; leaves runs/, data/ and the environment
+	@rm -rf build dist kernels/build .pytest_cache .mypy_cache .ruff_cache *.egg-info kernels/*.egg-info
+	@find gr kernels launch benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,139 @@
+"""Speed and peak memory of preparing a generated action log, over its size.
+
+    python benchmarks/data/prepare.py --actions 1e6 1e7 1e8
+
+Users and items are Zipf-distributed, rows in no order of user or time.  Each size is prepared in its own process,
+whose peak resident memory is taken: it must follow the chunk and the partition, not the number of actions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+FILE_ROWS = 2**23
+CHUNK_ROWS = 2**20
+RESULTS = Path(__file__).parents[1] / "results" / "data_prepare.json"
+
+CHILD = """
+import json, resource, sys, time
+from gr.data.sources.base import make_source
+source, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+start = time.perf_counter()
+dataset = make_source("log", options).prepare(source, out)
+seconds = time.perf_counter() - start
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({"seconds": seconds, "core_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024,
+    "actions": dataset.actions, "users": dataset.users, "items": dataset.items, "fingerprint": dataset.manifest.fingerprint}))
+"""
+IMPORT_ONLY = """
+import resource
+import gr.data.sources.log
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def generate(folder: Path, actions: int, users: int, items: int, text_ids: bool, seed: int = 0) -> None:
+    """Stream a log of ``actions`` rows (user, item, ts in seconds) to Parquet files."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    kind = pa.string() if text_ids else pa.int64()
+    schema = pa.schema([("user", kind), ("item", kind), ("ts", pa.int64())])
+    writer, in_file, files = None, 0, 0
+    for start in range(0, actions, CHUNK_ROWS):
+        rows = min(CHUNK_ROWS, actions - start)
+        if writer is None:
+            writer = pq.ParquetWriter(folder / f"part-{files:05d}.parquet", schema)
+        # the inverse of a power law's distribution function: id i is drawn with probability ~ 1/(i + 1)
+        item = np.exp(generator.random(rows) * np.log(items)).astype(np.int64) - 1
+        user = (generator.random(rows) ** 2 * users).astype(np.int64)
+        columns = [pa.array(user), pa.array(item), pa.array(generator.integers(1.4e9, 1.7e9, rows))]
+        if text_ids:
+            columns[:2] = [pa.array(np.char.add("u", user.astype(str))), pa.array(np.char.add("i", item.astype(str)))]
+        writer.write_table(pa.table(columns, schema=schema))
+        in_file += rows
+        if in_file >= FILE_ROWS or start + rows == actions:
+            writer.close()
+            writer, in_file, files = None, 0, files + 1
+
+
+def child(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--actions", type=float, nargs="+", default=[1e6, 1e7, 1e8])
+    parser.add_argument("--actions-per-user", type=int, default=50)
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--memory-mb", type=int, default=512)
+    parser.add_argument("--chunk-rows", type=int, default=2**20)
+    parser.add_argument("--text-ids", action="store_true", help="ids are strings")
+    parser.add_argument("--core", type=int, default=0, help="k of a k-core filter, 0 for none")
+    parser.add_argument("--scratch", help="folder for the generated logs and datasets (about 60 bytes an action)")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    options: dict = {
+        "columns": {"user": "user", "item": "item", "time": "ts"},
+        "memory_mb": args.memory_mb,
+        "chunk_rows": args.chunk_rows,
+    }
+    if args.core:
+        options["filter"] = {"mode": "core", "min_item_count": args.core, "min_user_count": args.core}
+    base = int(child(IMPORT_ONLY))
+    rows = []
+    for actions in map(int, args.actions):
+        work = Path(tempfile.mkdtemp(prefix="gr-prepare-", dir=args.scratch))
+        try:
+            start = time.perf_counter()
+            generate(work / "log", actions, max(actions // args.actions_per_user, 1), args.items, args.text_ids)
+            generated = time.perf_counter() - start
+            row = json.loads(child(CHILD, str(work / "log"), str(work / "out"), json.dumps(options)))
+            log_bytes = sum(f.stat().st_size for f in (work / "log").iterdir())
+        finally:
+            shutil.rmtree(work)
+        rows.append({"log_actions": actions, "log_bytes": log_bytes, "generating_seconds": generated, **row})
+        print(f"{actions:,} actions: {row['seconds']:.1f} s", file=sys.stderr, flush=True)
+    table = Table(title=f"prepare, chunk {args.chunk_rows:,} rows, partition {args.memory_mb} MiB")
+    for column in ("actions", "users", "items kept", "seconds", "actions/s", "a core-s", "peak MiB", "above imports"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['log_actions']:,}",
+            f"{row['users']:,}",
+            f"{row['items']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['log_actions'] / row['seconds']:,.0f}",
+            f"{row['log_actions'] / row['core_seconds']:,.0f}",
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+            f"{(row['peak_bytes'] - base) / 2**20:,.0f}",
+        )
+    Console().print(table)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("json", "scratch")}
+    machine = {"python": platform.python_version(), "pyarrow": pa.__version__, "processor": platform.machine()}
+    args.json.write_text(
+        json.dumps({"arguments": arguments, "machine": machine, "import_bytes": base, "rows": rows}, indent=1) + "\n"
+    )
+    print(f"written: {args.json} (own peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The published hyper-parameters, as gr's config and as the baseline's arguments, and the sequences to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr.config import RunConfig, from_dict
+from gr.data.dataset import SequenceDataset
+from gr.data.sequences import Sequences
+from gr.data.split import LeaveOneOut
+from gr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A row of the table of published settings (Zhai et al., ICML 2024); ``users``: how many are generated."""
+
+    name: str
+    items: int
+    length: int
+    dim: int
+    layers: int
+    heads: int
+    qk_dim: int
+    v_dim: int
+    negatives: int
+    dropout: float
+    users: int
+    batch: int = 128
+    temperature: float = 0.05
+
+    def baseline(self) -> dict[str, Any]:
+        """Arguments of PaddedHSTU."""
+        names = "items length dim layers heads qk_dim v_dim negatives dropout temperature"
+        return {name: getattr(self, name) for name in names.split()}
+
+
+ML_1M = Shape("ml-1m", 3883, 200, 50, 2, 1, 50, 50, 128, 0.2, users=6040)
+BOOKS = Shape("books", 695_762, 50, 64, 4, 4, 16, 16, 512, 0.5, users=20_000)
+SHAPES = {shape.name: shape for shape in (ML_1M, BOOKS)}
+
+# Actions of a user in MovieLens-1M: every twentieth of the 6,040 users, from the fewest to the most.
+ML_1M_LENGTHS = (
+    *(20, 23, 27, 32, 38, 44, 51, 60, 70, 81, 96),
+    *(109, 126, 148, 173, 208, 253, 309, 400, 556, 2314),
+)
+# Amazon Books after its filters: at least 5 actions, a mean near 14.5 and a heavy tail.
+BOOKS_LEAST, BOOKS_TAIL = 5, 1.45
+
+
+def config(shape: Shape, threads: int | None = None) -> RunConfig:
+    """gr's config of a shape."""
+    return from_dict(
+        {
+            "data": {"path": "unused", "max_length": shape.length},
+            "model": {
+                "dim": shape.dim,
+                "input": {"dropout": shape.dropout},
+                "encoder": {
+                    "name": "hstu",
+                    "layers": shape.layers,
+                    "heads": shape.heads,
+                    "qk_dim": shape.qk_dim,
+                    "v_dim": shape.v_dim,
+                    "dropout": shape.dropout,
+                },
+                "similarity": {"temperature": shape.temperature},
+            },
+            "objective": {"name": "sampled_softmax", "negatives": shape.negatives},
+            "optimizer": {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0},
+            "train": {"global_batch": shape.batch, "threads": threads},
+        }
+    )
+
+
+def read(path: Path) -> tuple[Sequences, int]:
+    """All sequences of a prepared dataset, and the size of its catalogue."""
+    dataset = SequenceDataset(path)
+    if not dataset.has_timestamps:
+        raise UserError(f"'{path}' has no timestamps, and the benchmark's model has a time bias: use ml-1m")
+    return dataset.read_rows(0, dataset.users), dataset.items
+
+
+def generate(shape: Shape, seed: int = 1) -> Sequences:
+    """Users with the published data's distribution of lengths, items of a skewed popularity and uneven times."""
+    rng = np.random.default_rng(seed)
+    uniform_R = rng.random(shape.users)
+    if shape.name == "books":
+        lengths_R = np.minimum(BOOKS_LEAST * (1 - uniform_R) ** (-1 / BOOKS_TAIL), 10_000)
+    else:
+        quantiles = np.linspace(0, 1, len(ML_1M_LENGTHS))
+        lengths_R = np.exp(np.interp(uniform_R, quantiles, np.log(ML_1M_LENGTHS)))
+    lengths_R = lengths_R.astype(np.int64)
+    offsets_R1 = np.concatenate([[0], np.cumsum(lengths_R)])
+    actions = int(offsets_R1[-1])
+    seconds_A = np.cumsum(np.exp(rng.uniform(0, np.log(1e6), actions)).astype(np.int64))
+    return Sequences(
+        users_R=np.arange(shape.users),
+        ordinals_R=np.arange(shape.users),
+        offsets_R1=offsets_R1,
+        items_A=(shape.items * rng.random(actions) ** 2).astype(np.int32),
+        timestamps_A=seconds_A,
+    )
+
+
+def training_samples(rows: Sequences, length: int) -> Sequences:
+    """What training sees: all but each user's last action, the latest ``length`` inputs and their targets."""
+    stop = LeaveOneOut(LeaveOneOut.Config(holdout=1)).train_stop(rows)
+    kept = np.flatnonzero(stop >= 2)
+    return rows.take(kept, np.maximum(stop[kept] - (length + 1), 0), stop[kept])
+
+
+def batches(samples: Sequences, size: int, seed: int = 1) -> Iterator[np.ndarray]:
+    """Rows of batch after batch, epoch after epoch, without end."""
+    if len(samples) < size:
+        raise UserError(f"the dataset has {len(samples)} users to train on, a batch needs {size}")
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(samples))
+        for start in range(0, len(samples) - size + 1, size):
+            yield order[start : start + size]

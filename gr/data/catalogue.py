@@ -1,0 +1,83 @@
+"""What is known of the items: files read, ids checked, joined to the numbered items."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gr.data.convert import plain, to_ids
+from gr.data.csv_files import csv_columns, read_csv
+from gr.data.files import find_files
+from gr.data.schema import CatalogueSchema
+from gr.errors import UserError, nearest
+
+RESERVED = ("item_id", "count")
+
+
+def read_catalogue(schema: CatalogueSchema, integer_ids: bool) -> pa.Table:
+    """``item_id`` (int64 or string, distinct) and the described columns (CSV: text)."""
+    parts = []
+    for file in find_files(schema.path):
+        if file.format == "parquet":
+            names = file.parquet().schema_arrow.names
+        else:
+            names = csv_columns(file, schema.csv)
+        wanted = [schema.item, *(c for c in (schema.columns or names) if c != schema.item)]
+        for column in wanted:
+            if column not in names:
+                raise UserError(f"'{file.name}' has no column '{column}': {nearest(column, names)}")
+        if file.format == "parquet":
+            table = file.parquet().read(columns=wanted)
+        else:
+            stream = read_csv(file, schema.csv, wanted)
+            batches = list(stream.batches)
+            if stream.malformed:
+                record, text, problem = stream.malformed[0]
+                raise UserError(f"'{file.name}', record {record}: {text!r} {problem}; correct the catalogue")
+            table = pa.table({c: pa.chunked_array([b.column(c) for b in batches], pa.binary()) for c in wanted})
+            table = _as_text(table, file.name)
+        parts.append(catalogue_table(table, schema.item, integer_ids, file.name))
+    table = pa.concat_tables(parts, promote_options="default")
+    _check_distinct(table, schema.path)
+    return table
+
+
+def catalogue_table(table: pa.Table, item: str, integer_ids: bool, name: str) -> pa.Table:
+    """``table`` with its column ``item`` checked and renamed to item_id, first."""
+    column = to_ids(plain(table[item].combine_chunks()), integer_ids, "item_ids")
+    if column.bad is not None and column.bad.any():
+        row = int(column.bad.argmax())
+        value = table[item][row].as_py()
+        problem = "the value is missing" if value is None else f"{value!r} {column.problem} as in the log"
+        raise UserError(f"'{name}', row {row}, column '{item}': {problem}; correct the catalogue")
+    others = {c: table[c] for c in table.column_names if c != item}
+    if clash := [c for c in others if c in RESERVED]:
+        raise UserError(f"'{name}' has a column '{clash[0]}', a name that gr gives: rename it or leave it out of columns")
+    return pa.table({"item_id": column.values, **others})
+
+
+def join(ids: pa.Array, counts: pa.Array, described: pa.Table | None) -> tuple[pa.Table, int]:
+    """The dataset's catalogue, in the order of ``ids``, and how many of the items are not described."""
+    columns: dict[str, pa.Array] = {"item_id": ids, "count": counts}
+    if described is None:
+        return pa.table(columns), 0
+    at = pc.index_in(ids, value_set=described["item_id"].combine_chunks())
+    for name in described.column_names:
+        if name != "item_id":
+            columns[name] = described[name].combine_chunks().take(at)
+    return pa.table(columns), at.null_count
+
+
+def _as_text(table: pa.Table, name: str) -> pa.Table:
+    try:
+        return table.cast(pa.schema([(c, pa.string()) for c in table.column_names]))
+    except pa.ArrowInvalid:
+        raise UserError(f"'{name}' is not UTF-8: set catalogue.csv.encoding, for example latin-1") from None
+
+
+def _check_distinct(table: pa.Table, name: str) -> None:
+    ids = table["item_id"]
+    if len(ids.unique()) < len(ids):
+        counted = ids.value_counts()
+        twice = counted.filter(pc.greater(counted.field("counts"), 1))
+        raise UserError(f"'{name}' lists item {twice[0]['values'].as_py()!r} more than once: leave one row of it")

@@ -1,0 +1,95 @@
+"""Files by path, glob, folder or URL (anything fsspec knows), in the order of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from gr.errors import UserError
+
+PARQUET = (".parquet", ".pq")
+TEXT = (".csv", ".tsv", ".txt", ".dat")
+COMPRESSED = (".gz", ".bz2", ".zst")
+READ_BUFFER = 2**20
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file; ``name`` is what messages call it."""
+
+    filesystem: Any
+    path: str
+    format: str
+
+    @property
+    def name(self) -> str:
+        return self.path if self.local else self.filesystem.unstrip_protocol(self.path)
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    @property
+    def size(self) -> int:
+        """Bytes, as stored."""
+        return int(self.filesystem.size(self.path) or 0)
+
+    def open(self) -> BinaryIO:
+        """The content, decompressed where the name says that it is compressed."""
+        return self.filesystem.open(self.path, "rb", compression="infer")
+
+    def parquet(self) -> pq.ParquetFile:
+        """Opened for streaming: column chunks are read through a small buffer, not whole."""
+        try:
+            source = self.path if self.local else self.filesystem.open(self.path, "rb")
+            return pq.ParquetFile(source, buffer_size=READ_BUFFER, pre_buffer=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"cannot read '{self.name}' as Parquet ({_first_line(error)}): check the file") from None
+
+
+def find_files(source: str, format: str = "auto") -> list[DataFile]:
+    """The files that ``source`` names, sorted by path; hidden ones and those that start with '_' are not data.
+
+    ``format``: parquet or csv; auto goes by the names.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        if any(c in path for c in "*?["):
+            paths: Sequence[str] = [p for p in filesystem.glob(path) if not filesystem.isdir(p)]
+        elif filesystem.isdir(path):
+            root = path.rstrip("/") + "/"
+            paths = [
+                p
+                for p in filesystem.find(path)
+                if not any(part.startswith(("_", ".")) for part in p.removeprefix(root).split("/"))
+                and _format_by_name(p) in (["parquet", "csv"] if format == "auto" else [format])
+            ]
+        else:
+            paths = [path] if filesystem.exists(path) else []
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"cannot open '{source}' ({_first_line(error)}): check the URL and its access") from None
+    if not paths:
+        raise UserError(f"no {'data' if format == 'auto' else format} file at '{source}': check the path or the glob")
+    files = [DataFile(filesystem, p, _format_by_name(p) if format == "auto" else format) for p in sorted(paths)]
+    if unknown := [f for f in files if not f.format]:
+        raise UserError(f"'{unknown[0].name}' is neither .parquet nor .csv by its name: set format to one of the two")
+    if len({f.format for f in files}) > 1:
+        raise UserError(f"'{source}' holds both Parquet and CSV files: set format, or name them by a glob")
+    return files
+
+
+def _format_by_name(path: str) -> str:
+    name = path.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return "parquet" if name.endswith(PARQUET) else "csv" if name.endswith(TEXT) else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,55 @@
+"""IdCodes: raw ids numbered as they come, chunk by chunk, and their canonical order.
+
+Memory: the distinct ids, and a hash table of them while a chunk is looked up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+class IdCodes:
+    """Codes 0, 1, ... of raw ids (int64 or string) in order of first appearance."""
+
+    def __init__(self) -> None:
+        self.ids: pa.Array | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.ids is None else len(self.ids)
+
+    def codes(self, column: pa.Array) -> np.ndarray:
+        """int32 codes (n) of the ids in ``column`` (n, no nulls); new ones get the next codes."""
+        encoded = column.dictionary_encode()
+        local = self._distinct(encoded.dictionary)
+        return local[encoded.indices.to_numpy()]
+
+    def _distinct(self, distinct: pa.Array) -> np.ndarray:
+        if self.ids is None:
+            self.ids = distinct
+            return np.arange(len(distinct), dtype=np.int32)
+        found = pc.index_in(distinct, value_set=self.ids)
+        if found.null_count == 0:
+            return found.to_numpy()
+        new = found.is_null()
+        codes = pc.fill_null(found, -1).to_numpy().copy()
+        is_new = new.to_numpy(zero_copy_only=False)
+        codes[is_new] = np.arange(len(self.ids), len(self.ids) + int(is_new.sum()))
+        self.ids = pa.concat_arrays([self.ids, distinct.filter(new)])
+        return codes
+
+    def order(self) -> np.ndarray:
+        """Codes sorted by raw id: integers numerically, strings by their UTF-8 bytes."""
+        assert self.ids is not None
+        return pc.sort_indices(self.ids).to_numpy().astype(np.int64)
+
+
+def numbering(codes: IdCodes, kept: np.ndarray) -> tuple[np.ndarray, pa.Array]:
+    """Rows for the kept codes, in the order of raw ids: (codes -> int32 row, -1 where not kept) and the ids by row."""
+    assert codes.ids is not None
+    order = codes.order()
+    order = order[kept[order]]
+    rows = np.full(len(codes), -1, dtype=np.int32)
+    rows[order] = np.arange(len(order), dtype=np.int32)
+    return rows, codes.ids.take(pa.array(order))

@@ -1,0 +1,293 @@
+"""LogReader: an action log (Parquet or CSV files) as a stream of checked tables.
+
+A checked table has the columns ``user`` and ``item`` (int64 or string), and where mapped ``time`` (int64 ticks),
+``action_type`` (int64 or string), ``value`` (float32) and ``field.NAME`` (int64, float64 or string); no nulls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gr.data import convert
+from gr.data.convert import Converted
+from gr.data.csv_files import SAMPLE_BYTES, csv_columns, line_of, read_csv
+from gr.data.files import COMPRESSED, DataFile, find_files
+from gr.data.quarantine import BadRow, Quarantine, refuse
+from gr.data.schema import TICKS_PER_SECOND, FieldColumn, IdType, LogSchema
+from gr.errors import UserError, nearest
+
+COMPRESSED_RATIO = 8  # a generous guess of how much smaller a compressed CSV is
+
+
+@dataclass(frozen=True)
+class LogTypes:
+    """Types that hold for the whole log, fixed before any of it is read.
+
+    ``unit``: of the ticks, one of TICKS_PER_SECOND; ``fractions``: times are seconds with decimals.
+    """
+
+    user_integer: bool
+    item_integer: bool
+    unit: str
+    fractions: bool
+    action_type_integer: bool
+
+    @property
+    def ticks_per_second(self) -> int:
+        return TICKS_PER_SECOND["us" if self.fractions else self.unit]
+
+
+class LogReader:
+    """Opens the log: finds the files, checks that each has the columns, fixes the types."""
+
+    def __init__(self, source: str, schema: LogSchema):
+        self.schema = schema
+        self.files = find_files(source, schema.format)
+        columns = schema.columns
+        extra = {n: FieldColumn(column=f) if isinstance(f, str) else f for n, f in columns.fields.items()}
+        self.fields: dict[str, FieldColumn] = extra
+        self.columns = {
+            "user": columns.user,
+            "item": columns.item,
+            **({"time": columns.time} if columns.time else {}),
+            **({"action_type": columns.action_type} if columns.action_type else {}),
+            **({"value": columns.value} if columns.value else {}),
+            **{f"field.{name}": spec.column for name, spec in extra.items()},
+        }
+        self.rows_read = 0
+        if self.files[0].format == "parquet":
+            self.types, self.estimated_rows = self._check_parquet()
+        else:
+            self.types, self.estimated_rows = self._check_csv()
+
+    @property
+    def has_times(self) -> bool:
+        return "time" in self.columns
+
+    @property
+    def ticks_per_second(self) -> int:
+        return self.types.ticks_per_second
+
+    def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
+        """Checked tables of at most ``chunk_rows`` rows, in the order of the files and of the rows in them."""
+        for file in self.files:
+            read = self._parquet_batches if file.format == "parquet" else self._csv_batches
+            for batch, locate in read(file, chunk_rows, quarantine):
+                self.rows_read += batch.num_rows
+                table = self._check(batch, file, locate, quarantine)
+                if table.num_rows:
+                    yield table
+
+    # -- types -----------------------------------------------------------------------------------------------------
+
+    def _check_parquet(self) -> tuple[LogTypes, int]:
+        rows, resolutions, first = 0, set(), None
+        for file in self.files:
+            parquet = file.parquet()
+            schema = parquet.schema_arrow
+            rows += parquet.metadata.num_rows
+            for role, column in self.columns.items():
+                if column not in schema.names:
+                    raise UserError(f"'{file.name}' has no column '{column}': {nearest(column, schema.names)}")
+                kind = schema.field(column).type
+                self._check_type(file, role, column, kind)
+                if role == "time" and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+                    resolutions.add(getattr(kind, "unit", "s"))
+            first = first or schema
+            parquet.close()
+        assert first is not None
+
+        def kind_of(role: str) -> pa.DataType:
+            kind = first.field(self.columns[role]).type
+            return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+        unit, fractions = self.schema.time_unit, False
+        if resolutions:
+            unit = max(resolutions, key=lambda r: TICKS_PER_SECOND[r])
+        elif self.has_times:
+            text = convert.is_text(kind_of("time"))
+            fractions = unit == "s" and pa.types.is_floating(kind_of("time"))
+            if unit == "iso" and not text:
+                raise UserError(
+                    f"'{self.files[0].name}', column '{self.columns['time']}': numbers, not text in time_unit 'iso'; "
+                    "set time_unit to s, ms, us or ns"
+                )
+        return LogTypes(
+            user_integer=_integer(self.schema.user_ids, convert.is_number(kind_of("user"))),
+            item_integer=_integer(self.schema.item_ids, convert.is_number(kind_of("item"))),
+            unit=unit,
+            fractions=fractions,
+            action_type_integer="action_type" in self.columns and convert.is_number(kind_of("action_type")),
+        ), rows
+
+    def _check_type(self, file: DataFile, role: str, column: str, kind: pa.DataType) -> None:
+        usable = convert.is_text(kind) or convert.is_number(kind)
+        if role == "time":
+            usable = usable or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+        elif role.startswith("field."):
+            usable = usable or pa.types.is_boolean(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+        if not usable:
+            raise UserError(
+                f"'{file.name}', column '{column}': type {kind} cannot be used as {role}; map another column"
+            )
+
+    def _check_csv(self) -> tuple[LogTypes, int]:
+        for file in self.files:
+            names = csv_columns(file, self.schema.csv)
+            for column in self.columns.values():
+                if column not in names:
+                    raise UserError(f"'{file.name}' has no column '{column}': {nearest(column, names)}")
+        sampled = next((f for f in self.files if self._sample(f).num_rows), self.files[0])
+        sample = self._sample(sampled)
+
+        def all_integers(role: str) -> bool:
+            text = sample.column(self.columns[role]).cast(pa.string(), safe=False)
+            values = [v for v in text.to_pylist() if v is not None]
+            return bool(values) and all(v.isascii() and _canonical_integer(v) for v in values)
+
+        fractions = self.has_times and self.schema.time_unit == "s" and _has_decimals(sample, self.columns["time"])
+        bytes_a_row = min(self._plain_size(sampled), SAMPLE_BYTES) / max(sample.num_rows, 1)
+        return LogTypes(
+            user_integer=_integer(self.schema.user_ids, all_integers("user")),
+            item_integer=_integer(self.schema.item_ids, all_integers("item")),
+            unit=self.schema.time_unit,
+            fractions=fractions,
+            action_type_integer="action_type" in self.columns and all_integers("action_type"),
+        ), int(sum(map(self._plain_size, self.files)) / max(bytes_a_row, 1)) + 1
+
+    @staticmethod
+    def _plain_size(file: DataFile) -> int:
+        """About how many bytes the file has, decompressed."""
+        return file.size * (COMPRESSED_RATIO if file.path.lower().endswith(COMPRESSED) else 1)
+
+    def _sample(self, file: DataFile) -> pa.RecordBatch:
+        stream = read_csv(file, self.schema.csv, list(self.columns.values()), SAMPLE_BYTES)
+        empty = pa.record_batch([pa.array([], pa.binary()) for _ in self.columns], names=list(self.columns.values()))
+        return next(stream.batches, empty)
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def _parquet_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine):
+        parquet = file.parquet()
+        stops = np.cumsum([parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)])
+        names = list(dict.fromkeys(self.columns.values()))
+        batches = parquet.iter_batches(batch_size=chunk_rows, columns=names, use_threads=False)
+        start = 0
+        while True:
+            try:
+                batch = next(batches, None)
+            except (OSError, pa.ArrowInvalid) as error:
+                group = int(np.searchsorted(stops, start, side="right"))
+                raise UserError(
+                    f"cannot read '{file.name}', row group {group} ({str(error).splitlines()[0].rstrip('.')}): "
+                    "the file is damaged; write it again or leave it out"
+                ) from None
+            if batch is None:
+                return
+
+            def locate(row: int, start: int = start) -> tuple[int | None, int]:
+                group = int(np.searchsorted(stops, start + row, side="right"))
+                return group, start + row - (int(stops[group - 1]) if group else 0)
+
+            yield batch, locate
+            start += batch.num_rows
+
+    def _csv_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine):
+        stream = read_csv(file, self.schema.csv, list(dict.fromkeys(self.columns.values())))
+        start = handled = 0
+        for batch in stream.batches:
+            handled = self._malformed(file, stream.malformed, handled, quarantine)
+            for first in range(0, batch.num_rows, chunk_rows):
+                base = start + first
+                yield (
+                    batch.slice(first, chunk_rows),
+                    lambda row, base=base: (None, stream.record(base + row)),
+                )
+            start += batch.num_rows
+        self._malformed(file, stream.malformed, handled, quarantine)
+
+    def _malformed(self, file: DataFile, records, handled: int, quarantine: Quarantine) -> int:
+        for record, text, problem in records[handled:]:
+            self.rows_read += 1
+            if quarantine.failing:
+                where = f"'{file.name}', line {line_of(file, self.schema.csv, record)}"
+                raise refuse(where, f"{text!r} {problem}", "")
+            quarantine.add(BadRow(file.name, None, record, None, problem, text), "wrong number of columns")
+        return len(records)
+
+    # -- checking --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _converters(self) -> dict[str, Callable[[pa.Array], Converted]]:
+        types = self.types
+        unit = "us" if types.fractions else types.unit
+        table: dict[str, Callable[[pa.Array], Converted]] = {
+            "user": lambda c: convert.to_ids(c, types.user_integer, "user_ids"),
+            "item": lambda c: convert.to_ids(c, types.item_integer, "item_ids"),
+            "time": lambda c: convert.to_ticks(c, unit, types.fractions),
+            "action_type": lambda c: convert.to_ids(c, types.action_type_integer, "the column's type"),
+            "value": convert.to_numbers,
+        }
+        for name, spec in self.fields.items():
+            table[f"field.{name}"] = lambda c, kind=spec.type: convert.to_field(c, kind)  # type: ignore[misc]
+        return table
+
+    def _check(
+        self, batch: pa.RecordBatch, file: DataFile, locate: Callable[[int], tuple[int | None, int]], quarantine: Quarantine
+    ) -> pa.Table:
+        checked: dict[str, Converted] = {
+            role: self._converters[role](batch.column(column)) for role, column in self.columns.items()
+        }
+        bad = np.zeros(batch.num_rows, dtype=bool)
+        for result in checked.values():
+            if result.bad is not None:
+                bad |= result.bad
+        table = pa.table({role: result.values for role, result in checked.items()})
+        if not bad.any():
+            return table
+        for row in np.flatnonzero(bad).tolist():
+            self._bad_row(batch, row, file, locate, checked, quarantine)
+        return table.filter(pa.array(~bad))
+
+    def _bad_row(self, batch, row: int, file: DataFile, locate, checked: dict[str, Converted], quarantine) -> None:
+        role = next(r for r, result in checked.items() if result.bad is not None and result.bad[row])
+        column, result = self.columns[role], checked[role]
+        value = _readable(batch.column(column)[row].as_py())
+        missing = value is None or value != value
+        problem = "the value is missing" if missing else f"{value!r} {result.problem}"
+        group, number = locate(row)
+        if quarantine.failing:
+            place = f"row group {group}, row {number}" if group is not None else (
+                f"line {line_of(file, self.schema.csv, number)}"
+            )
+            raise refuse(f"'{file.name}', {place}, column '{column}'", problem, "" if missing else result.fix)
+        record = {c: _readable(batch.column(c)[row].as_py()) for c in dict.fromkeys(self.columns.values())}
+        kind = f"{column}: " + ("missing" if missing else result.problem)
+        quarantine.add(
+            BadRow(file.name, group, number, column, problem, json.dumps(record, default=str, ensure_ascii=False)), kind
+        )
+
+
+def _integer(wanted: IdType, found: bool) -> bool:
+    return found if wanted == "auto" else wanted == "integer"
+
+
+def _canonical_integer(text: str) -> bool:
+    """Whether an integer would be written back as the same text: '007' is not."""
+    digits = text.removeprefix("-")
+    return digits.isdigit() and len(digits) < 19 and (digits[0] != "0" or text == "0")
+
+
+def _has_decimals(sample: pa.RecordBatch, column: str) -> bool:
+    return any(v is not None and b"." in v for v in sample.column(column).to_pylist())
+
+
+def _readable(value: Any) -> Any:
+    return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else value

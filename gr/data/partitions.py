@@ -1,0 +1,204 @@
+"""PartitionStore: the log cut by user hash, on disk; and grouping: a partition's actions by user, in time order.
+
+Shapes: R users of a partition, A their actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gr.data.hashing import hash_ids
+from gr.errors import UserError
+
+MAX_BITS = 9
+"""At most 512 partitions: so many files are open at once."""
+
+
+class PartitionStore:
+    """Partition p holds the actions of the users whose hash64 has the high bits p, in the log's order.
+
+    One partition (``bits`` 0) stays in memory, more are Arrow files in ``folder``.
+    """
+
+    def __init__(self, folder: Path, bits: int):
+        self.bits, self.folder = bits, folder
+        self._writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
+        self._files: list[pa.OSFile] = []
+        self._memory: list[pa.Table] = []
+        if bits:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def partitions(self) -> int:
+        return 1 << self.bits
+
+    def add(self, table: pa.Table) -> None:
+        """Append actions (column ``user`` holds raw ids) in the log's order."""
+        if not self.bits:
+            self._memory.append(table)
+            return
+        part = (hash_column(table["user"]) >> np.uint64(64 - self.bits)).astype(np.uint16)
+        order = np.argsort(part, kind="stable")
+        table = table.take(pa.array(order)).combine_chunks()
+        stops = np.cumsum(np.bincount(part, minlength=self.partitions)).tolist()
+        for p, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
+            if stop > start:
+                self._writer(p, table.schema).write_table(table.slice(start, stop - start))
+
+    def close(self) -> None:
+        """No more actions will come."""
+        for writer in self._writers.values():
+            writer.close()
+        for file in self._files:
+            file.close()
+        self._writers, self._files = {}, []
+
+    def read(self, partition: int) -> pa.Table | None:
+        """A partition's actions, None if it has none."""
+        if not self.bits:
+            if len(self._memory) > 1:
+                self._memory = [pa.concat_tables(self._memory).combine_chunks()]
+            return self._memory[0] if self._memory else None
+        path = self._path(partition)
+        if not path.exists():
+            return None
+        with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            return stream.read_all().combine_chunks()
+
+    def replace(self, partition: int, table: pa.Table) -> None:
+        """Put ``table`` in the place of a partition's actions."""
+        if not self.bits:
+            self._memory = [table]
+            return
+        with pa.OSFile(str(self._path(partition)), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+
+    def _path(self, partition: int) -> Path:
+        return self.folder / f"{partition:04d}.arrow"
+
+    def _writer(self, partition: int, schema: pa.Schema) -> pa.ipc.RecordBatchStreamWriter:
+        if partition not in self._writers:
+            file = pa.OSFile(str(self._path(partition)), "wb")
+            self._files.append(file)
+            self._writers[partition] = pa.ipc.new_stream(file, schema)
+        return self._writers[partition]
+
+
+def choose_bits(rows: int, row_bytes: int, memory_mb: int, partitions: int | None) -> int:
+    """log2 of the number of partitions: each is to be worked on in ``memory_mb`` MiB."""
+    if partitions is not None:
+        bits = partitions.bit_length() - 1
+        if partitions != 1 << bits or bits > MAX_BITS:
+            raise UserError(f"partitions is {partitions}: give a power of two up to {1 << MAX_BITS}")
+        return bits
+    needed = -(-rows * row_bytes // (memory_mb << 20))
+    bits = max(needed - 1, 0).bit_length()
+    if bits > MAX_BITS:
+        least = -(-rows * row_bytes // (1 << MAX_BITS)) >> 20
+        raise UserError(f"memory_mb {memory_mb} is too little for about {rows:,} actions: set it to {least + 1} or more")
+    return bits
+
+
+def hash_column(users: pa.ChunkedArray) -> np.ndarray:
+    """hash64 (n, uint64) of a column of raw ids; text is hashed once for each distinct id."""
+    if pa.types.is_integer(users.type):
+        return hash_ids(users.to_numpy())
+    encoded = users.combine_chunks().dictionary_encode()
+    return hash_ids(encoded.dictionary.to_numpy(zero_copy_only=False))[encoded.indices.to_numpy()]
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """R users in the order of (hash64, id), their A actions in time order.
+
+    users_R: raw ids.  offsets_R1: int64.  columns: the other columns (A) by name.
+    """
+
+    users_R: pa.Array
+    offsets_R1: np.ndarray
+    columns: dict[str, pa.Array]
+
+    @property
+    def lengths_R(self) -> np.ndarray:
+        return np.diff(self.offsets_R1)
+
+    @property
+    def items_A(self) -> np.ndarray:
+        return self.columns["item"].to_numpy()
+
+    def table(self) -> pa.Table:
+        repeated = np.repeat(np.arange(len(self.users_R)), self.lengths_R)
+        return pa.table({"user": self.users_R.take(pa.array(repeated)), **self.columns})
+
+    def filter(self, keep_A: np.ndarray) -> Grouped:
+        """The kept actions (A, bool); users stay, perhaps with none."""
+        kept = np.concatenate([[0], np.cumsum(keep_A)])
+        mask = pa.array(keep_A)
+        return Grouped(self.users_R, kept[self.offsets_R1], {k: v.filter(mask) for k, v in self.columns.items()})
+
+    def filter_users(self, keep_R: np.ndarray) -> Grouped:
+        """The kept users (R, bool) and their actions."""
+        lengths = self.lengths_R
+        mask = pa.array(np.repeat(keep_R, lengths))
+        offsets = np.concatenate([[0], np.cumsum(lengths[keep_R])])
+        return Grouped(
+            self.users_R.filter(pa.array(keep_R)), offsets, {k: v.filter(mask) for k, v in self.columns.items()}
+        )
+
+
+def group(table: pa.Table) -> Grouped:
+    """Sort a partition's actions by (hash64(user), user, time, order in the table)."""
+    encoded = table["user"].combine_chunks().dictionary_encode()
+    users = encoded.dictionary
+    hashes = hash_ids(users.to_numpy(zero_copy_only=False))
+    by_hash = pc.sort_indices(
+        pa.table({"hash": hashes, "id": users}), sort_keys=[("hash", "ascending"), ("id", "ascending")]
+    ).to_numpy()
+    rank = np.empty(len(users), dtype=np.int64)
+    rank[by_hash] = np.arange(len(users))
+    rank_A = rank[encoded.indices.to_numpy()]
+    order = pa.array(_order(rank_A, table["time"].to_numpy() if "time" in table.column_names else None, len(users)))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(rank_A, minlength=len(users)))])
+    columns = {n: table[n].combine_chunks().take(order) for n in table.column_names if n != "user"}
+    return Grouped(users.take(pa.array(by_hash)), offsets, columns)
+
+
+def grouped_before(table: pa.Table) -> Grouped:
+    """What :func:`group` gave, from its ``table()``."""
+    user = table["user"].combine_chunks()
+    changes = pc.not_equal(user[1:], user[:-1]).to_numpy(zero_copy_only=False)
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    columns = {n: table[n].combine_chunks() for n in table.column_names if n != "user"}
+    return Grouped(user.take(pa.array(starts)), np.concatenate([starts, [len(user)]]), columns)
+
+
+def duplicates(grouped: Grouped) -> np.ndarray:
+    """(A, bool) actions that repeat an earlier one of the same user, item and time."""
+    times, items = grouped.columns["time"].to_numpy(), grouped.items_A
+    user = np.repeat(np.arange(len(grouped.users_R)), grouped.lengths_R)
+    tied = np.zeros(len(times), dtype=bool)
+    tied[1:] = (times[1:] == times[:-1]) & (user[1:] == user[:-1])
+    tied[:-1] |= tied[1:]
+    rows = np.flatnonzero(tied)  # only these can repeat: sorting them is cheap
+    order = rows[np.lexsort((items[rows], times[rows], user[rows]))]  # stable: repeats stay in original order
+    again = np.zeros(len(times), dtype=bool)
+    a, b = order[1:], order[:-1]
+    again[a[(items[a] == items[b]) & (times[a] == times[b]) & (user[a] == user[b])]] = True
+    return again
+
+
+def _order(rank_A: np.ndarray, time_A: np.ndarray | None, users: int) -> np.ndarray:
+    """Stable order by (rank, time)."""
+    if time_A is None or not len(time_A):
+        return np.argsort(rank_A, kind="stable")
+    first = int(time_A.min())
+    time_bits = (int(time_A.max()) - first).bit_length()
+    if time_bits + users.bit_length() <= 63:  # both in one key: one sort instead of two
+        return np.argsort((rank_A << time_bits) | (time_A - first), kind="stable")
+    order = np.argsort(time_A, kind="stable")
+    return order[np.argsort(rank_A[order], kind="stable")]

@@ -1,0 +1,42 @@
+"""``log``: your own action log, described by a schema file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gr.data.catalogue import read_catalogue
+from gr.data.dataset import SequenceDataset
+from gr.data.log import LogReader
+from gr.data.prepare import prepare
+from gr.data.progress import Progress
+from gr.data.schema import LogSchema, Preparation
+from gr.data.sources.base import QUIET, Source
+from gr.errors import UserError
+
+
+class ActionLog(Source):
+    """Parquet or CSV files with the columns that the schema maps."""
+
+    name = "log"
+
+    class Options(LogSchema, Preparation):
+        pass
+
+    def prepare(
+        self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET
+    ) -> SequenceDataset:
+        if source is None:
+            raise UserError("a log is read from somewhere: give --source a file, a glob, a folder or a URL")
+        options = self.options
+        reader = LogReader(source, options)
+        catalogue = options.catalogue
+        return prepare(
+            reader,
+            out,
+            Path(out).name,
+            options,
+            described=None if catalogue is None else lambda integer: read_catalogue(catalogue, integer),
+            overwrite=overwrite,
+            progress=progress,
+            provenance={"source": source, "options": options.model_dump(mode="json")},
+        )

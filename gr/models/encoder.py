@@ -1,0 +1,69 @@
+"""What every sequence encoder is, and the attention call they share.
+
+Shapes: T actions in the batch, D model width, H heads, Q query/key width per head, V value width per head.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from gr.errors import UserError
+from gr.models.layout import JaggedLayout
+from gr_kernels.hstu_attention import AttentionMask, hstu_attention
+from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
+
+
+class Encoder(Protocol):
+    """(T, D) vectors of jagged sequences -> (T, D).  No row depends on another sequence's rows.
+
+    ``uses_times``: whether the layout must carry times.
+    """
+
+    uses_times: bool
+
+    def __call__(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor: ...
+
+
+def attention_kernel(kernels: str) -> str:
+    """The attention's implementation for the config key train.kernels: ``kernels`` where it has one, else auto."""
+    return kernels if kernels in {implementation.name for implementation in IMPLEMENTATIONS} else "auto"
+
+
+def softmax_attention(
+    q_THQ: Tensor,
+    k_THQ: Tensor,
+    v_THV: Tensor,
+    layout: JaggedLayout,
+    *,
+    causal: bool,
+    dropout: float,
+    dropout_key: int,
+    implementation: str,
+) -> Tensor:
+    """Scaled dot-product attention inside each sequence, (T, H, V): softmax(q . k / sqrt(Q)) v."""
+    return hstu_attention(
+        q_THQ,
+        k_THQ,
+        v_THV,
+        layout.offsets_B1,
+        max_length=layout.max_length,
+        scale=q_THQ.shape[-1] ** -0.5,
+        divisor=1.0,
+        activation="softmax",
+        mask=AttentionMask(causal=causal),
+        dropout=dropout,
+        dropout_key=dropout_key,
+        implementation=implementation,
+    )
+
+
+def head_width(dim: int, heads: int, what: str) -> int:
+    """dim / heads, or a UserError when it does not divide."""
+    if dim % heads:
+        raise UserError(
+            f"model.dim={dim} cannot be shared by {heads} heads of {what}: choose model.encoder.heads "
+            "that divides it"
+        )
+    return dim // heads

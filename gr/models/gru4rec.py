@@ -1,0 +1,65 @@
+"""GRU4Rec: a gated recurrent unit over the sequence (Hidasi et al., ICLR 2016, arXiv 1511.06939).
+
+Shapes: B sequences, T actions in the batch, N longest sequence, D model width, R hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from gr.config import FRACTION, POSITIVE, ComponentConfig
+from gr.models import init
+from gr.models.dropout import dropout
+from gr.models.layers import Linear
+from gr.models.layout import JaggedLayout
+
+
+class GRU4Rec(nn.Module):
+    class Config(ComponentConfig):
+        """hidden: R; where it is not D, a linear layer leads back.  dropout: after every GRU layer."""
+
+        name: Literal["gru4rec"] = "gru4rec"
+        layers: POSITIVE = 1
+        hidden: POSITIVE = 64
+        dropout: FRACTION = 0.0
+
+    def __init__(self, config: Config, dim: int, max_length: int, kernels: str = "auto") -> None:
+        super().__init__()
+        self.uses_times = False
+        self.dropout = config.dropout
+        between = config.dropout if config.layers > 1 else 0.0
+        self.gru = nn.GRU(dim, config.hidden, config.layers, dropout=between)
+        self.output = Linear(config.hidden, dim, init.xavier_uniform) if config.hidden != dim else None
+
+    def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        # torch's GRU wants a step at least: for an empty batch it runs over one row of zeros, taken off again
+        lengths = layout.lengths if layout.rows else (1,)
+        x_TD = x_TD if layout.rows else F.pad(x_TD, (0, 0, 0, 1))
+        order_T, batch_sizes_N = packing(lengths)
+        order_T = order_T.to(x_TD.device, non_blocking=True)
+        packed_TR = self.gru(PackedSequence(x_TD.index_select(0, order_T), batch_sizes_N))[0].data
+        back_T = torch.empty_like(order_T).scatter_(
+            0, order_T, torch.arange(len(order_T), device=x_TD.device)
+        )
+        out_TR = packed_TR.index_select(0, back_T)[: layout.rows]
+        out_TR = dropout(out_TR, self.dropout, self.training)
+        return out_TR if self.output is None else self.output(out_TR)
+
+
+def packing(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """How jagged rows become a PackedSequence: (order_T, batch_sizes_N), on the CPU, where torch wants the sizes.
+
+    Packed row p is row order_T[p]: all first rows, longest sequence first, then all second rows, and so on;
+    batch_sizes_N says how many sequences have a first, second ... row.
+    """
+    lengths_B = torch.tensor(lengths, dtype=torch.int64)
+    starts_B = lengths_B.cumsum(0) - lengths_B
+    longest_first = torch.argsort(lengths_B, descending=True, stable=True)
+    present_NB = torch.arange(int(lengths_B.max()))[:, None] < lengths_B[longest_first]
+    rows_NB = torch.arange(present_NB.shape[0])[:, None] + starts_B[longest_first]
+    return rows_NB[present_NB], present_NB.sum(1)

@@ -1,0 +1,111 @@
+"""HSTU: hierarchical sequential transduction units (Zhai et al., ICML 2024, arXiv 2402.17152).
+
+The layer behind the paper's public tables ("research" layer):
+
+    x' = LN(x)                              no affine, eps 1e-6
+    u, v, q, k = SiLU(x' W)                 no bias
+    A_ij = SiLU(q_i . k_j + b_ij) / N       for j <= i; N is a constant of the model
+    y = dropout(u * LN(concat_h sum_j A_ij v_j))
+    x <- x + y W_o + b_o
+
+with b_ij = w_pos[i - j] + w_time[bucket(t_{i+1} - t_j)], one table of each a layer, shared by the heads.
+
+Shapes: T actions in the batch, D model width, H heads, Q query/key width per head, V value width per head.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gr.config import FRACTION, POSITIVE, ComponentConfig
+from gr.models import init
+from gr.models.dropout import dropout
+from gr.models.encoder import attention_kernel
+from gr.models.layers import Linear
+from gr.models.layout import JaggedLayout
+from gr_kernels.counter_random import derive_key
+from gr_kernels.hstu_attention import RelativeBias, TimeBuckets, hstu_attention
+
+EPS = 1e-6
+INIT_STD = 0.02
+# The public code's N is the longest input plus ten places for generated items plus one
+EXTRA_LENGTH = 11
+BUCKETS = TimeBuckets("log", 129, 0.301)
+
+
+class HSTU(nn.Module):
+    """A stack of HSTU layers, causal, without a final norm."""
+
+    class Config(ComponentConfig):
+        """divisor: N, by default max_length + 11.  activation softmax: softmax(q.k / sqrt(Q) + b) instead of
+        SiLU(...)/N.  dropout: of the gated output; attention_dropout: of the weights A."""
+
+        name: Literal["hstu"] = "hstu"
+        layers: POSITIVE = 2
+        heads: POSITIVE = 1
+        qk_dim: POSITIVE = 50
+        v_dim: POSITIVE = 50
+        dropout: FRACTION = 0.2
+        attention_dropout: FRACTION = 0.0
+        activation: Literal["silu", "softmax"] = "silu"
+        relative_position: bool = True
+        relative_time: bool = True
+        divisor: Annotated[float, Field(gt=0)] | None = None
+
+    def __init__(self, config: Config, dim: int, max_length: int, kernels: str = "auto") -> None:
+        super().__init__()
+        self.uses_times = config.relative_time
+        self.layers = nn.ModuleList(
+            HSTULayer(config, dim, max_length, layer, kernels) for layer in range(config.layers)
+        )
+
+    def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        for layer in self.layers:
+            x_TD = layer(x_TD, layout)
+        return x_TD
+
+
+class HSTULayer(nn.Module):
+    def __init__(self, config: HSTU.Config, dim: int, max_length: int, layer: int, kernels: str) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.implementation = attention_kernel(kernels)
+        self.scale = 1.0 if config.activation == "silu" else config.qk_dim**-0.5
+        self.divisor = config.divisor or float(max_length + EXTRA_LENGTH)
+        values, keys = config.heads * config.v_dim, config.heads * config.qk_dim
+        self.widths = [values, values, keys, keys]
+        self.uvqk = Linear(dim, sum(self.widths), init.normal(INIT_STD), None)
+        self.output = Linear(values, dim, init.xavier_uniform)
+        self.position_bias = nn.Parameter(torch.empty(max_length)) if config.relative_position else None
+        self.time_bias = nn.Parameter(torch.empty(BUCKETS.count)) if config.relative_time else None
+
+    def initialisers(self) -> dict[str, init.Initialiser]:
+        return {"position_bias": init.normal(INIT_STD), "time_bias": init.normal(INIT_STD)}
+
+    def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        config = self.config
+        normed_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=EPS)
+        u, v, q, k = F.silu(self.uvqk(normed_TD)).split(self.widths, dim=-1)
+        attended_THV = hstu_attention(
+            q.unflatten(-1, (config.heads, config.qk_dim)),
+            k.unflatten(-1, (config.heads, config.qk_dim)),
+            v.unflatten(-1, (config.heads, config.v_dim)),
+            layout.offsets_B1,
+            max_length=layout.max_length,
+            scale=self.scale,
+            divisor=self.divisor,
+            activation=config.activation,
+            bias=RelativeBias(
+                self.position_bias, self.time_bias, layout.query_times_T, layout.key_times_T, BUCKETS
+            ),
+            dropout=config.attention_dropout if self.training else 0.0,
+            dropout_key=derive_key(layout.dropout_key, self.layer),
+            implementation=self.implementation,
+        )
+        gated = u * F.layer_norm(attended_THV.flatten(1), u.shape[-1:], eps=EPS)
+        return x_TD + self.output(dropout(gated, config.dropout, self.training))

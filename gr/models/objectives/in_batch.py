@@ -1,0 +1,83 @@
+"""In-batch softmax, corrected for popularity: the targets of the whole global batch are everyone's candidates.
+
+    loss = log(exp c_y + sum_{g: r_g != y} exp c_g) - c_y,    c_i = s_i - log p_i
+
+p_i, the share of item i in the training targets, is the probability that it turns up as a candidate (Yi et al.,
+RecSys 2019, "Sampling-bias-corrected neural modeling", eq. 3: the correction lowers the target's score too).
+Candidates equal to the target are masked, so that it counts once.
+
+Shapes: S targets, G targets of the global batch, I catalogue size, R candidate rows, C queries of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from gr.config import ComponentConfig
+from gr.models.objectives.negatives import popularity
+from gr.models.similarity import Similarity
+from gr.models.step import StepContext
+from gr.models.tasks import Supervision
+
+MAX_SCORES = 1 << 24  # scores that exist at once
+
+
+class InBatchDebiased(nn.Module):
+    needs_global_targets = True
+    log_p_I: Tensor
+
+    class Config(ComponentConfig):
+        """logq: correct for popularity; without it the plain in-batch softmax."""
+
+        name: Literal["in_batch"] = "in_batch"
+        logq: bool = True
+
+    def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
+        super().__init__()
+        self.similarity = similarity
+        self.items = items
+        log_p_I = popularity(item_counts)[1].log() if config.logq else torch.zeros(items)
+        self.register_buffer("log_p_I", log_p_I, persistent=False)
+
+    def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
+        """The sum of the losses of the S targets: a float32 scalar."""
+        if step.candidates_G is None:
+            raise ValueError("in_batch needs StepContext.candidates_G: the targets of the global batch")
+        rows, bias_R = self._candidates(step.candidates_G)
+        targets_S = supervision.targets_S
+        chunk = max(1, MAX_SCORES // max(1, len(rows)))
+        total = queries_SD.new_zeros((), dtype=torch.float32)
+        # one chunk at least, so that an empty batch has its zero gradients; scores are formed again in backward
+        for start in range(0, max(1, len(targets_S)), chunk):
+            part = slice(start, start + chunk)
+            total = total + checkpoint(
+                self._loss, queries_SD[part], targets_S[part], rows, bias_R, use_reentrant=False
+            )
+        return total
+
+    def _candidates(self, candidates_G: Tensor) -> tuple[Tensor | range, Tensor]:
+        """Candidate rows and what is added to their scores.
+
+        When the batch has more candidates than the catalogue has items, each item stands once, with the log of
+        its number of occurrences added: the same sum, fewer scores.
+        """
+        if len(candidates_G) <= self.items:
+            return candidates_G, -self.log_p_I[candidates_G]
+        counts_I = torch.zeros(self.items, dtype=torch.int64, device=candidates_G.device)
+        counts_I.index_add_(0, candidates_G, torch.ones_like(candidates_G))
+        return range(self.items), counts_I.log() - self.log_p_I
+
+    def _loss(self, queries_CD: Tensor, targets_C: Tensor, rows: Tensor | range, bias_R: Tensor) -> Tensor:
+        targets_C1 = targets_C[:, None]
+        ids_R = torch.arange(self.items, device=targets_C.device) if isinstance(rows, range) else rows
+        others_CR = (self.similarity.scores(queries_CD, rows) + bias_R).masked_fill(
+            ids_R == targets_C1, -torch.inf
+        )
+        target_C1 = self.similarity.scores(queries_CD, targets_C1) - self.log_p_I[targets_C1]
+        logits = torch.cat([target_C1, others_CR], dim=1)
+        return F.cross_entropy(logits, torch.zeros_like(targets_C), reduction="sum")

@@ -1,0 +1,68 @@
+"""Losses of the target against single negatives.
+
+    BCE: -log sigmoid(s_y) - sum_k log sigmoid(-s_k)        (SASRec, arXiv 1808.09781, with one negative)
+    BPR: -sum_k log sigmoid(s_y - s_k)                      (Rendle et al., UAI 2009, arXiv 1205.2618)
+
+A negative equal to the target counts nothing.
+
+Shapes: S targets, K negatives, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gr.config import POSITIVE, ComponentConfig
+from gr.models.objectives.negatives import NegativeSampler
+from gr.models.similarity import Similarity
+from gr.models.step import StepContext
+from gr.models.tasks import Supervision
+
+
+class _Pairwise(nn.Module):
+    needs_global_targets = False
+
+    class Config(ComponentConfig):
+        """negatives: K of each target, drawn with replacement."""
+
+        negatives: POSITIVE = 1
+        sampling: Literal["uniform", "popularity"] = "uniform"
+
+    def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.similarity = similarity
+        self.sampler = NegativeSampler(config.sampling, items, item_counts)
+
+    def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
+        """The sum of the losses of the S targets: a float32 scalar."""
+        rows = self.sampler.own(step.key, supervision, self.config.negatives)  # (S, 1 + K), the target first
+        scores = self.similarity.scores(queries_SD, rows)
+        return self.loss(scores[:, :1], scores[:, 1:], rows[:, 1:] != rows[:, :1])
+
+    def loss(self, positives_S1: Tensor, negatives_SK: Tensor, counts_SK: Tensor) -> Tensor:
+        """``counts_SK``: whether a negative counts (it is another item than the target)."""
+        raise NotImplementedError
+
+
+class BCE(_Pairwise):
+    """Binary cross-entropy of the target (1) and its negatives (0)."""
+
+    class Config(_Pairwise.Config):
+        name: Literal["bce"] = "bce"
+
+    def loss(self, positives_S1: Tensor, negatives_SK: Tensor, counts_SK: Tensor) -> Tensor:
+        return F.softplus(-positives_S1).sum() + (F.softplus(negatives_SK) * counts_SK).sum()
+
+
+class BPR(_Pairwise):
+    """Bayesian personalised ranking: the target above each negative."""
+
+    class Config(_Pairwise.Config):
+        name: Literal["bpr"] = "bpr"
+
+    def loss(self, positives_S1: Tensor, negatives_SK: Tensor, counts_SK: Tensor) -> Tensor:
+        return (F.softplus(negatives_SK - positives_S1) * counts_SK).sum()

@@ -1,0 +1,95 @@
+"""SASRec: self-attentive sequential recommendation (Kang and McAuley, ICDM 2018, arXiv 1808.09781).
+
+By default the variant that the HSTU paper compares with:
+
+    Q = LN(x)                                no affine, eps 1e-8
+    z = LN(Q + MHA(Q, x, x))
+    x = z + dropout(W2 dropout(ReLU(W1 z)))
+
+With ``affine_norms`` and ``final_norm`` the original authors' layer.  The convolutions of width 1 of the public
+codes are written as the linear layers they are.
+
+Shapes: T actions in the batch, D model width, H heads, Q width per head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor, nn
+
+from gr.config import FRACTION, POSITIVE, ComponentConfig
+from gr.models import init
+from gr.models.encoder import attention_kernel, head_width, softmax_attention
+from gr.models.layers import FeedForward, Linear
+from gr.models.layout import JaggedLayout
+from gr_kernels.counter_random import derive_key
+
+EPS = 1e-8
+
+
+class SASRec(nn.Module):
+    class Config(ComponentConfig):
+        """ffn: inner width of the feed-forward layer.  dropout: inside it; attention_dropout: of the attention
+        weights.  affine_norms: norms with learned gain and bias; final_norm: one more after the last block."""
+
+        name: Literal["sasrec"] = "sasrec"
+        layers: POSITIVE = 2
+        heads: POSITIVE = 1
+        ffn: POSITIVE = 50
+        dropout: FRACTION = 0.2
+        attention_dropout: FRACTION = 0.2
+        affine_norms: bool = False
+        final_norm: bool = False
+        causal: bool = True
+
+    def __init__(self, config: Config, dim: int, max_length: int, kernels: str = "auto") -> None:
+        super().__init__()
+        self.uses_times = False
+        self.blocks = nn.ModuleList(
+            SASRecBlock(config, dim, layer, kernels) for layer in range(config.layers)
+        )
+        self.final_norm = _norm(config, dim) if config.final_norm else nn.Identity()
+
+    def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        for block in self.blocks:
+            x_TD = block(x_TD, layout)
+        return self.final_norm(x_TD)
+
+
+class SASRecBlock(nn.Module):
+    def __init__(self, config: SASRec.Config, dim: int, layer: int, kernels: str) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.implementation = attention_kernel(kernels)
+        self.head_width = head_width(dim, config.heads, "sasrec")
+        self.attention_norm, self.ffn_norm = _norm(config, dim), _norm(config, dim)
+        # queries, keys and values are one (3D, D) matrix in the public code; its xavier bound is kept
+        projection = init.normal(math.sqrt(2 / (dim + 3 * dim)))
+        self.query = Linear(dim, dim, projection)
+        self.key_value = Linear(dim, 2 * dim, projection)
+        self.output = Linear(dim, dim, init.xavier_normal)
+        biases = (init.uniform(1 / math.sqrt(dim)), init.uniform(1 / math.sqrt(config.ffn)))
+        self.ffn = FeedForward(dim, config.ffn, "relu", config.dropout, init.xavier_normal, biases)
+
+    def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        heads = (self.config.heads, self.head_width)
+        normed_TD = self.attention_norm(x_TD)
+        keys, values = self.key_value(x_TD).chunk(2, dim=-1)
+        attended_THQ = softmax_attention(
+            self.query(normed_TD).unflatten(-1, heads),
+            keys.unflatten(-1, heads),
+            values.unflatten(-1, heads),
+            layout,
+            causal=self.config.causal,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout_key=derive_key(layout.dropout_key, self.layer),
+            implementation=self.implementation,
+        )
+        z_TD = self.ffn_norm(normed_TD + self.output(attended_THQ.flatten(1)))
+        return z_TD + self.ffn(z_TD)
+
+
+def _norm(config: SASRec.Config, dim: int) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=EPS, elementwise_affine=config.affine_norms)

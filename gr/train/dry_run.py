@@ -1,0 +1,67 @@
+"""A rehearsal: everything built, one step taken, nothing written."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from gr.config import RunConfig
+from gr.train.cursor import Cursor
+from gr.train.folder import RunFolder
+from gr.train.log import clock
+from gr.train.memory import advice_when_out_of_memory, peak_bytes
+from gr.train.parallel import processes
+from gr.train.run import build
+from gr.train.trainer import Trainer
+
+TIMED_STEPS = 3
+
+
+def dry_run(config: RunConfig) -> None:
+    """Build ``config``, take a step (and time two more), print shapes, memory and an estimate of the whole."""
+    with processes(config.train.device, config.train.threads) as parallel, advice_when_out_of_memory(config):
+        parts = build(config, parallel)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = Trainer(
+                config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})}),
+                parts.model,
+                parts.optimizer,
+                parts.batches,
+                lambda split: {},
+                parallel,
+                RunFolder(scratch),
+                Cursor(parts.dataset.manifest.fingerprint),
+            )
+            trainer.progress.active = False
+            seconds, shape = [], None
+            for batch, _ in zip(parts.batches.epoch(0), range(TIMED_STEPS), strict=False):
+                started = time.perf_counter()
+                trainer.step(batch)
+                seconds.append(time.perf_counter() - started)
+                shape = shape or batch.share
+            trainer.metrics.close()
+        if not parallel.is_main:
+            return
+        assert shape is not None
+        per_step = min(seconds)
+        steps = trainer.total_steps
+        table = Table(title="dry run", show_header=False, title_justify="left")
+        table.add_row("dataset", f"{parts.dataset.users:,} users, {parts.dataset.items:,} items, "
+                                 f"{parts.dataset.actions:,} actions")  # fmt: skip
+        table.add_row("processes, device", f"{parallel.ranks}, {parallel.device}")
+        table.add_row("first batch of this rank", f"{shape.sequences} sequences, {shape.actions:,} actions, "
+                                                  f"longest {shape.max_length}")  # fmt: skip
+        parameters = sum(p.numel() for p in parts.model.parameters())
+        table.add_row("parameters", f"{parameters:,} ({4 * parameters / 2**20:.1f} MiB; "
+                                    f"AdamW holds twice as much more)")  # fmt: skip
+        for name, parameter in parts.model.named_parameters():
+            table.add_row(f"  {name}", " x ".join(map(str, parameter.shape)))
+        table.add_row("peak memory", f"{peak_bytes(parallel.device) / 2**20:,.0f} MiB")
+        table.add_row("loss of the first step", f"{trainer.last_loss:.4f}")
+        table.add_row("seconds a step", f"{per_step:.3f} (first {seconds[0]:.3f})")
+        table.add_row("steps", f"{steps:,} ({parts.batches.per_epoch:,} an epoch)")
+        table.add_row("estimated training time", f"{clock(per_step * steps)}, evaluations not counted")
+        Console().print(table)

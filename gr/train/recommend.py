@@ -1,0 +1,186 @@
+"""Recommendations of a trained run: top-k items per user and vectors, streamed into Parquet.
+
+Shapes: B users of a batch, K items recommended, D model width (one more with an item bias), I catalogue size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gr.data.requests import Exclude, recommendation_requests
+from gr.errors import UserError
+from gr.models.recommender import Recommender
+from gr.train.runs import OpenRun
+
+ROWS_PER_GROUP = 16_384
+
+
+def recommend(
+    run: OpenRun,
+    out: str | os.PathLike,
+    *,
+    users: Iterable[Any] | None = None,
+    k: int = 100,
+    exclude: Exclude | None = None,
+    time: int | None = None,
+    user_vectors: str | os.PathLike | None = None,
+    advance: Callable[[int], None] = lambda users: None,
+) -> int:
+    """Write the ``k`` best items of each user to ``out``; returns the number of users.
+
+    Columns: user_id, item_ids (raw ids, best first), scores (float32).  users: raw ids, all without it, each written
+    once in the dataset's order.  exclude: history items not to recommend, as in evaluation (the run's without it);
+    a user for whom fewer than k items are left has the shorter list.  time: the time of the request in seconds; each
+    user's last time without it.  user_vectors: a second file of user_id, vector (see :func:`query_vectors`).
+    advance: called with the users done.  Files appear when they are complete.
+    """
+    model, config = run.model, run.config
+    device = next(model.parameters()).device
+    item_ids = run.dataset.catalogue.column("item_id").combine_chunks()
+    requests = recommendation_requests(
+        run.dataset,
+        max_length=config.data.max_length,
+        exclude=config.eval.exclude if exclude is None else exclude,
+        batch=config.eval.batch,
+        users=users,
+        time=time,
+    )
+    count = 0
+    with ExitStack() as files, torch.no_grad():
+        lists = files.enter_context(parquet_rows(out))
+        vectors = files.enter_context(parquet_rows(user_vectors)) if user_vectors is not None else None
+        for request in requests:
+            request = request.to(device)
+            queries_BD = model.encode(request.batch)
+            excluded = (request.exclude_offsets, request.exclude_items)
+            scores_BK, rows_BK = model.similarity.topk(queries_BD, k, excluded)
+            names = pa.array(request.users.tolist())
+            lists(_lists_table(names, scores_BK.cpu(), rows_BK.cpu(), item_ids))
+            if vectors is not None:
+                vectors(vectors_table("user_id", names, query_vectors(model, queries_BD)))
+            count += len(request)
+            advance(len(request))
+    return count
+
+
+def write_item_vectors(run: OpenRun, out: str | os.PathLike) -> None:
+    """Write item_id, vector of the whole catalogue; inner products with :func:`query_vectors` are the scores."""
+    item_ids = run.dataset.catalogue.column("item_id").combine_chunks()
+    with parquet_rows(out) as write, torch.no_grad():
+        for start in range(0, len(item_ids), ROWS_PER_GROUP):
+            ids = item_ids[start : start + ROWS_PER_GROUP]
+            write(vectors_table("item_id", ids, item_vectors(run.model, range(start, start + len(ids)))))
+
+
+def query_vectors(model: Recommender, queries_BD: Tensor) -> Tensor:
+    """(B, D) float32: normalised and divided by the temperature as the similarity does, then a 1 for an item bias."""
+    config = model.similarity.config
+    vectors_BD = (
+        F.normalize(queries_BD.float(), dim=-1, eps=config.eps) if config.normalize else queries_BD.float()
+    )
+    vectors_BD = vectors_BD / config.temperature
+    if model.similarity.bias is None:
+        return vectors_BD
+    return torch.cat([vectors_BD, torch.ones_like(vectors_BD[:, :1])], dim=1)
+
+
+def item_vectors(model: Recommender, rows: range) -> Tensor:
+    """(len(rows), D) float32: normalised as the similarity does, then the item bias if there is one."""
+    config, bias = model.similarity.config, model.similarity.bias
+    index = torch.arange(rows.start, rows.stop, device=next(model.parameters()).device)
+    vectors = model.table.lookup(index).float()
+    if config.normalize:
+        vectors = F.normalize(vectors, dim=-1, eps=config.eps)
+    return vectors if bias is None else torch.cat([vectors, bias[index][:, None]], dim=1)
+
+
+def read_user_ids(path: str | os.PathLike) -> list[Any]:
+    """Raw ids from a text file (one a line; empty lines are no ids), or a Parquet or CSV file's ``user_id``."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no file '{file}' with users: give a list of ids, or --users all")
+    kind = file.suffix.lower()
+    if kind not in (".parquet", ".csv"):
+        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    try:
+        table = pq.read_table(file) if kind == ".parquet" else pa.csv.read_csv(file)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"'{file}' cannot be read as {kind[1:]} ({' '.join(str(error).split())})") from None
+    if "user_id" not in table.column_names:
+        raise UserError(
+            f"'{file}' has no column user_id (it has {', '.join(table.column_names)}): rename the column"
+        )
+    ids = table.column("user_id").to_pylist()
+    if None in ids:
+        raise UserError(f"row {ids.index(None) + 1} of '{file}' has no user_id: remove it or fill it in")
+    return ids
+
+
+@contextmanager
+def parquet_rows(out: str | os.PathLike) -> Iterator[Callable[[pa.Table], None]]:
+    """A function that appends tables to ``out``, in row groups of a readable size; visible when all went well."""
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder '{path.parent}' to write '{path.name}' in: make it")
+    scratch = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    pending: list[pa.Table] = []
+    writer: pq.ParquetWriter | None = None
+
+    def flush() -> None:
+        nonlocal writer
+        if pending:
+            table = pa.concat_tables(pending).combine_chunks()
+            pending.clear()
+            writer = writer or pq.ParquetWriter(scratch, table.schema, compression="zstd")
+            writer.write_table(table)
+
+    def write(table: pa.Table) -> None:
+        pending.append(table)
+        if sum(map(len, pending)) >= ROWS_PER_GROUP:
+            flush()
+
+    try:
+        yield write
+        flush()
+        if writer is None:
+            raise UserError(f"nothing to write to '{path}': the list of users is empty")
+        writer.close()
+        os.replace(scratch, path)
+    finally:
+        if writer is not None:
+            writer.close()
+        scratch.unlink(missing_ok=True)
+
+
+def vectors_table(key: str, ids: pa.Array, vectors: Tensor) -> pa.Table:
+    """``key``, vector (a fixed-size list of float32)."""
+    width = vectors.shape[1]
+    values = pa.array(vectors.float().cpu().contiguous().flatten().numpy())
+    return pa.table({key: ids, "vector": pa.FixedSizeListArray.from_arrays(values, width)})
+
+
+def _lists_table(users: pa.Array, scores_BK: Tensor, rows_BK: Tensor, item_ids: pa.Array) -> pa.Table:
+    if torch.isnan(scores_BK).any():
+        raise UserError("the model scores items as NaN: it has diverged; choose an earlier --checkpoint")
+    left_BK = scores_BK != -torch.inf  # where excluded items leave fewer than K
+    offsets = pa.array([0, *left_BK.sum(1).cumsum(0).tolist()], pa.int32())
+    items = item_ids.take(pa.array(rows_BK[left_BK].numpy()))
+    scores = pa.array(scores_BK[left_BK].float().numpy())
+    return pa.table(
+        {
+            "user_id": users,
+            "item_ids": pa.ListArray.from_arrays(offsets, items),
+            "scores": pa.ListArray.from_arrays(offsets, scores),
+        }
+    )

@@ -1,0 +1,58 @@
+"""The end of a run, for the person who started it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gr.train.run import RunResult
+
+SHOWN = ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr")
+
+
+def final_rows(result: RunResult) -> dict[str, dict[str, Any]]:
+    """Evaluations worth reporting: of the last epoch, and of the epoch that the validation split chose."""
+    rows = {}
+    evaluations = [r for r in result.metrics if r["kind"] == "eval"]
+    if not evaluations:
+        return {}
+    for split in dict.fromkeys(r["split"] for r in evaluations):
+        rows[f"{split}, last epoch"] = result.evaluation(split)
+    best = best_epoch(result.metrics)
+    if best is not None:
+        for split in dict.fromkeys(r["split"] for r in evaluations):
+            rows[f"{split}, epoch chosen on valid"] = result.evaluation(split, best)
+    return rows
+
+
+def best_epoch(metrics: list[dict[str, Any]], metric: str = "ndcg@10") -> int | None:
+    """The epoch with the best validation ``metric``; None where nothing was validated.  Never looks at test."""
+    rows = [r for r in metrics if r["kind"] == "eval" and r["split"] == "valid"]
+    return max(rows, key=lambda r: r[metric])["epoch"] if rows else None
+
+
+def print_result(result: RunResult, baselines: dict[str, dict[str, Any]] | None = None) -> None:
+    """The final table, where things are, and what to do next."""
+    console = Console()
+    if not result.finished:
+        console.print(f"stopped and saved; go on with: launch/train.py --resume {result.path}", highlight=False)
+        return
+    table = Table(title=f"{result.path}", title_justify="left")
+    table.add_column("")
+    table.add_column("epoch", justify="right")
+    for name in SHOWN:
+        table.add_column(name, justify="right")
+    for label, row in {**(baselines or {}), **final_rows(result)}.items():
+        epoch = str(row["epoch"] + 1) if "epoch" in row else ""
+        table.add_row(label, epoch, *(f"{row[name]:.4f}" if name in row else "" for name in SHOWN))
+    console.print(table)
+    digests = [r["data_digest"] for r in result.metrics if r["kind"] == "train"]
+    if digests:
+        console.print(f"data digest {digests[-1]}", highlight=False)
+    console.print(f"plot     {result.path / 'plots' / 'training.png'}", highlight=False)
+    console.print(f"metrics  {result.path / 'metrics.jsonl'}", highlight=False)
+    console.print(f"next     python launch/evaluate.py --run {result.path} --split test", highlight=False)
+    console.print(f"         python launch/recommend.py --run {result.path} --users all --k 100 --out recs.parquet",
+                  highlight=False)  # fmt: skip

@@ -1,0 +1,59 @@
+"""What all tests share: threads, where third-party data lies, which tests a machine can't run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = 1
+
+# Before torch is imported anywhere, and for the processes that tests start: results of sums depend on the number of
+# threads, and tests must not.
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# Processes that tests start see the checkout too, whether it is installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no NVIDIA GPU on this machine")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def _find_data(name: str) -> Path:
+    """The folder of third-party data ``name``; skips the test where it isn't."""
+    given = os.environ.get("GR_TEST_DATA")
+    root = Path(given) if given else ROOT.parent / "shared" / "data"
+    folder = root / name
+    if not folder.is_dir():
+        where = f"GR_TEST_DATA={given}" if given else "../shared/data (or set GR_TEST_DATA)"
+        pytest.skip(f"no folder '{name}' in {where}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_data():
+    """``test_data("ml-1m")``: the folder with the data set's raw files; the test is skipped where there is none."""
+    return _find_data
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The repository's root."""
+    return ROOT

@@ -1,0 +1,173 @@
+"""Evaluation over processes: the same users, ranks and bits as with one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from gr import config as configs
+from gr.config import DataSection, EvalSection, RunConfig
+from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.popularity import training_sequences
+from gr.data.sequences import Sequences
+from gr.data.split import LeaveOneOut
+from gr.errors import UserError
+from gr.models.baselines import ItemKNN
+from gr.train.evaluation import Evaluation, evaluate_baselines, evaluate_split
+from gr.train.parallel import processes
+
+ITEMS, USERS = 40, 61
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 30, USERS)
+    rows = Sequences(
+        users_R=np.arange(USERS),
+        ordinals_R=np.arange(USERS),
+        offsets_R1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        items_A=(rng.integers(0, ITEMS, lengths.sum()) * rng.random(lengths.sum())).astype(np.int32),
+    )
+    folder = tmp_path_factory.mktemp("evaluation") / "data"
+    writer = DatasetWriter(folder, "test", block_rows=8)
+    writer.add(rows)
+    writer.finish(pa.table({"item_id": np.arange(ITEMS), "count": np.zeros(ITEMS, np.int64)}))
+    return str(folder)
+
+
+def settings(path: str, **changes) -> RunConfig:
+    """A run's config as far as an evaluation reads it."""
+    evaluation = {"splits": ["valid", "test"], "ks": [1, 5, 10], "batch": 5, "max_scores": 90, **changes}
+    split = LeaveOneOut.Config(holdout=2)
+    return RunConfig.model_construct(
+        data=DataSection(path=path, max_length=7, split=split), eval=EvalSection(**evaluation)
+    )
+
+
+def opened(path: str, **changes):
+    config = settings(path, **changes)
+    return SequenceDataset(path), LeaveOneOut(config.data.split), config
+
+
+class Diverged:
+    """NaN for the user of one ordinal."""
+
+    def __init__(self, ordinal: int):
+        self.ordinal = ordinal
+
+    def scores(self, batch):
+        scores = torch.zeros(batch.sequences, ITEMS)
+        scores[batch.ordinals_B == self.ordinal, 3] = torch.nan
+        return scores
+
+
+def measure(path: str, **changes) -> dict:
+    dataset, split, config = opened(path, **changes)
+    third = int(next(iter(Evaluation(dataset, split, config).requests("test"))).batch.ordinals_B[2])
+    with processes("cpu", threads=1):
+        scorer = ItemKNN(neighbours=6).fit(training_sequences(dataset, split), ITEMS)
+        evaluation = Evaluation(dataset, split, config)
+        knn = evaluation.run("test", scorer)
+        again = evaluation.run("test", scorer)
+        popular = evaluation.baselines("valid", ["popularity"])["popularity"]
+        with pytest.raises(UserError) as refusal:
+            evaluation.run("test", Diverged(third))  # one rank has it; all must stop
+    assert knn.row() == again.row() and knn.buckets == again.buckets
+    return {
+        "knn": [knn.row(), knn.buckets],
+        "popularity": [popular.row(), popular.buckets],
+        "refusal": str(refusal.value),
+    }
+
+
+def worker(rank: int, ranks: int, port: int, path: str, out: str, changes: dict) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    with open(f"{out}/{rank}.json", "w") as file:
+        json.dump(measure(path, **changes), file)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_users": 17, "exclude": "all"}], ids=["all", "subset"])
+def test_two_processes_measure_what_one_does(path, tmp_path, changes):
+    alone = json.loads(json.dumps(measure(path, **changes)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(worker, (2, port, path, str(tmp_path), changes), nprocs=2)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank["knn"] == alone["knn"], "not the same bits"
+        assert rank["popularity"] == alone["popularity"]
+    row = alone["knn"][0]
+    assert row["users"] == changes.get("max_users", row["users"]) > 10
+    assert ("of_users" in row) == ("max_users" in changes)
+    assert 0 < alone["knn"][0]["hr@10"] < 1
+    refusals = sorted([ranks[0]["refusal"], ranks[1]["refusal"]])
+    assert alone["refusal"].startswith("Diverged scored items as NaN for 1 users")
+    assert refusals[0] == alone["refusal"]
+    assert refusals[1] == "the evaluation failed on 1 other processes: see their messages"
+
+
+def test_every_user_with_a_target_is_measured_once(path):
+    dataset, split, config = opened(path)
+    lengths = np.concatenate([dataset.read_block(b).lengths_R for b in range(len(dataset.manifest.blocks))])
+    result = evaluate_split(dataset, split, "test", Diverged(-1), config)
+    assert result.users == result.population == (lengths >= 2).sum()
+    assert "of_users" not in result.row()
+    assert sum(b["users"] for b in result.buckets["history"]) == result.users
+    # no score differs: half of the items that are left, whatever the history
+    assert result.metrics["hr@1"] == 0 and result.metrics["mrr"] < 1 / 10
+
+
+def test_baselines_do_not_see_held_out_actions(path, tmp_path):
+    """Other items in the held-out places change nothing that is fitted."""
+    dataset, split, config = opened(path)
+    rows = dataset.read_rows(0, USERS)
+    items = rows.items_A.copy()
+    last = rows.offsets_R1[1:]
+    items[last - 1] = ITEMS - 1
+    has_two = rows.lengths_R >= 2
+    items[last[has_two] - 2] = ITEMS - 2
+    writer = DatasetWriter(tmp_path / "other", "other", block_rows=8)
+    writer.add(Sequences(rows.users_R, rows.ordinals_R, rows.offsets_R1, items))
+    other = writer.finish(pa.table({"item_id": np.arange(ITEMS), "count": np.zeros(ITEMS, np.int64)}))
+    assert other.manifest.fingerprint != dataset.manifest.fingerprint
+    for name in ("popularity", "last_item", "item_knn"):
+        mine = Evaluation(dataset, split, config).baseline(name)
+        theirs = Evaluation(other, split, config).baseline(name)
+        for request in Evaluation(dataset, split, config).requests("test"):
+            assert torch.equal(mine.scores(request.batch), theirs.scores(request.batch))
+
+
+def test_baselines_by_config_and_by_name(path):
+    dataset, split, config = opened(path, baselines=["popularity", "last_item"], exclude="none")
+    results = evaluate_baselines(dataset, split, "test", config)
+    assert list(results) == ["popularity", "last_item"]
+    with pytest.raises(UserError, match="did you mean 'popularity'"):
+        evaluate_baselines(dataset, split, "test", config, ["popularty"])
+    with pytest.raises(UserError, match="the oracle knows synthetic-dp streams only"):
+        evaluate_baselines(dataset, split, "test", config, ["oracle"])
+
+
+def test_a_split_without_users_is_an_error(path):
+    dataset, split, config = opened(path)
+    dataset.manifest.blocks[1:] = []
+    rows = dataset.read_block(0)
+    split.target = lambda r, name, users: np.full(len(rows), -1)
+    with pytest.raises(UserError, match="has a held-out action in split 'test'"):
+        evaluate_split(dataset, split, "test", Diverged(-1), config)
+    assert configs.EvalSection().exclude == "kept"

@@ -1,0 +1,176 @@
+"""gr_kernels.counter_random: published vectors, every implementation against every other, independence of the split."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gr_kernels import native
+from gr_kernels.counter_random import (
+    derive_key,
+    philox,
+    truncated_normal_rows,
+    uniform_floats,
+    uniform_integers,
+)
+
+NATIVE = pytest.param(
+    "cpp", marks=pytest.mark.skipif(not native.available(), reason="the C++ operators are not built")
+)
+IMPLEMENTATIONS = ["reference", NATIVE]
+KEY = derive_key(7, "negatives", 12)
+
+
+def coordinates(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ordinals beyond 32 bits and positions of some length, fixed."""
+    generator = torch.Generator().manual_seed(1)
+    ordinals = torch.randint(0, 2**45, (count,), generator=generator)
+    return ordinals, torch.randint(0, 2**32, (count,), generator=generator)
+
+
+# Known-answer vectors of Philox4x32-10 from the authors' Random123 library.
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0, 0, 0, 0], 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, 0xFFFFFFFFFFFFFFFF, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            0x299F31D0_A4093822,
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter: list[int], key: int, expected: list[int]) -> None:
+    words = philox(key, *(torch.tensor([c]) for c in counter))
+    assert [int(w) for w in words] == expected
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_draw_is_the_documented_word(implementation: str) -> None:
+    ordinals, positions = coordinates(5)
+    drawn = uniform_integers(KEY, ordinals, positions, 11, 2**32, implementation=implementation)
+    for t in range(5):
+        for draw in range(11):
+            counter = [positions[t], draw // 4, ordinals[t] & 0xFFFFFFFF, ordinals[t] >> 32]
+            words = philox(KEY, *(torch.as_tensor(c).reshape(1) for c in counter))
+            assert int(drawn[t, draw]) == int(words[draw % 4])
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ operators are not built")
+@pytest.mark.parametrize("draws", [0, 1, 3, 4, 7, 64, 130])
+@pytest.mark.parametrize("high", [1, 3883, 2**31 - 5, 2**31, 2**32 - 3, 2**32])
+def test_implementations_agree_to_the_bit(draws: int, high: int) -> None:
+    ordinals, positions = coordinates(77)
+    for function in (
+        lambda way: uniform_integers(KEY, ordinals, positions, draws, high, implementation=way),
+        lambda way: uniform_floats(KEY, ordinals, positions, draws, implementation=way),
+        lambda way: truncated_normal_rows(KEY, ordinals, draws, 0.02, implementation=way),
+    ):
+        assert torch.equal(function("cpp"), function("reference"))
+    if high <= 2**31:
+        narrow = uniform_integers(KEY, ordinals, positions, draws, high, dtype=torch.int32)
+        assert narrow.dtype == torch.int32
+        wide = uniform_integers(KEY, ordinals, positions, draws, high, implementation="reference")
+        assert torch.equal(narrow.long(), wide)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_split_of_a_batch_changes_nothing(implementation: str) -> None:
+    ordinals, positions = coordinates(1001)
+    whole = uniform_integers(KEY, ordinals, positions, 13, 1000, implementation=implementation)
+    order = torch.randperm(1001, generator=torch.Generator().manual_seed(2))
+    for part in order.split([1, 500, 0, 400, 100]):
+        drawn = uniform_integers(KEY, ordinals[part], positions[part], 13, 1000, implementation=implementation)
+        assert torch.equal(drawn, whole[part])
+    # fewer draws are the first ones
+    assert torch.equal(uniform_integers(KEY, ordinals, positions, 6, 1000), whole[:, :6])
+    table = truncated_normal_rows(KEY, range(300), 17, 0.5, implementation=implementation)
+    odd = truncated_normal_rows(KEY, range(1, 300, 2), 17, 0.5, implementation=implementation)
+    assert torch.equal(odd, table[1::2])
+    assert torch.equal(truncated_normal_rows(KEY, torch.tensor([299, 4]), 9, 0.5), table[[299, 4], :9])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_integers_are_uniform(implementation: str) -> None:
+    high, count = 100, 2000
+    ordinals = torch.arange(count)
+    drawn = uniform_integers(
+        KEY, ordinals, torch.zeros_like(ordinals), 100, high, implementation=implementation
+    )
+    assert int(drawn.min()) == 0 and int(drawn.max()) == high - 1
+    observed = torch.bincount(drawn.flatten(), minlength=high).double()
+    expected = drawn.numel() / high
+    chi_square = float(((observed - expected) ** 2 / expected).sum())
+    # mean high - 1, standard deviation sqrt(2 (high - 1)): five of them
+    assert abs(chi_square - (high - 1)) < 5 * math.sqrt(2 * (high - 1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_floats_and_normals_have_their_moments(implementation: str) -> None:
+    ordinals, positions = coordinates(4000)
+    floats = uniform_floats(KEY, ordinals, positions, 50, implementation=implementation)
+    assert floats.dtype == torch.float32 and 0 <= float(floats.min()) and float(floats.max()) < 1
+    assert abs(float(floats.double().mean()) - 0.5) < 5 * math.sqrt(1 / 12 / floats.numel())
+
+    std, cut = 0.02, 2.0
+    rows = truncated_normal_rows(KEY, range(4000), 50, std, cut, implementation=implementation).double()
+    assert float(rows.abs().max()) <= std * cut * (1 + 1e-6)
+    # variance of a standard normal law cut at c: 1 - 2 c phi(c) / erf(c / sqrt 2)
+    density = math.exp(-(cut**2) / 2) / math.sqrt(2 * math.pi)
+    variance = std**2 * (1 - 2 * cut * density / math.erf(cut / math.sqrt(2)))
+    assert abs(float(rows.mean())) < 5 * math.sqrt(variance / rows.numel())
+    assert float(rows.var()) == pytest.approx(variance, rel=0.02)
+
+
+def test_threads_change_nothing() -> None:
+    ordinals, positions = coordinates(5000)
+    before = torch.get_num_threads()
+    try:
+        drawn = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            drawn.append(uniform_integers(KEY, ordinals, positions, 31, 3883))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*drawn)
+
+
+def test_keys_name_streams() -> None:
+    assert derive_key(1, "items") == derive_key(1, "items")
+    keys = {
+        derive_key(*words)
+        for words in [(1,), (2,), (1, 2), (2, 1), (1, "2"), (1, "init"), (1, "init", 0), (1, 0), (1, 0, 0), (-1,)]
+    }
+    assert len(keys) == 10 and all(0 <= key < 2**64 for key in keys)
+    # pinned: a change of the derivation would change every stream of every run
+    assert derive_key(20260101, "negatives", 3) == 0xA4E890CEEDC42BCE
+    with pytest.raises(TypeError, match="float"):
+        derive_key(1, 2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="64 bits"):
+        derive_key(2**64)
+
+
+def test_empty_and_strided_inputs() -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    assert uniform_integers(KEY, none, none, 5, 10).shape == (0, 5)
+    assert truncated_normal_rows(KEY, range(0), 4, 1.0).shape == (0, 4)
+    ordinals, positions = coordinates(20)
+    strided = uniform_integers(KEY, ordinals[::2], positions.int()[::2], 5, 10)
+    assert torch.equal(strided, uniform_integers(KEY, ordinals, positions, 5, 10)[::2])
+
+
+def test_errors_say_what_is_wrong() -> None:
+    ordinals, positions = coordinates(3)
+    with pytest.raises(ValueError, match="high must lie in"):
+        uniform_integers(KEY, ordinals, positions, 4, 0)
+    with pytest.raises(ValueError, match="high must lie in"):
+        uniform_integers(KEY, ordinals, positions, 4, 2**31 + 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="vectors of one length"):
+        uniform_integers(KEY, ordinals, positions[:2], 4, 10)
+    with pytest.raises(ValueError, match="derive_key"):
+        uniform_integers(-1, ordinals, positions, 4, 10)
+    with pytest.raises(ValueError, match="cut"):
+        truncated_normal_rows(KEY, ordinals, 4, 1.0, cut=0.0)

@@ -1,0 +1,181 @@
+"""The recommender as a whole."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from gr.batch import UNKNOWN
+from gr.errors import UserError
+from gr.models.init import initialise, normal
+from gr.models.layers import Linear
+from gr.models.recommender import Recommender
+from gr.models.step import StepContext
+from tests.unit.models_common import LENGTHS, batch, named, randomise, run_config
+
+ITEMS = 40
+COUNTS = torch.arange(ITEMS)
+MODELS = {
+    "hstu": {},
+    "sasrec": {"encoder": "sasrec", "objective": "bce"},
+    "gru4rec": {"encoder": "gru4rec", "objective": "in_batch"},
+    "bert4rec": {
+        "encoder": {"name": "transformer", "causal": False, "norm": "post", "input_norm": True},
+        "task": "cloze",
+        "objective": "full_softmax",
+        "model": {"similarity": {"normalize": False, "temperature": 1.0, "item_bias": True}},
+    },
+}
+
+
+def build(name="hstu", **changes):
+    return Recommender(run_config(**{**MODELS[name], **changes}), ITEMS, COUNTS)
+
+
+def loss(model, b, targets=None):
+    supervision = model.supervise(b, key=5)
+    candidates = supervision.targets_S if targets is None else targets
+    return model(supervision, StepContext(7, candidates))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_agree_with_finite_differences(name):
+    model = randomise(build(name)).double().eval()
+    b, targets = batch(items=ITEMS), None
+    total = loss(model, b, targets)
+    total.backward()
+    step = 1e-6
+    for parameter in model.parameters():
+        direction = torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
+        slope = (parameter.grad * direction).sum()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * step * direction
+                values.append(loss(model, b, targets))
+                parameter -= sign * step * direction
+        torch.testing.assert_close((values[0] - values[1]) / (2 * step), slope, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_micro_batches_sum_to_the_batch(name):
+    model = randomise(build(name)).eval()
+    b = batch(items=ITEMS)
+    targets = model.supervise(b, 5).targets_S
+    whole = loss(model, b, targets)
+    halves = sum(loss(model, part, targets) for part in b.split(10))
+    torch.testing.assert_close(whole, halves, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", [(), (0,), (1,), (0, 1, 1)])
+def test_empty_batches_give_every_parameter_a_gradient(name, lengths):
+    model = build(name)
+    total = loss(model, batch(lengths, ITEMS))
+    assert total.isfinite()
+    total.backward()
+    assert [n for n, p in named(model).items() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert model.scores(batch(lengths, ITEMS)).shape == (len(lengths), ITEMS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_do_not_look_at_the_target_and_agree_with_topk(name):
+    model = randomise(build(name)).train()
+    b = batch(items=ITEMS)
+    ends = b.offsets_B1[1:][b.offsets_B1.diff() > 0] - 1
+    unknown = dataclasses.replace(b, items_T=b.items_T.index_fill(0, ends, UNKNOWN))
+    scores = model.scores(unknown)
+    assert torch.equal(scores, model.scores(b))  # dropout is off, too
+    assert model.training
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
+
+    offsets = torch.tensor([0, 2, 2, 2, 3, 3, 3])
+    exclude = (offsets, torch.tensor([5, 0, 39]))
+    best, rows = model.topk(b, 4, exclude)
+    for s, r in [(0, 5), (0, 0), (3, 39)]:
+        scores[s, r] = -torch.inf
+    torch.testing.assert_close(best, scores.topk(4, dim=1).values)
+    torch.testing.assert_close(scores.gather(1, rows), best)
+
+
+def test_a_sequence_without_history_has_a_zero_query():
+    model = randomise(build())
+    queries = model.encode(batch((1, 4), ITEMS))
+    assert (queries[0] == 0).all()
+    assert (queries[1] != 0).any()
+    assert (model.scores(batch((1, 4), ITEMS))[0] == 0).all()
+
+
+def test_the_time_of_the_request_counts_and_must_be_there():
+    model, b = randomise(build()), batch(items=ITEMS)
+    later = dataclasses.replace(
+        b, timestamps_T=b.timestamps_T.index_add(0, b.offsets_B1[1:2] - 1, torch.tensor([9**9]))
+    )
+    moved = (model.scores(b) - model.scores(later)).abs().amax(dim=1) > 1e-6
+    assert moved.tolist() == [True] + [False] * (len(LENGTHS) - 1)
+    with pytest.raises(UserError, match=r"relative_time=false"):
+        model.scores(batch(items=ITEMS, times=False))
+    without = build(encoder={"name": "hstu", "relative_time": False})
+    assert without.scores(batch(items=ITEMS, times=False)).isfinite().all()
+
+
+def test_parameters_start_from_seed_and_name():
+    first, same, other = build(), build(), build(train={"seed": 2})
+    deeper = build(encoder={"name": "hstu", "layers": 5})
+    for name, value in named(first).items():
+        assert torch.equal(value, named(same)[name])
+        assert torch.equal(value, named(deeper)[name])
+        if value.any():  # biases start from zero
+            assert not torch.equal(value, named(other)[name]), name
+
+
+def test_initialisation_does_not_depend_on_the_order_of_construction():
+    def pair(names):
+        return nn.ModuleDict({n: Linear(4, 3, normal(1.0)) for n in names})
+
+    a, b = pair(["left", "right"]), pair(["right", "left"])
+    initialise(a, 3)
+    torch.manual_seed(99)
+    initialise(b, 3)
+    assert torch.equal(a["left"].weight, b["left"].weight)
+    assert not torch.equal(a["left"].weight, a["right"].weight)
+    with pytest.raises(TypeError, match="says nothing about 'weight'"):
+        initialise(nn.Linear(2, 2), 1)
+
+
+def test_the_published_first_values():
+    model = build(dim=32, length=200, encoder={"name": "hstu", "qk_dim": 32, "v_dim": 32})
+    layer = model.encoder.layers[0]
+    for value, std in [
+        (layer.uvqk.weight, 0.02),
+        (layer.position_bias, 0.02),
+        (layer.time_bias, 0.02),
+        (layer.output.weight, (2 / 64) ** 0.5),
+        (model.input.positions, (2 / 232) ** 0.5),
+        (model.table.weight, 0.02 * 0.8796),
+    ]:
+        assert value.std().item() == pytest.approx(std, rel=5 / value.numel() ** 0.5)
+    assert (layer.output.bias == 0).all()
+    assert layer.output.weight.abs().max() <= (6 / 64) ** 0.5  # uniform
+    assert layer.divisor == 211
+
+
+def test_report_counts_every_parameter():
+    model = build()
+    assert sum(n for _, _, n in model.report()) == sum(p.numel() for p in model.parameters())
+    assert ("table.weight", (ITEMS, 8), ITEMS * 8) in model.report()
+
+
+def test_bf16_autocast_trains():
+    model, b = build().eval(), batch(items=ITEMS)
+    exact = loss(model, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = loss(model, b)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0.0)
+    rough.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,216 @@
+"""Objectives against their formulas written as loops in float64, gradients included."""
+
+import math
+
+import pytest
+import torch
+
+from gr import registry
+from gr.config import SimilaritySection
+from gr.embeddings.table import LocalTable
+from gr.models.objectives import in_batch
+from gr.models.objectives.in_batch import InBatchDebiased
+from gr.models.objectives.negatives import NegativeSampler, popularity
+from gr.models.objectives.pairwise import BCE, BPR
+from gr.models.objectives.sampled_softmax import SampledSoftmax
+from gr.models.similarity import Similarity
+from gr.models.step import StepContext
+from gr.models.tasks import NextItem, Supervision
+from tests.unit.models_common import batch, generator, gradients, randomise
+
+ITEMS, DIM, KEY = 12, 5, 77  # few items, so that negatives often hit the target
+COUNTS = torch.tensor([0, 5, 1, 0, 20, 3, 3, 2, 9, 1, 1, 4])
+SIMILARITIES = {
+    "cosine": SimilaritySection(temperature=0.5),
+    "inner product with bias": SimilaritySection(normalize=False, temperature=1.0, item_bias=True),
+}
+
+
+@pytest.fixture(params=SIMILARITIES)
+def similarity(request):
+    config = SIMILARITIES[request.param]
+    return randomise(Similarity(config, LocalTable("items", ITEMS, DIM, 1.0, 1)), std=1.0).double()
+
+
+@pytest.fixture
+def supervision():
+    return NextItem(NextItem.Config()).supervise(batch((9, 0, 1, 6), ITEMS), key=1)
+
+
+def queries(supervision):
+    g = generator(8)
+    return torch.randn(supervision.count, DIM, generator=g, dtype=torch.float64).requires_grad_()
+
+
+def all_scores(similarity, q_SD):
+    """(S, I) by the definition."""
+    config, e_ID = similarity.config, similarity.table.weight
+    if config.normalize:
+        q_SD = q_SD / q_SD.norm(dim=1, keepdim=True).clamp_min(config.eps)
+        e_ID = e_ID / e_ID.norm(dim=1, keepdim=True).clamp_min(config.eps)
+    scores = q_SD @ e_ID.T / config.temperature
+    return scores if similarity.bias is None else scores + similarity.bias
+
+
+def build(config, similarity):
+    return registry.resolve(registry.OBJECTIVES, config.name, "objective")(config, similarity, ITEMS, COUNTS)
+
+
+def check(objective, similarity, supervision, loop, candidates=None):
+    """``loop(row of scores, target, s) -> loss of target s``."""
+    q = queries(supervision)
+    actual = objective(q, supervision, StepContext(KEY, candidates))
+    scores = all_scores(similarity, q)
+    expected = sum(loop(scores[s], int(y), s) for s, y in enumerate(supervision.targets_S))
+    torch.testing.assert_close(actual, expected, check_dtype=False, atol=1e-5, rtol=1e-6)  # log q is float32
+    inputs = [q, *similarity.parameters()]
+    for a, e in zip(gradients(actual, *inputs), gradients(expected, *inputs)):
+        torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-6)
+
+
+def minus_log_share(positive, others):
+    return torch.logsumexp(torch.stack([positive, *others]), 0) - positive
+
+
+def log_q(item):
+    return math.log(max(int(COUNTS[item]), 1) / int(COUNTS.sum()))
+
+
+@pytest.mark.parametrize("negatives", [1, 6])
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+@pytest.mark.parametrize("logq", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_sampled_softmax(similarity, supervision, negatives, sampling, logq, shared):
+    config = SampledSoftmax.Config(negatives=negatives, sampling=sampling, logq=logq, shared=shared)
+    objective = build(config, similarity)
+    if shared:
+        one = objective.sampler.shared(KEY, negatives, torch.device("cpu"))
+        drawn = [one.tolist()] * supervision.count
+    else:
+        drawn = objective.sampler.own(KEY, supervision, negatives)[:, 1:].tolist()
+    if negatives > 1 and not shared:
+        assert any(y in row for y, row in zip(supervision.targets_S.tolist(), drawn))
+    corrected = logq and sampling == "popularity"
+
+    def loop(scores, y, s):
+        lowered = [score - (log_q(i) if corrected else 0.0) for i, score in enumerate(scores)]
+        return minus_log_share(lowered[y], [lowered[r] for r in drawn[s] if r != y])
+
+    check(objective, similarity, supervision, loop)
+
+
+def test_full_softmax(similarity, supervision):
+    objective = build(registry.resolve(registry.OBJECTIVES, "full_softmax", "").Config(), similarity)
+    check(objective, similarity, supervision, lambda scores, y, s: scores.logsumexp(0) - scores[y])
+
+
+@pytest.mark.parametrize("negatives", [1, 4])
+@pytest.mark.parametrize("kind", [BCE, BPR])
+def test_pairwise(similarity, supervision, negatives, kind):
+    objective = build(kind.Config(negatives=negatives), similarity)
+    drawn = objective.sampler.own(KEY, supervision, negatives)[:, 1:].tolist()
+    zero = torch.zeros((), dtype=torch.float64)
+
+    def bce(scores, y, s):
+        against = [-torch.log(1 - torch.sigmoid(scores[r])) for r in drawn[s] if r != y]
+        return -torch.log(torch.sigmoid(scores[y])) + sum(against, zero)
+
+    def bpr(scores, y, s):
+        return sum((-torch.log(torch.sigmoid(scores[y] - scores[r])) for r in drawn[s] if r != y), zero)
+
+    check(objective, similarity, supervision, bce if kind is BCE else bpr)
+
+
+@pytest.mark.parametrize("logq", [False, True])
+@pytest.mark.parametrize("candidates", ["few", "more than items", "the target alone"])
+@pytest.mark.parametrize("max_scores", [1, 40, 1 << 24])
+def test_in_batch(similarity, supervision, monkeypatch, logq, candidates, max_scores):
+    monkeypatch.setattr(in_batch, "MAX_SCORES", max_scores)
+    objective = build(InBatchDebiased.Config(logq=logq), similarity)
+    targets = supervision.targets_S
+    pool = {
+        "few": targets[:ITEMS],
+        "more than items": torch.cat([targets, targets[:3], torch.tensor([4])]),
+        "the target alone": targets[:1],
+    }[candidates]
+
+    def loop(scores, y, s):
+        lowered = [score - (log_q(i) if logq else 0.0) for i, score in enumerate(scores)]
+        return minus_log_share(lowered[y], [lowered[r] for r in pool.tolist() if r != y])
+
+    check(objective, similarity, supervision, loop, pool)
+
+
+def test_in_batch_needs_the_global_targets(similarity, supervision):
+    objective = build(InBatchDebiased.Config(), similarity)
+    assert objective.needs_global_targets
+    with pytest.raises(ValueError, match="candidates_G"):
+        objective(queries(supervision), supervision, StepContext(KEY))
+
+
+OBJECTIVES = [
+    SampledSoftmax.Config(negatives=5),
+    SampledSoftmax.Config(negatives=5, shared=True, sampling="popularity", logq=True),
+    BCE.Config(negatives=2),
+    BPR.Config(),
+    InBatchDebiased.Config(),
+    registry.resolve(registry.OBJECTIVES, "full_softmax", "").Config(),
+]
+
+
+@pytest.mark.parametrize("config", OBJECTIVES, ids=lambda c: c.name)
+def test_micro_batches_sum_to_the_batch(similarity, config):
+    task, whole = NextItem(NextItem.Config()), batch((9, 0, 1, 6, 4), ITEMS)
+    objective = build(config, similarity)
+    vectors = torch.randn(whole.actions, DIM, generator=generator(3), dtype=torch.float64)
+    targets = task.supervise(whole, 1).targets_S
+
+    def loss(part):
+        supervision = task.supervise(part, 1)
+        # a query of its own for each (sample, position), wherever the sample is
+        q = vectors[(supervision.ordinals_S * 5 + supervision.positions_S) % len(vectors)]
+        return objective(q, supervision, StepContext(KEY, targets))
+
+    halves = loss(whole.slice(0, 3)) + loss(whole.slice(3, 5))
+    torch.testing.assert_close(loss(whole), halves, check_dtype=False)
+
+
+@pytest.mark.parametrize("config", OBJECTIVES, ids=lambda c: c.name)
+def test_losses_are_float32_whatever_the_queries(similarity, supervision, config):
+    objective = build(config, similarity.float())
+    q = queries(supervision).detach()
+    exact = objective(q.float(), supervision, StepContext(KEY, supervision.targets_S))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = objective(q.bfloat16(), supervision, StepContext(KEY, supervision.targets_S))
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0.02)
+
+
+def many(targets=3000):
+    zeros = torch.zeros(targets, dtype=torch.int64)
+    layout = NextItem(NextItem.Config()).supervise(batch((1,)), 0).layout
+    return Supervision(zeros, layout, None, zeros, torch.arange(targets), zeros)
+
+
+def test_popular_items_are_drawn_in_proportion():
+    sampler = NegativeSampler("popularity", ITEMS, COUNTS)
+    drawn = sampler.own(KEY, many(), 10)[:, 1:].flatten()
+    share = COUNTS / COUNTS.sum()
+    seen = torch.bincount(drawn, minlength=ITEMS) / len(drawn)
+    assert (seen[COUNTS == 0] == 0).all()
+    assert ((seen - share).abs() <= 4.5 * (share * (1 - share) / len(drawn)).sqrt()).all()
+
+
+def test_uniform_items_are_drawn_alike():
+    drawn = NegativeSampler("uniform", ITEMS, COUNTS).own(KEY, many(), 10)[:, 1:].flatten()
+    seen = torch.bincount(drawn, minlength=ITEMS) / len(drawn)
+    assert ((seen - 1 / ITEMS).abs() <= 4.5 * (1 / ITEMS / len(drawn)) ** 0.5).all()
+
+
+def test_counts_beyond_32_bits_and_none_at_all():
+    ends, shares = popularity(COUNTS * 10**12)
+    assert ends[-1] == 2**31 - 1
+    assert ends[0] == 0
+    torch.testing.assert_close(ends.diff() / ends[-1], shares[1:] * (COUNTS[1:] > 0), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="seen at least once"):
+        popularity(torch.zeros(4, dtype=torch.int64))
