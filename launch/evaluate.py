@@ -32,9 +32,8 @@ def arguments() -> argparse.Namespace:
         "overrides", nargs="*", metavar="eval.key=value", help="changes to the run's eval section"
     )
     options = parser.parse_intermixed_args()
-    for override in options.overrides:
-        if not override.startswith("eval."):
-            raise UserError(f"'{override}' cannot change when evaluating: only eval.* can")
+    if others := [o for o in options.overrides if not o.startswith("eval.")]:
+        raise UserError(f"'{others[0]}' cannot change when evaluating: only eval.* can")
     return options
 
 

@@ -48,8 +48,7 @@ def main() -> int:
             print(configs.to_yaml(config or _saved(options)), end="")
         return 0
 
-    from gr.train import dry_run, profiling
-    from gr.train import run as runs
+    from gr.train import dry_run, job, profiling
     from gr.train.report import print_result
 
     if options.dry_run:
@@ -57,9 +56,9 @@ def main() -> int:
         return 0
     with profiling.trace() if options.profile else nullcontext(profiling.no_trace) as on_step:
         if config is None:
-            result = runs.resume(options.resume, options.overrides, on_step=on_step)
+            result = job.resume(options.resume, options.overrides, on_step=on_step)
         else:
-            result = runs.run(config, on_step=on_step)
+            result = job.run(config, on_step=on_step)
     if main_rank:
         print_result(result)
     return 0

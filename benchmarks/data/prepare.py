@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -37,8 +37,15 @@ start = time.perf_counter()
 dataset = make_source("log", options).prepare(source, out)
 seconds = time.perf_counter() - start
 usage = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"seconds": seconds, "core_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024,
-    "actions": dataset.actions, "users": dataset.users, "items": dataset.items, "fingerprint": dataset.manifest.fingerprint}))
+print(json.dumps({
+    "seconds": seconds,
+    "core_seconds": usage.ru_utime + usage.ru_stime,
+    "peak_bytes": usage.ru_maxrss * 1024,
+    "actions": dataset.actions,
+    "users": dataset.users,
+    "items": dataset.items,
+    "fingerprint": dataset.manifest.fingerprint,
+}))
 """
 IMPORT_ONLY = """
 import resource
@@ -63,7 +70,10 @@ def generate(folder: Path, actions: int, users: int, items: int, text_ids: bool,
         user = (generator.random(rows) ** 2 * users).astype(np.int64)
         columns = [pa.array(user), pa.array(item), pa.array(generator.integers(1.4e9, 1.7e9, rows))]
         if text_ids:
-            columns[:2] = [pa.array(np.char.add("u", user.astype(str))), pa.array(np.char.add("i", item.astype(str)))]
+            columns[:2] = [
+                pa.array(np.char.add("u", user.astype(str))),
+                pa.array(np.char.add("i", item.astype(str))),
+            ]
         writer.write_table(pa.table(columns, schema=schema))
         in_file += rows
         if in_file >= FILE_ROWS or start + rows == actions:
@@ -72,14 +82,18 @@ def generate(folder: Path, actions: int, users: int, items: int, text_ids: bool,
 
 
 def child(code: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--actions", type=float, nargs="+", default=[1e6, 1e7, 1e8])
     parser.add_argument("--actions-per-user", type=int, default=50)
     parser.add_argument("--items", type=int, default=1_000_000)
@@ -87,7 +101,9 @@ def main() -> None:
     parser.add_argument("--chunk-rows", type=int, default=2**20)
     parser.add_argument("--text-ids", action="store_true", help="ids are strings")
     parser.add_argument("--core", type=int, default=0, help="k of a k-core filter, 0 for none")
-    parser.add_argument("--scratch", help="folder for the generated logs and datasets (about 60 bytes an action)")
+    parser.add_argument(
+        "--scratch", help="folder for the generated logs and datasets (about 60 bytes an action)"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
     options: dict = {
@@ -103,7 +119,9 @@ def main() -> None:
         work = Path(tempfile.mkdtemp(prefix="gr-prepare-", dir=args.scratch))
         try:
             start = time.perf_counter()
-            generate(work / "log", actions, max(actions // args.actions_per_user, 1), args.items, args.text_ids)
+            generate(
+                work / "log", actions, max(actions // args.actions_per_user, 1), args.items, args.text_ids
+            )
             generated = time.perf_counter() - start
             row = json.loads(child(CHILD, str(work / "log"), str(work / "out"), json.dumps(options)))
             log_bytes = sum(f.stat().st_size for f in (work / "log").iterdir())
@@ -111,8 +129,39 @@ def main() -> None:
             shutil.rmtree(work)
         rows.append({"log_actions": actions, "log_bytes": log_bytes, "generating_seconds": generated, **row})
         print(f"{actions:,} actions: {row['seconds']:.1f} s", file=sys.stderr, flush=True)
-    table = Table(title=f"prepare, chunk {args.chunk_rows:,} rows, partition {args.memory_mb} MiB")
-    for column in ("actions", "users", "items kept", "seconds", "actions/s", "a core-s", "peak MiB", "above imports"):
+    show(rows, base, args)
+    machine = {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "pyarrow": pa.__version__,
+        "numpy": np.__version__,
+    }
+    result = {
+        "command": ["benchmarks/data/prepare.py", *sys.argv[1:]],
+        "machine": machine,
+        "import_bytes": base,
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+    plot(rows, base, args.json.with_suffix(".png"))
+    print(f"written: {args.json}, {args.json.with_suffix('.png')}")
+
+
+def show(rows: list[dict], base: int, args: argparse.Namespace) -> None:
+    table = Table(
+        title=f"prepare: chunk {args.chunk_rows:,} rows, partition {args.memory_mb} MiB", title_justify="left"
+    )
+    for column in (
+        "actions",
+        "users",
+        "items",
+        "seconds",
+        "actions/s",
+        "per core-s",
+        "peak MiB",
+        "above imports",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -125,14 +174,24 @@ def main() -> None:
             f"{row['peak_bytes'] / 2**20:,.0f}",
             f"{(row['peak_bytes'] - base) / 2**20:,.0f}",
         )
-    Console().print(table)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("json", "scratch")}
-    machine = {"python": platform.python_version(), "pyarrow": pa.__version__, "processor": platform.machine()}
-    args.json.write_text(
-        json.dumps({"arguments": arguments, "machine": machine, "import_bytes": base, "rows": rows}, indent=1) + "\n"
-    )
-    print(f"written: {args.json} (own peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB)")
+    Console(width=110).print(table)
+
+
+def plot(rows: list[dict], base: int, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    actions = [row["log_actions"] for row in rows]
+    left.plot(actions, [(row["peak_bytes"] - base) / 2**20 for row in rows], "o-")
+    left.set(xscale="log", xlabel="actions", ylabel="peak memory above imports, MiB", ylim=(0, None))
+    right.plot(actions, [row["log_actions"] / row["core_seconds"] for row in rows], "o-")
+    right.set(xscale="log", xlabel="actions", ylabel="actions a second of one core", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

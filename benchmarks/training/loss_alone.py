@@ -19,26 +19,23 @@ from gr.models.recommender import Recommender
 from gr.models.step import StepContext
 from gr_kernels.candidate_scores import explain
 
-SLOW = 8.0  # a way this many times slower than the chosen one is timed once and no more
+SLOW = 8.0  # a way this many times slower than the chosen one is timed once, cold
 
 
 def measure(shape: Shape, targets: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of each way of scoring T = ``targets`` positions, and the one that gr picks by their cost.
 
-    Rounds interleave the ways; the gradient of the table is in the time, the optimiser is not.
+    The ways take turns; the gradient of the table is in the time, the optimiser is not.
     """
     plan = explain(targets, 1 + shape.negatives, shape.items)
     ways = {way: _ours(shape, targets, way) for way in ("auto", "dense", "gather")}
     ways["baseline"] = _baseline(shape, targets)
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(rounds + 1):  # the first warms up
-        for way, run in ways.items():
-            if number > 1 and min(times[way]) > SLOW * min(times["auto"]) and way != "baseline":
-                continue
-            started = time.perf_counter()
-            run()
-            if number:
-                times[way].append(time.perf_counter() - started)
+    first = {way: _seconds(run) for way, run in ways.items()}  # the first run warms up
+    slow = {way for way in ways if way not in ("auto", "baseline") and first[way] > SLOW * first["auto"]}
+    times: dict[str, list[float]] = {way: [first[way]] if way in slow else [] for way in ways}
+    for _ in range(rounds):
+        for way in (way for way in ways if way not in slow):
+            times[way].append(_seconds(ways[way]))
     ratios = np.divide(times["baseline"], times["auto"])
     return {
         "targets": targets,
@@ -49,6 +46,12 @@ def measure(shape: Shape, targets: int, rounds: int) -> dict[str, Any]:
         "ms": {way: float(np.median(seconds)) * 1e3 for way, seconds in times.items()},
         "ratio": {"median": float(np.median(ratios)), "min": float(ratios.min()), "max": float(ratios.max())},
     }
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def _ours(shape: Shape, targets: int, way: str) -> Callable[[], None]:

@@ -24,6 +24,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, label in (("samples_per_s", "samples/s"), ("tokens_per_s", "real tokens/s")):
         table.add_row(f"{label}  p10 / p50 / p90", *(" / ".join(f"{v:,.0f}" for v in b[name]) for b in both))
     table.add_row("step ms  p50", *(f"{b['step_ms']:,.1f}" for b in both))
+    table.add_row("CPU seconds a step  p50", *(f"{b['cpu_s']:,.2f}" for b in both))
     table.add_row("peak memory MiB", *(f"{b['peak_mib']:,.0f}" for b in both))
     table.add_row("  of it the step's own", *(f"{b['step_mib']:,.0f}" for b in both))
     console.print(table)
@@ -37,7 +38,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         f"ratio ours / baseline: [bold]{ratio['median']:.2f}x[/bold] "
-        f"(min {ratio['min']:.2f}, max {ratio['max']:.2f} over pairs)"
+        f"(min {ratio['min']:.2f}, max {ratio['max']:.2f} over pairs); "
+        f"of CPU seconds {result['cpu_ratio']['median']:.2f}x"
     )
     _show_loss(result["loss_alone"], console)
 

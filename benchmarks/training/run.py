@@ -75,13 +75,12 @@ def benchmark(shape: Shape, data: Path | None, seconds: float) -> dict[str, Any]
     peaks = {side: memory_in_child(side, shape.name, data) for side in SIDES}
     shape, samples, source = load(shape, data)
     sides: dict[str, Side] = {name: side(shape, samples) for name, side in SIDES.items()}
-    timed, tokens, sizes = interleave(sides, samples, shape, seconds)
+    timed, used, tokens, sizes = interleave(sides, samples, shape, seconds)
     profiles = {
         name: shares.measure(side.step, islice(batches(samples, shape.batch, seed=2), PROFILED))
         for name, side in sides.items()
     }
     del sides
-    ratios = timed["baseline"] / timed["ours"]
     return {
         "shape": asdict(shape),
         "threads": torch.get_num_threads(),
@@ -91,13 +90,15 @@ def benchmark(shape: Shape, data: Path | None, seconds: float) -> dict[str, Any]
             "mean_inputs": float(samples.lengths_R.mean() - 1),
             "inputs_p10_p50_p90": np.percentile(samples.lengths_R - 1, [10, 50, 90]).tolist(),
         },
-        "pairs": len(ratios),
-        "ratio": {"median": float(np.median(ratios)), "min": float(ratios.min()), "max": float(ratios.max())},
+        "pairs": len(tokens),
+        "ratio": spread(timed["baseline"] / timed["ours"]),
+        "cpu_ratio": spread(used["baseline"] / used["ours"]),
         "sides": {
             name: {
                 "samples_per_s": np.percentile(sizes / timed[name], [10, 50, 90]).tolist(),
                 "tokens_per_s": np.percentile(tokens / timed[name], [10, 50, 90]).tolist(),
                 "step_ms": float(np.median(timed[name])) * 1e3,
+                "cpu_s": float(np.median(used[name])),
                 "step_s": timed[name].round(5).tolist(),
                 "profile": profiles[name],
                 **peaks[name],
@@ -120,8 +121,8 @@ def load(shape: Shape, data: Path | None) -> tuple[Shape, Sequences, str]:
 
 def interleave(
     sides: dict[str, Side], samples: Sequences, shape: Shape, seconds: float
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Seconds of each step of each side, the targets and the sequences of each batch.
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Of each step: each side's seconds, and CPU seconds of all its threads; the batch's targets and sequences.
 
     A pair of steps shares its batch, and the side that goes first changes from pair to pair.
     """
@@ -130,6 +131,7 @@ def interleave(
         for side in sides.values():
             side.step(rows)
     times: dict[str, list[float]] = {name: [] for name in sides}
+    used: dict[str, list[float]] = {name: [] for name in sides}
     tokens: list[int] = []
     sizes: list[int] = []
     finish = time.perf_counter() + seconds
@@ -137,12 +139,18 @@ def interleave(
         rows = next(stream)
         order = list(sides) if len(tokens) % 2 == 0 else list(reversed(sides))
         for name in order:
-            started = time.perf_counter()
+            started, started_cpu = time.perf_counter(), time.process_time()
             sides[name].step(rows)
             times[name].append(time.perf_counter() - started)
+            used[name].append(time.process_time() - started_cpu)
         tokens.append(int((samples.lengths_R[rows] - 1).sum()))
         sizes.append(len(rows))
-    return {name: np.array(values) for name, values in times.items()}, np.array(tokens), np.array(sizes)
+    timed, cpu = ({name: np.array(values) for name, values in by_side.items()} for by_side in (times, used))
+    return timed, cpu, np.array(tokens), np.array(sizes)
+
+
+def spread(ratios: np.ndarray) -> dict[str, float]:
+    return {"median": float(np.median(ratios)), "min": float(ratios.min()), "max": float(ratios.max())}
 
 
 def memory_in_child(side: str, shape: str, data: Path | None) -> dict[str, float]:

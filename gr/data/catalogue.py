@@ -34,7 +34,9 @@ def read_catalogue(schema: CatalogueSchema, integer_ids: bool) -> pa.Table:
             if stream.malformed:
                 record, text, problem = stream.malformed[0]
                 raise UserError(f"'{file.name}', record {record}: {text!r} {problem}; correct the catalogue")
-            table = pa.table({c: pa.chunked_array([b.column(c) for b in batches], pa.binary()) for c in wanted})
+            table = pa.table(
+                {c: pa.chunked_array([b.column(c) for b in batches], pa.binary()) for c in wanted}
+            )
             table = _as_text(table, file.name)
         parts.append(catalogue_table(table, schema.item, integer_ids, file.name))
     table = pa.concat_tables(parts, promote_options="default")
@@ -52,7 +54,9 @@ def catalogue_table(table: pa.Table, item: str, integer_ids: bool, name: str) ->
         raise UserError(f"'{name}', row {row}, column '{item}': {problem}; correct the catalogue")
     others = {c: table[c] for c in table.column_names if c != item}
     if clash := [c for c in others if c in RESERVED]:
-        raise UserError(f"'{name}' has a column '{clash[0]}', a name that gr gives: rename it or leave it out of columns")
+        raise UserError(
+            f"'{name}' has a column '{clash[0]}', a name that gr gives: rename it or leave it out of columns"
+        )
     return pa.table({"item_id": column.values, **others})
 
 
@@ -80,4 +84,6 @@ def _check_distinct(table: pa.Table, name: str) -> None:
     if len(ids.unique()) < len(ids):
         counted = ids.value_counts()
         twice = counted.filter(pc.greater(counted.field("counts"), 1))
-        raise UserError(f"'{name}' lists item {twice[0]['values'].as_py()!r} more than once: leave one row of it")
+        raise UserError(
+            f"'{name}' lists item {twice[0]['values'].as_py()!r} more than once: leave one row of it"
+        )

@@ -74,7 +74,9 @@ def to_ids(column: pa.Array, integer: bool, option: str) -> Converted:
     values, bad = _from_text(column, pa.int64()) if integer else _from_text(column, pa.string())
     bad = _with_nulls(values, bad)
     wanted = "an integer id" if integer else "an id in UTF-8"
-    return Converted(values, bad, f"is not {wanted}", f"set {option}: string if ids are text" if integer else "")
+    return Converted(
+        values, bad, f"is not {wanted}", f"set {option}: string if ids are text" if integer else ""
+    )
 
 
 def to_ticks(column: pa.Array, unit: str, fractions: bool) -> Converted:
@@ -87,7 +89,10 @@ def to_ticks(column: pa.Array, unit: str, fractions: bool) -> Converted:
     bad: np.ndarray | None
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         resolution = "us" if unit == "iso" else unit
-        ticks, bad = column.cast(pa.timestamp(resolution, getattr(kind, "tz", None)), safe=False).cast(pa.int64()), None
+        ticks, bad = (
+            column.cast(pa.timestamp(resolution, getattr(kind, "tz", None)), safe=False).cast(pa.int64()),
+            None,
+        )
         problem = "is not a time"
     elif unit == "iso":
         ticks, bad = _parse_iso(column)
@@ -107,7 +112,9 @@ def to_ticks(column: pa.Array, unit: str, fractions: bool) -> Converted:
         return Converted(ticks, None, problem)
     late = pc.fill_null(pc.greater_equal(ticks, YEAR_2200 * per_second), False).to_numpy(zero_copy_only=False)
     if bad is None and late.any():
-        return Converted(ticks, late, f"is after the year 2200 in time_unit '{unit}'", "set time_unit to the log's own")
+        return Converted(
+            ticks, late, f"is after the year 2200 in time_unit '{unit}'", "set time_unit to the log's own"
+        )
     return Converted(ticks, _either(bad, late), problem, "" if unit == "iso" else "check time_unit")
 
 
@@ -122,9 +129,13 @@ def to_field(column: pa.Array, kind: str) -> Converted:
     if kind == "auto":
         source = plain(column).type
         kind = "integer" if pa.types.is_integer(source) else "float" if is_number(source) else "string"
-    values, bad = _from_text(column, {"integer": pa.int64(), "float": pa.float64(), "string": pa.string()}[kind])
+    values, bad = _from_text(
+        column, {"integer": pa.int64(), "float": pa.float64(), "string": pa.string()}[kind]
+    )
     if kind == "integer":
-        return Converted(values, _with_nulls(values, bad), "is not an integer", "set the field's type: float or string")
+        return Converted(
+            values, _with_nulls(values, bad), "is not an integer", "set the field's type: float or string"
+        )
     return Converted(pc.fill_null(values, float("nan") if kind == "float" else ""), bad, f"is not a {kind}")
 
 

@@ -39,8 +39,10 @@ def csv_columns(file: DataFile, form: Csv) -> list[str]:
     """Names of the file's columns."""
     if form.names is not None:
         return form.names
-    with io.TextIOWrapper(file.open(), encoding=form.encoding, newline="") as text:
-        header = next(csv.reader(text, delimiter=_delimiter(file, form)[0], quotechar=form.quote or None), None)
+    with io.TextIOWrapper(file.open(), encoding=form.encoding, errors="replace", newline="") as text:
+        header = next(
+            csv.reader(text, delimiter=_delimiter(file, form)[0], quotechar=form.quote or None), None
+        )
     if header is None:
         raise UserError(f"'{file.name}' is empty: remove it, or give the columns' names as csv.names")
     return [name.removeprefix("\ufeff") for name in header]
@@ -127,7 +129,9 @@ def _batches(file: DataFile, reader) -> Iterator[pa.RecordBatch]:
 
 def _unreadable(file: DataFile, error: Exception) -> UserError:
     reason = str(error).splitlines()[0].rstrip(".")
-    return UserError(f"cannot read '{file.name}' as CSV ({reason}): check the file and the csv keys of the schema")
+    return UserError(
+        f"cannot read '{file.name}' as CSV ({reason}): check the file and the csv keys of the schema"
+    )
 
 
 def _delimiter(file: DataFile, form: Csv) -> tuple[str, int]:

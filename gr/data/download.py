@@ -46,7 +46,9 @@ def obtain(source: str | None, published: Published, cache: Path, progress: Prog
         raise UserError(f"{published.file} has no URL to fetch it from: {_by_hand(published)}")
     scheme = urlparse(source).scheme
     if len(scheme) > 1 and scheme != "file":
-        file = download(source, cache, _checksum_for(source, published), progress, by_hand=_by_hand(published))
+        file = download(
+            source, cache, _checksum_for(source, published), progress, by_hand=_by_hand(published)
+        )
         return _unpack(file, published, cache)
     path = Path(urlparse(source).path if scheme == "file" else source)
     if path.is_dir():
@@ -94,7 +96,9 @@ def verify(file: Path, checksum: str | None, name: str | None = None, by_hand: s
         return
     algorithm, _, wanted = checksum.partition(":")
     if (found := _digest(file, checksum)) != wanted:
-        raise UserError(f"'{name or file}' has {algorithm} {found}, published is {wanted}: fetch it again, or {by_hand}")
+        raise UserError(
+            f"'{name or file}' has {algorithm} {found}, published is {wanted}: fetch it again, or {by_hand}"
+        )
 
 
 def _fetch_http(url: str, part: Path, progress: Progress, by_hand: str) -> None:
@@ -107,7 +111,10 @@ def _fetch_http(url: str, part: Path, progress: Progress, by_hand: str) -> None:
                 resumed = response.status == 206
                 length = response.headers.get("Content-Length")
                 total = (have if resumed else 0) + int(length) if length else None
-                with progress.stage("fetching", total, "bytes") as stage, part.open("ab" if resumed else "wb") as out:
+                with (
+                    progress.stage("fetching", total, "bytes") as stage,
+                    part.open("ab" if resumed else "wb") as out,
+                ):
                     stage.advance(have if resumed else 0)
                     while block := response.read(BLOCK):
                         out.write(block)
@@ -117,7 +124,9 @@ def _fetch_http(url: str, part: Path, progress: Progress, by_hand: str) -> None:
                 return
             reason = f"it broke off after {size:,} of {total:,} bytes"
         except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # nothing is left to send, or the file has changed: the checksum tells
+            if (
+                error.code == 416 and have
+            ):  # nothing is left to send, or the file has changed: the checksum tells
                 return
             raise UserError(f"cannot fetch {url} (HTTP {error.code} {error.reason}): {by_hand}") from None
         except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
@@ -127,15 +136,18 @@ def _fetch_http(url: str, part: Path, progress: Progress, by_hand: str) -> None:
         if attempt < ATTEMPTS:
             progress.note(f"{url}: {reason}; going on where it stopped")
             time.sleep(0.2 * attempt)
-    raise UserError(f"cannot fetch {url} ({reason}, {ATTEMPTS} times): run again to go on where it stopped, or {by_hand}")
+    raise UserError(
+        f"cannot fetch {url} ({reason}, {ATTEMPTS} times): run again to go on where it stopped, or {by_hand}"
+    )
 
 
 def _fetch_other(url: str, part: Path, progress: Progress, by_hand: str) -> None:
     try:
-        with fsspec.open(url, "rb") as source, part.open("wb") as out, progress.stage("fetching", None, "bytes") as stage:
-            while block := source.read(BLOCK):
-                out.write(block)
-                stage.advance(len(block))
+        with fsspec.open(url, "rb") as source, part.open("wb") as out:
+            with progress.stage("fetching", None, "bytes") as stage:
+                while block := source.read(BLOCK):
+                    out.write(block)
+                    stage.advance(len(block))
     except (ImportError, ValueError, OSError) as error:
         raise UserError(f"cannot fetch {url} ({str(error).splitlines()[0].rstrip('.')}): {by_hand}") from None
 
@@ -145,14 +157,18 @@ def _unpack(file: Path, published: Published, cache: Path) -> Path:
     if file.name in published.files:
         return file.parent
     if not zipfile.is_zipfile(file):
-        raise UserError(f"'{file}' is neither {_and(published.files)} nor a zip archive: {_by_hand(published)}")
+        raise UserError(
+            f"'{file}' is neither {_and(published.files)} nor a zip archive: {_by_hand(published)}"
+        )
     folder = cache / file.stem
     with zipfile.ZipFile(file) as archive:
         members = {PurePosixPath(m.filename).name: m for m in archive.infolist() if not m.is_dir()}
         if missing := [name for name in published.files if name not in members]:
             raise UserError(f"'{file}' does not hold {_and(missing)}: {_by_hand(published)}")
         folder.mkdir(parents=True, exist_ok=True)
-        for name in published.files:  # by their own names: a path inside the archive cannot lead out of the folder
+        for (
+            name
+        ) in published.files:  # by their own names: a path inside the archive cannot lead out of the folder
             with archive.open(members[name]) as packed, (folder / name).open("wb") as out:
                 shutil.copyfileobj(packed, out, BLOCK)
     return folder

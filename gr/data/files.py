@@ -50,7 +50,9 @@ class DataFile:
             source = self.path if self.local else self.filesystem.open(self.path, "rb")
             return pq.ParquetFile(source, buffer_size=READ_BUFFER, pre_buffer=False)
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"cannot read '{self.name}' as Parquet ({_first_line(error)}): check the file") from None
+            raise UserError(
+                f"cannot read '{self.name}' as Parquet ({_first_line(error)}): check the file"
+            ) from None
 
 
 def find_files(source: str, format: str = "auto") -> list[DataFile]:
@@ -73,12 +75,20 @@ def find_files(source: str, format: str = "auto") -> list[DataFile]:
         else:
             paths = [path] if filesystem.exists(path) else []
     except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"cannot open '{source}' ({_first_line(error)}): check the URL and its access") from None
+        raise UserError(
+            f"cannot open '{source}' ({_first_line(error)}): check the URL and its access"
+        ) from None
     if not paths:
-        raise UserError(f"no {'data' if format == 'auto' else format} file at '{source}': check the path or the glob")
-    files = [DataFile(filesystem, p, _format_by_name(p) if format == "auto" else format) for p in sorted(paths)]
+        raise UserError(
+            f"no {'data' if format == 'auto' else format} file at '{source}': check the path or the glob"
+        )
+    files = [
+        DataFile(filesystem, p, _format_by_name(p) if format == "auto" else format) for p in sorted(paths)
+    ]
     if unknown := [f for f in files if not f.format]:
-        raise UserError(f"'{unknown[0].name}' is neither .parquet nor .csv by its name: set format to one of the two")
+        raise UserError(
+            f"'{unknown[0].name}' is neither .parquet nor .csv by its name: set format to one of the two"
+        )
     if len({f.format for f in files}) > 1:
         raise UserError(f"'{source}' holds both Parquet and CSV files: set format, or name them by a glob")
     return files

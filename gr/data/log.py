@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,15 @@ import pyarrow as pa
 
 from gr.data import convert
 from gr.data.convert import Converted
-from gr.data.csv_files import SAMPLE_BYTES, csv_columns, line_of, read_csv
+from gr.data.csv_files import SAMPLE_BYTES, CsvStream, csv_columns, line_of, read_csv
 from gr.data.files import COMPRESSED, DataFile, find_files
 from gr.data.quarantine import BadRow, Quarantine, refuse
-from gr.data.schema import TICKS_PER_SECOND, FieldColumn, IdType, LogSchema
+from gr.data.schema import TICKS_PER_SECOND, FieldColumn, IdType, LogSchema, TimeUnit
 from gr.errors import UserError, nearest
+
+Locate = Callable[[int], tuple[int | None, int]]
+"""Row of a batch -> (row group, row in it), or (None, record of the file) for CSV."""
+Located = tuple[pa.RecordBatch, Locate]
 
 COMPRESSED_RATIO = 8  # a generous guess of how much smaller a compressed CSV is
 
@@ -88,14 +92,17 @@ class LogReader:
     # -- types -----------------------------------------------------------------------------------------------------
 
     def _check_parquet(self) -> tuple[LogTypes, int]:
-        rows, resolutions, first = 0, set(), None
+        rows, first = 0, None
+        resolutions: set[TimeUnit] = set()
         for file in self.files:
             parquet = file.parquet()
             schema = parquet.schema_arrow
             rows += parquet.metadata.num_rows
             for role, column in self.columns.items():
                 if column not in schema.names:
-                    raise UserError(f"'{file.name}' has no column '{column}': {nearest(column, schema.names)}")
+                    raise UserError(
+                        f"'{file.name}' has no column '{column}': {nearest(column, schema.names)}"
+                    )
                 kind = schema.field(column).type
                 self._check_type(file, role, column, kind)
                 if role == "time" and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
@@ -108,7 +115,8 @@ class LogReader:
             kind = first.field(self.columns[role]).type
             return kind.value_type if pa.types.is_dictionary(kind) else kind
 
-        unit, fractions = self.schema.time_unit, False
+        unit: TimeUnit = self.schema.time_unit
+        fractions = False
         if resolutions:
             unit = max(resolutions, key=lambda r: TICKS_PER_SECOND[r])
         elif self.has_times:
@@ -132,7 +140,9 @@ class LogReader:
         if role == "time":
             usable = usable or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
         elif role.startswith("field."):
-            usable = usable or pa.types.is_boolean(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+            usable = (
+                usable or pa.types.is_boolean(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+            )
         if not usable:
             raise UserError(
                 f"'{file.name}', column '{column}': type {kind} cannot be used as {role}; map another column"
@@ -148,11 +158,12 @@ class LogReader:
         sample = self._sample(sampled)
 
         def all_integers(role: str) -> bool:
-            text = sample.column(self.columns[role]).cast(pa.string(), safe=False)
-            values = [v for v in text.to_pylist() if v is not None]
-            return bool(values) and all(v.isascii() and _canonical_integer(v) for v in values)
+            values = [v for v in sample.column(self.columns[role]).to_pylist() if v is not None]
+            return bool(values) and all(map(_canonical_integer, values))
 
-        fractions = self.has_times and self.schema.time_unit == "s" and _has_decimals(sample, self.columns["time"])
+        fractions = (
+            self.has_times and self.schema.time_unit == "s" and _has_decimals(sample, self.columns["time"])
+        )
         bytes_a_row = min(self._plain_size(sampled), SAMPLE_BYTES) / max(sample.num_rows, 1)
         return LogTypes(
             user_integer=_integer(self.schema.user_ids, all_integers("user")),
@@ -169,51 +180,44 @@ class LogReader:
 
     def _sample(self, file: DataFile) -> pa.RecordBatch:
         stream = read_csv(file, self.schema.csv, list(self.columns.values()), SAMPLE_BYTES)
-        empty = pa.record_batch([pa.array([], pa.binary()) for _ in self.columns], names=list(self.columns.values()))
+        empty = pa.record_batch(
+            [pa.array([], pa.binary()) for _ in self.columns], names=list(self.columns.values())
+        )
         return next(stream.batches, empty)
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
-    def _parquet_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine):
-        parquet = file.parquet()
-        stops = np.cumsum([parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)])
+    def _parquet_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
         names = list(dict.fromkeys(self.columns.values()))
-        batches = parquet.iter_batches(batch_size=chunk_rows, columns=names, use_threads=False)
-        start = 0
-        while True:
-            try:
-                batch = next(batches, None)
-            except (OSError, pa.ArrowInvalid) as error:
-                group = int(np.searchsorted(stops, start, side="right"))
-                raise UserError(
-                    f"cannot read '{file.name}', row group {group} ({str(error).splitlines()[0].rstrip('.')}): "
-                    "the file is damaged; write it again or leave it out"
-                ) from None
-            if batch is None:
-                return
+        with file.parquet() as parquet:
+            for group in range(parquet.num_row_groups):  # one by one, so that an error can name it
+                start = 0
+                try:
+                    for batch in parquet.iter_batches(
+                        chunk_rows, row_groups=[group], columns=names, use_threads=False
+                    ):
+                        yield batch, partial(_in_row_group, group, start)
+                        start += batch.num_rows
+                except (OSError, pa.ArrowInvalid) as error:
+                    raise UserError(
+                        f"cannot read '{file.name}', row group {group} ({str(error).splitlines()[0].rstrip('.')}): "
+                        "the file is damaged; write it again or leave it out"
+                    ) from None
 
-            def locate(row: int, start: int = start) -> tuple[int | None, int]:
-                group = int(np.searchsorted(stops, start + row, side="right"))
-                return group, start + row - (int(stops[group - 1]) if group else 0)
-
-            yield batch, locate
-            start += batch.num_rows
-
-    def _csv_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine):
+    def _csv_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
         stream = read_csv(file, self.schema.csv, list(dict.fromkeys(self.columns.values())))
         start = handled = 0
         for batch in stream.batches:
             handled = self._malformed(file, stream.malformed, handled, quarantine)
             for first in range(0, batch.num_rows, chunk_rows):
-                base = start + first
-                yield (
-                    batch.slice(first, chunk_rows),
-                    lambda row, base=base: (None, stream.record(base + row)),
-                )
+                yield batch.slice(first, chunk_rows), partial(_in_stream, stream, start + first)
             start += batch.num_rows
         self._malformed(file, stream.malformed, handled, quarantine)
 
-    def _malformed(self, file: DataFile, records, handled: int, quarantine: Quarantine) -> int:
+    def _malformed(
+        self, file: DataFile, records: list[tuple[int, str, str]], handled: int, quarantine: Quarantine
+    ) -> int:
+        """Deal with the malformed records after the first ``handled`` ones; returns how many there are."""
         for record, text, problem in records[handled:]:
             self.rows_read += 1
             if quarantine.failing:
@@ -240,8 +244,9 @@ class LogReader:
         return table
 
     def _check(
-        self, batch: pa.RecordBatch, file: DataFile, locate: Callable[[int], tuple[int | None, int]], quarantine: Quarantine
+        self, batch: pa.RecordBatch, file: DataFile, locate: Locate, quarantine: Quarantine
     ) -> pa.Table:
+        """The batch's good rows, converted; bad ones go to the quarantine or end the work."""
         checked: dict[str, Converted] = {
             role: self._converters[role](batch.column(column)) for role, column in self.columns.items()
         }
@@ -256,7 +261,15 @@ class LogReader:
             self._bad_row(batch, row, file, locate, checked, quarantine)
         return table.filter(pa.array(~bad))
 
-    def _bad_row(self, batch, row: int, file: DataFile, locate, checked: dict[str, Converted], quarantine) -> None:
+    def _bad_row(
+        self,
+        batch: pa.RecordBatch,
+        row: int,
+        file: DataFile,
+        locate: Locate,
+        checked: dict[str, Converted],
+        quarantine: Quarantine,
+    ) -> None:
         role = next(r for r, result in checked.items() if result.bad is not None and result.bad[row])
         column, result = self.columns[role], checked[role]
         value = _readable(batch.column(column)[row].as_py())
@@ -264,25 +277,36 @@ class LogReader:
         problem = "the value is missing" if missing else f"{value!r} {result.problem}"
         group, number = locate(row)
         if quarantine.failing:
-            place = f"row group {group}, row {number}" if group is not None else (
-                f"line {line_of(file, self.schema.csv, number)}"
-            )
+            place = f"row group {group}, row {number}"
+            if group is None:
+                place = f"line {line_of(file, self.schema.csv, number)}"
             raise refuse(f"'{file.name}', {place}, column '{column}'", problem, "" if missing else result.fix)
         record = {c: _readable(batch.column(c)[row].as_py()) for c in dict.fromkeys(self.columns.values())}
         kind = f"{column}: " + ("missing" if missing else result.problem)
         quarantine.add(
-            BadRow(file.name, group, number, column, problem, json.dumps(record, default=str, ensure_ascii=False)), kind
+            BadRow(
+                file.name, group, number, column, problem, json.dumps(record, default=str, ensure_ascii=False)
+            ),
+            kind,
         )
+
+
+def _in_row_group(group: int, start: int, row: int) -> tuple[int | None, int]:
+    return group, start + row
+
+
+def _in_stream(stream: CsvStream, start: int, row: int) -> tuple[int | None, int]:
+    return None, stream.record(start + row)
 
 
 def _integer(wanted: IdType, found: bool) -> bool:
     return found if wanted == "auto" else wanted == "integer"
 
 
-def _canonical_integer(text: str) -> bool:
+def _canonical_integer(text: bytes) -> bool:
     """Whether an integer would be written back as the same text: '007' is not."""
-    digits = text.removeprefix("-")
-    return digits.isdigit() and len(digits) < 19 and (digits[0] != "0" or text == "0")
+    digits = text.removeprefix(b"-")
+    return digits.isdigit() and len(digits) < 19 and (digits[:1] != b"0" or text == b"0")
 
 
 def _has_decimals(sample: pa.RecordBatch, column: str) -> bool:

@@ -75,7 +75,10 @@ class PartitionStore:
         if not self.bits:
             self._memory = [table]
             return
-        with pa.OSFile(str(self._path(partition)), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        with (
+            pa.OSFile(str(self._path(partition)), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as writer,
+        ):
             writer.write_table(table)
 
     def _path(self, partition: int) -> Path:
@@ -100,7 +103,9 @@ def choose_bits(rows: int, row_bytes: int, memory_mb: int, partitions: int | Non
     bits = max(needed - 1, 0).bit_length()
     if bits > MAX_BITS:
         least = -(-rows * row_bytes // (1 << MAX_BITS)) >> 20
-        raise UserError(f"memory_mb {memory_mb} is too little for about {rows:,} actions: set it to {least + 1} or more")
+        raise UserError(
+            f"memory_mb {memory_mb} is too little for about {rows:,} actions: set it to {least + 1} or more"
+        )
     return bits
 
 
@@ -139,7 +144,9 @@ class Grouped:
         """The kept actions (A, bool); users stay, perhaps with none."""
         kept = np.concatenate([[0], np.cumsum(keep_A)])
         mask = pa.array(keep_A)
-        return Grouped(self.users_R, kept[self.offsets_R1], {k: v.filter(mask) for k, v in self.columns.items()})
+        return Grouped(
+            self.users_R, kept[self.offsets_R1], {k: v.filter(mask) for k, v in self.columns.items()}
+        )
 
     def filter_users(self, keep_R: np.ndarray) -> Grouped:
         """The kept users (R, bool) and their actions."""
@@ -147,7 +154,9 @@ class Grouped:
         mask = pa.array(np.repeat(keep_R, lengths))
         offsets = np.concatenate([[0], np.cumsum(lengths[keep_R])])
         return Grouped(
-            self.users_R.filter(pa.array(keep_R)), offsets, {k: v.filter(mask) for k, v in self.columns.items()}
+            self.users_R.filter(pa.array(keep_R)),
+            offsets,
+            {k: v.filter(mask) for k, v in self.columns.items()},
         )
 
 
@@ -162,7 +171,9 @@ def group(table: pa.Table) -> Grouped:
     rank = np.empty(len(users), dtype=np.int64)
     rank[by_hash] = np.arange(len(users))
     rank_A = rank[encoded.indices.to_numpy()]
-    order = pa.array(_order(rank_A, table["time"].to_numpy() if "time" in table.column_names else None, len(users)))
+    order = pa.array(
+        _order(rank_A, table["time"].to_numpy() if "time" in table.column_names else None, len(users))
+    )
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rank_A, minlength=len(users)))])
     columns = {n: table[n].combine_chunks().take(order) for n in table.column_names if n != "user"}
     return Grouped(users.take(pa.array(by_hash)), offsets, columns)

@@ -49,7 +49,9 @@ class Actions(Protocol):
 
     rows_read: int
     estimated_rows: int
-    has_times: bool
+
+    @property
+    def has_times(self) -> bool: ...
 
     @property
     def ticks_per_second(self) -> int: ...
@@ -119,9 +121,20 @@ def prepare(
 class _Work:
     """One preparation: its stages in the order of ``run``."""
 
-    def __init__(self, actions, out: Path, name, options: Preparation, described, overwrite, progress: Progress):
+    def __init__(
+        self,
+        actions: Actions,
+        out: Path,
+        name: str,
+        options: Preparation,
+        described: Described | None,
+        overwrite: bool,
+        progress: Progress,
+    ):
         if options.duplicates == "drop_exact" and not actions.has_times:
-            raise UserError("duplicates=drop_exact compares times, and this log has none: map columns.time, or keep them")
+            raise UserError(
+                "duplicates=drop_exact compares times, and this log has none: map columns.time, or keep them"
+            )
         if options.items == "listed" and described is None:
             raise UserError("items=listed needs a catalogue: name its file in the schema, or say items=seen")
         self.actions, self.out, self.options, self.progress = actions, out, options, progress
@@ -130,7 +143,9 @@ class _Work:
         scratch = Path(options.scratch) if options.scratch else out.parent
         scratch.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=scratch))
-        self.quarantine = Quarantine(self.scratch / "quarantine" if options.on_bad_rows == "quarantine" else None)
+        self.quarantine = Quarantine(
+            self.scratch / "quarantine" if options.on_bad_rows == "quarantine" else None
+        )
         self.items, self.types = IdCodes(), IdCodes()
         self.sorted = False
         self.counts = Counts()
@@ -146,7 +161,9 @@ class _Work:
         counts = self.write(rows, len(ids))
         catalogue, unlisted = join(ids, pa.array(counts), described)
         if unlisted:
-            self.progress.note(f"{unlisted:,} of {len(ids):,} items are not in the catalogue: their columns are null")
+            self.progress.note(
+                f"{unlisted:,} of {len(ids):,} items are not in the catalogue: their columns are null"
+            )
         dataset = self.writer.finish(
             catalogue,
             {
@@ -164,10 +181,15 @@ class _Work:
         options, self.rows = self.options, 0
         with self.progress.stage("reading", self.actions.estimated_rows) as stage:
             store = None
-            for table in _chunks(self.actions.tables(options.chunk_rows, self.quarantine), options.chunk_rows):
+            for table in _chunks(
+                self.actions.tables(options.chunk_rows, self.quarantine), options.chunk_rows
+            ):
                 if store is None:
                     bits = choose_bits(
-                        self.actions.estimated_rows, _row_bytes(table.schema), options.memory_mb, options.partitions
+                        self.actions.estimated_rows,
+                        _row_bytes(table.schema),
+                        options.memory_mb,
+                        options.partitions,
                     )
                     store = PartitionStore(self.scratch / "partitions", bits)
                 coded = {"user": table["user"], "item": self.items.codes(table["item"].combine_chunks())}
@@ -181,7 +203,11 @@ class _Work:
                 stage.advance(table.num_rows)
         self.quarantine.close()
         if store is None:
-            raise UserError(f"the log for '{self.out}' has no valid action: check the source and the quarantine's reasons")
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.quarantine.reasons.items())
+            raise UserError(
+                f"the log for '{self.out}' has no valid action ({reasons or 'it is empty'}): "
+                "check the source and the schema"
+            )
         store.close()
         self.store = store
 
@@ -274,8 +300,12 @@ class _Work:
             ordinals_R=np.arange(len(users)),
             offsets_R1=grouped.offsets_R1,
             items_A=items_A,
-            timestamps_A=columns["time"].to_numpy() // self.actions.ticks_per_second if "time" in columns else None,
-            action_types_A=type_codes[columns["action_type"].to_numpy()] if "action_type" in columns else None,
+            timestamps_A=columns["time"].to_numpy() // self.actions.ticks_per_second
+            if "time" in columns
+            else None,
+            action_types_A=type_codes[columns["action_type"].to_numpy()]
+            if "action_type" in columns
+            else None,
             values_A=columns["value"].to_numpy() if "value" in columns else None,
             fields_A=fields or None,
         )
@@ -300,7 +330,11 @@ class _Work:
         rows = [StageCount("rows of the log", self.actions.rows_read)]
         if self.quarantine.rows:
             rows.append(StageCount("quarantined", self.actions.rows_read - self.quarantine.rows))
-        return [*rows, *self.counts.rows(), StageCount("dataset", self.written_actions, self.written_users, items)]
+        return [
+            *rows,
+            *self.counts.rows(),
+            StageCount("dataset", self.written_actions, self.written_users, items),
+        ]
 
 
 def _chunks(tables: Iterator[pa.Table], chunk_rows: int) -> Iterator[pa.Table]:
@@ -340,7 +374,9 @@ def _blocks(rows: Sequences) -> Iterator[Sequences]:
 
 def _row_bytes(schema: pa.Schema) -> int:
     text = sum(pa.types.is_string(field.type) for field in schema)
-    return ROW_BYTES + TEXT_BYTES * text + FIELD_BYTES * sum(name.startswith("field.") for name in schema.names)
+    return (
+        ROW_BYTES + TEXT_BYTES * text + FIELD_BYTES * sum(name.startswith("field.") for name in schema.names)
+    )
 
 
 def _numpy(column: pa.Array) -> np.ndarray:

@@ -86,4 +86,6 @@ class Quarantine:
 def refuse(where: str, problem: str, fix: str) -> UserError:
     """The error for a bad row when the policy is ``fail``."""
     first = f"{fix}, " if fix else ""
-    return UserError(f"{where}: {problem}; {first}correct it, or say on_bad_rows=quarantine to put such rows aside")
+    return UserError(
+        f"{where}: {problem}; {first}correct it, or say on_bad_rows=quarantine to put such rows aside"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rich import box
 from rich.table import Table
 
 from gr.eval.evaluator import EvalResult
@@ -13,15 +14,21 @@ def results_table(results: Mapping[str, EvalResult], title: str) -> Table:
     """Two rows a scorer, HR and NDCG, a column for each k, and MRR; the users in the caption."""
     first = next(iter(results.values()))
     ks = [name.removeprefix("hr") for name in first.metrics if name.startswith("hr@")]
-    table = Table(title=title, title_justify="left", caption=_caption(first), caption_justify="left")
-    table.add_column("")
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=_caption(first),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("", no_wrap=True)
     table.add_column("")
     for heading in (*ks, "mrr"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label, result in results.items():
         for kind, mrr in (("hr", f"{result.metrics['mrr']:.4f}"), ("ndcg", "")):
             values = (f"{result.metrics[kind + k]:.4f}" for k in ks)
-            table.add_row(label if mrr else "", kind, *values, mrr, end_section=not mrr)
+            table.add_row(label if mrr else "", kind, *values, mrr)
     return table
 
 
@@ -34,7 +41,7 @@ def buckets_tables(result: EvalResult, label: str) -> list[Table]:
     shown = [name for name in ("hr@10", "ndcg@10", "hr@50", "hr@200") if name in result.metrics]
     tables = []
     for name, buckets in result.buckets.items():
-        table = Table(title=titles.get(name, f"{label}, by {name}"), title_justify="left")
+        table = Table(title=titles.get(name, f"by {name}"), title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("actions", no_wrap=True)
         for heading in ("users", *shown, "mrr"):
             table.add_column(heading, justify="right", no_wrap=True)

@@ -95,10 +95,13 @@ class ItemKNN:
         for row_C, column_C, count_C in _co_occurrences(offsets_R1, items_P, users_I, self.chunk):
             apart = row_C != column_C
             row_C, column_C, count_C = row_C[apart], column_C[apart], count_C[apart]
-            similarity_C = count_C / (norm_I[row_C] * norm_I[column_C])
-            order = np.lexsort((column_C, -similarity_C, row_C))
-            row_C, column_C, similarity_C = row_C[order], column_C[order], similarity_C[order]
-            place_C = np.arange(len(row_C)) - np.searchsorted(row_C, row_C)  # within its row
+            similarity_C = (count_C / (norm_I[row_C] * norm_I[column_C])).astype(np.float32)
+            first_C = np.searchsorted(row_C, row_C)
+            crowded = np.searchsorted(row_C, row_C, side="right") - first_C > width
+            order = _most_similar_first(row_C[crowded], similarity_C[crowded])
+            column_C[crowded] = column_C[crowded][order]
+            similarity_C[crowded] = similarity_C[crowded][order]
+            place_C = np.arange(len(row_C)) - first_C  # within its row
             best = place_C < width
             neighbour_IK[row_C[best], place_C[best]] = column_C[best]
             similarity_IK[row_C[best], place_C[best]] = similarity_C[best]
@@ -122,6 +125,12 @@ class ItemKNN:
         cells = owner[:, None] * items + self.neighbour_IK[item]
         scores.index_add_(0, cells.flatten(), self.similarity_IK[item].flatten())
         return scores.view(batch.sequences, items)
+
+
+def _most_similar_first(row_C: np.ndarray, similarity_C: np.ndarray) -> np.ndarray:
+    """The stable order by similarity, descending, within rows that ascend (a positive float32 sorts as its bits)."""
+    key_C = (row_C << 32) - similarity_C.view(np.int32)
+    return np.argsort(key_C, kind="stable")
 
 
 def _distinct(training: Iterable[Rows], max_actions: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gr.config import InputSection
 from gr.embeddings.table import Table
 from gr.models import init
+from gr.models.borrow import borrow
 from gr.models.dropout import dropout
 from gr.models.layout import JaggedLayout
 from gr.models.tasks import MASK
@@ -25,12 +26,14 @@ class ItemInput(nn.Module):
     max_length: the longest input.  masks: whether tokens may be MASK, which has a learned vector of its own.
     """
 
+    table: Table
+
     def __init__(
         self, config: InputSection, table: Table, max_length: int, masks: bool, mask_std: float
     ) -> None:
         super().__init__()
         self.config = config
-        self.table = table
+        borrow(self, "table", table)
         self.scale = math.sqrt(table.dim) if config.scale else 1.0
         self.mask_std = mask_std
         if config.positions != "none":

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from gr.config import SimilaritySection
 from gr.embeddings.table import Excluded, Rows, Table
 from gr.models import init
+from gr.models.borrow import borrow
 
 
 class Similarity(nn.Module):
@@ -20,10 +21,12 @@ class Similarity(nn.Module):
     With ``normalize`` both sides are divided by max(their L2 norm, eps): a cosine.
     """
 
+    table: Table
+
     def __init__(self, config: SimilaritySection, table: Table) -> None:
         super().__init__()
         self.config = config
-        self.table = table
+        borrow(self, "table", table)
         self.normalize_eps = config.eps if config.normalize else None
         self.bias = nn.Parameter(torch.empty(table.rows)) if config.item_bias else None
 

@@ -5,6 +5,8 @@ Shapes: B sequences, A actions of the batch, T input rows, S supervised targets,
 
 from __future__ import annotations
 
+import zlib
+from array import array
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -175,7 +177,7 @@ def _all_but_last(batch: SequenceBatch, key: int) -> tuple[JaggedLayout, Tensor]
         layout.max_length,
         query_times_T=None if times_A is None else times_A[source_T + 1],
         key_times_T=None if times_A is None else times_A[source_T],
-        dropout_key=derive_key(key, "dropout"),
+        dropout_key=_dropout_key(key, lengths),
     )
     return timed, source_T
 
@@ -188,8 +190,13 @@ def _whole(batch: SequenceBatch, key: int) -> JaggedLayout:
         batch.max_length,
         query_times_T=batch.timestamps_T,
         key_times_T=batch.timestamps_T,
-        dropout_key=derive_key(key, "dropout"),
+        dropout_key=_dropout_key(key, batch.lengths),
     )
+
+
+def _dropout_key(key: int, lengths: tuple[int, ...]) -> int:
+    """A key of this step and these lengths: micro-batches and ranks, which share the step's key, drop differently."""
+    return derive_key(key, "dropout", zlib.crc32(array("q", lengths).tobytes()))
 
 
 def _last_items(batch: SequenceBatch) -> Tensor:

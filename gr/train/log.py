@@ -22,7 +22,7 @@ class MetricsLog:
         """Append a row to metrics.jsonl; returns 1, the rows written."""
         if self.active:
             append_rows(self.folder.metrics, [row])
-            kind = row["kind"] if row["kind"] == "train" else row["split"]
+            kind = {"train": "train", "eval": row.get("split"), "baseline": row.get("name")}[row["kind"]]
             self._events(kind, row)
         return 1
 

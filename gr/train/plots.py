@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from gr.train.folder import RunFolder
 
 
-def plot_run(folder: RunFolder, baselines: dict[str, dict[str, Any]] | None = None) -> Path | None:
+def plot_run(folder: RunFolder) -> Path | None:
     """Draw ``plots/training.png`` (and ``.svg``) from metrics.jsonl; baselines are dashed lines.  None: no rows."""
     rows = folder.read_metrics()
     train = [r for r in rows if r["kind"] == "train"]
@@ -18,6 +17,7 @@ def plot_run(folder: RunFolder, baselines: dict[str, dict[str, Any]] | None = No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
 
+    baselines = {r["name"]: r for r in rows if r["kind"] == "baseline" and r["split"] == "test"}
     names = [m for m in ("hr@10", "ndcg@10") if evaluations and m in evaluations[0]]
     figure = Figure(figsize=(4.6 * (1 + len(names)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -32,7 +32,7 @@ def plot_run(folder: RunFolder, baselines: dict[str, dict[str, Any]] | None = No
             points = [(r["step"], r[name]) for r in evaluations if r["split"] == split]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=split)
-        for i, (label, row) in enumerate((baselines or {}).items()):
+        for i, (label, row) in enumerate(baselines.items()):
             axes.axhline(row[name], linestyle=("--", ":", "-.")[i % 3], color="grey", linewidth=1)
             axes.annotate(label, (1, row[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8)
         axes.set(xlabel="step", title=name.upper(), ylim=(0, None))

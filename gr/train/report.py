@@ -7,17 +7,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gr.train.run import RunResult
+from gr.train.job import RunResult
 
 SHOWN = ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr")
 
 
 def final_rows(result: RunResult) -> dict[str, dict[str, Any]]:
-    """Evaluations worth reporting: of the last epoch, and of the epoch that the validation split chose."""
-    rows = {}
+    """Evaluations worth reporting: the baselines, the last epoch, and the epoch that the validation split chose."""
+    rows = {f"{r['split']}, {r['name']}": r for r in result.metrics if r["kind"] == "baseline"}
     evaluations = [r for r in result.metrics if r["kind"] == "eval"]
     if not evaluations:
-        return {}
+        return rows
     for split in dict.fromkeys(r["split"] for r in evaluations):
         rows[f"{split}, last epoch"] = result.evaluation(split)
     best = best_epoch(result.metrics)
@@ -33,7 +33,7 @@ def best_epoch(metrics: list[dict[str, Any]], metric: str = "ndcg@10") -> int | 
     return max(rows, key=lambda r: r[metric])["epoch"] if rows else None
 
 
-def print_result(result: RunResult, baselines: dict[str, dict[str, Any]] | None = None) -> None:
+def print_result(result: RunResult) -> None:
     """The final table, where things are, and what to do next."""
     console = Console()
     if not result.finished:
@@ -44,8 +44,8 @@ def print_result(result: RunResult, baselines: dict[str, dict[str, Any]] | None 
     table.add_column("epoch", justify="right")
     for name in SHOWN:
         table.add_column(name, justify="right")
-    for label, row in {**(baselines or {}), **final_rows(result)}.items():
-        epoch = str(row["epoch"] + 1) if "epoch" in row else ""
+    for label, row in final_rows(result).items():
+        epoch = str(row["epoch"] + 1) if row["kind"] == "eval" else ""
         table.add_row(label, epoch, *(f"{row[name]:.4f}" if name in row else "" for name in SHOWN))
     console.print(table)
     digests = [r["data_digest"] for r in result.metrics if r["kind"] == "train"]

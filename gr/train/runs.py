@@ -16,7 +16,7 @@ from gr.errors import UserError
 from gr.models.recommender import Recommender
 from gr.train import checkpoint
 from gr.train.folder import RunFolder
-from gr.train.run import build_model, build_split
+from gr.train.job import build_model, build_split
 
 
 @dataclass(frozen=True)

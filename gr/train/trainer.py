@@ -24,15 +24,13 @@ from gr.models.step import StepContext
 from gr.models.tasks import Supervision
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
+from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
 from gr.train.log import MetricsLog, StepProgress
 from gr.train.optimizers import set_rate
 from gr.train.parallel import Parallel
 from gr.train.schedule import rate_factor
 from gr.train.stopping import StopSignal
-
-Evaluate = Callable[[str], dict[str, Any]]
-"""Split name -> a row of metrics."""
 
 
 class Trainer:
@@ -42,14 +40,14 @@ class Trainer:
         model: Recommender,
         optimizer: torch.optim.Optimizer,
         batches: TrainingBatches,
-        evaluate: Evaluate,
+        evaluation: Evaluation,
         parallel: Parallel,
         folder: RunFolder,
         cursor: Cursor,
         on_step: Callable[[], None] = lambda: None,
     ):
         self.config, self.model, self.optimizer, self.batches = config, model, optimizer, batches
-        self.evaluate, self.parallel, self.folder, self.cursor = evaluate, parallel, folder, cursor
+        self.evaluation, self.parallel, self.folder, self.cursor = evaluation, parallel, folder, cursor
         self.on_step = on_step
         self.wrapped = parallel.wrap(model)
         self.total_steps = config.train.epochs * batches.per_epoch
@@ -64,11 +62,13 @@ class Trainer:
         """Train to the end of the config, or until told to stop; True if finished.  The state is saved either way."""
         try:
             with StopSignal() as signal:
+                if self.cursor.metrics_rows == 0:
+                    self.run_baselines()
                 for batch in self._remaining():
                     stop = self.step(batch, stop=bool(signal.received))
-                    if self._ends_epoch(batch):
+                    if batch.index + 1 == self.batches.per_epoch:
                         self.end_epoch()
-                    elif self._due(self.config.eval.every_steps):
+                    elif self._enough() or self._due(self.config.eval.every_steps):
                         self.run_evaluations()
                     if stop or self._due(self.config.checkpoint.every_steps):
                         self.save()
@@ -113,7 +113,7 @@ class Trainer:
     def end_epoch(self) -> None:
         """Evaluate if it is time, remember the best, save, go on to the next epoch."""
         cursor, config = self.cursor, self.config
-        last = cursor.step >= self.total_steps or cursor.epoch + 1 >= config.train.epochs
+        last = cursor.step >= self.total_steps
         if (cursor.epoch + 1) % config.eval.every_epochs == 0 or last:
             self.run_evaluations()
         cursor.next_epoch()
@@ -123,11 +123,19 @@ class Trainer:
     def run_evaluations(self) -> None:
         self._check_finite()
         for split in self.config.eval.splits:
-            row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step, **self.evaluate(split)}
+            row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step, **self.evaluation.run(split, self.model).row()}
             self.cursor.metrics_rows += self.metrics.write(row)
             self.progress.say(summary(row))
             if split == "valid":
                 self._compare_with_best(row)
+
+    def run_baselines(self) -> None:
+        """What needs no training, on the same requests: the figures to beat (and the oracle's, not to be beaten)."""
+        for split in self.config.eval.splits:
+            for name, result in self.evaluation.baselines(split).items():
+                row = {"kind": "baseline", "name": name, "epoch": 0, "step": 0, **result.row()}
+                self.cursor.metrics_rows += self.metrics.write(row)
+                self.progress.say(summary(row))
 
     def save(self) -> None:
         """Publish a checkpoint of this moment."""
@@ -145,9 +153,6 @@ class Trainer:
         cursor = self.cursor
         while cursor.epoch < self.config.train.epochs and not self._enough():
             epoch = cursor.epoch
-            if cursor.batch >= self.batches.per_epoch:  # saved after the epoch's last step, before its evaluation
-                self.end_epoch()
-                continue
             for batch in self.batches.epoch(epoch, cursor.batch):
                 yield batch
                 if self._enough() or cursor.epoch != epoch:
@@ -158,9 +163,6 @@ class Trainer:
         return self.cursor.step >= self.total_steps or (
             stopping is not None and self.cursor.stale >= stopping.patience
         )
-
-    def _ends_epoch(self, batch: GlobalBatch) -> bool:
-        return batch.index + 1 == self.batches.per_epoch or self.cursor.step >= self.total_steps
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.cursor.step % every == 0
@@ -260,4 +262,5 @@ class Trainer:
 def summary(row: dict[str, Any]) -> str:
     """An evaluation in one line."""
     shown = [f"{name} {row[name]:.4f}" for name in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr") if name in row]
-    return f"epoch {row['epoch'] + 1}  {row['split']:<5} {'  '.join(shown)}  ({row['users']:,} users)"
+    who = row["name"] if row["kind"] == "baseline" else f"epoch {row['epoch'] + 1}"
+    return f"{who:<10}  {row['split']:<5} {'  '.join(shown)}  ({row['users']:,} users)"

@@ -28,6 +28,7 @@ namespace gr {
 namespace {
 
 constexpr int64_t ROWS = 32;  // query rows of a block
+constexpr int64_t DEPTH = 256;  // keys summed in registers before their sum is added to the output
 constexpr int64_t HISTOGRAMS = 4;  // copies of the time gradient, so that equal neighbours don't wait for each other
 
 template <int W>
@@ -54,7 +55,6 @@ struct Problem {
   uint64_t drop_below = 0;
   float keep_scale = 1;
   uint32_t key0 = 0, key1 = 0;
-  float* log_sums = nullptr;  // (T, H)
   // Forward: out (T, H, V). Backward: d_q, d_k (T, H, Q), d_v (T, H, V). All contiguous.
   float *out = nullptr, *d_q = nullptr, *d_k = nullptr, *d_v = nullptr;
 };
@@ -168,8 +168,13 @@ template <int W, int R>
 GR_INLINE void block_product(const float* weights, int64_t stride, const float* b, int64_t width, int64_t first_row,
                              int64_t rows, int64_t n, bool causal, float* tile) {
   for (int64_t r = 0; r < rows; r += R) {
+    const float* a = weights + r * stride;
+    float* c = tile + r * width;
     const int64_t depth = causal ? std::min(n, first_row + r + R) : n;
-    gemm<W, R, false>(weights + r * stride, stride, 1, R, b, width, depth, width, tile + r * width, width);
+    gemm<W, R, false>(a, stride, 1, R, b, width, std::min(depth, DEPTH), width, c, width);
+    for (int64_t j = DEPTH; j < depth; j += DEPTH) {
+      gemm<W, R, true>(a + j, stride, 1, R, b + j * width, width, std::min(depth - j, DEPTH), width, c, width);
+    }
   }
 }
 
@@ -270,44 +275,56 @@ GR_INLINE void clear_past(float* s, int64_t count) {
   for (int64_t j = count; j < end; ++j) s[j] = 0;
 }
 
-// Scores to weights in place.
+// Scores to softmax weights in place. The largest score and the sum are found again in the backward pass rather than
+// kept as one logarithm: exp(s - log sum) loses digits when scores are large, and its weights don't add up to 1.
 template <int W>
-GR_INLINE void activate(const Problem& p, const Task& task, int64_t i, int64_t count, const float* keep, float* s) {
-  if (!p.softmax) {
+GR_INLINE void softmax_row(int64_t count, float* s) {
+  fill_vector<W>(s, count, -std::numeric_limits<float>::infinity());
+  Float<W> top = load<W>(s);
+  for (int64_t j = W; j < count; j += W) top = max<W>(load<W>(s + j), top);
+  const float largest_score = largest<W>(top);
+  Float<W> total{};
+  for (int64_t j = 0; j < count; j += W) {
+    const Float<W> e = exp<W>(load<W>(s + j) - largest_score);
+    total += e;
+    store<W>(s + j, e);
+  }
+  const float inverse = 1.0f / sum<W>(total);
+  for (int64_t j = 0; j < count; j += W) store<W>(s + j, load<W>(s + j) * inverse);
+}
+
+template <int W>
+GR_INLINE void multiply(const float* factors, int64_t count, float* s) {
+  for (int64_t j = 0; j < count; j += W) store<W>(s + j, load<W>(s + j) * load<W>(factors + j));
+}
+
+// Scores to weights in place; `keep` are the dropout factors of the row, or null.
+template <int W>
+GR_INLINE void activate(const Problem& p, int64_t count, const float* keep, float* s) {
+  if (p.softmax) {
+    softmax_row<W>(count, s);
+  } else {
     const float factor = p.inverse_divisor;
     for (int64_t j = 0; j < count; j += W) {
       const Float<W> x = load<W>(s + j);
       store<W>(s + j, x * sigmoid<W>(x) * factor);
     }
-  } else {
-    fill_vector<W>(s, count, -std::numeric_limits<float>::infinity());
-    Float<W> top = load<W>(s);
-    for (int64_t j = W; j < count; j += W) top = max<W>(load<W>(s + j), top);
-    const float largest_score = largest<W>(top);
-    Float<W> total{};
-    for (int64_t j = 0; j < count; j += W) {
-      const Float<W> e = exp<W>(load<W>(s + j) - largest_score);
-      total += e;
-      store<W>(s + j, e);
-    }
-    const float sum_of_exp = sum<W>(total);
-    const float inverse = 1.0f / sum_of_exp;
-    for (int64_t j = 0; j < count; j += W) store<W>(s + j, load<W>(s + j) * inverse);
-    p.log_sums[(task.begin + i) * p.H + task.head] = largest_score + std::log(sum_of_exp);
   }
-  if (keep) {
-    for (int64_t j = 0; j < count; j += W) store<W>(s + j, load<W>(s + j) * load<W>(keep + j));
-  }
+  if (keep) multiply<W>(keep, count, s);
 }
 
 // Scores s and weight gradients da of a row, in place, to the weights that met the values and to the score gradients.
 template <int W>
-GR_INLINE void differentiate(const Problem& p, const Task& task, int64_t i, int64_t count, const float* keep, float* s,
-                             float* da) {
-  if (keep) {
-    for (int64_t j = 0; j < count; j += W) store<W>(da + j, load<W>(da + j) * load<W>(keep + j));
-  }
-  if (!p.softmax) {
+GR_INLINE void differentiate(const Problem& p, int64_t count, const float* keep, float* s, float* da) {
+  if (keep) multiply<W>(keep, count, da);
+  if (p.softmax) {
+    softmax_row<W>(count, s);
+    fill_vector<W>(da, count, 0.0f);
+    Float<W> products{};
+    for (int64_t j = 0; j < count; j += W) products += load<W>(s + j) * load<W>(da + j);
+    const float mean = sum<W>(products);
+    for (int64_t j = 0; j < count; j += W) store<W>(da + j, load<W>(s + j) * (load<W>(da + j) - mean));
+  } else {
     const float factor = p.inverse_divisor;
     for (int64_t j = 0; j < count; j += W) {
       const Float<W> x = load<W>(s + j);
@@ -317,22 +334,8 @@ GR_INLINE void differentiate(const Problem& p, const Task& task, int64_t i, int6
       store<W>(da + j, load<W>(da + j) * factor * (gate + weight * (1.0f - gate)));
       store<W>(s + j, weight * factor);
     }
-  } else {
-    const float log_sum = p.log_sums[(task.begin + i) * p.H + task.head];
-    fill_vector<W>(s, count, -std::numeric_limits<float>::infinity());
-    fill_vector<W>(da, count, 0.0f);
-    Float<W> products{};
-    for (int64_t j = 0; j < count; j += W) {
-      const Float<W> weight = exp<W>(load<W>(s + j) - log_sum);
-      products += weight * load<W>(da + j);
-      store<W>(s + j, weight);
-    }
-    const float mean = sum<W>(products);
-    for (int64_t j = 0; j < count; j += W) store<W>(da + j, load<W>(s + j) * (load<W>(da + j) - mean));
   }
-  if (keep) {
-    for (int64_t j = 0; j < count; j += W) store<W>(s + j, load<W>(s + j) * load<W>(keep + j));
-  }
+  if (keep) multiply<W>(keep, count, s);
 }
 
 template <int W>
@@ -354,7 +357,7 @@ GR_INLINE void forward_task_body(const Problem& p, const Task& task, float* scra
       float* s = x.s + r * x.stride;
       add_bias<W>(p, task, bias, x, i, count, s);
       if (p.dropout) keep_factors(p, task.begin + i, task.head, count, x.keep);
-      activate<W>(p, task, i, count, p.dropout ? x.keep : nullptr, s);
+      activate<W>(p, count, p.dropout ? x.keep : nullptr, s);
       clear_past<W, R>(s, count);
     }
     for (int64_t r = rows; r < round_up(rows, R); ++r) std::memset(x.s + r * x.stride, 0, x.stride * sizeof(float));
@@ -389,7 +392,7 @@ GR_INLINE void backward_task_body(const Problem& p, const Task& task, float* scr
       float *s = x.s + r * x.stride, *da = x.da + r * x.stride;
       add_bias<W>(p, task, bias, x, i, count, s);
       if (p.dropout) keep_factors(p, task.begin + i, task.head, count, x.keep);
-      differentiate<W>(p, task, i, count, p.dropout ? x.keep : nullptr, s, da);
+      differentiate<W>(p, count, p.dropout ? x.keep : nullptr, s, da);
       clear_past<W, R>(s, count);
       clear_past<W, R>(da, count);
       if (p.position) {
@@ -531,7 +534,7 @@ void reduce_partials(const std::vector<Task>& tasks, bool of_time, at::Tensor& t
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> hstu_attention(
+at::Tensor hstu_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& offsets,
     const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& time,
     const std::optional<at::Tensor>& query_times, const std::optional<at::Tensor>& key_times,
@@ -541,18 +544,15 @@ std::tuple<at::Tensor, at::Tensor> hstu_attention(
                        causal, dropout, dropout_key);
   const int64_t sequences = offsets.numel() - 1;
   at::Tensor out = at::empty(v.sizes(), v.options());
-  // Rows outside every sequence have no log-sum; zeros, so that nothing unwritten is ever handed out.
-  at::Tensor log_sums = softmax ? at::zeros({q.size(0), p.H}, q.options()) : at::empty({0}, q.options());
   p.out = out.data_ptr<float>();
-  p.log_sums = log_sums.data_ptr<float>();
   clear_outside(out, p, sequences);
   run_tasks(p, tasks_of(p, sequences, nullptr), false);
-  return {out, log_sums};
+  return out;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hstu_attention_backward(
-    const at::Tensor& d_out, const at::Tensor& log_sums, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    const at::Tensor& offsets, const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& time,
+    const at::Tensor& d_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& offsets,
+    const std::optional<at::Tensor>& position, const std::optional<at::Tensor>& time,
     const std::optional<at::Tensor>& query_times, const std::optional<at::Tensor>& key_times,
     const std::optional<at::Tensor>& thresholds, double scale, double divisor, bool softmax, bool causal,
     double dropout, int64_t dropout_key) {
@@ -562,7 +562,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hstu_atte
   TORCH_CHECK(d_out.sizes() == v.sizes() && d_out.scalar_type() == at::kFloat, "hstu_attention: d_out must be like v");
   const at::Tensor dense_d_out = d_out.contiguous();
   p.d_out = matrix(dense_d_out);
-  p.log_sums = const_cast<float*>(log_sums.const_data_ptr<float>());  // only read in this direction
   at::Tensor d_q = at::empty(q.sizes(), q.options());
   at::Tensor d_k = at::empty(k.sizes(), k.options());
   at::Tensor d_v = at::empty(v.sizes(), v.options());
@@ -589,9 +588,9 @@ TORCH_LIBRARY_FRAGMENT(gr_kernels, library) {
   library.def(
       "hstu_attention(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? position, Tensor? time, "
       "Tensor? query_times, Tensor? key_times, Tensor? thresholds, float scale, float divisor, bool softmax, "
-      "bool causal, float dropout, int dropout_key) -> (Tensor out, Tensor log_sums)");
+      "bool causal, float dropout, int dropout_key) -> Tensor");
   library.def(
-      "hstu_attention_backward(Tensor d_out, Tensor log_sums, Tensor q, Tensor k, Tensor v, Tensor offsets, "
+      "hstu_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor offsets, "
       "Tensor? position, Tensor? time, Tensor? query_times, Tensor? key_times, Tensor? thresholds, float scale, "
       "float divisor, bool softmax, bool causal, float dropout, int dropout_key) "
       "-> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_position, Tensor d_time)");

@@ -196,7 +196,8 @@ GR_INLINE void axpy(float alpha, const float* GR_RESTRICT x, float* GR_RESTRICT 
 GR_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // C[R x (NV*W)] = (or +=) sum over t < depth of a(r, t) * B[t][0 .. NV*W), a(r, t) = a[r * a_row + t * a_step].
-// One register tile: R * NV accumulators. Rows of B and C are `b_stride` and `c_stride` floats apart.
+// One register tile: R * NV accumulators, which start from zero and are added to C at the end, so a long sum cut into
+// pieces (pairs of sums) loses less to rounding than one running sum. Rows of B and C are `b_stride` and `c_stride` floats apart.
 template <int W, int R, int NV, bool ACCUMULATE>
 GR_INLINE void tile_gemm(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_stride,
                          int64_t depth, float* c, int64_t c_stride) {
@@ -204,7 +205,7 @@ GR_INLINE void tile_gemm(const float* a, int64_t a_row, int64_t a_step, const fl
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = ACCUMULATE ? load<W>(c + r * c_stride + v * W) : Float<W>{};
+    for (int v = 0; v < NV; ++v) acc[r][v] = Float<W>{};
   }
   for (int64_t t = 0; t < depth; ++t) {
     Float<W> row[NV];
@@ -220,7 +221,10 @@ GR_INLINE void tile_gemm(const float* a, int64_t a_row, int64_t a_step, const fl
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store<W>(c + r * c_stride + v * W, acc[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      float* to = c + r * c_stride + v * W;
+      store<W>(to, ACCUMULATE ? load<W>(to) + acc[r][v] : acc[r][v]);
+    }
   }
 }
 

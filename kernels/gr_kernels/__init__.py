@@ -11,24 +11,26 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gr_kernels.hstu_attention import (
-        AttentionMask as AttentionMask,
-        RelativeBias as RelativeBias,
-        TimeBuckets as TimeBuckets,
-        explain as explain,
-        hstu_attention as hstu_attention,
-    )
+    from gr_kernels.candidate_scores import candidate_scores as candidate_scores
+    from gr_kernels.counter_random import derive_key as derive_key
+    from gr_kernels.counter_random import truncated_normal_rows as truncated_normal_rows
+    from gr_kernels.counter_random import uniform_floats as uniform_floats
+    from gr_kernels.counter_random import uniform_integers as uniform_integers
+    from gr_kernels.hstu_attention import AttentionMask as AttentionMask
+    from gr_kernels.hstu_attention import RelativeBias as RelativeBias
+    from gr_kernels.hstu_attention import TimeBuckets as TimeBuckets
+    from gr_kernels.hstu_attention import explain as explain
+    from gr_kernels.hstu_attention import hstu_attention as hstu_attention
+    from gr_kernels.log_partition import cross_entropy as cross_entropy
+    from gr_kernels.log_partition import log_partition as log_partition
 
-# Public name -> the folder it comes from.
-_HOMES = {
-    "hstu_attention": "hstu_attention",
-    "AttentionMask": "hstu_attention",
-    "RelativeBias": "hstu_attention",
-    "TimeBuckets": "hstu_attention",
-    "explain": "hstu_attention",
-    "candidate_scores": "candidate_scores",
-    "log_partition": "log_partition",
+_FOLDERS = {
+    "candidate_scores": ("candidate_scores",),
+    "counter_random": ("derive_key", "truncated_normal_rows", "uniform_floats", "uniform_integers"),
+    "hstu_attention": ("AttentionMask", "RelativeBias", "TimeBuckets", "explain", "hstu_attention"),
+    "log_partition": ("cross_entropy", "log_partition"),
 }
+_HOMES = {name: folder for folder, names in _FOLDERS.items() for name in names}
 
 
 class _Package(ModuleType):

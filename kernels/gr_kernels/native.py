@@ -11,7 +11,9 @@ import importlib.util
 def why_unavailable() -> str:
     """Loads the compiled operators into torch.ops.gr_kernels; "" if that worked, else the reason in a few words."""
     if importlib.util.find_spec("gr_kernels._C") is None:
-        return "gr_kernels was installed without its C++ operators (no C++ compiler was found when it was built)"
+        return (
+            "gr_kernels was installed without its C++ operators (no C++ compiler was found when it was built)"
+        )
     import torch  # noqa: F401  (its libraries must be loaded before the extension's)
 
     try:

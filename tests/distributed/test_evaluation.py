@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from gr import config as configs
 from gr.config import DataSection, EvalSection, RunConfig
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.popularity import training_sequences
+from gr.data.requests import requests
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
@@ -24,6 +24,7 @@ from gr.train.evaluation import Evaluation, evaluate_baselines, evaluate_split
 from gr.train.parallel import processes
 
 ITEMS, USERS = 40, 61
+CASES: dict = {"all": {}, "subset": {"max_users": 17, "exclude": "all"}}
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +71,18 @@ class Diverged:
 
 
 def measure(path: str, **changes) -> dict:
+    """What this process gets to know, alone or as one of a group."""
     dataset, split, config = opened(path, **changes)
-    third = int(next(iter(Evaluation(dataset, split, config).requests("test"))).batch.ordinals_B[2])
-    with processes("cpu", threads=1):
-        scorer = ItemKNN(neighbours=6).fit(training_sequences(dataset, split), ITEMS)
-        evaluation = Evaluation(dataset, split, config)
-        knn = evaluation.run("test", scorer)
-        again = evaluation.run("test", scorer)
-        popular = evaluation.baselines("valid", ["popularity"])["popularity"]
-        with pytest.raises(UserError) as refusal:
-            evaluation.run("test", Diverged(third))  # one rank has it; all must stop
+    evaluation = Evaluation(dataset, split, config)
+    scorer = ItemKNN(neighbours=6).fit(training_sequences(dataset, split), ITEMS)
+    knn = evaluation.run("test", scorer)
+    again = evaluation.run("test", scorer)
     assert knn.row() == again.row() and knn.buckets == again.buckets
+    popular = evaluation.baselines("valid", ["popularity"])["popularity"]
+    every = requests(dataset, split, "test", max_length=7, max_users=config.eval.max_users)
+    third = int(next(iter(every)).batch.ordinals_B[2])
+    with pytest.raises(UserError) as refusal:
+        evaluation.run("test", Diverged(third))  # one rank has it; all must stop
     return {
         "knn": [knn.row(), knn.buckets],
         "popularity": [popular.row(), popular.buckets],
@@ -88,7 +90,7 @@ def measure(path: str, **changes) -> dict:
     }
 
 
-def worker(rank: int, ranks: int, port: int, path: str, out: str, changes: dict) -> None:
+def worker(rank: int, ranks: int, port: int, path: str, out: str) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -97,29 +99,29 @@ def worker(rank: int, ranks: int, port: int, path: str, out: str, changes: dict)
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    with open(f"{out}/{rank}.json", "w") as file:
-        json.dump(measure(path, **changes), file)
+    with processes("cpu", threads=1), open(f"{out}/{rank}.json", "w") as file:
+        json.dump({name: measure(path, **changes) for name, changes in CASES.items()}, file)
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_users": 17, "exclude": "all"}], ids=["all", "subset"])
-def test_two_processes_measure_what_one_does(path, tmp_path, changes):
-    alone = json.loads(json.dumps(measure(path, **changes)))
+def test_two_processes_measure_what_one_does(path, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (2, port, path, str(tmp_path), changes), nprocs=2)
+    multiprocessing.spawn(worker, (2, port, path, str(tmp_path)), nprocs=2)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    for rank in ranks:
-        assert rank["knn"] == alone["knn"], "not the same bits"
-        assert rank["popularity"] == alone["popularity"]
-    row = alone["knn"][0]
-    assert row["users"] == changes.get("max_users", row["users"]) > 10
-    assert ("of_users" in row) == ("max_users" in changes)
-    assert 0 < alone["knn"][0]["hr@10"] < 1
-    refusals = sorted([ranks[0]["refusal"], ranks[1]["refusal"]])
-    assert alone["refusal"].startswith("Diverged scored items as NaN for 1 users")
-    assert refusals[0] == alone["refusal"]
-    assert refusals[1] == "the evaluation failed on 1 other processes: see their messages"
+    for name, changes in CASES.items():
+        alone = json.loads(json.dumps(measure(path, **changes)))
+        for rank in ranks:
+            assert rank[name]["knn"] == alone["knn"], "not the same bits"
+            assert rank[name]["popularity"] == alone["popularity"]
+        row = alone["knn"][0]
+        assert row["users"] == changes.get("max_users", row["users"]) > 10
+        assert ("of_users" in row) == ("max_users" in changes)
+        assert 0 < row["hr@10"] < 1
+        refusals = sorted(rank[name]["refusal"] for rank in ranks)
+        assert alone["refusal"].startswith("Diverged scored items as NaN for 1 users")
+        assert refusals[0] == alone["refusal"]
+        assert refusals[1] == "the evaluation failed on 1 other processes: see their messages"
 
 
 def test_every_user_with_a_target_is_measured_once(path):
@@ -170,4 +172,3 @@ def test_a_split_without_users_is_an_error(path):
     split.target = lambda r, name, users: np.full(len(rows), -1)
     with pytest.raises(UserError, match="has a held-out action in split 'test'"):
         evaluate_split(dataset, split, "test", Diverged(-1), config)
-    assert configs.EvalSection().exclude == "kept"

@@ -83,7 +83,9 @@ def test_the_split_of_a_batch_changes_nothing(implementation: str) -> None:
     whole = uniform_integers(KEY, ordinals, positions, 13, 1000, implementation=implementation)
     order = torch.randperm(1001, generator=torch.Generator().manual_seed(2))
     for part in order.split([1, 500, 0, 400, 100]):
-        drawn = uniform_integers(KEY, ordinals[part], positions[part], 13, 1000, implementation=implementation)
+        drawn = uniform_integers(
+            KEY, ordinals[part], positions[part], 13, 1000, implementation=implementation
+        )
         assert torch.equal(drawn, whole[part])
     # fewer draws are the first ones
     assert torch.equal(uniform_integers(KEY, ordinals, positions, 6, 1000), whole[:, :6])
@@ -142,7 +144,18 @@ def test_keys_name_streams() -> None:
     assert derive_key(1, "items") == derive_key(1, "items")
     keys = {
         derive_key(*words)
-        for words in [(1,), (2,), (1, 2), (2, 1), (1, "2"), (1, "init"), (1, "init", 0), (1, 0), (1, 0, 0), (-1,)]
+        for words in [
+            (1,),
+            (2,),
+            (1, 2),
+            (2, 1),
+            (1, "2"),
+            (1, "init"),
+            (1, "init", 0),
+            (1, 0),
+            (1, 0, 0),
+            (-1,),
+        ]
     }
     assert len(keys) == 10 and all(0 <= key < 2**64 for key in keys)
     # pinned: a change of the derivation would change every stream of every run

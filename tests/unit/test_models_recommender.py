@@ -170,6 +170,15 @@ def test_report_counts_every_parameter():
     assert ("table.weight", (ITEMS, 8), ITEMS * 8) in model.report()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_dict_holds_every_parameter_once(name):
+    model = build(name)
+    assert set(model.state_dict()) == set(named(model))
+    other = build(name, train={"seed": 9})
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.scores(batch(items=ITEMS)), model.scores(batch(items=ITEMS)))
+
+
 def test_bf16_autocast_trains():
     model, b = build().eval(), batch(items=ITEMS)
     exact = loss(model, b)

@@ -15,6 +15,7 @@ import pytest
 
 from gr.data.dataset import SequenceDataset
 from gr.data.hashing import hash_ids
+from gr.data.partitions import choose_bits, group
 from gr.data.sources.base import make_source
 from gr.errors import UserError
 
@@ -70,7 +71,9 @@ def write_parquet(folder: Path, log: list[Action], files: int = 1, row_group: in
     whole = table(log)
     cuts = np.linspace(0, len(log), files + 1).astype(int)
     for n, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
-        pq.write_table(whole.slice(start, stop - start), folder / f"part-{n:03d}.parquet", row_group_size=row_group)
+        pq.write_table(
+            whole.slice(start, stop - start), folder / f"part-{n:03d}.parquet", row_group_size=row_group
+        )
     return str(folder)
 
 
@@ -154,9 +157,14 @@ def test_minimum_counts_against_brute_force(tmp_path, seed, partitions, mode):
 @pytest.mark.parametrize("text", [False, True])
 def test_content_does_not_depend_on_chunks_partitions_files(tmp_path, text):
     log = random_log(7, text)
-    policies = {"duplicates": "drop_exact", "filter": {"mode": "core", "min_item_count": 4, "min_user_count": 4}}
+    policies = {
+        "duplicates": "drop_exact",
+        "filter": {"mode": "core", "min_item_count": 4, "min_user_count": 4},
+    }
     prints = set()
-    for n, (files, chunk, partitions) in enumerate([(1, 2**20, 1), (5, 7, 1), (2, 50, 2), (13, 1000, 64), (1, 1, 16)]):
+    for n, (files, chunk, partitions) in enumerate(
+        [(1, 2**20, 1), (5, 7, 1), (2, 50, 2), (13, 1000, 64), (1, 1, 16)]
+    ):
         source = write_parquet(tmp_path / f"log{n}", log, files=files)
         dataset = prepare(source, tmp_path / f"out{n}", chunk_rows=chunk, partitions=partitions, **policies)
         prints.add((dataset.manifest.fingerprint, str(dataset.catalogue.to_pydict()), dataset.actions))
@@ -166,13 +174,21 @@ def test_content_does_not_depend_on_chunks_partitions_files(tmp_path, text):
 def test_partitions_are_chosen_by_memory_and_rows_stay_whole(tmp_path):
     rng = np.random.default_rng(0)
     n = 60_000
-    log = pa.table({"u": rng.integers(0, 900, n), "i": rng.integers(0, 300, n), "t": rng.integers(0, 10**6, n)})
+    log = pa.table(
+        {"u": rng.integers(0, 900, n), "i": rng.integers(0, 300, n), "t": rng.integers(0, 10**6, n)}
+    )
     pq.write_table(log, tmp_path / "log.parquet")
     columns = {"user": "u", "item": "i", "time": "t"}
     one = prepare(str(tmp_path / "log.parquet"), tmp_path / "one", columns=columns)
-    many = prepare(str(tmp_path / "log.parquet"), tmp_path / "many", columns=columns, memory_mb=1, chunk_rows=5000)
+    many = prepare(
+        str(tmp_path / "log.parquet"), tmp_path / "many", columns=columns, memory_mb=1, chunk_rows=5000
+    )
     assert one.manifest.fingerprint == many.manifest.fingerprint
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.parquet", "many", "one"]  # nothing is left behind
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "log.parquet",
+        "many",
+        "one",
+    ]  # nothing is left behind
 
 
 def test_csv_and_parquet_give_the_same(tmp_path):
@@ -194,14 +210,41 @@ def test_sub_second_order_is_kept_though_seconds_are_written(tmp_path):
         "us": pa.table({**raw, "t": [s * 1000 for s in stamps]}),
         "s": pa.table({**raw, "t": pa.array(stamps, pa.timestamp("ms"))}),
         "ns": pa.table({**raw, "t": pa.array(stamps, pa.timestamp("ms", "Europe/Berlin"))}),
-        "iso": pa.table({**raw, "t": ["2023-11-14T22:13:20.900Z", "2023-11-14 23:13:20.1+01:00", "2023-11-14 22:13:19.999"]}),
     }
+    texts = ["2023-11-14T22:13:20.900Z", "2023-11-14 23:13:20.1+01:00", "2023-11-14 22:13:19.999"]
+    tables["iso"] = pa.table({**raw, "t": texts})
     for unit, log in tables.items():
         pq.write_table(log, tmp_path / "log.parquet")
         columns = {"user": "u", "item": "i", "time": "t"}
-        rows = prepare(str(tmp_path / "log.parquet"), tmp_path / "out", columns=columns, time_unit=unit).read_rows(0, 1)
+        rows = prepare(
+            str(tmp_path / "log.parquet"), tmp_path / "out", columns=columns, time_unit=unit
+        ).read_rows(0, 1)
         assert rows.items_A.tolist() == [2, 1, 0], unit
         assert rows.timestamps_A.tolist() == [1_699_999_999, 1_700_000_000, 1_700_000_000], unit
+
+
+def test_times_too_wide_for_one_sort_key_sort_the_same():
+    rng = np.random.default_rng(3)
+    users, times = rng.integers(0, 50, 5000), rng.choice([-(2**62), -5, 0, 7, 2**62], 5000)
+    wide = group(pa.table({"user": users, "item": np.arange(5000, dtype=np.int32), "time": times}))
+    squeezed = np.searchsorted(np.unique(times), times)
+    narrow = group(pa.table({"user": users, "item": np.arange(5000, dtype=np.int32), "time": squeezed}))
+    assert wide.items_A.tolist() == narrow.items_A.tolist() and wide.users_R.equals(narrow.users_R)
+    for n, user in enumerate(wide.users_R.to_pylist()):
+        rows = np.flatnonzero(users == user)
+        expected = rows[np.argsort(times[rows], kind="stable")]
+        assert wide.items_A[wide.offsets_R1[n] : wide.offsets_R1[n + 1]].tolist() == expected.tolist()
+
+
+def test_memory_that_cannot_do_is_refused():
+    assert choose_bits(10**8, 120, 512, None) == 5 and choose_bits(1000, 120, 512, None) == 0
+    with pytest.raises(UserError) as error:
+        choose_bits(10**9, 120, 64, None)
+    assert (
+        str(error.value)
+        == "memory_mb 64 is too little for about 1,000,000,000 actions: set it to 224 or more"
+    )
+    assert choose_bits(10**9, 120, 224, None) == 9
 
 
 def test_without_times_the_order_is_the_files(tmp_path):
@@ -222,7 +265,9 @@ def test_without_times_the_order_is_the_files(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_catalogue_is_joined(tmp_path, kind):
     pq.write_table(pa.table({"u": [1, 1, 2], "i": [30, 4, 30], "t": [1, 2, 3]}), tmp_path / "log.parquet")
-    described = pa.table({"id": [30, 2, 100], "title": ["Thirty", "Zwei, drei", 'a "b"'], "price": ["1", "2", "3"]})
+    described = pa.table(
+        {"id": [30, 2, 100], "title": ["Thirty", "Zwei, drei", 'a "b"'], "price": ["1", "2", "3"]}
+    )
     if kind == "csv":
         arrow_csv.write_csv(described, tmp_path / "items.csv")
     else:
@@ -250,7 +295,10 @@ def test_catalogue_errors(tmp_path):
     for content, message in (
         ({"id": [1, 2, 1]}, f"'{items}' lists item 1 more than once: leave one row of it"),
         ({"id": [1, None]}, f"'{items}', row 1, column 'id': the value is missing; correct the catalogue"),
-        ({"id": ["1", "x"]}, f"'{items}', row 1, column 'id': 'x' is not an integer id as in the log; correct the catalogue"),
+        (
+            {"id": ["1", "x"]},
+            f"'{items}', row 1, column 'id': 'x' is not an integer id as in the log; correct the catalogue",
+        ),
         ({"ids": [1]}, f"'{items}' has no column 'id': did you mean 'ids'?"),
         (
             {"id": [1], "count": [1]},
@@ -260,7 +308,10 @@ def test_catalogue_errors(tmp_path):
         pq.write_table(pa.table(content), items)
         with pytest.raises(UserError) as error:
             prepare(
-                str(tmp_path / "log.parquet"), tmp_path / "out", catalogue={"path": str(items), "item": "id"}, **options
+                str(tmp_path / "log.parquet"),
+                tmp_path / "out",
+                catalogue={"path": str(items), "item": "id"},
+                **options,
             )
         assert str(error.value) == message
     assert not (tmp_path / "out").exists()
@@ -269,12 +320,15 @@ def test_catalogue_errors(tmp_path):
 def test_stage_counts_add_up(tmp_path):
     log = random_log(3, text=False)
     limits = {"mode": "once", "min_item_count": 20, "min_user_count": 10, "min_length": 8}
-    dataset = prepare(write_parquet(tmp_path / "log", log), tmp_path / "out", duplicates="drop_exact", filter=limits)
+    dataset = prepare(
+        write_parquet(tmp_path / "log", log), tmp_path / "out", duplicates="drop_exact", filter=limits
+    )
     stages = {s["stage"]: s for s in dataset.manifest.provenance["stages"]}
     unique = list({(a.user, a.item, a.time): a for a in log}.values())
     items, users = Counter(a.item for a in unique), Counter(a.user for a in unique)
     counted = [a for a in unique if items[a.item] >= 20 and users[a.user] >= 10]
-    assert list(stages) == ["rows of the log", "read", "duplicates dropped", "minimum counts", "minimum length", "dataset"]
+    filters = ["duplicates dropped", "minimum counts", "minimum length"]
+    assert list(stages) == ["rows of the log", "read", *filters, "dataset"]
     assert stages["rows of the log"]["actions"] == stages["read"]["actions"] == len(log)
     assert stages["read"]["users"] == len({a.user for a in log})
     assert stages["duplicates dropped"]["actions"] == len(unique)

@@ -94,7 +94,9 @@ class SequenceLines:
                         "integers; fetch the file again"
                     ) from None
                 if user in seen:
-                    raise UserError(f"'{self.file}', line {number}: user {user} has a line above; fetch the file again")
+                    raise UserError(
+                        f"'{self.file}', line {number}: user {user} has a line above; fetch the file again"
+                    )
                 seen.add(user)
                 users.extend([user] * len(sequence))
                 items.extend(sequence)
@@ -113,7 +115,9 @@ def _titles(file: Path) -> Described:
     def read(integer_ids: bool) -> pa.Table:
         rows = [line.split("\t") for line in file.read_text().splitlines()]
         if wrong := next((n for n, row in enumerate(rows, 1) if len(row) != 3), None):
-            raise UserError(f"'{file}', line {wrong}: not item id, ASIN and title between tabs; fetch the file again")
+            raise UserError(
+                f"'{file}', line {wrong}: not item id, ASIN and title between tabs; fetch the file again"
+            )
         ids, asins, titles = zip(*rows, strict=True)
         table = pa.table({"item": pa.array(ids), "asin": pa.array(asins), "title": pa.array(titles)})
         return catalogue_table(table, "item", integer_ids, str(file))

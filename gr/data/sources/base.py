@@ -25,7 +25,7 @@ class Source:
         """What ``--set key=value`` may set."""
 
     def __init__(self, options: Any = None):
-        self.options = self.Options() if options is None else options
+        self.options: Any = self.Options() if options is None else options
 
     def prepare(
         self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET

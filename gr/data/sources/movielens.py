@@ -26,7 +26,9 @@ class MovieLens(PublishedSource):
 
     def read(self, folder: Path) -> tuple[Actions, Described | None]:
         ratings, films = self.published.files
-        return LogReader(str(folder / ratings), self.schema()), lambda integer: self.films(folder / films, integer)
+        return LogReader(str(folder / ratings), self.schema()), lambda integer: self.films(
+            folder / films, integer
+        )
 
     def schema(self) -> LogSchema:
         """Form of the ratings."""
@@ -62,7 +64,9 @@ class ML1M(MovieLens):
         for line, text in enumerate(file.read_text(encoding="latin-1").splitlines(), 1):
             parts = text.split("::")
             if len(parts) != 3:
-                raise UserError(f"'{file}', line {line}: {text!r} is not id::title::genres; fetch the file again")
+                raise UserError(
+                    f"'{file}', line {line}: {text!r} is not id::title::genres; fetch the file again"
+                )
             rows.append(parts)
         ids, titles, genres = zip(*rows, strict=True)
         table = pa.table({"item": pa.array(ids), "title": pa.array(titles), "genres": pa.array(genres)})

@@ -36,7 +36,10 @@ class PublishedSource(Source):
             described=described,
             overwrite=overwrite,
             progress=progress,
-            provenance={"source": source or self.published.url, "options": self.options.model_dump(mode="json")},
+            provenance={
+                "source": source or self.published.url,
+                "options": self.options.model_dump(mode="json"),
+            },
         )
 
     def read(self, folder: Path) -> tuple[Actions, Described | None]:

@@ -10,12 +10,14 @@ from typing import Literal
 from torch import Tensor, nn
 
 from gr.config import ComponentConfig
+from gr.models.borrow import borrow
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
 
 
 class FullSoftmax(nn.Module):
+    similarity: Similarity
     needs_global_targets = False
 
     class Config(ComponentConfig):
@@ -23,7 +25,7 @@ class FullSoftmax(nn.Module):
 
     def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
         super().__init__()
-        self.similarity = similarity
+        borrow(self, "similarity", similarity)
 
     def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
         """The sum of the losses of the S targets: a float32 scalar."""

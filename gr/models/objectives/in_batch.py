@@ -19,15 +19,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gr.config import ComponentConfig
+from gr.models.borrow import borrow
+from gr.models.objectives.first_of_row import cross_entropy_of_first
 from gr.models.objectives.negatives import popularity
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
 
-MAX_SCORES = 1 << 24  # scores that exist at once
+MAX_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}  # scores of a chunk: on a CPU few enough to stay in its caches
 
 
 class InBatchDebiased(nn.Module):
+    similarity: Similarity
     needs_global_targets = True
     log_p_I: Tensor
 
@@ -39,7 +42,7 @@ class InBatchDebiased(nn.Module):
 
     def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
         super().__init__()
-        self.similarity = similarity
+        borrow(self, "similarity", similarity)
         self.items = items
         log_p_I = popularity(item_counts)[1].log() if config.logq else torch.zeros(items)
         self.register_buffer("log_p_I", log_p_I, persistent=False)
@@ -50,7 +53,7 @@ class InBatchDebiased(nn.Module):
             raise ValueError("in_batch needs StepContext.candidates_G: the targets of the global batch")
         rows, bias_R = self._candidates(step.candidates_G)
         targets_S = supervision.targets_S
-        chunk = max(1, MAX_SCORES // max(1, len(rows)))
+        chunk = max(1, MAX_SCORES.get(queries_SD.device.type, 1 << 24) // max(1, len(rows)))
         total = queries_SD.new_zeros((), dtype=torch.float32)
         # one chunk at least, so that an empty batch has its zero gradients; scores are formed again in backward
         for start in range(0, max(1, len(targets_S)), chunk):
@@ -74,10 +77,11 @@ class InBatchDebiased(nn.Module):
 
     def _loss(self, queries_CD: Tensor, targets_C: Tensor, rows: Tensor | range, bias_R: Tensor) -> Tensor:
         targets_C1 = targets_C[:, None]
-        ids_R = torch.arange(self.items, device=targets_C.device) if isinstance(rows, range) else rows
-        others_CR = (self.similarity.scores(queries_CD, rows) + bias_R).masked_fill(
-            ids_R == targets_C1, -torch.inf
-        )
+        scores_CR = self.similarity.scores(queries_CD, rows)
+        if isinstance(rows, range):  # every item stands once: the target's place is its own, counted once
+            target_C1 = scores_CR.gather(1, targets_C1) - self.log_p_I[targets_C1]
+            logits = (scores_CR + bias_R).scatter(1, targets_C1, target_C1)
+            return F.cross_entropy(logits, targets_C, reduction="sum")
         target_C1 = self.similarity.scores(queries_CD, targets_C1) - self.log_p_I[targets_C1]
-        logits = torch.cat([target_C1, others_CR], dim=1)
-        return F.cross_entropy(logits, torch.zeros_like(targets_C), reduction="sum")
+        logits = torch.cat([target_C1, scores_CR + bias_R], dim=1)
+        return cross_entropy_of_first(logits, F.pad(rows, (1, 0))[None], targets_C1)

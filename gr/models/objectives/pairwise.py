@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr.config import POSITIVE, ComponentConfig
+from gr.models.borrow import borrow
 from gr.models.objectives.negatives import NegativeSampler
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
@@ -23,6 +24,7 @@ from gr.models.tasks import Supervision
 
 
 class _Pairwise(nn.Module):
+    similarity: Similarity
     needs_global_targets = False
 
     class Config(ComponentConfig):
@@ -34,7 +36,7 @@ class _Pairwise(nn.Module):
     def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.similarity = similarity
+        borrow(self, "similarity", similarity)
         self.sampler = NegativeSampler(config.sampling, items, item_counts)
 
     def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr.config import POSITIVE, ComponentConfig
+from gr.models.borrow import borrow
+from gr.models.objectives.first_of_row import cross_entropy_of_first
 from gr.models.objectives.negatives import NegativeSampler
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
@@ -25,6 +27,7 @@ from gr.models.tasks import Supervision
 
 
 class SampledSoftmax(nn.Module):
+    similarity: Similarity
     needs_global_targets = False
 
     class Config(ComponentConfig):
@@ -39,32 +42,23 @@ class SampledSoftmax(nn.Module):
     def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.similarity = similarity
+        borrow(self, "similarity", similarity)
         self.sampler = NegativeSampler(config.sampling, items, item_counts)
 
     def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
         """The sum of the losses of the S targets: a float32 scalar."""
         if self.config.shared:
-            logits, masked = self._shared(queries_SD, supervision, step)
-        else:
-            rows = self.sampler.own(step.key, supervision, self.config.negatives)
-            logits = self._corrected(self.similarity.scores(queries_SD, rows), rows)
-            masked = rows == rows[:, :1]
-        masked[:, 0] = False  # column 0 is the target itself
-        return F.cross_entropy(
-            logits.masked_fill(masked, -torch.inf), torch.zeros_like(supervision.targets_S), reduction="sum"
-        )
+            return self._shared(queries_SD, supervision, step)
+        rows = self.sampler.own(step.key, supervision, self.config.negatives)  # (S, 1 + K), the target first
+        return cross_entropy_of_first(self._scores(queries_SD, rows), rows, rows[:, :1])
 
-    def _shared(
-        self, queries_SD: Tensor, supervision: Supervision, step: StepContext
-    ) -> tuple[Tensor, Tensor]:
-        """(S, 1 + K) scores, the target's first, and which of the rows are the target."""
+    def _shared(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
         targets_S1 = supervision.targets_S[:, None]
-        rows_K = self.sampler.shared(step.key, self.config.negatives, queries_SD.device)
-        scores_S1 = self._corrected(self.similarity.scores(queries_SD, targets_S1), targets_S1)
-        scores_SK = self._corrected(self.similarity.scores(queries_SD, rows_K), rows_K)
-        return torch.cat([scores_S1, scores_SK], dim=1), F.pad(rows_K == targets_S1, (1, 0))
+        rows_K = self.sampler.shared(step.key, self.config.negatives, queries_SD.device).long()
+        scores = [self._scores(queries_SD, targets_S1), self._scores(queries_SD, rows_K)]
+        return cross_entropy_of_first(torch.cat(scores, dim=1), F.pad(rows_K, (1, 0))[None], targets_S1)
 
-    def _corrected(self, scores: Tensor, rows: Tensor) -> Tensor:
+    def _scores(self, queries_SD: Tensor, rows: Tensor) -> Tensor:
+        scores = self.similarity.scores(queries_SD, rows)
         log_q = self.sampler.log_q(rows) if self.config.logq else None
         return scores if log_q is None else scores - log_q

@@ -86,7 +86,9 @@ def candidate_scores(
     ValueError or TypeError for shapes, dtypes and names that do not fit.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}")
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}"
+        )
     _check_inputs(queries_TD, table_ID, normalize_eps)
     if isinstance(rows, (range, slice)):
         return queries_TD @ _normalized(table_ID[_as_slice(rows, table_ID.shape[0])], normalize_eps).t()
@@ -100,7 +102,9 @@ def candidate_scores(
             f"rows must be (T, K) with T = {queries_TD.shape[0]} queries, or (K,), not {tuple(rows.shape)}"
         )
     if implementation == "auto":
-        plan = explain(*rows.shape, table_ID.shape[0], device=queries_TD.device, dtype=queries_TD.dtype)
+        plan = explain(
+            rows.shape[0], rows.shape[1], table_ID.shape[0], device=queries_TD.device, dtype=queries_TD.dtype
+        )
         implementation = plan.implementation
     if implementation == "cpp":
         return cpp.candidate_scores(queries_TD, table_ID, rows, normalize_eps)
@@ -136,7 +140,9 @@ def _check_inputs(queries_TD: Tensor, table_ID: Tensor, normalize_eps: float | N
     if queries_TD.device != table_ID.device:
         raise ValueError(f"queries are on {queries_TD.device}, the table on {table_ID.device}: move one")
     if normalize_eps is not None and not normalize_eps > 0:
-        raise ValueError(f"normalize_eps must be positive (or None for plain inner products), got {normalize_eps}")
+        raise ValueError(
+            f"normalize_eps must be positive (or None for plain inner products), got {normalize_eps}"
+        )
 
 
 def _check_rows(rows: Tensor, catalogue: int) -> None:
@@ -147,8 +153,10 @@ def _check_rows(rows: Tensor, catalogue: int) -> None:
     if low >= 0 and high < catalogue:
         return
     first = int(((rows < 0) | (rows >= catalogue)).flatten().nonzero()[0])
-    where = f"candidate {first}" if rows.dim() == 1 else (
-        f"query {first // rows.shape[1]}, candidate {first % rows.shape[1]}"
+    where = (
+        f"candidate {first}"
+        if rows.dim() == 1
+        else (f"query {first // rows.shape[1]}, candidate {first % rows.shape[1]}")
     )
     raise IndexError(
         f"candidate row {int(rows.flatten()[first])} ({where}) is outside the table of {catalogue} rows: "

@@ -33,7 +33,7 @@ def attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: AttentionPro
     bias = problem.bias
     timed = bias.time is not None
     key = problem.dropout_key
-    out_THV, _ = torch.ops.gr_kernels.hstu_attention(
+    out_THV = torch.ops.gr_kernels.hstu_attention(
         _rows(q_THQ),
         _rows(k_THQ),
         _rows(v_THV),
@@ -66,27 +66,26 @@ def _register() -> None:
     torch.library.register_autograd("gr_kernels::hstu_attention", _backward, setup_context=_keep_for_backward)
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    softmax = rest[8]
-    return v.new_empty(v.shape), v.new_empty(v.shape[:2] if softmax else (0,))
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return v.new_empty(v.shape)
 
 
 def _fake_backward(
-    d_out: Tensor, log_sums: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    tables = (q.new_empty((0,)) if table is None else torch.empty_like(table) for table in rest[:2])
+    tables = (q.new_empty((0,)) if table is None else q.new_empty(table.shape) for table in rest[:2])
     return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *tables)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tensors, ctx.settings = inputs[:9], inputs[9:]
-    ctx.save_for_backward(output[1], *tensors)
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, d_out: Tensor, d_log_sums: Tensor) -> tuple[Tensor | None, ...]:
-    log_sums, *tensors = ctx.saved_tensors
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
     d_q, d_k, d_v, d_position, d_time = torch.ops.gr_kernels.hstu_attention_backward(
-        d_out.contiguous(), log_sums, *tensors, *ctx.settings
+        d_out.contiguous(), *tensors, *ctx.settings
     )
     position, time = tensors[4:6]
     return (

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from gr_kernels.hstu_attention import cpp, reference
+from gr_kernels.hstu_attention.checks import check
 from gr_kernels.hstu_attention.problem import (
     Activation,
     AttentionMask,
@@ -33,7 +34,9 @@ class Implementation:
 # In order of preference; "auto" takes the first without an obstacle. A new kernel is one line here.
 IMPLEMENTATIONS = (
     Implementation("cpp", cpp.obstacle, cpp.attention, "compiled, float32 on CPU"),
-    Implementation("reference", reference.obstacle, reference.attention, "plain PyTorch, any device and precision"),
+    Implementation(
+        "reference", reference.obstacle, reference.attention, "plain PyTorch, any device and precision"
+    ),
 )
 
 
@@ -82,9 +85,18 @@ def hstu_attention(
     Raises:
         ValueError: one sentence saying which argument is wrong, or why the asked-for implementation can't run.
     """
-    problem = _checked(
-        q_THQ, k_THQ, v_THV, offsets_B1, max_length, scale, divisor, activation, mask, bias, dropout, dropout_key
+    problem = AttentionProblem(
+        offsets=offsets_B1,
+        max_length=max_length,
+        divisor=divisor,
+        scale=scale,
+        activation=activation,
+        mask=mask,
+        bias=bias or RelativeBias(),
+        dropout=dropout,
+        dropout_key=dropout_key,
     )
+    check(q_THQ, k_THQ, v_THV, problem)
     chosen, _ = _choose(q_THQ, k_THQ, v_THV, problem, implementation)
     return chosen.run(q_THQ, k_THQ, v_THV, problem)
 
@@ -95,20 +107,13 @@ def explain(
     v_THV: Tensor,
     offsets_B1: Tensor,
     *,
-    max_length: int,
-    scale: float = 1.0,
-    divisor: float,
-    activation: Activation = "silu",
-    mask: AttentionMask = AttentionMask(),
-    bias: RelativeBias | None = None,
-    dropout: float = 0.0,
-    dropout_key: int = 0,
     implementation: str = "auto",
+    bias: RelativeBias | None = None,
+    **settings: Any,
 ) -> str:
-    """Which implementation hstu_attention() would run for these arguments, and why: one line."""
-    problem = _checked(
-        q_THQ, k_THQ, v_THV, offsets_B1, max_length, scale, divisor, activation, mask, bias, dropout, dropout_key
-    )
+    """Which implementation hstu_attention() would run for the same arguments, and why: one line."""
+    problem = AttentionProblem(offsets=offsets_B1, bias=bias or RelativeBias(), **settings)
+    check(q_THQ, k_THQ, v_THV, problem)
     chosen, passed_over = _choose(q_THQ, k_THQ, v_THV, problem, implementation)
     reasons = [f"{name} can't: {obstacle}" for name, obstacle in passed_over]
     return "; ".join([f"{chosen.name} ({chosen.merit})", *reasons])
@@ -118,7 +123,7 @@ def _choose(
     q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, name: str
 ) -> tuple[Implementation, list[tuple[str, str]]]:
     """The implementation to run, and those preferred to it with their obstacles."""
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for candidate in IMPLEMENTATIONS:
         if name not in ("auto", candidate.name):
             continue
@@ -130,93 +135,3 @@ def _choose(
         passed_over.append((candidate.name, obstacle))
     names = ", ".join(repr(candidate.name) for candidate in IMPLEMENTATIONS)
     raise ValueError(f"hstu_attention: implementation must be 'auto' or one of {names}, not {name!r}.")
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(f"hstu_attention: {sentence}.")
-
-
-def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    max_length: int,
-    scale: float,
-    divisor: float,
-    activation: Activation,
-    mask: AttentionMask,
-    bias: RelativeBias | None,
-    dropout: float,
-    dropout_key: int,
-) -> AttentionProblem:
-    """The call as a problem, or a ValueError that says what is wrong with it."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _require(tensor.dim() == 3, f"{name} must have 3 dimensions (rows, heads, width), not {tensor.dim()}")
-        _require(tensor.is_floating_point(), f"{name} must be floating point, not {tensor.dtype}")
-        _require(
-            tensor.dtype == q.dtype and tensor.device == q.device,
-            f"{name} is {tensor.dtype} on {tensor.device}, but q is {q.dtype} on {q.device}",
-        )
-    rows = q.shape[0]
-    _require(k.shape == q.shape, f"k must have q's shape {tuple(q.shape)}, not {tuple(k.shape)}")
-    _require(v.shape[:2] == q.shape[:2], f"v must have q's rows and heads {tuple(q.shape[:2])}, not {tuple(v.shape)}")
-    _require(activation in ("silu", "softmax"), f"activation is 'silu' or 'softmax', not {activation!r}")
-    _require(activation == "softmax" or divisor > 0, f"divisor must be positive, not {divisor}")
-    _require(0.0 <= dropout < 1.0, f"dropout must be at least 0 and below 1, not {dropout}")
-    _require(0 <= dropout_key < 2**64, f"dropout_key must be a 64-bit number of at least 0, not {dropout_key}")
-    _require(
-        offsets.dim() == 1 and offsets.dtype == torch.int64 and offsets.shape[0] >= 1,
-        f"offsets must be (B + 1,) int64, not {tuple(offsets.shape)} {offsets.dtype}",
-    )
-    _check_offsets(offsets, rows, max_length)
-    bias = bias or RelativeBias()
-    _check_bias(bias, rows, max_length, mask)
-    return AttentionProblem(
-        offsets, max_length, scale, divisor, activation, mask, bias, dropout, dropout_key
-    )
-
-
-def _check_offsets(offsets: Tensor, rows: int, max_length: int) -> None:
-    """Offsets on a device are trusted (reading them would wait for it), as are those of a graph being traced."""
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    edges = offsets.tolist()
-    _require(
-        edges[0] >= 0 and edges[-1] <= rows,
-        f"offsets go from {edges[0]} to {edges[-1]}, outside the {rows} rows of q",
-    )
-    for sequence, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        _require(end >= begin, f"offsets must not fall, but sequence {sequence} goes from row {begin} to {end}")
-        _require(
-            end - begin <= max_length, f"sequence {sequence} has {end - begin} rows, more than max_length {max_length}"
-        )
-
-
-def _check_bias(bias: RelativeBias, rows: int, max_length: int, mask: AttentionMask) -> None:
-    for name, table in (("position", bias.position), ("time", bias.time)):
-        if table is not None:
-            _require(
-                table.dim() == 1 and table.is_floating_point(),
-                f"bias.{name} must be a floating vector, not {tuple(table.shape)} {table.dtype}",
-            )
-    if bias.position is not None:
-        _require(mask.causal, "bias.position is defined for causal attention only")
-        _require(
-            bias.position.shape[0] >= max_length,
-            f"bias.position has {bias.position.shape[0]} entries, fewer than max_length {max_length}",
-        )
-    if bias.time is None:
-        return
-    _require(
-        bias.time.shape[0] == bias.buckets.count,
-        f"bias.time must have {bias.buckets.count} entries, one a bucket, not {bias.time.shape[0]}",
-    )
-    for name, times in (("query_times", bias.query_times), ("key_times", bias.key_times)):
-        _require(times is not None, f"bias.time needs bias.{name}")
-        assert times is not None
-        _require(
-            times.shape == (rows,) and times.dtype == torch.int64,
-            f"bias.{name} must be ({rows},) int64, not {tuple(times.shape)} {times.dtype}",
-        )

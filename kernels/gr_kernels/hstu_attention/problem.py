@@ -91,19 +91,19 @@ class RelativeBias:
     buckets: TimeBuckets = field(default_factory=TimeBuckets)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionProblem:
-    """A validated call: what an implementation needs beside q, k and v. Arguments as in hstu_attention()."""
+    """What an implementation needs beside q, k and v; the fields are hstu_attention()'s arguments."""
 
     offsets: Tensor  # (B + 1,) int64
     max_length: int
-    scale: float
     divisor: float
-    activation: Activation
-    mask: AttentionMask
-    bias: RelativeBias
-    dropout: float
-    dropout_key: int
+    scale: float = 1.0
+    activation: Activation = "silu"
+    mask: AttentionMask = AttentionMask()
+    bias: RelativeBias = field(default_factory=RelativeBias)
+    dropout: float = 0.0
+    dropout_key: int = 0
 
     @property
     def drop_below(self) -> int:

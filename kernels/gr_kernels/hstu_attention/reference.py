@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gr_kernels.counter_random import philox
 from gr_kernels.hstu_attention.problem import AttentionProblem
 
 BLOCK_SCORES = 16 * 2**20
@@ -38,7 +39,7 @@ def attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: AttentionPro
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows first_row.. of some sequences against their keys 0..; positions past a sequence's end repeat its last row."""
+    """Some rows of some sequences and their keys; positions past a sequence's end repeat its last row."""
 
     rows_BR: Tensor  # int64, rows of the batch
     keys_BJ: Tensor
@@ -89,7 +90,9 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _scores(q_BHRQ: Tensor, k_BHJQ: Tensor, block: _Block, bucket_BRJ: Tensor | None, problem: AttentionProblem) -> Tensor:
+def _scores(
+    q_BHRQ: Tensor, k_BHJQ: Tensor, block: _Block, bucket_BRJ: Tensor | None, problem: AttentionProblem
+) -> Tensor:
     """(B, H, R, J): scale q·k + bias; what the mask forbids is left as it comes."""
     s_BHRJ = torch.matmul(q_BHRQ * problem.scale, k_BHJQ.transpose(2, 3))
     bias = problem.bias
@@ -128,31 +131,10 @@ def _keep(block: _Block, heads: int, problem: AttentionProblem, dtype: torch.dty
     device = block.rows_BR.device
     head_H11 = torch.arange(heads, device=device)[:, None, None]
     quad_C = torch.arange((keys + 3) // 4, device=device)
-    words = philox(problem.dropout_key, block.rows_BR[:, None, :, None], head_H11, quad_C)
+    row_B1R1 = block.rows_BR[:, None, :, None] & 0xFFFFFFFF
+    words = philox(problem.dropout_key, row_B1R1, head_H11, quad_C, torch.zeros_like(quad_C))
     word_BHRJ = torch.stack(words, dim=-1).flatten(-2)[..., :keys]
     return (word_BHRJ >= problem.drop_below).to(dtype).mul_(problem.keep_scale)
-
-
-def philox(key: int, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011) of a 64-bit key and the counter (c0, c1, c2, 0).
-
-    Counters are int64 tensors with 32-bit values, broadcast together; so are the four words that come back.
-    """
-    low = 0xFFFFFFFF
-    key0, key1 = key & low, key >> 32
-    c0, c1, c2 = (c & low for c in torch.broadcast_tensors(c0, c1, c2))
-    c3 = torch.zeros_like(c0)
-    for _ in range(10):
-        # int64 products wrap, but their 64 bits are those of the unsigned product.
-        left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((right >> 32) & low) ^ c1 ^ key0,
-            right & low,
-            ((left >> 32) & low) ^ c3 ^ key1,
-            left & low,
-        )
-        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
-    return c0, c1, c2, c3
 
 
 class _Attention(torch.autograd.Function):

@@ -39,7 +39,7 @@ def specification(
         if bias.time is not None:
             assert bias.query_times is not None and bias.key_times is not None
             dt_nn = (bias.query_times[rows, None] - bias.key_times[rows]).abs()
-            bucket_nn = (dt_nn[:, :, None] >= bias.buckets.thresholds()).sum(-1)
+            bucket_nn = torch.searchsorted(bias.buckets.thresholds(), dt_nn, right=True)
             scores_Hnn = scores_Hnn + bias.time[bucket_nn]
         hidden_nn = distance_nn < 0 if mask.causal else torch.zeros_like(distance_nn, dtype=torch.bool)
         if activation == "silu":

@@ -41,6 +41,7 @@ def log_partition(
     _check(queries_TD, table_ID, bias_I, normalize_eps, max_scores)
     if normalize_eps is not None:
         table_ID = F.normalize(table_ID, dim=-1, eps=normalize_eps)
+    queries_TD, table_ID, bias_I = _heeding_no_grad(queries_TD, table_ID, bias_I)
     return _LogPartition.apply(queries_TD, table_ID, bias_I, scale, max_scores)
 
 
@@ -68,6 +69,7 @@ def cross_entropy(
     _check_targets(targets_T, weights_T, queries_TD.shape[0], table_ID.shape[0])
     if normalize_eps is not None:
         table_ID = F.normalize(table_ID, dim=-1, eps=normalize_eps)
+    queries_TD, table_ID, bias_I = _heeding_no_grad(queries_TD, table_ID, bias_I)
     return _CrossEntropy.apply(queries_TD, table_ID, bias_I, targets_T.long(), weights_T, scale, max_scores)
 
 
@@ -84,15 +86,15 @@ class _LogPartition(torch.autograd.Function):
         with _full_precision(queries_TD):
             for chunk in _chunks(queries_TD, table_ID, max_scores):
                 logits_CI = _logits(queries_TD[chunk], table_ID, bias_I, scale)
-                if grad_queries_TD is None:
-                    log_sums_T[chunk] = torch.logsumexp(logits_CI, dim=1)
-                    continue
-                log_sums_T[chunk], shares_CI = _softmax(logits_CI)
-                grad_queries_TD[chunk] = shares_CI.to(table_ID.dtype) @ table_ID * scale
+                peaks_C, sums_C = _exponentiate(logits_CI)
+                log_sums_T[chunk] = peaks_C + sums_C.log()
+                if grad_queries_TD is not None:
+                    shares_CI = logits_CI.div_(sums_C[:, None])
+                    grad_queries_TD[chunk] = shares_CI.to(table_ID.dtype) @ table_ID * scale
         if queries_alone:
             ctx.save_for_backward(grad_queries_TD)
         else:
-            ctx.save_for_backward(queries_TD, table_ID, bias_I, log_sums_T)
+            ctx.save_for_backward(queries_TD, table_ID, bias_I)
         ctx.queries_alone = queries_alone
         return log_sums_T
 
@@ -103,13 +105,13 @@ class _LogPartition(torch.autograd.Function):
         if ctx.queries_alone:
             (grad_queries_TD,) = ctx.saved_tensors
             return (grad_queries_TD * grad_T[:, None]).to(grad_queries_TD.dtype), None, None, None, None
-        queries_TD, table_ID, bias_I, log_sums_T = ctx.saved_tensors
+        queries_TD, table_ID, bias_I = ctx.saved_tensors
         gradients = _Gradients(ctx.needs_input_grad, queries_TD, table_ID, bias_I, ctx.scale)
         with _full_precision(queries_TD):
             for chunk in _chunks(queries_TD, table_ID, ctx.max_scores):
                 logits_CI = _logits(queries_TD[chunk], table_ID, bias_I, ctx.scale)
-                shares_CI = logits_CI.sub_(log_sums_T[chunk, None]).exp_()
-                gradients.add(chunk, shares_CI.mul_(grad_T[chunk, None]))
+                _, sums_C = _exponentiate(logits_CI)
+                gradients.add(chunk, logits_CI.mul_((grad_T[chunk] / sums_C)[:, None]))
         return *gradients.results(), None, None
 
 
@@ -135,13 +137,14 @@ class _CrossEntropy(torch.autograd.Function):
                 logits_CI = _logits(queries_TD[chunk], table_ID, bias_I, scale)
                 targets_C1 = targets_T[chunk, None]
                 label_C = logits_CI.gather(1, targets_C1).squeeze(1)
+                peaks_C, sums_C = _exponentiate(logits_CI)
+                losses_T[chunk] = (peaks_C - label_C) + sums_C.log()
                 if gradients is None:
-                    losses_T[chunk] = torch.logsumexp(logits_CI, dim=1) - label_C
                     continue
-                log_sums_C, shares_CI = _softmax(logits_CI)
-                losses_T[chunk] = log_sums_C - label_C
-                shares_CI.scatter_add_(1, targets_C1, shares_CI.new_full((1, 1), -1.0).expand_as(targets_C1))
-                gradients.add(chunk, shares_CI if weights is None else shares_CI.mul_(weights[chunk, None]))
+                weights_C = torch.ones_like(sums_C) if weights is None else weights[chunk]
+                grad_CI = logits_CI.mul_((weights_C / sums_C)[:, None])
+                grad_CI.scatter_add_(1, targets_C1, -weights_C[:, None])
+                gradients.add(chunk, grad_CI)
         if gradients is not None:
             ctx.save_for_backward(*gradients.results())
         return losses_T.sum() if weights is None else (losses_T * weights).sum()
@@ -193,6 +196,15 @@ class _Gradients:
         return self.queries_TD, table_ID, None if self.bias_I is None else self.bias_I.to(self.bias_dtype)
 
 
+def _heeding_no_grad(
+    queries_TD: Tensor, table_ID: Tensor, bias_I: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Detached inputs where no gradient is recorded: a Function would still see that they require one."""
+    if torch.is_grad_enabled():
+        return queries_TD, table_ID, bias_I
+    return queries_TD.detach(), table_ID.detach(), None if bias_I is None else bias_I.detach()
+
+
 def _logits(queries_CD: Tensor, table_ID: Tensor, bias_I: Tensor | None, scale: float) -> Tensor:
     """(C, I) logits, in float32 at least."""
     logits_CI = torch.mm(queries_CD * scale, table_ID.t())
@@ -201,10 +213,15 @@ def _logits(queries_CD: Tensor, table_ID: Tensor, bias_I: Tensor | None, scale: 
     return logits_CI if bias_I is None else logits_CI.add_(bias_I)
 
 
-def _softmax(logits_CI: Tensor) -> tuple[Tensor, Tensor]:
-    """(C,) log-sum-exp and (C, I) softmax, in the memory of the logits."""
-    log_sums_C = torch.logsumexp(logits_CI, dim=1)
-    return log_sums_C, logits_CI.sub_(log_sums_C[:, None]).exp_()
+def _exponentiate(logits_CI: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns the logits into exp(logit - row's largest), in place; returns the largest and the sums, (C,) each.
+
+    Shares are exponentials over their sum, not exp(logit - log-sum-exp): the latter, a number of the size of the
+    logits, would bring its rounding into every share.
+    """
+    peaks_C = logits_CI.amax(dim=1)
+    logits_CI.sub_(peaks_C[:, None]).exp_()
+    return peaks_C, logits_CI.sum(dim=1)
 
 
 def _accumulator(like: Tensor, *shape: int) -> Tensor:
@@ -219,7 +236,9 @@ def _full_precision(like: Tensor) -> torch.autocast:
 
 def _chunks(queries_TD: Tensor, table_ID: Tensor, max_scores: int) -> list[slice]:
     count, catalogue = queries_TD.shape[0], max(1, table_ID.shape[0])
-    limit = min(max_scores, max(_CPU_BLOCK, 64 * catalogue)) if queries_TD.device.type == "cpu" else max_scores
+    limit = (
+        min(max_scores, max(_CPU_BLOCK, 64 * catalogue)) if queries_TD.device.type == "cpu" else max_scores
+    )
     step = max(1, limit // catalogue)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
@@ -239,9 +258,13 @@ def _check(
     if table_ID.shape[0] == 0:
         raise ValueError("the table has no rows: there is nothing to sum over")
     if bias_I is not None and bias_I.shape != table_ID.shape[:1]:
-        raise ValueError(f"bias must be ({table_ID.shape[0]},), one value a table row, not {tuple(bias_I.shape)}")
+        raise ValueError(
+            f"bias must be ({table_ID.shape[0]},), one value a table row, not {tuple(bias_I.shape)}"
+        )
     if normalize_eps is not None and not normalize_eps > 0:
-        raise ValueError(f"normalize_eps must be positive (or None for plain inner products), got {normalize_eps}")
+        raise ValueError(
+            f"normalize_eps must be positive (or None for plain inner products), got {normalize_eps}"
+        )
     if max_scores < 1:
         raise ValueError(f"max_scores must be at least 1, got {max_scores}")
 

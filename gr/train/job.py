@@ -173,10 +173,7 @@ def _train(
         parts.dataset, parts.split, config, device=parallel.device, item_counts=parts.item_counts
     )
 
-    def evaluate(split: str) -> dict[str, Any]:
-        return evaluation.run(split, parts.model).row()
-
-    trainer = Trainer(config, parts.model, parts.optimizer, parts.batches, evaluate, parallel, folder, cursor, on_step)
+    trainer = Trainer(config, parts.model, parts.optimizer, parts.batches, evaluation, parallel, folder, cursor, on_step)
     finished = trainer.train() if not cursor.finished else True
     rows = folder.read_metrics() if parallel.is_main else []
     if parallel.is_main:

@@ -1,0 +1,91 @@
+"""Killed or stopped anywhere and resumed, a run ends as if nothing had happened."""
+
+import signal
+
+import pytest
+
+from gr.train.folder import RunFolder
+from tests.end_to_end.tiny import assert_same_run, make_dataset, train, train_and_signal, write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("resume")
+    make_dataset(path / "data")
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    """Number of processes -> the run's folder."""
+    runs = {}
+    for processes in (1, 2):
+        run = folder / f"whole-{processes}"
+        train(["--config", write_config(folder, folder / "data", run)], processes)
+        runs[processes] = run
+    return runs
+
+
+def digests(run):
+    return {r["step"]: r["data_digest"] for r in RunFolder(run).read_metrics() if r["kind"] == "train"}
+
+
+@pytest.mark.parametrize("processes,step", [(1, 14), (2, 9)])
+def test_kill_and_resume_gives_the_same_bits(folder, uninterrupted, processes, step):
+    run = folder / f"killed-{processes}"
+    config = write_config(folder, folder / "data", run)
+    train_and_signal(["--config", config], run, step, signal.SIGKILL, processes)
+    train(["--resume", run], processes)
+    assert_same_run(run, uninterrupted[processes])
+
+
+def test_sigterm_saves_and_leaves_cleanly(folder, uninterrupted):
+    run = folder / "terminated"
+    config = write_config(folder, folder / "data", run)
+    assert train_and_signal(["--config", config], run, 6, signal.SIGTERM) == 0
+    assert list((run / "checkpoints").glob("step-*"))
+    train(["--resume", run])
+    assert_same_run(run, uninterrupted[1])
+
+
+@pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_batches(folder, uninterrupted, before, after):
+    run = folder / f"from-{before}-to-{after}"
+    config = write_config(folder, folder / "data", run)
+    train(["--config", config, "train.max_steps=13"], before)
+    train(["--resume", run, "train.max_steps=null"], after)
+    assert digests(run) == digests(uninterrupted[1]) == digests(uninterrupted[2])
+    assert len(digests(run)) == 30
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(folder, uninterrupted):
+    run = folder / "damaged"
+    train(["--config", write_config(folder, folder / "data", run), "train.max_steps=13"])
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    victim = next(newest.glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-7])
+    import subprocess
+
+    from tests.end_to_end.tiny import command
+
+    done = subprocess.run(command(["--resume", run, "train.max_steps=null"]), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"skipping damaged checkpoint '{newest}'" in done.stderr
+    assert digests(run) == digests(uninterrupted[1])
+
+
+def test_runs_never_overwrite_each_other_and_resume_refuses_other_mathematics(folder, uninterrupted):
+    import subprocess
+
+    from tests.end_to_end.tiny import command
+
+    def refused(arguments):
+        done = subprocess.run(command(arguments), capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr
+
+    config = write_config(folder, folder / "data", uninterrupted[1])
+    assert "already holds a run" in refused(["--config", config])
+    assert "'optimizer.lr' cannot change on resume" in refused(["--resume", uninterrupted[1], "optimizer.lr=1"])
+    assert "did you mean 'epochs'?" in refused(["--config", config, "train.epocs=3"])
+    assert "no run at" in refused(["--resume", folder / "nowhere"])

@@ -1,0 +1,101 @@
+"""A tiny real run, started the way a user starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed.checkpoint as dcp
+
+from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.sequences import Sequences
+from gr.train.folder import RunFolder, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """
+run: {{dir: {run}}}
+data: {{path: {data}, max_length: 20, window_blocks: 2, split: {{name: leave_one_out, holdout: 2}}}}
+model:
+  dim: 16
+  encoder: {{name: hstu, layers: 2, heads: 2, qk_dim: 8, v_dim: 8, dropout: 0.2}}
+objective: {{name: sampled_softmax, negatives: 16}}
+optimizer: {{name: adamw, lr: 0.01}}
+train: {{epochs: 3, global_batch: 16, clip_norm: 1.0, threads: 1}}
+eval: {{splits: [valid, test], ks: [10]}}
+checkpoint: {{every_steps: 4}}
+log: {{every_steps: 1, tensorboard: false}}
+"""
+
+
+def make_dataset(path: Path, users: int = 150, items: int = 60) -> SequenceDataset:
+    """Sequences that step through the catalogue with noise: something to learn."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 30, users)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    starts = np.repeat(rng.integers(0, items, users), lengths)
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    rows = ((starts + place + rng.integers(0, 3, offsets[-1])) % items).astype(np.int32)
+    times = 1_000_000 + place * 3600 + rng.integers(0, 3000, offsets[-1])
+    writer = DatasetWriter(path, "tiny", block_rows=32)
+    writer.add(Sequences(np.arange(users), np.arange(users), offsets, rows, times))
+    counts = np.bincount(rows, minlength=items)
+    return writer.finish(pa.table({"item_id": np.arange(items), "count": counts}))
+
+
+def write_config(folder: Path, data: Path, run: Path) -> Path:
+    file = folder / f"{run.name}.yaml"
+    file.write_text(CONFIG.format(run=run, data=data))
+    return file
+
+
+def command(arguments: list, processes: int = 1) -> list[str]:
+    program = [str(ROOT / "launch/train.py"), *map(str, arguments)]
+    if processes == 1:
+        return [sys.executable, *program]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *program]
+
+
+def train(arguments: list, processes: int = 1) -> str:
+    """Run train.py to its end; returns what it printed."""
+    done = subprocess.run(command(arguments, processes), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def train_and_signal(arguments: list, run: Path, step: int, number: signal.Signals, processes: int = 1) -> int:
+    """Start train.py, send ``number`` to all its processes once ``step`` is logged; returns the exit status."""
+    process = subprocess.Popen(
+        command(arguments, processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(r.get("step", 0) >= step for r in read_rows(RunFolder(run).metrics)):
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, "training ended before the signal"
+    os.killpg(process.pid, number)
+    return process.wait(timeout=60)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint."""
+    path = sorted((run / "checkpoints").glob("step-*"))[-1]
+    described = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
+    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    return tensors
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Same metrics.jsonl to the letter, same bits of parameters and moments."""
+    assert RunFolder(first).metrics.read_text() == RunFolder(second).metrics.read_text()
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

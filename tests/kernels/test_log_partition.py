@@ -1,0 +1,220 @@
+"""gr_kernels.log_partition against the float64 definitions, gradients included, whatever the chunks.
+
+At most twice (values) or five times (gradients) as far from float64 as plain PyTorch in float32 is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from gr_kernels.log_partition import cross_entropy, log_partition, reference
+
+EPS = 1e-6
+ULP = 2.0**-23
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """torch.empty gives NaN: reading what was never written can't go unseen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def problem(tokens: int, catalogue: int, width: int) -> dict[str, Tensor]:
+    """Unit-scale queries, table (with a zero row and one below eps) and bias; targets and uneven weights."""
+    generator = torch.Generator().manual_seed(width)
+    table = torch.randn(catalogue, width, generator=generator)
+    if catalogue > 2:
+        table[1], table[2] = 0, table[2] * EPS / 100
+    return {
+        "queries": torch.randn(tokens, width, generator=generator),
+        "table": table,
+        "bias": torch.randn(catalogue, generator=generator),
+        "targets": torch.randint(0, catalogue, (tokens,), generator=generator),
+        "weights": torch.randn(tokens, generator=generator),
+    }
+
+
+def evaluate(function: Callable[..., Tensor], inputs: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The value (per token or scalar), and the gradients of queries, table and bias."""
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    leaves = [cast[name].requires_grad_() for name in ("queries", "table", "bias")]
+    value = function(cast)
+    upstream = cast["weights"].detach() if value.dim() else torch.tensor(0.7, dtype=dtype)
+    return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
+
+
+def assert_close_to_float64(
+    got: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: dict[str, Tensor]
+) -> None:
+    exact = evaluate(definition, inputs, torch.float64)
+    plain = evaluate(definition, inputs, torch.float32)
+    for name, factor, a, p, e in zip(
+        ("value", "queries", "table", "bias"),
+        (2, 5, 5, 5),
+        evaluate(got, inputs, torch.float32),
+        plain,
+        exact,
+    ):
+        assert a.shape == e.shape and a.dtype == torch.float32
+        size = max(1.0, float(e.abs().max())) if e.numel() else 1.0
+        allowed = factor * float((p.double() - e).abs().max() if e.numel() else 0) + 2 * ULP * size
+        assert e.numel() == 0 or float((a.double() - e).abs().max()) <= allowed, name
+
+
+SHAPES = [(0, 5, 4), (1, 1, 3), (13, 7, 5), (130, 301, 33), (7, 2000, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("scale", "eps"), [(1.0, None), (20.0, EPS)])
+@pytest.mark.parametrize("max_scores", [1, 1000, 1 << 24])
+def test_log_partition(shape: tuple[int, int, int], scale: float, eps: float | None, max_scores: int) -> None:
+    kwargs = {"scale": scale, "normalize_eps": eps}
+    assert_close_to_float64(
+        lambda x: log_partition(x["queries"], x["table"], bias_I=x["bias"], max_scores=max_scores, **kwargs),
+        lambda x: reference.log_partition(x["queries"], x["table"], bias_I=x["bias"], **kwargs),
+        problem(*shape),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("scale", "eps"), [(1.0, None), (20.0, EPS)])
+@pytest.mark.parametrize("max_scores", [1, 1000, 1 << 24])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy(
+    shape: tuple[int, int, int], scale: float, eps: float | None, max_scores: int, weighted: bool
+) -> None:
+    kwargs = {"scale": scale, "normalize_eps": eps}
+
+    def call(function: Callable[..., Tensor], x: dict[str, Tensor], **more: int) -> Tensor:
+        weights = x["weights"].detach() if weighted else None
+        return function(
+            x["queries"], x["table"], x["targets"], weights_T=weights, bias_I=x["bias"], **kwargs, **more
+        )
+
+    assert_close_to_float64(
+        lambda x: call(cross_entropy, x, max_scores=max_scores),
+        lambda x: call(reference.cross_entropy, x),
+        problem(*shape),
+    )
+
+
+@pytest.mark.parametrize("eps", [None, EPS])
+def test_gradients_by_finite_differences(eps: float | None) -> None:
+    inputs = problem(5, 6, 3)
+    inputs["table"][1:3] = torch.randn(2, 3)
+    leaves = tuple(inputs[name].double().requires_grad_() for name in ("queries", "table", "bias"))
+    weights = inputs["weights"].double()
+    kwargs = {"scale": 1.5, "normalize_eps": eps, "max_scores": 13}
+    assert torch.autograd.gradcheck(lambda q, e, b: log_partition(q, e, bias_I=b, **kwargs), leaves)
+    assert torch.autograd.gradcheck(
+        lambda q, e, b: cross_entropy(q, e, inputs["targets"], weights_T=weights, bias_I=b, **kwargs), leaves
+    )
+
+
+@pytest.mark.parametrize("wanted", [("queries",), ("table",), ("bias",), ("queries", "table"), ()])
+def test_only_the_gradients_asked_for(wanted: tuple[str, ...]) -> None:
+    everything = ("queries", "table", "bias")
+    inputs = problem(40, 90, 17)
+    weights, targets = inputs["weights"], inputs["targets"]
+
+    def values(x: dict[str, Tensor]) -> list[Tensor]:
+        return [
+            log_partition(x["queries"], x["table"], bias_I=x["bias"], max_scores=500),
+            cross_entropy(x["queries"], x["table"], targets, weights_T=weights, bias_I=x["bias"]),
+        ]
+
+    full = {k: v.clone().requires_grad_(k in everything) for k, v in inputs.items()}
+    part = {k: v.clone().requires_grad_(k in wanted) for k, v in inputs.items()}
+    for all_of_it, some in zip(values(full), values(part)):
+        torch.testing.assert_close(all_of_it, some, rtol=1e-6, atol=1e-6)
+        if not wanted:
+            assert not some.requires_grad
+            continue
+        upstream = weights if some.dim() else torch.tensor(2.0)
+        expected = torch.autograd.grad(all_of_it, [full[k] for k in wanted], upstream)
+        for got, want in zip(torch.autograd.grad(some, [part[k] for k in wanted], upstream), expected):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_no_grad_forms_no_gradient() -> None:
+    inputs = problem(40, 90, 17)
+    queries, table = inputs["queries"].requires_grad_(), inputs["table"].requires_grad_()
+    with torch.no_grad():
+        assert not cross_entropy(queries, table, inputs["targets"]).requires_grad
+        value = log_partition(queries, table)
+    torch.testing.assert_close(value, log_partition(queries, table).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_two_runs_give_the_same_bits_and_backward_may_run_twice() -> None:
+    inputs = problem(300, 500, 20)
+    results = []
+    for _ in range(2):
+        queries, table = inputs["queries"].clone().requires_grad_(), inputs["table"].clone().requires_grad_()
+        loss = cross_entropy(
+            queries, table, inputs["targets"], scale=20.0, normalize_eps=EPS, max_scores=9000
+        )
+        first = torch.autograd.grad(loss, (queries, table), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, (queries, table))))
+        results.append([loss.detach(), *first])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_extreme_logits_and_nan() -> None:
+    queries = torch.tensor([[100.0, 0.0], [0.0, -100.0], [float("nan"), 1.0]])
+    table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    got = log_partition(queries, table, scale=50.0)
+    assert got[:2].tolist() == [5000.0, 5000.0] and bool(got[2].isnan())
+    # a target of probability 0 in float32 still has the right, finite loss
+    loss = cross_entropy(queries[:1], table, torch.tensor([2]), scale=50.0)
+    assert float(loss) == 10000.0
+    assert bool(cross_entropy(queries, table, torch.tensor([0, 1, 2])).isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs_have_float32_sums(dtype: torch.dtype) -> None:
+    inputs = problem(50, 200, 32)
+    queries, table = (inputs[k].to(dtype).requires_grad_() for k in ("queries", "table"))
+    loss = cross_entropy(queries, table, inputs["targets"], max_scores=2000)
+    assert loss.dtype == torch.float32
+    exact = reference.cross_entropy(queries.double(), table.double(), inputs["targets"])
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-2, atol=0)
+    got = torch.autograd.grad(loss, (queries, table))
+    for a, b in zip(got, torch.autograd.grad(exact, (queries, table))):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+
+
+def test_strided_queries_and_autocast() -> None:
+    inputs = problem(30, 40, 16)
+    strided = inputs["queries"].t().contiguous().t()
+    plain = cross_entropy(inputs["queries"], inputs["table"], inputs["targets"])
+    torch.testing.assert_close(cross_entropy(strided, inputs["table"], inputs["targets"]), plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cross_entropy(inputs["queries"], inputs["table"], inputs["targets"]), plain)
+
+
+def test_errors_say_what_is_wrong() -> None:
+    inputs = problem(6, 20, 8)
+    queries, table, targets = inputs["queries"], inputs["table"], inputs["targets"]
+    with pytest.raises(ValueError, match="same D"):
+        log_partition(queries[:, :7], table)
+    with pytest.raises(ValueError, match="no rows"):
+        log_partition(queries, table[:0])
+    with pytest.raises(ValueError, match="bias must be"):
+        log_partition(queries, table, bias_I=inputs["bias"][:5])
+    with pytest.raises(ValueError, match="max_scores"):
+        log_partition(queries, table, max_scores=0)
+    with pytest.raises(ValueError, match="targets must be"):
+        cross_entropy(queries, table, targets[:3])
+    with pytest.raises(ValueError, match="weights must be"):
+        cross_entropy(queries, table, targets, weights_T=inputs["weights"][:3])
+    targets[4] = 20
+    with pytest.raises(IndexError, match=r"target row 20 \(query 4\) is outside the table of 20 rows"):
+        cross_entropy(queries, table, targets)

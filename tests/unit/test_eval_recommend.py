@@ -1,0 +1,160 @@
+"""Recommendations of a run against its own scores, and the files that ask for them and hold them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rich.console import Console
+
+from gr import config as configs
+from gr.data.dataset import DatasetWriter
+from gr.data.requests import recommendation_requests
+from gr.data.sequences import Sequences
+from gr.data.split import LeaveOneOut
+from gr.errors import UserError
+from gr.eval.evaluator import EvalResult
+from gr.eval.tables import buckets_tables, results_table
+from gr.models.recommender import Recommender
+from gr.train.folder import RunFolder
+from gr.train.recommend import read_user_ids, recommend, write_item_vectors
+from gr.train.runs import OpenRun
+
+torch.set_num_threads(1)
+ITEMS, K = 23, 20
+
+
+@pytest.fixture(params=["normalized", "biased"])
+def run(request, tmp_path):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 16, 13)
+    rows = Sequences(
+        users_R=np.arange(13) + 100,
+        ordinals_R=np.arange(13),
+        offsets_R1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        items_A=rng.integers(0, ITEMS, lengths.sum()).astype(np.int32),
+        timestamps_A=np.concatenate([np.sort(rng.integers(0, 10**6, n)) for n in lengths]),
+    )
+    writer = DatasetWriter(tmp_path / "data", "test", block_rows=5)
+    writer.add(rows)
+    catalogue = {"item_id": [f"i{n}" for n in range(ITEMS)], "count": np.zeros(ITEMS, np.int64)}
+    dataset = writer.finish(pa.table(catalogue))
+    biased = request.param == "biased"
+    config = configs.from_dict(
+        {
+            "data": {"path": str(tmp_path / "data"), "max_length": 6},
+            "model": {
+                "dim": 8,
+                "table_std": 1.0,
+                "encoder": {"name": "hstu"},
+                "similarity": {"item_bias": biased, "normalize": not biased, "temperature": 0.5},
+            },
+            "objective": "sampled_softmax",
+            "optimizer": "adamw",
+            "eval": {"batch": 4, "exclude": "kept"},
+            "train": {"kernels": "reference"},
+        }
+    )
+    model = Recommender(config, ITEMS, torch.zeros(ITEMS, dtype=torch.int64)).eval()
+    if biased:
+        torch.nn.init.normal_(model.similarity.bias, generator=torch.Generator().manual_seed(1))
+    split = LeaveOneOut(config.data.split)
+    return OpenRun(RunFolder(tmp_path), config, dataset, split, model, step=1, epoch=1)
+
+
+def expected_lists(run, exclude, k, time=None):
+    """Raw user -> (raw items, scores), by sorting all scores."""
+    lists = {}
+    for asked in recommendation_requests(run.dataset, max_length=6, exclude=exclude, batch=3, time=time):
+        scores_BI = run.model.scores(asked.batch)
+        for i, user in enumerate(asked.users.tolist()):
+            gone = asked.exclude_items[asked.exclude_offsets[i] : asked.exclude_offsets[i + 1]]
+            row = scores_BI[i].index_fill(0, gone, -torch.inf)
+            order = row.argsort(descending=True)[:k]
+            order = order[row[order] > -torch.inf]
+            lists[user] = ([f"i{n}" for n in order.tolist()], row[order].tolist())
+    return lists
+
+
+def read_lists(path):
+    table = pq.read_table(path)
+    assert table.column_names == ["user_id", "item_ids", "scores"]
+    assert table.schema.field("scores").type == pa.list_(pa.float32())
+    return {row["user_id"]: (row["item_ids"], row["scores"]) for row in table.to_pylist()}
+
+
+@pytest.mark.parametrize(("exclude", "time"), [("none", None), ("kept", 2 * 10**6), ("all", None)])
+def test_lists_are_the_best_of_the_scores(run, tmp_path, exclude, time):
+    done = []
+    count = recommend(run, tmp_path / "r.parquet", k=K, exclude=exclude, time=time, advance=done.append)
+    got, want = read_lists(tmp_path / "r.parquet"), expected_lists(run, exclude, K, time)
+    assert count == sum(done) == len(got) == 13 and list(got) == list(want)
+    for user, (items, scores) in got.items():
+        assert items == want[user][0]
+        np.testing.assert_allclose(scores, want[user][1], rtol=1e-5, atol=1e-5)
+    shortest = min(len(items) for items, _ in got.values())
+    assert (shortest < K) == (exclude != "none"), (
+        "excluded items are not written, even where too few are left"
+    )
+
+
+def test_inner_products_of_the_vectors_are_the_scores(run, tmp_path):
+    recommend(run, tmp_path / "r.parquet", k=K, exclude="none", user_vectors=tmp_path / "u.parquet")
+    write_item_vectors(run, tmp_path / "i.parquet")
+    users, items = pq.read_table(tmp_path / "u.parquet"), pq.read_table(tmp_path / "i.parquet")
+    assert items.column("item_id").to_pylist() == [f"i{n}" for n in range(ITEMS)]
+    products = np.array(users.column("vector").to_pylist()) @ np.array(items.column("vector").to_pylist()).T
+    for user, row in zip(users.column("user_id").to_pylist(), products, strict=True):
+        names, scores = read_lists(tmp_path / "r.parquet")[user]
+        np.testing.assert_allclose(row[[int(name[1:]) for name in names]], scores, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_half_written_is_left(run, tmp_path):
+    with pytest.raises(UserError, match="1 of 2 users are not in the dataset"):
+        recommend(run, tmp_path / "r.parquet", users=["100", "5"])
+    with pytest.raises(UserError, match="the list of users is empty"):
+        recommend(run, tmp_path / "r.parquet", users=[])
+    with pytest.raises(UserError, match="there is no folder"):
+        recommend(run, tmp_path / "none" / "r.parquet")
+    run.model.table.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="scores items as NaN"):
+        recommend(run, tmp_path / "r.parquet")
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_user_ids_from_files(tmp_path):
+    (tmp_path / "ids.txt").write_text("7\n\n ann \n7\n")
+    assert read_user_ids(tmp_path / "ids.txt") == ["7", "ann", "7"]
+    table = pa.table({"user_id": [3, 1], "other": ["x", "y"]})
+    pq.write_table(table, tmp_path / "ids.parquet")
+    pa.csv.write_csv(table, tmp_path / "ids.csv")
+    assert read_user_ids(tmp_path / "ids.parquet") == read_user_ids(tmp_path / "ids.csv") == [3, 1]
+    pq.write_table(table.drop(["user_id"]), tmp_path / "wrong.parquet")
+    with pytest.raises(UserError, match=r"has no column user_id \(it has other\)"):
+        read_user_ids(tmp_path / "wrong.parquet")
+    pq.write_table(pa.table({"user_id": [3, None]}), tmp_path / "null.parquet")
+    with pytest.raises(UserError, match=r"row 2 of .* has no user_id"):
+        read_user_ids(tmp_path / "null.parquet")
+    with pytest.raises(UserError, match="no file"):
+        read_user_ids(tmp_path / "missing.txt")
+
+
+def test_tables_fit_a_terminal_and_hold_the_figures():
+    metrics = {f"{kind}@{k}": 0.1234 for kind in ("hr", "ndcg") for k in (1, 5, 10, 50, 200, 500)}
+    metrics["mrr"] = 0.0567
+    bucket = {"from": 1000, "to": None, "users": 12, **metrics}
+    result = EvalResult(
+        "test", 12, metrics, {"history": [{**bucket, "from": 1, "to": 4}, bucket]}, population=99
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table({"popularity": result, "last_item": result}, "title"))
+    for table in buckets_tables(result, "hstu"):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text and "12 users of 99" in text and "1,000 and more" in text and "1 to 4" in text
+    assert text.count("0.1234") == 2 * 12 + 2 * 4 and text.count("0.0567") == 4
