@@ -7,130 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from datetime import UTC, datetime
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from gr.data import describe_tables as tables
 from gr.data.dataset import SequenceDataset
-from gr.data.describe import Description, describe, plot, samples, titles
+from gr.data.describe import describe, plot
 from gr.errors import program
-
-BAR = 40
-
-
-def when(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def counts(dataset: SequenceDataset, found: Description) -> Table:
-    manifest = dataset.manifest
-    table = Table(title=escape(f"{manifest.name} ({dataset.path})"), show_header=False, title_justify="left")
-    table.add_row("users", f"{dataset.users:,}")
-    table.add_row("items", f"{dataset.items:,}")
-    table.add_row("actions", f"{dataset.actions:,}")
-    table.add_row("density", f"{dataset.actions / (dataset.users * dataset.items):.4%}")
-    quantiles = found.length_quantiles((0, 0.25, 0.5, 0.75, 0.95, 1))
-    table.add_row("length: least, 25 %, median, 75 %, 95 %, most", ", ".join(f"{q:,}" for q in quantiles))
-    top = f"{found.share_of_top(0.01):.1%} / {found.share_of_top(0.1):.1%}"
-    table.add_row("actions on the top 1 % / 10 % of the items", top)
-    if found.first_time is not None and found.last_time is not None:
-        table.add_row("times (UTC)", f"{when(found.first_time)} to {when(found.last_time)}")
-    known = [c for c in dataset.catalogue.column_names if c not in ("item_id", "count")]
-    table.add_row(
-        "columns of the actions", escape(", ".join([*manifest.columns, *manifest.fields]) or "none")
-    )
-    table.add_row("columns of the catalogue", escape(", ".join(known) or "none"))
-    if manifest.action_type_names:
-        table.add_row("action types", escape(", ".join(manifest.action_type_names[:20])))
-    table.add_row("blocks", f"{len(manifest.blocks):,} of {manifest.block_rows:,} users")
-    table.add_row("fingerprint", manifest.fingerprint)
-    return table
-
-
-def lengths(found: Description) -> Table:
-    bins = found.length_histogram()
-    table = Table("length", "", title="sequences by length", title_justify="left")
-    table.add_column("users", justify="right")
-    most = max(users for _, _, users in bins)
-    for low, high, users in bins:
-        table.add_row(
-            f"{low}" if low == high else f"{low:,} - {high:,}", "█" * -(-users * BAR // most), f"{users:,}"
-        )
-    return table
-
-
-def popularity(dataset: SequenceDataset, found: Description) -> Table:
-    table = Table("item", title="most popular items", title_justify="left")
-    table.add_column("actions", justify="right")
-    table.add_column("of all", justify="right")
-    rows = found.popular()
-    for row, title in zip(rows, titles(dataset, rows)):
-        count = int(found.counts_I[row])
-        table.add_row(escape(title), f"{count:,}", f"{count / dataset.actions:.2%}")
-    return table
-
-
-def health(dataset: SequenceDataset, found: Description) -> Table:
-    h = found.health
-    table = Table("check", title="health", title_justify="left")
-    table.add_column("found", justify="right")
-    table.add_column("of", justify="right")
-    table.add_column("meaning")
-    checks = [
-        ("sequences of 0 actions", h.empty, dataset.users, "must be none"),
-        ("sequences of 1 action", h.single, dataset.users, "nothing to predict from"),
-        (
-            "sequences of 2 actions",
-            h.short,
-            dataset.users,
-            "no training target once one is held out for the test",
-        ),
-        (
-            "items never acted on",
-            h.unseen_items,
-            dataset.items,
-            "listed only: can be recommended, never learned",
-        ),
-        ("actions on unknown rows", h.out_of_range, dataset.actions, "must be none"),
-        ("items whose count is wrong", h.miscounted_items, dataset.items, "must be none"),
-        (
-            "actions on an item the user had before",
-            h.repeated_items,
-            dataset.actions,
-            "excluding history hides these",
-        ),
-    ]
-    if dataset.has_timestamps:
-        checks += [
-            ("users whose times go back", h.unsorted, dataset.users, "must be none"),
-            ("neighbours at the same time", h.ties, h.pairs, "their order is the log's own"),
-            ("users whose last two tie", h.last_ties, dataset.users, "their test item hangs on that order"),
-            ("repeats of (item, time)", h.repeats, dataset.actions, "duplicates=drop_exact removes them"),
-        ]
-    for name, count, total, meaning in checks:
-        broken = meaning == "must be none" and count
-        share = f"{count / total:.1%}" if total else ""
-        table.add_row(
-            name, f"{count:,}", share, "[bold red]broken: prepare the dataset again" if broken else meaning
-        )
-    return table
-
-
-def examples(dataset: SequenceDataset, users: int, actions: int) -> Table:
-    table = Table(
-        "user", "actions", f"the last {actions}", title="samples", title_justify="left", show_lines=True
-    )
-    rows = samples(dataset, users)
-    for n in range(len(rows)):
-        start, stop = int(rows.offsets_R1[n]), int(rows.offsets_R1[n + 1])
-        first = max(stop - actions, start)
-        shown = titles(dataset, rows.items_A[first:stop].tolist())
-        if rows.timestamps_A is not None:
-            shown = [f"{when(int(t))}  {title}" for t, title in zip(rows.timestamps_A[first:stop], shown)]
-        table.add_row(escape(str(rows.users_R[n])), f"{stop - start:,}", escape("\n".join(shown)))
-    return table
 
 
 @program
@@ -146,11 +29,15 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = SequenceDataset(args.dataset)
     found = describe(dataset)
     console = Console()
-    for table in (counts(dataset, found), lengths(found), popularity(dataset, found)):
+    for table in (
+        tables.counts_table(dataset, found),
+        tables.lengths_table(found),
+        tables.popularity_table(dataset, found),
+    ):
         console.print(table)
     if args.samples > 0:
-        console.print(examples(dataset, args.samples, args.actions))
-    console.print(health(dataset, found))
+        console.print(tables.samples_table(dataset, args.samples, args.actions))
+    console.print(tables.health_table(dataset, found))
     if args.plot:
         plot(dataset, found, args.plot)
         console.print(f"figure: {args.plot}", highlight=False)

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--actions", type=float, nargs="+", default=[1e6, 1e7, 1e8])
     parser.add_argument("--actions-per-user", type=int, default=50)
     parser.add_argument("--items", type=int, default=1_000_000)
-    parser.add_argument("--memory-mb", type=int, default=512)
+    parser.add_argument("--memory-mb", type=int, default=256)
     parser.add_argument("--chunk-rows", type=int, default=2**20)
     parser.add_argument("--text-ids", action="store_true", help="ids are strings")
     parser.add_argument("--core", type=int, default=0, help="k of a k-core filter, 0 for none")

@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +39,7 @@ BASELINE = "eager gather"
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def problem(T: int, I: int, D: int, K: int) -> Problem:  # noqa: N803 (the shapes' own letters)
+def problem(T: int, I: int, D: int, K: int) -> Problem:
     """Unit queries, a table, candidates drawn as training draws them, an upstream gradient."""
     torch.manual_seed(0)
     queries = torch.nn.functional.normalize(torch.randn(T, D), dim=-1).requires_grad_()
@@ -72,14 +71,21 @@ def milliseconds(function: Callable[[], Any], repeats: int) -> list[float]:
     return torch.tensor(times).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
 
 
+def peak_mib() -> float:
+    """Peak resident memory of this process since its start (getrusage's would be its parent's, where larger)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: peak memory is measured on Linux only")
+
+
 def peak_growth(shape: dict[str, int], way: str, threads: int, answer: Any) -> None:
     """Sends the MiB by which one step raises the peak memory of this (fresh) process."""
     torch.set_num_threads(threads)
     inputs = problem(**shape)
-    unit = 1024 if sys.platform == "linux" else 1024**2  # kB on Linux, bytes on macOS
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     step(way, inputs)
-    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit)
+    answer.send(peak_mib() - before)
 
 
 def memory(shape: dict[str, int], way: str, threads: int) -> float:
@@ -115,7 +121,8 @@ def sampled(
             lambda way=way: step(way, inputs), max(3, repeats // 4) if slow else repeats
         )
         results.append({"case": name, "way": way, "ms_p10": p10, "ms_p50": p50, "ms_p90": p90})
-        results[-1]["peak_mib"] = memory(shape, way, threads)
+        if sys.platform == "linux":
+            results[-1]["peak_mib"] = memory(shape, way, threads)
         results[-1]["max_relative_error"] = max(errors)
     show(results, [BASELINE, "dense"])
     return results

@@ -61,7 +61,7 @@ def _show_loss(loss: dict[str, Any], console: Console) -> None:
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Stacked bars: milliseconds of each part, one bar a trainer, one panel a shape."""
+    """Bars of the shares, one a trainer, one panel a shape; a part is named where there is room for it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,20 +69,22 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 
     figure, axes = pyplot.subplots(len(results), 1, figsize=(8, 1.2 + 1.3 * len(results)), squeeze=False)
     for axis, result in zip(axes[:, 0], results, strict=True):
-        for row, side in enumerate(("baseline", "ours")):
-            values, left = result["sides"][side], 0.0
+        sides = {side: result["sides"][side] for side in ("baseline", "ours")}
+        for row, side in enumerate(sides.values()):
+            left = 0.0
             for colour, part in enumerate(PARTS):
-                width = values["profile"]["shares"][part] * values["step_ms"]
-                axis.barh(row, width, left=left, color=f"C{colour}", label=part if row == 0 else None)
-                left += width
-            axis.text(left, row, f" {values['step_ms']:,.0f} ms", va="center", fontsize=8)
-        axis.set_yticks([0, 1], ["baseline", "ours"])
-        axis.set_xlabel("milliseconds a step")
+                share = 100 * side["profile"]["shares"][part]
+                axis.barh(row, share, left=left, color=f"C{colour}", label=part if row == 0 else None)
+                if share >= 4:
+                    axis.text(left + share / 2, row, f"{share:.0f}", ha="center", va="center", fontsize=8)
+                left += share
+        axis.set_yticks([0, 1], [f"{name}\n{side['step_ms']:,.0f} ms" for name, side in sides.items()])
         axis.set_title(
             f"{result['shape']['name']}: {result['ratio']['median']:.1f}x", fontsize=10, loc="left"
         )
+        axis.set_xlim(0, 100)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.1)
+    axes[-1, 0].set_xlabel("% of a step")
     axes[0, 0].legend(ncols=len(PARTS), fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()
     figure.savefig(file, dpi=120)

@@ -94,6 +94,7 @@ class LogReader:
     def _check_parquet(self) -> tuple[LogTypes, int]:
         rows, first = 0, None
         resolutions: set[TimeUnit] = set()
+        numeric: list[str] = []
         for file in self.files:
             parquet = file.parquet()
             schema = parquet.schema_arrow
@@ -107,9 +108,16 @@ class LogReader:
                 self._check_type(file, role, column, kind)
                 if role == "time" and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
                     resolutions.add(getattr(kind, "unit", "s"))
+                elif role == "time":
+                    numeric.append(file.name)
             first = first or schema
             parquet.close()
         assert first is not None
+        if resolutions and numeric:
+            raise UserError(
+                f"'{numeric[0]}', column '{self.columns['time']}': not of a timestamp type, as it is in other files; "
+                "write all files with the same type"
+            )
 
         def kind_of(role: str) -> pa.DataType:
             kind = first.field(self.columns[role]).type

@@ -19,7 +19,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from gr.data.progress import Progress
 from gr.data.quarantine import Quarantine
 from gr.data.schema import Preparation
 from gr.data.sequences import Sequences
+from gr.data.stages import Counts, StageCount
 from gr.errors import UserError
 
 # working bytes of a partition's action while it is sorted and written, measured (benchmarks/data/prepare.py)
@@ -58,38 +59,6 @@ class Actions(Protocol):
 
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         """Checked tables (see gr.data.log) in the log's order."""
-
-
-@dataclass(frozen=True)
-class StageCount:
-    """What is left after a stage."""
-
-    stage: str
-    actions: int
-    users: int | None = None
-    items: int | None = None
-
-
-@dataclass
-class Counts:
-    """Sums over the partitions: what each policy left."""
-
-    stages: dict[str, list[int]] = field(default_factory=dict)
-    item_counts: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def add(self, stage: str, grouped: Grouped, items: int) -> None:
-        lengths = grouped.lengths_R
-        sums = self.stages.setdefault(stage, [0, 0])
-        sums[0] += int(lengths.sum())
-        sums[1] += int((lengths > 0).sum())
-        counts = self.item_counts.setdefault(stage, np.zeros(items, dtype=np.int64))
-        counts += np.bincount(grouped.items_A, minlength=items)
-
-    def rows(self) -> list[StageCount]:
-        return [
-            StageCount(stage, actions, users, int((self.item_counts[stage] > 0).sum()))
-            for stage, (actions, users) in self.stages.items()
-        ]
 
 
 def prepare(

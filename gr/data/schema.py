@@ -98,6 +98,6 @@ class Preparation(Section):
     filter: Filter = Filter()
     items: Literal["listed", "seen"] = "seen"
     chunk_rows: POSITIVE = 2**20
-    memory_mb: POSITIVE = 512
+    memory_mb: POSITIVE = 256
     partitions: POSITIVE | None = None
     scratch: str | None = None

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gr_kernels.candidate_scores import candidate_scores as candidate_scores
-    from gr_kernels.counter_random import derive_key as derive_key
-    from gr_kernels.counter_random import truncated_normal_rows as truncated_normal_rows
-    from gr_kernels.counter_random import uniform_floats as uniform_floats
-    from gr_kernels.counter_random import uniform_integers as uniform_integers
-    from gr_kernels.hstu_attention import AttentionMask as AttentionMask
-    from gr_kernels.hstu_attention import RelativeBias as RelativeBias
-    from gr_kernels.hstu_attention import TimeBuckets as TimeBuckets
-    from gr_kernels.hstu_attention import explain as explain
-    from gr_kernels.hstu_attention import hstu_attention as hstu_attention
-    from gr_kernels.log_partition import cross_entropy as cross_entropy
-    from gr_kernels.log_partition import log_partition as log_partition
+    from gr_kernels.counter_random import (
+        derive_key as derive_key,
+        truncated_normal_rows as truncated_normal_rows,
+        uniform_floats as uniform_floats,
+        uniform_integers as uniform_integers,
+    )
+    from gr_kernels.hstu_attention import (
+        AttentionMask as AttentionMask,
+        RelativeBias as RelativeBias,
+        TimeBuckets as TimeBuckets,
+        explain as explain,
+        hstu_attention as hstu_attention,
+    )
+    from gr_kernels.log_partition import cross_entropy as cross_entropy, log_partition as log_partition
 
 _FOLDERS = {
     "candidate_scores": ("candidate_scores",),

@@ -169,6 +169,15 @@ def dropout_factors(case: Case, dropout: float, key: int) -> list[Tensor]:
     return factors
 
 
+def test_package_exports_functions() -> None:
+    """A folder and its function share a name; from the package it is the function, whoever imported the folder."""
+    import gr_kernels
+    import gr_kernels.hstu_attention.op as module
+
+    assert gr_kernels.hstu_attention is module.hstu_attention
+    assert "explain" in dir(gr_kernels) and not hasattr(gr_kernels, "no_such_operator")
+
+
 def test_philox_known_answers() -> None:
     """The generator's published test vectors."""
     answers = philox(0, np.zeros(4, dtype=np.uint64)).tolist()

@@ -233,6 +233,11 @@ def test_files_of_different_time_resolution_agree(tmp_path):
         column = pa.array([value], pa.timestamp(unit))
         pq.write_table(pa.table({"u": [1], "i": [2], "t": column}), tmp_path / f"{name}.parquet")
     assert read(tmp_path)["time"].to_pylist() == [1_500_000, 1_000_000, 1_500_001]
+    pq.write_table(pa.table({"u": [1], "i": [2], "t": [3]}), tmp_path / "d.parquet")
+    assert message(tmp_path) == (
+        f"'{tmp_path}/d.parquet', column 't': not of a timestamp type, as it is in other files; "
+        "write all files with the same type"
+    )
 
 
 def test_fields_values_and_missing_ones(tmp_path):

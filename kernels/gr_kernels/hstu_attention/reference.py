@@ -22,8 +22,10 @@ from gr_kernels.counter_random import philox
 from gr_kernels.hstu_attention.problem import AttentionProblem
 
 BLOCK_SCORES = 16 * 2**20
-# Sequences share a block when the shorter has at least this share of the longer one's rows.
-LEAST_FILL = 0.85
+# Sequences of different lengths share a block while its scores, padding included, are at most PADDING times those of
+# the sequences, or few enough that starting another block would take longer.
+PADDING = 1.35
+SMALL_BLOCK_SCORES = 2**17
 
 
 def obstacle(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: AttentionProblem) -> str:
@@ -56,9 +58,12 @@ def _blocks(problem: AttentionProblem, heads: int) -> Iterator[_Block]:
     first = 0
     while first < len(by_length):
         longest = by_length[first][1]
-        room = max(1, BLOCK_SCORES // (longest * longest * heads))
-        last = first + 1
-        while last < len(by_length) and last - first < room and by_length[last][1] >= LEAST_FILL * longest:
+        last, real = first, 0
+        while last < len(by_length):
+            padded = (last + 1 - first) * longest**2 * heads
+            real += by_length[last][1] ** 2 * heads
+            if last > first and padded > min(BLOCK_SCORES, max(PADDING * real, SMALL_BLOCK_SCORES)):
+                break
             last += 1
         group = torch.tensor(by_length[first:last], dtype=torch.int64, device=device)
         step = max(1, min(longest, BLOCK_SCORES // (longest * heads)))

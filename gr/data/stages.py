@@ -1,0 +1,41 @@
+"""What each stage of preparing left: actions, users, items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gr.data.partitions import Grouped
+
+
+@dataclass(frozen=True)
+class StageCount:
+    """What is left after a stage."""
+
+    stage: str
+    actions: int
+    users: int | None = None
+    items: int | None = None
+
+
+@dataclass
+class Counts:
+    """Sums over the partitions: what each policy left."""
+
+    stages: dict[str, list[int]] = field(default_factory=dict)
+    item_counts: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, stage: str, grouped: Grouped, items: int) -> None:
+        lengths = grouped.lengths_R
+        sums = self.stages.setdefault(stage, [0, 0])
+        sums[0] += int(lengths.sum())
+        sums[1] += int((lengths > 0).sum())
+        counts = self.item_counts.setdefault(stage, np.zeros(items, dtype=np.int64))
+        counts += np.bincount(grouped.items_A, minlength=items)
+
+    def rows(self) -> list[StageCount]:
+        return [
+            StageCount(stage, actions, users, int((self.item_counts[stage] > 0).sum()))
+            for stage, (actions, users) in self.stages.items()
+        ]

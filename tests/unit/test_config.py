@@ -1,0 +1,72 @@
+"""Configs: what is accepted, and the one sentence that says what is not."""
+
+from pathlib import Path
+
+import pytest
+
+from gr import config as configs
+from gr.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "table.yaml")
+HSTU = ROOT / "configs/ml-1m/hstu.yaml"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_that_comes_along_loads_and_survives_a_round_trip(file):
+    if "encoder" not in configs.read_yaml(file).get("model", {}):
+        pytest.skip("a protocol: others extend it")
+    config = configs.load(file)
+    assert configs.from_dict(configs.to_dict(config)) == config
+
+
+def test_extends_overrides_and_numbers_in_scientific_notation(tmp_path):
+    (tmp_path / "child.yaml").write_text(f"extends: {HSTU}\noptimizer: {{lr: 3e-4}}\n")
+    config = configs.load(tmp_path / "child.yaml", ["train.epochs=3", "model.encoder.dropout=0", "train.clip_norm=1"])
+    assert config.optimizer.lr == 3e-4
+    assert config.train.epochs == 3
+    assert config.model.encoder.dropout == 0.0
+    assert config.model.encoder.layers == 2  # from the extended file
+    assert configs.override(config, ["train.epochs=4"]).train.epochs == 4
+
+
+def test_another_component_replaces_the_old_one_with_its_keys(tmp_path):
+    (tmp_path / "child.yaml").write_text(f"extends: {HSTU}\nmodel: {{encoder: {{name: gru4rec, hidden: 8}}}}\n")
+    assert configs.load(tmp_path / "child.yaml").model.encoder.hidden == 8
+
+
+@pytest.mark.parametrize(
+    "override,sentence",
+    [
+        ("train.epochz=3", "unknown config key 'train.epochz': did you mean 'epochs'?"),
+        ("trian.epochs=3", "unknown config key 'trian': did you mean 'train'?"),
+        ("train.epochs=three", "config key 'train.epochs' is 'three': input should be a valid integer"),
+        ("train.epochs=2.5", "config key 'train.epochs' is 2.5: input should be a valid integer"),
+        ("train.epochs=0", "config key 'train.epochs' is 0: input should be greater than 0"),
+        ("model.encoder.layrs=3", "unknown config key 'model.encoder.layrs': did you mean 'layers'?"),
+        ("model.encoder.name=hsut", "unknown model.encoder.name 'hsut': did you mean 'hstu'?"),
+        ("model.input.positions=none2", "config key 'model.input.positions' is 'none2'"),
+        ("objective=focal", "unknown objective.name 'focal'"),
+        ("train.epochs", "'train.epochs' is not an override: write key.key=value"),
+        ("optimizer.lr=-1", "config key 'optimizer.lr' is -1: input should be greater than 0"),
+    ],
+)
+def test_a_refusal_names_the_key_and_the_nearest_valid_one(override, sentence):
+    with pytest.raises(UserError) as refusal:
+        configs.load(HSTU, [override])
+    assert str(refusal.value).startswith(sentence)
+    assert "\n" not in str(refusal.value)
+
+
+def test_missing_keys_files_and_circles(tmp_path):
+    with pytest.raises(UserError, match="config key 'data' is missing"):
+        configs.from_dict({"model": {"encoder": "hstu"}, "objective": "bce", "optimizer": "adamw"})
+    with pytest.raises(UserError, match="no config file"):
+        configs.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(UserError, match="extends itself through"):
+        configs.load(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("train: [1, 2\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        configs.load(tmp_path / "c.yaml")
