@@ -46,7 +46,7 @@ def component(table: dict[str, str], path: str) -> Any:
         if not isinstance(value, Mapping) or "name" not in value:
             raise UserError(f"'{path}' needs a name: {nearest('', table)}")
         component_class = registry.resolve(table, value["name"], f"{path}.name")
-        return _validate(component_class.Config, value, path)
+        return validate(component_class.Config, value, path)
 
     return SerializeAsAny[Annotated[ComponentConfig, BeforeValidator(parse)]]
 
@@ -198,7 +198,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def from_dict(raw: Mapping[str, Any]) -> RunConfig:
     """A config from plain dictionaries, checked."""
-    return _validate(RunConfig, raw, "")
+    return validate(RunConfig, raw, "")
 
 
 def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -221,7 +221,9 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML mapping with its ``extends:`` (paths relative to the file) merged under it."""
     file = Path(path).resolve()
     if file in _seen:
-        raise UserError(f"'{file}' extends itself through {' -> '.join(p.name for p in _seen)}: break the circle")
+        raise UserError(
+            f"'{file}' extends itself through {' -> '.join(p.name for p in _seen)}: break the circle"
+        )
     try:
         raw = yaml.load(file.read_text(), Loader=_Loader) or {}  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
@@ -274,7 +276,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _validate(section: type[Section], raw: Any, prefix: str) -> Any:
+def validate(section: type[Section], raw: Any, prefix: str) -> Any:
+    """``raw`` as a ``section``; ``prefix`` is the dotted key it stands under.  UserError names the bad key."""
     try:
         return section.model_validate(dict(raw) if isinstance(raw, Mapping) else raw)
     except ValidationError as error:

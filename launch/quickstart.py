@@ -1,6 +1,6 @@
 """The quickstart: makes a small Dirichlet-process stream and trains HSTU on it; a few minutes on two CPU cores.
 
-    python launch/quickstart.py [key.key=value ...]
+python launch/quickstart.py [key.key=value ...]
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ STREAM = {"records": 24_000, "items": 2_000, "categories": 20}
 def main() -> int:
     started = time.perf_counter()
     config = configs.load(CONFIG, sys.argv[1:])
-    print(f"quickstart: {STREAM['records']:,} synthetic records of 128 actions, then HSTU on them", flush=True)
+    print(
+        f"quickstart: {STREAM['records']:,} synthetic records of 128 actions, then HSTU on them", flush=True
+    )
     prepare(config.data.path)
 
     import gr.train

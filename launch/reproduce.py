@@ -18,7 +18,9 @@ from gr.errors import program
 def main() -> int:
     from gr.train.reproduction import print_table, read_table, reproduce, table_names
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", help=f"one of {', '.join(table_names())}")
     parser.add_argument("overrides", nargs="*", metavar="key.key=value", help="changes to every row's config")
     parser.add_argument("--source", help="folder or URL of the raw files (generated datasets need none)")
@@ -27,7 +29,9 @@ def main() -> int:
     parser.add_argument("--rows", default="", help="configs to train, comma-separated (default: all)")
     parser.add_argument("--seeds", default="1", help="comma-separated (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="processes a run (default: %(default)s)")
-    parser.add_argument("--no-selection", action="store_true", help="skip the runs that choose an epoch by validation")
+    parser.add_argument(
+        "--no-selection", action="store_true", help="skip the runs that choose an epoch by validation"
+    )
     options = parser.parse_intermixed_args()
     measured = reproduce(
         options.dataset,

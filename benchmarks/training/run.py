@@ -72,8 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def benchmark(shape: Shape, data: Path | None, seconds: float) -> dict[str, Any]:
     """All figures of a shape: a JSON-able dict."""
-    peaks = {side: memory_in_child(side, shape.name, data) for side in SIDES}
+    name = shape.name
     shape, samples, source = load(shape, data)
+    peaks = {side: memory_in_child(side, name, data) for side in SIDES}
     sides: dict[str, Side] = {name: side(shape, samples) for name, side in SIDES.items()}
     timed, used, tokens, sizes = interleave(sides, samples, shape, seconds)
     profiles = {
@@ -84,6 +85,7 @@ def benchmark(shape: Shape, data: Path | None, seconds: float) -> dict[str, Any]
     return {
         "shape": asdict(shape),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "data": {
             "source": source,
             "users": len(samples),
@@ -161,7 +163,7 @@ def memory_in_child(side: str, shape: str, data: Path | None) -> dict[str, float
         command += ["--data", str(data)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"measuring the memory of {side} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"measuring the memory of {side} failed: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

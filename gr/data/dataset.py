@@ -45,7 +45,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says.  ``columns``: the optional list columns present; ``provenance``: free for people."""
+    """What manifest.json says.  ``columns``: the optional list columns present; ``provenance``: free for people.
+
+    ``fingerprint``: of the sequences; the order of training hangs on it.  ``generation``: of the sequences and the
+    raw ids that the item rows stand for; a run goes on with the generation that it began with.
+    """
 
     name: str
     schema_version: int
@@ -58,6 +62,7 @@ class Manifest:
     fields: list[str]
     action_type_names: list[str]
     fingerprint: str
+    generation: str
     blocks: list[Block]
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -177,6 +182,8 @@ class DatasetWriter:
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.row_order, self.block_rows, catalogue.num_rows, *(b.digest for b in self._blocks)):
             digest.update(f"{part};".encode())
+        fingerprint = digest.hexdigest()
+        digest.update("\n".join(map(str, catalogue["item_id"].to_pylist())).encode())
         pq.write_table(catalogue, self._scratch / "catalogue.parquet")
         manifest = Manifest(
             name=self.name,
@@ -189,7 +196,8 @@ class DatasetWriter:
             columns=self._columns,
             fields=self._fields,
             action_type_names=self.action_type_names,
-            fingerprint=digest.hexdigest(),
+            fingerprint=fingerprint,
+            generation=digest.hexdigest(),
             blocks=self._blocks,
             provenance=provenance or {},
         )

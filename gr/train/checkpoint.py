@@ -1,6 +1,8 @@
 """Checkpoints: named fp32 parameters and moments through torch.distributed.checkpoint, and the cursor.
 
-    checkpoints/step-00001234/    DCP's files, state.json (cursor, config, format version), complete.json (sizes, digests)
+    checkpoints/step-00001234/    DCP's files
+        state.json                cursor, config, format version
+        complete.json             sizes and digests of all the others
 
 A checkpoint is written beside its place, verified, and made visible by one rename, so that a kill at any moment
 leaves the older ones whole.  It holds no partition of any engine: any number of processes loads it.
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gr.errors import UserError
 from gr.train.cursor import Cursor
@@ -120,7 +123,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
     described = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {}
     for name, entry in described.items():
-        if name.startswith("model/") or optimizer is not None:
+        if isinstance(entry, TensorStorageMetadata) and (name.startswith("model/") or optimizer is not None):
             wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     expected = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     for name, tensor in expected.items():

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Cursor:
-    """``generation``: the dataset's fingerprint.  ``epoch``, ``batch``: the next global batch.  ``step``: optimiser steps done.  ``data_digest``: chained over all
-    global batches so far, the same for any number of processes.  ``metrics_rows``: rows of metrics.jsonl so far.
-    ``best``: the best validation so far (epoch, step, value).  ``stale``: validations since."""
+    """``generation``: the dataset's.  ``epoch``, ``batch``: the next global batch.  ``step``: optimiser steps done.
+    ``data_digest``: chained over all global batches so far, the same for any number of processes.
+    ``metrics_rows``: rows of metrics.jsonl so far.  ``best``: the best validation so far (epoch, step, value).
+    ``stale``: validations since."""
 
     generation: str
     epoch: int = 0
@@ -26,7 +27,9 @@ class Cursor:
     def advance(self, batch_digest: str) -> None:
         self.batch += 1
         self.step += 1
-        self.data_digest = hashlib.blake2b((self.data_digest + batch_digest).encode(), digest_size=8).hexdigest()
+        self.data_digest = hashlib.blake2b(
+            (self.data_digest + batch_digest).encode(), digest_size=8
+        ).hexdigest()
 
     def next_epoch(self) -> None:
         self.epoch, self.batch = self.epoch + 1, 0

@@ -12,10 +12,10 @@ from gr.config import RunConfig
 from gr.train.cursor import Cursor
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
+from gr.train.job import build
 from gr.train.log import clock
 from gr.train.memory import advice_when_out_of_memory, peak_bytes
 from gr.train.parallel import processes
-from gr.train.job import build
 from gr.train.trainer import Trainer
 
 TIMED_STEPS = 3
@@ -34,7 +34,7 @@ def dry_run(config: RunConfig) -> None:
                 Evaluation(parts.dataset, parts.split, config),
                 parallel,
                 RunFolder(scratch),
-                Cursor(parts.dataset.manifest.fingerprint),
+                Cursor(parts.dataset.manifest.generation),
             )
             trainer.progress.active = False
             seconds, shape = [], None

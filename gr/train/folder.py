@@ -1,10 +1,10 @@
 """RunFolder: one run's files.
 
-    config.yaml       the resolved config          environment.json  versions, devices, command
-    metrics.jsonl     one object a line; a pure function of config, data and seed: no times, no speeds
-    timing.jsonl      speeds and memory, as they were
-    checkpoints/      step-00001234/ ...           plots/            loss and metrics, PNG and SVG
-    tensorboard/      events, when installed       trace.json        with --profile
+config.yaml       the resolved config          environment.json  versions, devices, command
+metrics.jsonl     one object a line; a pure function of config, data and seed: no times, no speeds
+timing.jsonl      speeds and memory, as they were
+checkpoints/      step-00001234/ ...           plots/            loss and metrics, PNG and SVG
+tensorboard/      events, when installed       trace.json        with --profile
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class RunFolder:
     def existing(path: str | os.PathLike) -> RunFolder:
         folder = RunFolder(path)
         if not folder.config.is_file():
-            raise UserError(f"no run at '{path}' (config.yaml is missing): runs are the folders that train.py writes")
+            raise UserError(
+                f"no run at '{path}' (config.yaml is missing): runs are the folders that train.py writes"
+            )
         return folder
 
     def create(self, config_yaml: str, environment: dict[str, Any]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import deterministic
 
-from gr import config as configs
-from gr import registry
+from gr import config as configs, registry
 from gr.config import RunConfig
 from gr.data.dataset import SequenceDataset
 from gr.data.loader import TrainingBatches
@@ -32,8 +32,11 @@ from gr.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-CHANGEABLE = ("run", "train.epochs", "train.max_steps", "train.device", "train.threads", "train.micro_batch_actions",
-              "train.early_stopping", "train.kernels", "data.path", "data.prefetch", "eval", "checkpoint", "log")  # fmt: skip
+CHANGEABLE = (
+    *("run", "eval", "checkpoint", "log", "data.path", "data.prefetch"),
+    *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
+    *("train.device", "train.threads", "train.kernels"),
+)
 """Keys that may change on resume: none of them changes the batches or the model's mathematics."""
 
 
@@ -71,11 +74,13 @@ def run(config: RunConfig, *, on_step: Callable[[], None] = lambda: None) -> Run
     with processes(config.train.device, config.train.threads) as parallel, advice_when_out_of_memory(config):
         parts = build(config, parallel)
         folder = _new_folder(config, parallel)
-        cursor = Cursor(parts.dataset.manifest.fingerprint)
+        cursor = Cursor(parts.dataset.manifest.generation)
         return _train(config, parts, folder, cursor, parallel, on_step)
 
 
-def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: Callable[[], None] = lambda: None) -> RunResult:
+def resume(
+    path: str | Path, overrides: Sequence[str] = (), *, on_step: Callable[[], None] = lambda: None
+) -> RunResult:
     """Go on with the run in ``path`` from its newest complete checkpoint, or from the start if it has none."""
     folder = RunFolder.existing(path)
     saved = configs.load(folder.config)
@@ -84,7 +89,7 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: Callable
     with processes(config.train.device, config.train.threads) as parallel, advice_when_out_of_memory(config):
         parts = build(config, parallel)
         newest = parallel.broadcast(checkpoint.newest(folder.checkpoints) if parallel.is_main else None)
-        cursor = Cursor(parts.dataset.manifest.fingerprint)
+        cursor = Cursor(parts.dataset.manifest.generation)
         if isinstance(newest, Path):
             _check_generation(newest, parts.dataset)
             cursor = checkpoint.load(newest, parts.model, parts.optimizer)
@@ -101,14 +106,16 @@ def build(config: RunConfig, parallel: Parallel) -> Parts:
     """Dataset, split, model, optimiser and batches of a config, on this process's device."""
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # our kernels write all they allocate
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # our kernels fill theirs
     dataset = SequenceDataset(config.data.path)
     split = build_split(config)
     for name in config.eval.splits:
         split.check(name)
     counts = torch.from_numpy(training_counts(dataset, split))
     model = build_model(config, dataset, counts).to(parallel.device)
-    optimizer = registry.resolve(registry.OPTIMIZERS, config.optimizer.name, "optimizer")(config.optimizer).build(model)
+    optimizer = registry.resolve(registry.OPTIMIZERS, config.optimizer.name, "optimizer")(
+        config.optimizer
+    ).build(model)
     order = Order(
         fingerprint=dataset.manifest.fingerprint,
         seed=config.train.seed,
@@ -173,7 +180,9 @@ def _train(
         parts.dataset, parts.split, config, device=parallel.device, item_counts=parts.item_counts
     )
 
-    trainer = Trainer(config, parts.model, parts.optimizer, parts.batches, evaluation, parallel, folder, cursor, on_step)
+    trainer = Trainer(
+        config, parts.model, parts.optimizer, parts.batches, evaluation, parallel, folder, cursor, on_step
+    )
     finished = trainer.train() if not cursor.finished else True
     rows = folder.read_metrics() if parallel.is_main else []
     if parallel.is_main:
@@ -201,10 +210,10 @@ def _new_folder(config: RunConfig, parallel: Parallel) -> RunFolder:
 
 def _check_generation(path: Path, dataset: SequenceDataset) -> None:
     saved = checkpoint.read_state(path)["cursor"]["generation"]
-    if saved != dataset.manifest.fingerprint:
+    if saved != dataset.manifest.generation:
         raise UserError(
-            f"'{dataset.path}' is not the dataset that '{path}' was trained on (fingerprint "
-            f"{dataset.manifest.fingerprint}, not {saved}): prepare the same data again, or start a new run"
+            f"'{dataset.path}' is not the dataset that '{path}' was trained on (generation "
+            f"{dataset.manifest.generation}, not {saved}): prepare the same data again, or start a new run"
         )
 
 

@@ -22,8 +22,9 @@ class MetricsLog:
         """Append a row to metrics.jsonl; returns 1, the rows written."""
         if self.active:
             append_rows(self.folder.metrics, [row])
-            kind = {"train": "train", "eval": row.get("split"), "baseline": row.get("name")}[row["kind"]]
-            self._events(kind, row)
+            self._events(
+                {"eval": row.get("split"), "baseline": row.get("name")}.get(row["kind"]) or "train", row
+            )
         return 1
 
     def write_timing(self, row: dict[str, Any]) -> None:
@@ -128,7 +129,10 @@ class _Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.progress = Progress(
-            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
         )
         self.task = self.progress.add_task("starting", total=total, completed=done)
         self.progress.start()

@@ -39,10 +39,16 @@ class AdamW:
         groups = parameter_groups(model, config.groups, config.lr, config.weight_decay)
         settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
         on_gpu = all(p.is_cuda for p in model.parameters())
-        if config.implementation != "torch" and (fused := _apex_adam()) and (on_gpu or config.implementation == "apex"):
+        if (
+            config.implementation != "torch"
+            and (fused := _apex_adam())
+            and (on_gpu or config.implementation == "apex")
+        ):
             return fused(groups, adam_w_mode=True, **settings)
         if config.implementation == "apex":
-            raise UserError("optimizer.implementation is apex, and NVIDIA's apex cannot be imported: use torch")
+            raise UserError(
+                "optimizer.implementation is apex, and NVIDIA's apex cannot be imported: use torch"
+            )
         return torch.optim.AdamW(groups, fused=True, **settings)
 
 
@@ -65,7 +71,9 @@ class SGD:
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 
-def parameter_groups(model: nn.Module, rules: list[ParameterGroup], lr: float, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, rules: list[ParameterGroup], lr: float, weight_decay: float
+) -> list[dict]:
     """One group a rule (the first that matches a name takes it) and one for the rest; ``base_lr`` stays unscheduled."""
     members: list[list[nn.Parameter]] = [[] for _ in range(len(rules) + 1)]
     for name, parameter in model.named_parameters():

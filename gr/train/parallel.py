@@ -96,7 +96,9 @@ def processes(device: str = "auto", threads: int | None = None) -> Iterator[Para
 
 def _device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, and torch sees no GPU: use train.device=cpu, or see launch/doctor.py")
+        raise UserError(
+            "train.device is cuda, and torch sees no GPU: use train.device=cpu, or see launch/doctor.py"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():

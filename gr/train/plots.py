@@ -34,7 +34,9 @@ def plot_run(folder: RunFolder) -> Path | None:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=split)
         for i, (label, row) in enumerate(baselines.items()):
             axes.axhline(row[name], linestyle=("--", ":", "-.")[i % 3], color="grey", linewidth=1)
-            axes.annotate(label, (1, row[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8)
+            axes.annotate(
+                label, (1, row[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8
+            )
         axes.set(xlabel="step", title=name.upper(), ylim=(0, None))
         axes.legend(loc="lower right", frameon=False)
     for axes in (loss_axes, *metric_axes):

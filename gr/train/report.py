@@ -37,7 +37,9 @@ def print_result(result: RunResult) -> None:
     """The final table, where things are, and what to do next."""
     console = Console()
     if not result.finished:
-        console.print(f"stopped and saved; go on with: launch/train.py --resume {result.path}", highlight=False)
+        console.print(
+            f"stopped and saved; go on with: launch/train.py --resume {result.path}", highlight=False
+        )
         return
     table = Table(title=f"{result.path}", title_justify="left")
     table.add_column("")

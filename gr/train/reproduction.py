@@ -64,7 +64,9 @@ class Measured:
             self.digests.append([r["data_digest"] for r in rows if r["kind"] == "train"][-1])
         if (epoch := best_epoch(rows)) is not None:
             self.chosen.append(next(r for r in tests if r["epoch"] == epoch))
-        self.baselines.update({r["name"]: r for r in rows if r["kind"] == "baseline" and r["split"] == "test"})
+        self.baselines.update(
+            {r["name"]: r for r in rows if r["kind"] == "baseline" and r["split"] == "test"}
+        )
 
 
 def table_names() -> list[str]:
@@ -122,7 +124,10 @@ def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
     for column in table.columns:
         view.add_column(column, justify="right")
     for result in measured:
-        view.add_row(f"[bold]{result.row.name}[/] published", *(_number(result.row.published.get(c)) for c in table.columns))
+        view.add_row(
+            f"[bold]{result.row.name}[/] published",
+            *(_number(result.row.published.get(c)) for c in table.columns),
+        )
         for label, rows in (("last epoch", result.last), ("chosen on valid", result.chosen)):
             if rows:
                 epochs = "/".join(str(r["epoch"] + 1) for r in rows)
@@ -138,7 +143,9 @@ def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
     console.print(view)
     for result in measured:
         digests = ", ".join(dict.fromkeys(result.digests))
-        console.print(f"{result.row.name}: data digest {digests}; published: {result.row.source}", highlight=False)
+        console.print(
+            f"{result.row.name}: data digest {digests}; published: {result.row.source}", highlight=False
+        )
 
 
 def _prepare(table: PublishedTable, source: str | None, path: str) -> None:
@@ -151,12 +158,19 @@ def _prepare(table: PublishedTable, source: str | None, path: str) -> None:
         raise UserError(f"preparing '{table.dataset}' failed (see above): give its raw files with --source")
 
 
-def _train(dataset: str, row: Row, folder: str, overrides: Sequence[str], processes: int) -> list[dict[str, Any]]:
+def _train(
+    dataset: str, row: Row, folder: str, overrides: Sequence[str], processes: int
+) -> list[dict[str, Any]]:
     """Metrics of the finished run in ``folder``: trained now, gone on with, or there already."""
     run = RunFolder(folder)
     newest = checkpoint.newest(run.checkpoints)
     if newest is None or not checkpoint.read_state(newest)["cursor"]["finished"]:
-        arguments = ["--config", str(ROOT / "configs" / dataset / row.config), f"run.dir={folder}", *overrides]
+        arguments = [
+            "--config",
+            str(ROOT / "configs" / dataset / row.config),
+            f"run.dir={folder}",
+            *overrides,
+        ]
         if run.config.is_file():
             arguments = ["--resume", folder]
         launcher = [sys.executable]

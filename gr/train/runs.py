@@ -41,9 +41,9 @@ def open_run(path: str | Path, checkpoint_name: str = "last", device: torch.devi
     split = build_split(config)
     model = build_model(config, dataset, torch.from_numpy(training_counts(dataset, split)))
     cursor = checkpoint.load(chosen, model)
-    if cursor.generation != dataset.manifest.fingerprint:
+    if cursor.generation != dataset.manifest.generation:
         raise UserError(
-            f"'{dataset.path}' is not the dataset that run '{path}' was trained on (its fingerprint differs): "
+            f"'{dataset.path}' is not the dataset that run '{path}' was trained on (its generation differs): "
             "prepare the same data again"
         )
     return OpenRun(folder, config, dataset, split, model.to(device).eval(), cursor.step, cursor.epoch)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gr_kernels.counter_random import derive_key
 from torch import Tensor
 
 from gr.config import RunConfig, to_dict
@@ -31,6 +30,7 @@ from gr.train.optimizers import set_rate
 from gr.train.parallel import Parallel
 from gr.train.schedule import rate_factor
 from gr.train.stopping import StopSignal
+from gr_kernels.counter_random import derive_key
 
 
 class Trainer:
@@ -96,9 +96,7 @@ class Trainer:
         norm = None
         if config.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        rate = set_rate(
-            self.optimizer, rate_factor(self.config.schedule, cursor.step, self.total_steps)
-        )
+        rate = set_rate(self.optimizer, rate_factor(self.config.schedule, cursor.step, self.total_steps))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._unchecked = (loss, batch)
@@ -123,7 +121,8 @@ class Trainer:
     def run_evaluations(self) -> None:
         self._check_finite()
         for split in self.config.eval.splits:
-            row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step, **self.evaluation.run(split, self.model).row()}
+            result = self.evaluation.run(split, self.model)
+            row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step, **result.row()}
             self.cursor.metrics_rows += self.metrics.write(row)
             self.progress.say(summary(row))
             if split == "valid":
@@ -194,7 +193,9 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def _log(self, loss: Tensor, norm: Tensor | None, rate: float, batch: GlobalBatch, targets: int, seconds: float):
+    def _log(
+        self, loss: Tensor, norm: Tensor | None, rate: float, batch: GlobalBatch, targets: int, seconds: float
+    ):
         (total,) = self.parallel.sum([loss.item()])
         self.last_loss = total / max(targets, 1)
         cursor = self.cursor
@@ -248,19 +249,25 @@ class Trainer:
         assert self._unchecked is not None
         _, batch = self._unchecked
         file = self.folder.path / f"nonfinite-step-{self.cursor.step:08d}-rank-{self.parallel.rank}.json"
-        ids = {"step": self.cursor.step, "epoch": self.cursor.epoch, "ordinals": batch.share.ordinals_B.tolist()}
+        ids = {
+            "step": self.cursor.step,
+            "epoch": self.cursor.epoch,
+            "ordinals": batch.share.ordinals_B.tolist(),
+        }
         file.write_text(json.dumps(ids))
         self.parallel.barrier()
         good = checkpoint.newest(self.folder.checkpoints)
         raise UserError(
             f"the loss of step {self.cursor.step} is not finite: its samples are in "
-            f"'{self.folder.path}/nonfinite-step-{self.cursor.step:08d}-rank-*.json', the last good checkpoint is "
-            f"{f'{chr(39)}{good}{chr(39)}' if good else 'none'}; lower optimizer.lr, set train.clip_norm, or look at the samples"
+            f"'{file.with_name(file.name.rpartition('-')[0])}-*.json', the last good checkpoint is "
+            f"{good or 'none'}; lower optimizer.lr, set train.clip_norm, or look at the samples"
         )
 
 
 def summary(row: dict[str, Any]) -> str:
     """An evaluation in one line."""
-    shown = [f"{name} {row[name]:.4f}" for name in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr") if name in row]
+    shown = [
+        f"{name} {row[name]:.4f}" for name in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr") if name in row
+    ]
     who = row["name"] if row["kind"] == "baseline" else f"epoch {row['epoch'] + 1}"
     return f"{who:<10}  {row['split']:<5} {'  '.join(shown)}  ({row['users']:,} users)"

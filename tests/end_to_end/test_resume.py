@@ -86,6 +86,24 @@ def test_runs_never_overwrite_each_other_and_resume_refuses_other_mathematics(fo
 
     config = write_config(folder, folder / "data", uninterrupted[1])
     assert "already holds a run" in refused(["--config", config])
-    assert "'optimizer.lr' cannot change on resume" in refused(["--resume", uninterrupted[1], "optimizer.lr=1"])
+    assert "'optimizer.lr' cannot change on resume" in refused(
+        ["--resume", uninterrupted[1], "optimizer.lr=1"]
+    )
     assert "did you mean 'epochs'?" in refused(["--config", config, "train.epocs=3"])
     assert "no run at" in refused(["--resume", folder / "nowhere"])
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_samples_and_the_last_good_checkpoint(folder):
+    import subprocess
+
+    from tests.end_to_end.tiny import command
+
+    run = folder / "broken"
+    config = write_config(folder, folder / "data", run)
+    # temperature 1e-38 overflows the first logits
+    overrides = ["model.similarity.temperature=1e-44", "model.similarity.normalize=false"]
+    done = subprocess.run(command(["--config", config, *overrides]), capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "the loss of step 1 is not finite" in done.stderr
+    assert "last good checkpoint is none" in done.stderr
+    assert len(list(run.glob("nonfinite-step-00000001-rank-0.json"))) == 1

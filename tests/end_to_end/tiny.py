@@ -59,7 +59,15 @@ def command(arguments: list, processes: int = 1) -> list[str]:
     program = [str(ROOT / "launch/train.py"), *map(str, arguments)]
     if processes == 1:
         return [sys.executable, *program]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *program]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        *program,
+    ]
 
 
 def train(arguments: list, processes: int = 1) -> str:
@@ -69,10 +77,15 @@ def train(arguments: list, processes: int = 1) -> str:
     return done.stdout
 
 
-def train_and_signal(arguments: list, run: Path, step: int, number: signal.Signals, processes: int = 1) -> int:
+def train_and_signal(
+    arguments: list, run: Path, step: int, number: signal.Signals, processes: int = 1
+) -> int:
     """Start train.py, send ``number`` to all its processes once ``step`` is logged; returns the exit status."""
     process = subprocess.Popen(
-        command(arguments, processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command(arguments, processes),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -88,7 +101,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint."""
     path = sorted((run / "checkpoints").glob("step-*"))[-1]
     described = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()
+    }
     dcp.load(tensors, checkpoint_id=path, no_dist=True)
     return tensors
 

@@ -172,9 +172,9 @@ def dropout_factors(case: Case, dropout: float, key: int) -> list[Tensor]:
 def test_package_exports_functions() -> None:
     """A folder and its function share a name; from the package it is the function, whoever imported the folder."""
     import gr_kernels
-    import gr_kernels.hstu_attention.op as module
+    from gr_kernels.hstu_attention import op
 
-    assert gr_kernels.hstu_attention is module.hstu_attention
+    assert gr_kernels.hstu_attention is op.hstu_attention
     assert "explain" in dir(gr_kernels) and not hasattr(gr_kernels, "no_such_operator")
 
 

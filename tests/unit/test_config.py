@@ -22,7 +22,9 @@ def test_every_config_that_comes_along_loads_and_survives_a_round_trip(file):
 
 def test_extends_overrides_and_numbers_in_scientific_notation(tmp_path):
     (tmp_path / "child.yaml").write_text(f"extends: {HSTU}\noptimizer: {{lr: 3e-4}}\n")
-    config = configs.load(tmp_path / "child.yaml", ["train.epochs=3", "model.encoder.dropout=0", "train.clip_norm=1"])
+    config = configs.load(
+        tmp_path / "child.yaml", ["train.epochs=3", "model.encoder.dropout=0", "train.clip_norm=1"]
+    )
     assert config.optimizer.lr == 3e-4
     assert config.train.epochs == 3
     assert config.model.encoder.dropout == 0.0
@@ -31,7 +33,9 @@ def test_extends_overrides_and_numbers_in_scientific_notation(tmp_path):
 
 
 def test_another_component_replaces_the_old_one_with_its_keys(tmp_path):
-    (tmp_path / "child.yaml").write_text(f"extends: {HSTU}\nmodel: {{encoder: {{name: gru4rec, hidden: 8}}}}\n")
+    (tmp_path / "child.yaml").write_text(
+        f"extends: {HSTU}\nmodel: {{encoder: {{name: gru4rec, hidden: 8}}}}\n"
+    )
     assert configs.load(tmp_path / "child.yaml").model.encoder.hidden == 8
 
 

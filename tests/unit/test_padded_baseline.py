@@ -1,4 +1,5 @@
-"""The benchmark's yardstick computes what gr computes: the same loss and the same gradients."""
+"""The training benchmark's yardstick computes what gr computes: the same loss and the same gradients; and the time
+of a step is given to the right parts."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.profiler import record_function
 
+from benchmarks.training import shares
 from benchmarks.training.padded_baseline import PaddedBatch, PaddedHSTU, pad
 from benchmarks.training.shapes import BOOKS, ML_1M, Shape, config
 from gr.batch import SequenceBatch
@@ -102,3 +106,21 @@ def test_it_drops_out_and_draws_its_own_negatives() -> None:
     torch.manual_seed(3)
     first, second = baseline(padded), baseline(padded)
     assert torch.isfinite(first) and first != second
+
+
+def test_backward_time_belongs_to_the_part_that_recorded_it() -> None:
+    weight, table = (torch.randn(16, 16, requires_grad=True) for _ in range(2))
+    x = torch.randn(8, 16, requires_grad=True)
+
+    def step(_: int) -> None:
+        y = F.linear(x, weight)
+        with record_function("region:loss"):
+            loss = (y @ table).logsumexp(1).sum()
+        loss.backward()
+
+    result = shares.measure(step, range(3))
+    assert result["steps"] == 3
+    assert sum(result["shares"].values()) == pytest.approx(1.0)
+    where = {tuple(label.split(": ", 1)) for label in result["operators_ms"]}
+    assert {part for part, name in where if name == "aten::mm"} == {"linear", "loss"}
+    assert result["shares"]["attention"] == result["shares"]["data"] == 0

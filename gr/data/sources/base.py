@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from gr import registry
-from gr.config import Section, _validate, merge, parse_override
+from gr.config import Section, validate, merge, parse_override
 from gr.data.dataset import SequenceDataset
 from gr.data.progress import Progress
 
@@ -41,4 +41,4 @@ def make_source(name: str, given: Mapping[str, Any] | None = None, settings: Seq
     raw = dict(given or {})
     for text in settings:
         raw = merge(raw, parse_override(text))
-    return source_class(_validate(source_class.Options, raw, ""))
+    return source_class(validate(source_class.Options, raw, ""))

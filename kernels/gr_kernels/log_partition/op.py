@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MAX_SCORES = 1 << 24
-_CPU_BLOCK = 1 << 20  # logits of a chunk on CPU: a few MB, which stay in cache between the passes over them
+_CPU_BLOCK = 1 << 19  # logits of a chunk on CPU: a few MB, which stay in cache between the passes over them
 
 
 def log_partition(
