@@ -78,13 +78,17 @@ class SequenceDataset:
                 f"no sequence dataset at '{self.path}' (manifest.json is missing): "
                 "make one with launch/prepare.py, or set data.path to one"
             )
-        raw = json.loads(file.read_text())
-        if raw.get("schema_version") != SCHEMA_VERSION:
+        try:
+            raw = json.loads(file.read_text())
+            version = raw["schema_version"]
+            if version == SCHEMA_VERSION:
+                self.manifest = Manifest(**{**raw, "blocks": [Block(**b) for b in raw["blocks"]]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{file}' is not a manifest that gr wrote ({error}): prepare the dataset again") from error
+        if version != SCHEMA_VERSION:
             raise UserError(
-                f"'{file}' has schema version {raw.get('schema_version')}, this gr reads {SCHEMA_VERSION}: "
-                "prepare the dataset again"
+                f"'{file}' has schema version {version}, this gr reads {SCHEMA_VERSION}: prepare the dataset again"
             )
-        self.manifest = Manifest(**{**raw, "blocks": [Block(**b) for b in raw["blocks"]]})
 
     users = property(lambda self: self.manifest.users)
     items = property(lambda self: self.manifest.items)
