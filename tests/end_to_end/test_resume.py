@@ -1,5 +1,10 @@
-"""Killed or stopped anywhere and resumed, a run ends as if nothing had happened."""
+"""Killed or stopped anywhere and resumed, a run ends as if nothing had happened.
 
+GR_KILL_TRIALS=10 kills ten times at other random moments, for one and for two processes.
+"""
+
+import os
+import random
 import signal
 
 import pytest
@@ -30,11 +35,14 @@ def digests(run):
     return {r["step"]: r["data_digest"] for r in RunFolder(run).read_metrics() if r["kind"] == "train"}
 
 
-@pytest.mark.parametrize("processes,step", [(1, 14), (2, 9)])
-def test_kill_and_resume_gives_the_same_bits(folder, uninterrupted, processes, step):
-    run = folder / f"killed-{processes}"
+@pytest.mark.parametrize("trial", range(int(os.environ.get("GR_KILL_TRIALS", "1"))))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_and_resume_gives_the_same_bits(folder, uninterrupted, processes, trial):
+    run = folder / f"killed-{processes}-{trial}"
     config = write_config(folder, folder / "data", run)
-    train_and_signal(["--config", config], run, step, signal.SIGKILL, processes)
+    moment = random.Random(f"{processes} {trial}")
+    step, delay = moment.randrange(1, 28), moment.uniform(0, 0.1)
+    train_and_signal(["--config", config], run, step, signal.SIGKILL, processes, delay)
     train(["--resume", run], processes)
     assert_same_run(run, uninterrupted[processes])
 

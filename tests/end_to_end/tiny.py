@@ -92,6 +92,7 @@ def train_and_signal(
         if any(r.get("step", 0) >= step for r in read_rows(RunFolder(run).metrics)):
             break
         time.sleep(0.005)
+    time.sleep(delay)
     assert process.poll() is None, "training ended before the signal"
     os.killpg(process.pid, number)
     return process.wait(timeout=60)
