@@ -41,7 +41,7 @@ def test_kill_and_resume_gives_the_same_bits(folder, uninterrupted, processes, t
     run = folder / f"killed-{processes}-{trial}"
     config = write_config(folder, folder / "data", run)
     moment = random.Random(f"{processes} {trial}")
-    step, delay = moment.randrange(1, 28), moment.uniform(0, 0.1)
+    step, delay = moment.randrange(1, 25), moment.uniform(0, 0.1)
     train_and_signal(["--config", config], run, step, signal.SIGKILL, processes, delay)
     train(["--resume", run], processes)
     assert_same_run(run, uninterrupted[processes])

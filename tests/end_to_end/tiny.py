@@ -78,9 +78,10 @@ def train(arguments: list, processes: int = 1) -> str:
 
 
 def train_and_signal(
-    arguments: list, run: Path, step: int, number: signal.Signals, processes: int = 1
+    arguments: list, run: Path, step: int, number: signal.Signals, processes: int = 1, delay: float = 0.0
 ) -> int:
-    """Start train.py, send ``number`` to all its processes once ``step`` is logged; returns the exit status."""
+    """Start train.py, send ``number`` to all its processes ``delay`` seconds after ``step`` was logged; returns the
+    exit status."""
     process = subprocess.Popen(
         command(arguments, processes),
         stdout=subprocess.DEVNULL,
