@@ -38,7 +38,8 @@ def plot_run(folder: RunFolder) -> Path | None:
                 label, (1, row[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8
             )
         axes.set(xlabel="step", title=name.upper(), ylim=(0, None))
-        axes.legend(loc="lower right", frameon=False)
+        if len({r["split"] for r in evaluations}) > 1:
+            axes.legend(loc="center right", frameon=False)
     for axes in (loss_axes, *metric_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -48,8 +49,9 @@ def plot_run(folder: RunFolder) -> Path | None:
     return folder.plots / "training.png"
 
 
-def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over about a twentieth of the curve, corrected for its start."""
+    keep = max(0.0, 1 - 20 / len(values))
     smoothed, average, weight = [], 0.0, 0.0
     for value in values:
         average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
