@@ -45,7 +45,7 @@ def component(table: dict[str, str], path: str) -> Any:
             value = {"name": value}
         if not isinstance(value, Mapping) or "name" not in value:
             raise UserError(f"'{path}' needs a name: {nearest('', table)}")
-        component_class = registry.resolve(table, value["name"], f"{path}.name")
+        component_class = registry.resolve(table, str(value["name"]), f"{path}.name")
         return validate(component_class.Config, value, path)
 
     return SerializeAsAny[Annotated[ComponentConfig, BeforeValidator(parse)]]
@@ -85,8 +85,8 @@ class SimilaritySection(Section):
     """score = <q, e> / temperature, both L2-normalised (eps as the divisor's floor) if asked for."""
 
     normalize: bool = True
-    eps: float = 1e-6
-    temperature: float = 0.05
+    eps: Annotated[float, Field(ge=0)] = 1e-6
+    temperature: Annotated[float, Field(gt=0)] = 0.05
     item_bias: bool = False
 
 
@@ -105,8 +105,8 @@ class ParameterGroup(Section):
     """Parameters whose name matches ``match`` (a regular expression, searched) train with these values instead."""
 
     match: str
-    lr: float | None = None
-    weight_decay: float | None = None
+    lr: Annotated[float, Field(ge=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
 
 
 class ScheduleSection(Section):
@@ -134,7 +134,7 @@ class TrainSection(Section):
     global_batch: POSITIVE = 128
     micro_batch_actions: POSITIVE = 65536
     precision: Literal["fp32", "bf16"] = "fp32"
-    clip_norm: float | None = None
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: POSITIVE | None = None
     deterministic: bool = True
@@ -156,7 +156,7 @@ class EvalSection(Section):
     every_epochs: POSITIVE = 1
     every_steps: POSITIVE | None = None
     splits: list[str] = ["test"]
-    ks: list[int] = [1, 5, 10, 50, 200, 500]
+    ks: list[POSITIVE] = [1, 5, 10, 50, 200, 500]
     exclude: Literal["none", "kept", "all"] = "kept"
     batch: POSITIVE = 256
     max_scores: POSITIVE = 2**24
@@ -228,6 +228,8 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raw = yaml.load(file.read_text(), Loader=_Loader) or {}  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise UserError(f"no config file '{path}': configs/ has the ones that come with gr") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): give a YAML file") from None
     except yaml.YAMLError as error:
         raise UserError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -240,12 +242,15 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """``change`` over ``base``, mappings merged key by key; one that names another component replaces it whole."""
+    """``change`` over ``base``, mappings merged key by key; one that names another component replaces it whole.
+
+    (The names of runs and of schedules are values like others: the rest of their section stays.)"""
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            other = "name" in value and "name" in old and value["name"] != old["name"] and key != "run"
+            named = key not in ("run", "schedule") and "name" in value and "name" in old
+            other = named and value["name"] != old["name"]
             merged[key] = dict(value) if other else merge(old, value)
         else:
             merged[key] = value

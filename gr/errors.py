@@ -6,14 +6,25 @@ Everything raised as :class:`UserError` is one sentence: what is wrong, where, a
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
 
+SPEAKING_SECONDS = 2.0
+
 
 class UserError(Exception):
-    """Bad input or configuration; ``str(error)`` is the whole message for the user."""
+    """Bad input or configuration; ``str(error)`` is the whole message for the user.
+
+    ``everywhere``: every process of the run raises this error, so the first one alone has to say it.
+    """
+
+    def __init__(self, message: str = "", everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -24,15 +35,22 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def program(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate a program's ``main``: user errors end it with one line on stderr and status 2."""
+    """Decorate a program's ``main``: user errors end it with one line on stderr and status 2, an interrupt with
+    status 130."""
 
     @wraps(main)
     def wrapped(*args, **kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if not error.everywhere or os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:  # torchrun ends all processes when one has left: let the first one speak before that
+                time.sleep(SPEAKING_SECONDS)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
         except BrokenPipeError:  # the reader of our output (head, less) has left
             sys.stderr.close()
             return 0

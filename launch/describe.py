@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gr.data import describe_tables as tables
 from gr.data.dataset import SequenceDataset
-from gr.data.describe import describe, plot
+from gr.data.describe import describe, figure_file, plot
 from gr.errors import program
 
 
@@ -22,10 +22,14 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dataset", help="folder of a sequence dataset")
-    parser.add_argument("--samples", type=int, default=3, help="users to show")
-    parser.add_argument("--actions", type=int, default=5, help="actions to show of each")
-    parser.add_argument("--plot", metavar="FILE", help="save the distributions of lengths and popularity")
+    parser.add_argument("--samples", type=int, default=3, help="users to show (default 3)")
+    parser.add_argument("--actions", type=int, default=5, help="actions to show of each (default 5)")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="save the distributions of lengths and popularity: .png, .svg, .pdf"
+    )
     args = parser.parse_args(arguments)
+    if args.plot:
+        figure_file(args.plot)
     dataset = SequenceDataset(args.dataset)
     found = describe(dataset)
     console = Console()
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(tables.health_table(dataset, found))
     if args.plot:
         plot(dataset, found, args.plot)
-        console.print(f"figure: {args.plot}", highlight=False)
+        console.print(f"figure: {args.plot}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

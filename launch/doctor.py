@@ -5,6 +5,7 @@ python launch/doctor.py        exit status 1 when something is broken, 0 otherwi
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # the doctor also sees a checkout that isn't installed
     from gr import doctor
 

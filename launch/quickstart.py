@@ -30,11 +30,16 @@ def main() -> int:
 
     result = gr.train.run(config)
     print_result(result)
+    if not result.finished:
+        return 0
     rows = {r.get("name", "hstu"): r for r in result.metrics if r["kind"] in ("baseline", "eval")}
-    ratio = rows["hstu"]["hr@10"] / rows["popularity"]["hr@10"]
-    share = rows["hstu"]["hr@10"] / rows["oracle"]["hr@10"]
+    if all("hr@10" in rows.get(name, {}) for name in ("hstu", "popularity", "oracle")):
+        hstu, popularity, oracle = (rows[name]["hr@10"] for name in ("hstu", "popularity", "oracle"))
+        print(
+            f"HSTU's HR@10 is {hstu / max(popularity, 1e-9):.1f} times popularity's and {hstu / oracle:.0%} of the "
+            "oracle's, which knows the generator."
+        )
     print(
-        f"HSTU's HR@10 is {ratio:.1f} times popularity's and {share:.0%} of the oracle's, which knows the generator.\n"
         f"Took {time.perf_counter() - started:.0f} s.  Next: bring your own log (docs/your-own-data.md), or "
         "python launch/reproduce.py ml-1m --source DIR"
     )

@@ -11,13 +11,14 @@ import os
 
 from gr import config as configs
 from gr.errors import UserError, program
+from gr.train.arguments import add_run, settle_run
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", required=True, metavar="DIR", help="a run's folder")
+    add_run(parser)
     parser.add_argument(
         "--users",
         required=True,
@@ -31,30 +32,33 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--time", type=int, metavar="SECONDS", help="time of the request (default: the user's last)"
     )
-    parser.add_argument(
-        "--checkpoint", default="last", help="last (default), best (on valid) or a step number"
-    )
     parser.add_argument("--user-vectors", metavar="FILE", help="write user_id, vector there")
     parser.add_argument("--item-vectors", metavar="FILE", help="write item_id, vector there")
-    return parser.parse_args()
+    options = parser.parse_args()
+    settle_run(parser, options)
+    if options.k < 1:
+        raise UserError(f"--k is {options.k}: ask for one item at least")
+    return options
 
 
 @program
 def main() -> int:
     options = arguments()
-    if options.k < 1:
-        raise UserError(f"--k is {options.k}: ask for one item at least")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
-            "recommend.py runs in one process: start it without torchrun, with a part of the users each"
+            "recommend.py runs in one process: start it without torchrun, with a part of the users each",
+            everywhere=True,
         )
 
+    from gr.data.files import output_files
     from gr.data.progress import default_progress
     from gr.train.folder import RunFolder
     from gr.train.parallel import processes
     from gr.train.recommend import read_user_ids, recommend, write_item_vectors
     from gr.train.runs import open_run
 
+    names = ("users", "out", "user_vectors", "item_vectors")
+    output_files({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
     users = None if options.users == "all" else list(dict.fromkeys(read_user_ids(options.users)))
     config = configs.load(RunFolder.existing(options.run).config)
     with processes(config.train.device, config.train.threads) as parallel:
@@ -66,8 +70,8 @@ def main() -> int:
         if options.item_vectors:
             write_item_vectors(run, options.item_vectors)
     print(f"wrote {count:,} users to {options.out} (step {run.step:,} of {options.run})")
-    for file in filter(None, (options.user_vectors, options.item_vectors)):
-        print(f"wrote {file}: inner products of user and item vectors are the scores")
+    if vectors := [file for file in (options.user_vectors, options.item_vectors) if file]:
+        print(f"wrote {' and '.join(vectors)}: inner products of user and item vectors are the scores")
     return 0
 
 

@@ -27,7 +27,9 @@ def main() -> int:
     parser.add_argument("--data", help="where the prepared dataset is or goes (default: data/DATASET)")
     parser.add_argument("--out", default="runs/reproduce", help="where the runs go (default: %(default)s)")
     parser.add_argument("--rows", default="", help="configs to train, comma-separated (default: all)")
-    parser.add_argument("--seeds", default="1", help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=_integers, default=[1], metavar="1,2", help="comma-separated (default: 1)"
+    )
     parser.add_argument("--processes", type=int, default=1, help="processes a run (default: %(default)s)")
     parser.add_argument(
         "--no-selection", action="store_true", help="skip the runs that choose an epoch by validation"
@@ -37,7 +39,7 @@ def main() -> int:
         options.dataset,
         options.source,
         rows=[r for r in options.rows.split(",") if r],
-        seeds=[int(s) for s in options.seeds.split(",")],
+        seeds=options.seeds,
         processes=options.processes,
         out=options.out,
         data=options.data,
@@ -46,6 +48,10 @@ def main() -> int:
     )
     print_table(read_table(options.dataset), measured)
     return 0
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
 
 
 if __name__ == "__main__":

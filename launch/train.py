@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
         "--dry-run", action="store_true", help="build everything, take one step, report, leave"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="write a torch profiler trace of steps 5 to 10"
+        "--profile", action="store_true", help="write a torch profiler trace of steps 6 to 11"
     )
     return parser.parse_intermixed_args()
 
@@ -38,24 +38,23 @@ def main() -> int:
     options = arguments()
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
-        config = None if options.resume else configs.load(options.config, options.overrides)
-    except UserError:
-        if main_rank:
-            raise
-        return 2  # every rank reads the same file: one message is enough
+        config = _config(options)
+    except UserError as error:
+        error.everywhere = True  # every process reads the same file
+        raise
     if options.print_config:
         if main_rank:
-            print(configs.to_yaml(config or _saved(options)), end="")
+            print(configs.to_yaml(config), end="")
         return 0
 
     from gr.train import dry_run, job, profiling
     from gr.train.report import print_result
 
     if options.dry_run:
-        dry_run.dry_run(config or _saved(options))
+        dry_run.dry_run(config)
         return 0
-    with profiling.trace() if options.profile else nullcontext(profiling.no_trace) as on_step:
-        if config is None:
+    with profiling.trace() if options.profile else nullcontext(job.nothing) as on_step:
+        if options.resume:
             result = job.resume(options.resume, options.overrides, on_step=on_step)
         else:
             result = job.run(config, on_step=on_step)
@@ -64,10 +63,13 @@ def main() -> int:
     return 0
 
 
-def _saved(options: argparse.Namespace) -> configs.RunConfig:
-    from gr.train.folder import RunFolder
+def _config(options: argparse.Namespace) -> configs.RunConfig:
+    if not options.resume:
+        return configs.load(options.config, options.overrides)
 
-    return configs.load(RunFolder.existing(options.resume).config, options.overrides)
+    from gr.train.job import saved_run  # brings torch: a config alone is read without
+
+    return saved_run(options.resume, options.overrides)[1]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as arrow_csv
 
 from gr.data.files import DataFile
@@ -17,22 +19,27 @@ from gr.errors import UserError, nearest
 
 BLOCK_BYTES = 2**23
 SAMPLE_BYTES = 2**20
+GAP = "\0gap"  # starts the names of the columns inside of a delimiter
 
 
 @dataclass
 class CsvStream:
     """``batches``: columns of bytes (null where empty).  ``malformed``: records left out for a wrong number of
-    columns, as (record number from 0, text, problem), known before the batch after them is yielded."""
+    columns, as (record number from 0, text, problem), in the order they are found: before the batch after them is
+    yielded."""
 
     batches: Iterator[pa.RecordBatch]
     malformed: list[tuple[int, str, str]] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    """Record numbers of the malformed ones, ascending."""
+
+    def leave_out(self, record: int, text: str, problem: str) -> None:
+        self.malformed.append((record, text, problem))
+        bisect.insort(self.left_out, record)
 
     def record(self, row: int) -> int:
         """Number of the record, malformed ones counted, that is row ``row`` of the well-formed ones."""
-        record = row
-        while (skipped := bisect.bisect_right(self.malformed, record, key=lambda m: m[0])) != record - row:
-            record = row + skipped
-        return record
+        return _record(row, self.left_out)
 
 
 def csv_columns(file: DataFile, form: Csv) -> list[str]:
@@ -57,16 +64,20 @@ def read_csv(file: DataFile, form: Csv, columns: list[str], block_bytes: int = B
     delimiter, repeats = _delimiter(file, form)
     if repeats > 1 and form.names is None:
         raise UserError(f"csv.delimiter '{form.delimiter}' needs csv.names: give the columns' names")
-    # a delimiter '::' is ':' with an empty column in between
-    gaps = [[name, *(f"\0{i}.{j}" for j in range(repeats - 1))] for i, name in enumerate(names)]
+    # a delimiter '::' is ':' with a column in between that has to be empty
+    gaps = [[name, *(f"{GAP}{i}.{j}" for j in range(repeats - 1))] for i, name in enumerate(names)]
     physical = [part for group in gaps for part in group][: len(names) * repeats - (repeats - 1)]
+    read = columns if repeats == 1 else physical
     stream = CsvStream(iter(()))
     first = 1 if form.names is not None else 2  # the number that Arrow gives the first record
+    by_arrow: list[int] = []  # malformed records that Arrow does not count among the rows it gives, ascending
 
     def malformed(row) -> str:
         found = (row.actual_columns + repeats - 1) // repeats
         problem = f"has {found} columns instead of {len(names)}"
-        stream.malformed.append(((row.number or first) - first, row.text, problem))
+        record = (row.number or first) - first
+        bisect.insort(by_arrow, record)
+        stream.leave_out(record, row.text, problem)
         return "skip"
 
     try:
@@ -86,8 +97,8 @@ def read_csv(file: DataFile, form: Csv, columns: list[str], block_bytes: int = B
                 invalid_row_handler=malformed,
             ),
             convert_options=arrow_csv.ConvertOptions(
-                include_columns=columns,
-                column_types={name: pa.binary() for name in columns},
+                include_columns=read,
+                column_types={name: pa.binary() for name in read},
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=True,
                 null_values=form.null_values,
@@ -98,7 +109,10 @@ def read_csv(file: DataFile, form: Csv, columns: list[str], block_bytes: int = B
         if "Empty CSV file" in str(error):
             return stream
         raise _unreadable(file, error) from None
-    stream.batches = _batches(file, reader)
+    batches = _batches(file, reader)
+    if repeats > 1:
+        batches = _without_gaps(batches, stream, by_arrow, columns, form.delimiter)
+    stream.batches = batches
     return stream
 
 
@@ -125,6 +139,37 @@ def _batches(file: DataFile, reader) -> Iterator[pa.RecordBatch]:
             except (OSError, pa.ArrowInvalid) as error:
                 raise _unreadable(file, error) from None
             yield batch
+
+
+def _without_gaps(
+    batches: Iterator[pa.RecordBatch],
+    stream: CsvStream,
+    by_arrow: list[int],
+    columns: list[str],
+    delimiter: str,
+) -> Iterator[pa.RecordBatch]:
+    """The batches' ``columns``; a record with something inside of a delimiter is malformed."""
+    start = 0
+    for batch in batches:
+        filled = np.zeros(batch.num_rows, dtype=bool)
+        for name in filter(lambda n: n.startswith(GAP), batch.schema.names):
+            size = pc.binary_length(batch.column(name))
+            filled |= pc.fill_null(pc.greater(size, 0), False).to_numpy(zero_copy_only=False)
+        for row in np.flatnonzero(filled).tolist():
+            parts = [batch.column(n)[row].as_py() or b"" for n in range(batch.num_columns)]
+            text = delimiter[0].encode().join(parts).decode("utf-8", errors="backslashreplace")
+            problem = f"has text inside of a delimiter {delimiter!r}"
+            stream.leave_out(_record(start + row, by_arrow), text, problem)
+        start += batch.num_rows
+        yield batch.select(columns) if not filled.any() else batch.select(columns).filter(pa.array(~filled))
+
+
+def _record(row: int, left_out: list[int]) -> int:
+    """Number of the record that is row ``row`` of those that are not ``left_out`` (ascending)."""
+    record = row
+    while (skipped := bisect.bisect_right(left_out, record)) != record - row:
+        record = row + skipped
+    return record
 
 
 def _unreadable(file: DataFile, error: Exception) -> UserError:

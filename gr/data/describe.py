@@ -121,6 +121,7 @@ def plot(dataset: SequenceDataset, found: Description, path: str | Path) -> None
     """Save a figure of the distributions of lengths and popularity; the format is the file's ending."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -135,14 +136,24 @@ def plot(dataset: SequenceDataset, found: Description, path: str | Path) -> None
     right.set(xscale="log", yscale="log", xlabel="rank of the item", ylabel="actions")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    for axis in (left.xaxis, right.xaxis, right.yaxis):  # 20 and 1,000 instead of powers of ten
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_minor_formatter(LogFormatter())
     name, users, items, actions = dataset.manifest.name, dataset.users, dataset.items, dataset.actions
     figure.suptitle(f"{name}: {users:,} users, {items:,} items, {actions:,} actions")
-    target = Path(path)
-    supported = figure.canvas.get_supported_filetypes()
-    if target.suffix.removeprefix(".") not in supported:
-        raise UserError(f"cannot save a figure as '{target.name}': end it in .png, .svg or .pdf")
+    target = figure_file(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
+
+
+def figure_file(path: str | Path) -> Path:
+    """``path``, if a figure can be saved in its format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file = Path(path)
+    if file.suffix.removeprefix(".") not in FigureCanvasAgg.get_supported_filetypes():
+        raise UserError(f"cannot save a figure as '{file.name}': end it in .png, .svg or .pdf")
+    return file
 
 
 def _times(rows: Sequences, health: Health) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gr.data.dataset import SequenceDataset
 from gr.data.describe import Description, samples, titles
@@ -17,19 +18,48 @@ def _when(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def _line(text: str) -> Text:
+    """A line stays a line: what is too long for the terminal is cut."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def preparation_tables(dataset: SequenceDataset) -> list[Table]:
+    """What each stage of preparing left and why rows were put aside, as the manifest remembers it; a generated dataset
+    has neither."""
+    provenance, tables = dataset.manifest.provenance, []
+    if stages := provenance.get("stages"):
+        title = escape(f"{dataset.manifest.name} -> {dataset.path}")
+        table = Table("left after", title=title, title_justify="left")
+        for column in ("actions", "users", "items"):
+            table.add_column(column, justify="right")
+        for stage in stages:
+            counts = (stage[c] for c in ("actions", "users", "items"))
+            table.add_row(stage["stage"], *("" if n is None else f"{n:,}" for n in counts))
+        tables.append(table)
+    if reasons := provenance.get("quarantined"):
+        title = escape(str(dataset.path / "quarantine"))
+        table = Table("quarantined because", title=title, title_justify="left")
+        table.add_column("rows", justify="right")
+        for reason, count in reasons.items():
+            table.add_row(escape(reason), f"{count:,}")
+        tables.append(table)
+    return tables
+
+
 def counts_table(dataset: SequenceDataset, found: Description) -> Table:
     manifest = dataset.manifest
     table = Table(title=escape(f"{manifest.name} ({dataset.path})"), show_header=False, title_justify="left")
     table.add_row("users", f"{dataset.users:,}")
     table.add_row("items", f"{dataset.items:,}")
     table.add_row("actions", f"{dataset.actions:,}")
-    table.add_row("density", f"{dataset.actions / (dataset.users * dataset.items):.4%}")
+    table.add_row("density", f"{100 * dataset.actions / (dataset.users * dataset.items):.3g} %")
     quantiles = found.length_quantiles((0, 0.25, 0.5, 0.75, 0.95, 1))
-    table.add_row("length: least, 25 %, median, 75 %, 95 %, most", ", ".join(f"{q:,}" for q in quantiles))
-    top = f"{found.share_of_top(0.01):.1%} / {found.share_of_top(0.1):.1%}"
-    table.add_row("actions on the top 1 % / 10 % of the items", top)
+    table.add_row("length at 0/25/50/75/95/100 %", ", ".join(f"{q:,}" for q in quantiles))
+    top = f"{found.share_of_top(0.01):.1%}, {found.share_of_top(0.1):.1%}"
+    table.add_row("share of the top 1 %, 10 % items", top)
     if found.first_time is not None and found.last_time is not None:
-        table.add_row("times (UTC)", f"{_when(found.first_time)} to {_when(found.last_time)}")
+        first, last = (_when(time) for time in (found.first_time, found.last_time))
+        table.add_row("times (UTC)", f"{first} to\n{last}")
     known = [c for c in dataset.catalogue.column_names if c not in ("item_id", "count")]
     table.add_row(
         "columns of the actions", escape(", ".join([*manifest.columns, *manifest.fields]) or "none")
@@ -38,7 +68,8 @@ def counts_table(dataset: SequenceDataset, found: Description) -> Table:
     if manifest.action_type_names:
         table.add_row("action types", escape(", ".join(manifest.action_type_names[:20])))
     table.add_row("blocks", f"{len(manifest.blocks):,} of {manifest.block_rows:,} users")
-    table.add_row("fingerprint", manifest.fingerprint)
+    table.add_row("fingerprint (sequences)", manifest.fingerprint)
+    table.add_row("generation (and raw item ids)", manifest.generation)
     return table
 
 
@@ -55,21 +86,22 @@ def lengths_table(found: Description) -> Table:
 
 
 def popularity_table(dataset: SequenceDataset, found: Description) -> Table:
-    table = Table("item", title="most popular items", title_justify="left")
-    table.add_column("actions", justify="right")
-    table.add_column("of all", justify="right")
+    table = Table(title="most popular items", title_justify="left")
+    table.add_column("item")
+    table.add_column("actions", justify="right", no_wrap=True)
+    table.add_column("of all", justify="right", no_wrap=True)
     rows = found.popular()
     for row, title in zip(rows, titles(dataset, rows)):
         count = int(found.counts_I[row])
-        table.add_row(escape(title), f"{count:,}", f"{count / dataset.actions:.2%}")
+        table.add_row(_line(title), f"{count:,}", f"{count / dataset.actions:.2%}")
     return table
 
 
 def health_table(dataset: SequenceDataset, found: Description) -> Table:
     h = found.health
     table = Table("check", title="health", title_justify="left")
-    table.add_column("found", justify="right")
-    table.add_column("of", justify="right")
+    table.add_column("found", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
     table.add_column("meaning")
     checks = [
         ("sequences of 0 actions", h.empty, dataset.users, "must be none"),
@@ -112,9 +144,10 @@ def health_table(dataset: SequenceDataset, found: Description) -> Table:
 
 
 def samples_table(dataset: SequenceDataset, users: int, actions: int) -> Table:
-    table = Table(
-        "user", "actions", f"the last {actions}", title="samples", title_justify="left", show_lines=True
-    )
+    table = Table(title="samples", title_justify="left", show_lines=True)
+    table.add_column("user", no_wrap=True)
+    table.add_column("actions", justify="right", no_wrap=True)
+    table.add_column(f"the last {actions}")
     rows = samples(dataset, users)
     for n in range(len(rows)):
         start, stop = int(rows.offsets_R1[n]), int(rows.offsets_R1[n + 1])
@@ -122,5 +155,5 @@ def samples_table(dataset: SequenceDataset, users: int, actions: int) -> Table:
         shown = titles(dataset, rows.items_A[first:stop].tolist())
         if rows.timestamps_A is not None:
             shown = [f"{_when(int(t))}  {title}" for t, title in zip(rows.timestamps_A[first:stop], shown)]
-        table.add_row(escape(str(rows.users_R[n])), f"{stop - start:,}", escape("\n".join(shown)))
+        table.add_row(escape(str(rows.users_R[n])), f"{stop - start:,}", _line("\n".join(shown)))
     return table

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
@@ -74,7 +76,9 @@ def find_files(source: str, format: str = "auto") -> list[DataFile]:
             ]
         else:
             paths = [path] if filesystem.exists(path) else []
-    except (ImportError, ValueError, OSError) as error:
+    except ImportError as error:  # the protocol's package isn't there
+        raise UserError(f"cannot open '{source}' ({_first_line(error)}): install what it names") from None
+    except (ValueError, OSError) as error:
         raise UserError(
             f"cannot open '{source}' ({_first_line(error)}): check the URL and its access"
         ) from None
@@ -92,6 +96,39 @@ def find_files(source: str, format: str = "auto") -> list[DataFile]:
     if len({f.format for f in files}) > 1:
         raise UserError(f"'{source}' holds both Parquet and CSV files: set format, or name them by a glob")
     return files
+
+
+def output_file(path: str | os.PathLike) -> Path:
+    """``path``, if a file can be written there.  Asked before the work, not after it."""
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"'{file}' is a folder: give the name of a file to write")
+    if not file.parent.is_dir():
+        raise UserError(f"there is no folder '{file.parent}' to write '{file.name}' in: make it")
+    return file
+
+
+def output_files(options: Mapping[str, str | None]) -> None:
+    """Refuse files to be written (option -> path; the first one is only read) of which one would overwrite another."""
+    (reading, read), *writing = options.items()
+    taken = {Path(str(read)).resolve(): reading}
+    for option, name in writing:
+        if name is None:
+            continue
+        file = output_file(name).resolve()
+        if file in taken:
+            raise UserError(f"{option} and {taken[file]} are both '{name}': give each a file of its own")
+        taken[file] = option
+
+
+def output_folder(path: str | os.PathLike) -> Path:
+    """``path``, if a folder can be made there, parents included."""
+    parent = next(p for p in Path(path).absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(
+            f"'{path}' cannot be made: '{parent}' is not a folder to write in; choose another place"
+        )
+    return Path(path)
 
 
 def _format_by_name(path: str) -> str:

@@ -31,24 +31,53 @@ class Progress:
         """One line for the reader."""
 
 
-class _PlainStage(Stage):
-    def __init__(self, name: str, total: int | None, unit: str, stream: TextIO):
-        self.name, self.total, self.unit, self.stream = name, total, unit, stream
+class _Counted(Stage):
+    """A stage that knows how far and how fast it is.  Rates are averages since its beginning."""
+
+    def __init__(self, name: str, total: int | None, unit: str):
+        self.name, self.total, self.unit = name, total, unit
         self.done = 0
-        self.start = self.last = time.monotonic()
+        self.start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.start, 1e-9)
+
+    def status(self) -> str:
+        """How much is done, how fast, how long the rest takes."""
+        rate = self.done / self.seconds
+        of = f" of {self.total:,}" if self.total else ""
+        left = f", {clock(max(self.total - self.done, 0) / rate)} left" if self.total and rate else ""
+        return f"{self.done:,}{of} {self.unit}, {rate:,.0f}/s{left}"
+
+    def result(self) -> str:
+        """The same when all is done; a total that was an estimate is of no more interest."""
+        return f"{self.done:,} {self.unit} in {self.seconds:.1f} s, {self.done / self.seconds:,.0f}/s"
+
+
+def clock(seconds: float) -> str:
+    """59 s, 12:34, 1:02:03."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class _PlainStage(_Counted):
+    def __init__(self, name: str, total: int | None, unit: str, stream: TextIO):
+        super().__init__(name, total, unit)
+        self.stream, self.last = stream, self.start
 
     def advance(self, units: int) -> None:
         self.done += units
         now = time.monotonic()
         if now - self.last >= PLAIN_SECONDS:
             self.last = now
-            self.line(now)
+            self.line(self.status())
 
-    def line(self, now: float) -> None:
-        rate = self.done / max(now - self.start, 1e-9)
-        of = f" of {self.total:,}" if self.total else ""
-        eta = f", {max(self.total - self.done, 0) / rate:.0f} s left" if self.total and rate else ""
-        print(f"{self.name}: {self.done:,}{of} {self.unit}, {rate:,.0f}/s{eta}", file=self.stream, flush=True)
+    def line(self, text: str) -> None:
+        print(f"{self.name}: {text}", file=self.stream, flush=True)
 
 
 class PlainProgress(Progress):
@@ -61,20 +90,23 @@ class PlainProgress(Progress):
     def stage(self, name: str, total: int | None = None, unit: str = "actions") -> Iterator[Stage]:
         stage = _PlainStage(name, total, unit, self.stream)
         yield stage
-        stage.line(time.monotonic())
+        stage.line(stage.result())
 
     def note(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
 
-class _BarStage(Stage):
-    def __init__(self, bar, task):
-        self.bar, self.task = bar, task
+class _BarStage(_Counted):
+    def __init__(self, bar, name: str, total: int | None, unit: str):
+        super().__init__(name, total, unit)
+        self.bar, self.task = bar, bar.add_task(name, total=total, status="")
 
     def advance(self, units: int) -> None:
-        self.bar.advance(self.task, units)
-        speed = self.bar.tasks[self.task].finished_speed or self.bar.tasks[self.task].speed
-        self.bar.update(self.task, rate=f"{speed:,.0f}/s" if speed else "")
+        self.done += units
+        self.bar.update(self.task, completed=self.done, status=self.status())
+
+    def finish(self) -> None:
+        self.bar.update(self.task, total=max(self.done, 1), completed=max(self.done, 1), status=self.result())
 
 
 class BarProgress(Progress):
@@ -86,14 +118,14 @@ class BarProgress(Progress):
         from rich.console import Console
 
         columns = (
-            bars.TextColumn("{task.description:<12}"),
-            bars.BarColumn(),
-            bars.TextColumn("{task.completed:,.0f} {task.fields[unit]}  {task.fields[rate]}"),
-            bars.TimeElapsedColumn(),
-            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.description:<12}", markup=False),
+            bars.BarColumn(bar_width=16),
+            bars.TextColumn("{task.fields[status]}", markup=False),
         )
         with bars.Progress(*columns, console=Console(stderr=True)) as bar:
-            yield _BarStage(bar, bar.add_task(name, total=total, unit=unit, rate=""))
+            stage = _BarStage(bar, name, total, unit)
+            yield stage
+            stage.finish()
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

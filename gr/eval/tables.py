@@ -20,9 +20,10 @@ def results_table(results: Mapping[str, EvalResult], title: str) -> Table:
         caption=_caption(first),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # six k and MRR beside a long name fit 80 columns
     )
     table.add_column("", no_wrap=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in (*ks, "mrr"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label, result in results.items():

@@ -4,8 +4,9 @@
         state.json                cursor, config, format version
         complete.json             sizes and digests of all the others
 
-A checkpoint is written beside its place, verified, and made visible by one rename, so that a kill at any moment
-leaves the older ones whole.  It holds no partition of any engine: any number of processes loads it.
+A checkpoint is written beside its place, digested, and made visible by one rename, so that a kill at any moment
+leaves the older ones whole (one of the same step is step-00001234.replaced meanwhile).  It holds no partition of
+any engine: any number of processes loads it.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gr.errors import UserError
 from gr.train.cursor import Cursor
+from gr.train.folder import sync
+from gr.train.optimizers import counts_steps_in_groups
 from gr.train.parallel import Parallel
 
 FORMAT_VERSION = 1
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
+_SCRATCH = ".writing-"
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +49,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of ``cursor.step``; every rank calls this.  Returns its path."""
     final = folder / f"step-{cursor.step:08d}"
-    scratch = folder / f".writing-{final.name}"
+    scratch = folder / f"{_SCRATCH}{final.name}"
     if parallel.is_main:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -58,29 +62,40 @@ def save(
         (scratch / "state.json").write_text(json.dumps(state, indent=1))
         files = {f.name: _fingerprint(f) for f in sorted(scratch.iterdir())}
         (scratch / "complete.json").write_text(json.dumps(files, indent=1))
-        for file in scratch.iterdir():
-            _sync(file)
-        if final.exists():  # the same step again, with what the end of the epoch added
-            shutil.rmtree(final)
+        for path in (*scratch.iterdir(), scratch):
+            sync(path)
+        replaced = folder / f"{final.name}.replaced"
+        if final.exists():  # the same step again: a run that goes on and ends where it was
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(final, replaced)
         os.replace(scratch, final)
-        _sync(folder)
+        sync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     parallel.barrier()
     return final
 
 
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the ``keep`` newest checkpoints and the best one."""
-    for step, path in listed(folder)[:-keep]:
-        if step != best_step:
+def prune(folder: Path, keep: int, step: int, best_step: int | None) -> None:
+    """Remove all but the ``keep`` newest checkpoints up to ``step``, the one just saved, and the best one.
+
+    Those of later steps go too: training did not continue from them, so they are damaged.
+    """
+    for path in folder.glob(f"{_SCRATCH}*"):  # of processes that were killed
+        shutil.rmtree(path)
+    found = listed(folder)
+    kept = {path for _, path in [entry for entry in found if entry[0] <= step][-keep:]}
+    for number, path in found:
+        if path not in kept and (number != best_step or path.suffix):
             shutil.rmtree(path)
 
 
 def listed(folder: Path) -> list[tuple[int, Path]]:
-    """Visible checkpoints, oldest first."""
+    """Visible checkpoints with their steps, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return sorted(found)
+    matches = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    matches.sort(key=lambda entry: (int(entry[0][1]), entry[0][2] is None))
+    return [(int(match[1]), path) for match, path in matches]
 
 
 def newest(folder: Path) -> Path | None:
@@ -139,23 +154,38 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
         dcp.load(wanted, checkpoint_id=path, no_dist=True)
     model.load_state_dict({name: wanted[f"model/{name}"] for name in model.state_dict()})
     if optimizer is not None:
-        for parameter_name, parameter in model.named_parameters():
-            moments: dict[str, Tensor] = {}
-            for name, value in wanted.items():
-                kind, _, rest = name.partition("/")
-                moment, _, owner = rest.partition("/")
-                if kind == "optimizer" and owner == parameter_name:
-                    moments[moment] = value if moment == "step" else value.to(parameter.device)
-            if moments:
-                optimizer.state[parameter] = moments
+        _load_moments(wanted, model, optimizer)
     return cursor
+
+
+def _load_moments(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        moment, _, owner = rest.partition("/")
+        if kind == "optimizer":
+            moments.setdefault(owner, {})[moment] = tensor
+    for name, parameter in model.named_parameters():
+        group = group_of[parameter]
+        state = moments.get(name, {})
+        if "step" in state and counts_steps_in_groups(optimizer):
+            group["step"] = int(state.pop("step"))
+        for moment, value in state.items():
+            # torch counts steps on the CPU, but where one kernel does the whole update
+            on_device = moment != "step" or group.get("fused") or group.get("capturable")
+            optimizer.state[parameter][moment] = value.to(parameter.device) if on_device else value
 
 
 def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Parameters as ``model/NAME`` and moments as ``optimizer/MOMENT/NAME``."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        for moment, value in optimizer.state.get(parameter, {}).items():
+        state = dict(optimizer.state.get(parameter, {}))
+        if state and counts_steps_in_groups(optimizer):
+            state["step"] = torch.tensor(float(group_of[parameter]["step"]))
+        for moment, value in state.items():
             if value is not None:
                 tensors[f"optimizer/{moment}/{name}"] = torch.as_tensor(value)
     return tensors
@@ -164,11 +194,3 @@ def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 def _fingerprint(file: Path) -> list:
     with file.open("rb") as content:
         return [file.stat().st_size, hashlib.file_digest(content, "blake2b").hexdigest()[:32]]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+from itertools import islice
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +26,7 @@ TIMED_STEPS = 3
 def dry_run(config: RunConfig) -> None:
     """Build ``config``, take a step (and time two more), print shapes, memory and an estimate of the whole."""
     with processes(config.train.device, config.train.threads) as parallel, advice_when_out_of_memory(config):
-        parts = build(config, parallel)
+        parts = parallel.together(lambda: build(config, parallel))
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(
                 config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})}),
@@ -36,17 +38,21 @@ def dry_run(config: RunConfig) -> None:
                 RunFolder(scratch),
                 Cursor(parts.dataset.manifest.generation),
             )
+            trainer.progress.close()
             trainer.progress.active = False
-            seconds, shape = [], None
-            for batch, _ in zip(parts.batches.epoch(0), range(TIMED_STEPS), strict=False):
+            seconds, losses, shapes = [], [], []
+            for batch in islice(parts.batches.epoch(0), TIMED_STEPS):
                 started = time.perf_counter()
                 trainer.step(batch)
+                if parallel.device.type == "cuda":
+                    torch.cuda.synchronize(parallel.device)
                 seconds.append(time.perf_counter() - started)
-                shape = shape or batch.share
+                losses.append(trainer.last_loss)
+                shapes.append(batch.share)
             trainer.metrics.close()
         if not parallel.is_main:
             return
-        assert shape is not None
+        shape = shapes[0]
         per_step = min(seconds)
         steps = trainer.total_steps
         table = Table(title="dry run", show_header=False, title_justify="left")
@@ -61,7 +67,7 @@ def dry_run(config: RunConfig) -> None:
         for name, parameter in parts.model.named_parameters():
             table.add_row(f"  {name}", " x ".join(map(str, parameter.shape)))
         table.add_row("peak memory", f"{peak_bytes(parallel.device) / 2**20:,.0f} MiB")
-        table.add_row("loss of the first step", f"{trainer.last_loss:.4f}")
+        table.add_row("loss of the first step", f"{losses[0]:.4f}")
         table.add_row("seconds a step", f"{per_step:.3f} (first {seconds[0]:.3f})")
         table.add_row("steps", f"{steps:,} ({parts.batches.per_epoch:,} an epoch)")
         table.add_row("estimated training time", f"{clock(per_step * steps)}, evaluations not counted")

@@ -67,7 +67,8 @@ class Evaluation:
         if not result.users:
             raise UserError(
                 f"no user of '{self.dataset.path}' has a held-out action in split '{name}': "
-                "take it out of eval.splits, or change data.split"
+                "take it out of eval.splits, or change data.split",
+                everywhere=True,
             )
         return result
 

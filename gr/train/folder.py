@@ -5,13 +5,16 @@ metrics.jsonl     one object a line; a pure function of config, data and seed: n
 timing.jsonl      speeds and memory, as they were
 checkpoints/      step-00001234/ ...           plots/            loss and metrics, PNG and SVG
 tensorboard/      events, when installed       trace.json        with --profile
+.lock             held by the process that trains here
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +33,42 @@ class RunFolder:
         self.plots = self.path / "plots"
 
     @staticmethod
-    def choose(config: RunConfig) -> RunFolder:
-        """The folder for a new run; never one that holds a run."""
+    def make(config: RunConfig, config_yaml: str, environment: dict[str, Any]) -> RunFolder:
+        """Make the folder of a new run, never one that holds a run: run.dir, or the first free runs/NAME-NUMBER."""
         if config.run.dir is not None:
             folder = RunFolder(config.run.dir)
-            if folder.config.exists():
+            if not folder._take(config_yaml):
                 raise UserError(
                     f"'{folder.path}' already holds a run: continue it with --resume {folder.path}, "
                     "or choose another run.dir"
                 )
-            if folder.path.exists() and any(folder.path.iterdir()):
-                raise UserError(f"'{folder.path}' exists and is not empty: choose another run.dir")
-            return folder
-        number = 1
-        while (path := Path("runs") / (config.run.name + (f"-{number}" if number > 1 else ""))).exists():
-            number += 1
-        return RunFolder(path)
+        else:
+            number = 1
+            while True:
+                folder = RunFolder(Path("runs") / (config.run.name + (f"-{number}" if number > 1 else "")))
+                if not folder.path.exists() and folder._take(config_yaml):
+                    break
+                number += 1
+        folder.environment.write_text(json.dumps(environment, indent=1) + "\n")
+        return folder
+
+    def _take(self, config_yaml: str) -> bool:
+        """Make the folder with its config.yaml; False if it holds a run.  One of several at a time succeeds."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.config.exists() and any(self.path.iterdir()):
+                raise UserError(f"'{self.path}' exists and is not empty: choose another run.dir")
+            with self.config.open("x") as out:
+                out.write(config_yaml)
+        except FileExistsError as error:
+            if self.path.is_dir():
+                return False
+            raise UserError(f"'{error.filename}' is a file: choose another run.dir") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot write a run to '{self.path}' ({error.strerror}): choose another run.dir"
+            ) from None
+        return True
 
     @staticmethod
     def existing(path: str | os.PathLike) -> RunFolder:
@@ -56,22 +79,38 @@ class RunFolder:
             )
         return folder
 
-    def create(self, config_yaml: str, environment: dict[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(config_yaml)
-        self.environment.write_text(json.dumps(environment, indent=1) + "\n")
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training here; the lock goes with the process, however it ends."""
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is training in '{self.path}': stop it first") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
+    def rewrite_config(self, config_yaml: str) -> None:
+        _replace(self.config, config_yaml)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_rows(self.metrics)
 
-    def cut_metrics(self, rows: int) -> None:
-        """Forget what was logged after the checkpoint that training continues from."""
-        if not self.metrics.exists():
-            return
-        kept = self.metrics.read_text().splitlines(keepends=True)[:rows]
-        scratch = self.metrics.with_suffix(".cut")
-        scratch.write_text("".join(kept))
-        os.replace(scratch, self.metrics)
+    def cut_metrics(self, rows: int) -> int:
+        """Forget what was logged after the checkpoint that training continues from, its ``rows`` first rows; returns
+        the rows that are there, fewer where some were lost."""
+        kept = _whole_lines(self.metrics)[:rows]
+        if self.metrics.exists():
+            _replace(self.metrics, "".join(kept))
+        if self.timing.exists():  # speeds stay as they were, but for a line that a crash cut short
+            _replace(self.timing, "".join(_whole_lines(self.timing)))
+        return len(kept)
+
+    def sync_metrics(self) -> None:
+        """Have metrics.jsonl on the disk: a checkpoint counts on its rows."""
+        if self.metrics.exists():
+            sync(self.metrics)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -89,3 +128,25 @@ def append_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     with file.open("a") as out:
         for row in rows:
             out.write(json.dumps(row) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _whole_lines(file: Path) -> list[str]:
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return lines[:-1] if lines and not lines[-1].endswith("\n") else lines
+
+
+def _replace(file: Path, content: str) -> None:
+    """New content at once: a reader, or a crash, sees the old or the new."""
+    scratch = file.with_name(f".{file.name}.writing")
+    scratch.write_text(content)
+    sync(scratch)
+    os.replace(scratch, file)

@@ -14,9 +14,10 @@ PLAIN_SECONDS = 10.0
 class MetricsLog:
     """metrics.jsonl (deterministic), timing.jsonl (not), TensorBoard if it is there.  Only the main rank writes."""
 
-    def __init__(self, folder: RunFolder, tensorboard: bool, active: bool):
+    def __init__(self, folder: RunFolder, tensorboard: bool, active: bool, done: int = 0):
+        """``done``: steps so far; TensorBoard forgets what it had of later ones."""
         self.folder, self.active = folder, active
-        self.events = _tensorboard(folder) if active and tensorboard else None
+        self.events = _tensorboard(folder, done) if active and tensorboard else None
 
     def write(self, row: dict[str, Any]) -> int:
         """Append a row to metrics.jsonl; returns 1, the rows written."""
@@ -48,11 +49,11 @@ class MetricsLog:
             self.events = None
 
 
-def _tensorboard(folder: RunFolder) -> Any:
+def _tensorboard(folder: RunFolder, done: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(folder.path / "tensorboard"))
+        return SummaryWriter(str(folder.path / "tensorboard"), purge_step=done + 1 if done else None)
     except Exception:  # not installed, or broken: it is an extra
         return None
 

@@ -74,7 +74,17 @@ class SGD:
 def parameter_groups(
     model: nn.Module, rules: list[ParameterGroup], lr: float, weight_decay: float
 ) -> list[dict]:
-    """One group a rule (the first that matches a name takes it) and one for the rest; ``base_lr`` stays unscheduled."""
+    """One group a rule (the first that matches a name takes it) and one for the rest; ``base_lr`` stays unscheduled.
+
+    UserError: a rule is no regular expression, or takes no parameter.
+    """
+    for rule in rules:
+        try:
+            re.compile(rule.match)
+        except re.error as error:
+            raise UserError(
+                f"optimizer.groups match '{rule.match}' is no regular expression ({error})"
+            ) from None
     members: list[list[nn.Parameter]] = [[] for _ in range(len(rules) + 1)]
     for name, parameter in model.named_parameters():
         index = next((i for i, rule in enumerate(rules) if re.search(rule.match, name)), len(rules))
@@ -82,7 +92,10 @@ def parameter_groups(
     for rule, parameters in zip(rules, members, strict=False):
         if not parameters:
             names = ", ".join(name for name, _ in model.named_parameters())
-            raise UserError(f"optimizer.groups match '{rule.match}' fits no parameter: names are {names}")
+            raise UserError(
+                f"optimizer.groups match '{rule.match}' fits no parameter, or none that an earlier rule leaves: "
+                f"names are {names}"
+            )
     groups = []
     for rule, parameters in zip([*rules, ParameterGroup(match="")], members, strict=True):
         rate = lr if rule.lr is None else rule.lr
@@ -97,6 +110,11 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return optimizer.param_groups[0]["lr"]
+
+
+def counts_steps_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the number of steps is in ``param_groups`` (NVIDIA apex) and not in each parameter's state (torch)."""
+    return type(optimizer).__module__.partition(".")[0] == "apex"
 
 
 def _apex_adam() -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gr.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
+T = TypeVar("T")
+_LOST = re.compile("connection (closed|reset) by peer|broken pipe", re.IGNORECASE)  # gloo's words
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,24 @@ class Parallel:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def together(self, action: Callable[[], T]) -> T:
+        """``action()`` on every rank; where one refuses (UserError) all do, and none goes on alone."""
+        if self.ranks == 1:
+            return action()
+        result, refusal = None, None
+        try:
+            result = action()
+        except UserError as error:
+            refusal = str(error)
+        refusals: list[str | None] = [None] * self.ranks
+        dist.all_gather_object(refusals, refusal)
+        refused = [rank for rank, text in enumerate(refusals) if text is not None]
+        if refused:
+            some = len(refused) < self.ranks and refused != [0]
+            where = f"on rank {', '.join(map(str, refused))}: " if some else ""
+            raise UserError(f"{where}{refusals[refused[0]]}", everywhere=True)
+        return result  # type: ignore[return-value]
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model whose backward also averages gradients over ranks."""
         if self.ranks == 1:
@@ -89,6 +111,12 @@ def processes(device: str = "auto", threads: int | None = None) -> Iterator[Para
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Parallel(rank, ranks, chosen)
+    except RuntimeError as error:
+        if not started or not _LOST.search(str(error)):
+            raise
+        raise UserError(
+            f"rank {rank} lost the other processes: one of them ended and said why; then go on with --resume"
+        ) from error
     finally:
         if started:
             dist.destroy_process_group()

@@ -29,10 +29,10 @@ def plot_run(folder: RunFolder) -> Path | None:
     loss_axes.set(xlabel="step", ylabel="training loss", title="loss (smoothed in dark)")
     for axes, name in zip(metric_axes, names, strict=True):
         for split, color in (("valid", "#d98032"), ("test", "#1f5a99")):
-            points = [(r["step"], r[name]) for r in evaluations if r["split"] == split]
+            points = [(r["step"], r[name]) for r in evaluations if r["split"] == split and name in r]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=split)
-        for i, (label, row) in enumerate(baselines.items()):
+        for i, (label, row) in enumerate((n, r) for n, r in baselines.items() if name in r):
             axes.axhline(row[name], linestyle=("--", ":", "-.")[i % 3], color="grey", linewidth=1)
             axes.annotate(
                 label, (1, row[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8

@@ -24,6 +24,8 @@ from gr.models.recommender import Recommender
 from gr.train.runs import OpenRun
 
 ROWS_PER_GROUP = 16_384
+AS_TEXT = pa.csv.ConvertOptions(column_types={"user_id": pa.string()}, strings_can_be_null=True)
+"""Ids in CSV stay as they are written: 007 is not 7."""
 
 
 def recommend(
@@ -106,17 +108,27 @@ def item_vectors(model: Recommender, rows: range) -> Tensor:
 
 
 def read_user_ids(path: str | os.PathLike) -> list[Any]:
-    """Raw ids from a text file (one a line; empty lines are no ids), or a Parquet or CSV file's ``user_id``."""
+    """Raw ids from a text file (one a line; empty lines are no ids), or a Parquet or CSV file's ``user_id``.
+
+    Ids from text and CSV are text, also where the dataset's are integers."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"no file '{file}' with users: give a list of ids, or --users all")
     kind = file.suffix.lower()
     if kind not in (".parquet", ".csv"):
-        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        try:
+            return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise UserError(
+                f"'{file}' is not text: list the ids one a line, or name it .parquet or .csv if it is such a file"
+            ) from None
     try:
-        table = pq.read_table(file) if kind == ".parquet" else pa.csv.read_csv(file)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"'{file}' cannot be read as {kind[1:]} ({' '.join(str(error).split())})") from None
+        table = pq.read_table(file) if kind == ".parquet" else pa.csv.read_csv(file, convert_options=AS_TEXT)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"'{file}' cannot be read as {kind[1:]} ({' '.join(str(error).split()).rstrip('.')}): "
+            "write it again, or list the ids one a line in a text file"
+        ) from None
     if "user_id" not in table.column_names:
         raise UserError(
             f"'{file}' has no column user_id (it has {', '.join(table.column_names)}): rename the column"

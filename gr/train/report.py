@@ -6,8 +6,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gr.train.job import RunResult
+from gr.train.selection import best_validation
 
 SHOWN = ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr")
 
@@ -20,28 +22,19 @@ def final_rows(result: RunResult) -> dict[str, dict[str, Any]]:
         return rows
     for split in dict.fromkeys(r["split"] for r in evaluations):
         rows[f"{split}, last epoch"] = result.evaluation(split)
-    best = best_epoch(result.metrics)
+    best = best_validation(result.metrics, result.selection)
     if best is not None:
         for split in dict.fromkeys(r["split"] for r in evaluations):
-            rows[f"{split}, epoch chosen on valid"] = result.evaluation(split, best)
+            rows[f"{split}, epoch chosen on valid"] = result.evaluation(split, step=best["step"])
     return rows
-
-
-def best_epoch(metrics: list[dict[str, Any]], metric: str = "ndcg@10") -> int | None:
-    """The epoch with the best validation ``metric``; None where nothing was validated.  Never looks at test."""
-    rows = [r for r in metrics if r["kind"] == "eval" and r["split"] == "valid"]
-    return max(rows, key=lambda r: r[metric])["epoch"] if rows else None
 
 
 def print_result(result: RunResult) -> None:
     """The final table, where things are, and what to do next."""
-    console = Console()
     if not result.finished:
-        console.print(
-            f"stopped and saved; go on with: launch/train.py --resume {result.path}", highlight=False
-        )
+        print(f"stopped and saved; go on with: python launch/train.py --resume {result.path}")
         return
-    table = Table(title=f"{result.path}", title_justify="left")
+    table = Table(title=Text(str(result.path)), title_justify="left")
     table.add_column("")
     table.add_column("epoch", justify="right")
     for name in SHOWN:
@@ -49,12 +42,12 @@ def print_result(result: RunResult) -> None:
     for label, row in final_rows(result).items():
         epoch = str(row["epoch"] + 1) if row["kind"] == "eval" else ""
         table.add_row(label, epoch, *(f"{row[name]:.4f}" if name in row else "" for name in SHOWN))
-    console.print(table)
+    Console().print(table)
     digests = [r["data_digest"] for r in result.metrics if r["kind"] == "train"]
+    # plain lines: a console would break long paths, which are there to be copied
     if digests:
-        console.print(f"data digest {digests[-1]}", highlight=False)
-    console.print(f"plot     {result.path / 'plots' / 'training.png'}", highlight=False)
-    console.print(f"metrics  {result.path / 'metrics.jsonl'}", highlight=False)
-    console.print(f"next     python launch/evaluate.py --run {result.path} --split test", highlight=False)
-    console.print(f"         python launch/recommend.py --run {result.path} --users all --k 100 --out recs.parquet",
-                  highlight=False)  # fmt: skip
+        print(f"data digest {digests[-1]}")
+    print(f"plot     {result.path / 'plots' / 'training.png'}")
+    print(f"metrics  {result.path / 'metrics.jsonl'}")
+    print(f"next     python launch/evaluate.py --run {result.path} --split test")
+    print(f"         python launch/recommend.py --run {result.path} --users all --k 100 --out recs.parquet")

@@ -17,13 +17,28 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gr.config import Section, read_yaml
+from gr.config import Section, load, read_yaml
 from gr.errors import UserError, nearest
 from gr.train import checkpoint
 from gr.train.folder import RunFolder
-from gr.train.report import best_epoch
+from gr.train.job import differences, within
+from gr.train.selection import best_validation
 
 ROOT = Path(__file__).resolve().parents[2]
+NOT_THE_RESULT = (
+    *(
+        "run",
+        "data.path",
+        "data.prefetch",
+        "checkpoint",
+        "log",
+        "eval.batch",
+        "eval.max_scores",
+        "eval.buckets",
+    ),
+    *("train.device", "train.threads", "train.kernels", "train.micro_batch_actions"),
+)
+"""Keys in which a run that is there may differ from the one asked for."""
 
 
 class Row(Section):
@@ -58,12 +73,12 @@ class Measured:
 
     def add(self, rows: list[dict[str, Any]], chosen_only: bool = False) -> None:
         """Take a finished run's metrics in."""
-        tests = [r for r in rows if r["kind"] == "eval" and r["split"] == "test"]
+        tests = {r["step"]: r for r in rows if r["kind"] == "eval" and r["split"] == "test"}
         if not chosen_only:
-            self.last.append(tests[-1])
+            self.last.append(tests[max(tests)])
             self.digests.append([r["data_digest"] for r in rows if r["kind"] == "train"][-1])
-        if (epoch := best_epoch(rows)) is not None:
-            self.chosen.append(next(r for r in tests if r["epoch"] == epoch))
+        if (best := best_validation(rows)) is not None:
+            self.chosen.append(tests[best["step"]])
         self.baselines.update(
             {r["name"]: r for r in rows if r["kind"] == "baseline" and r["split"] == "test"}
         )
@@ -163,16 +178,18 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Metrics of the finished run in ``folder``: trained now, gone on with, or there already."""
     run = RunFolder(folder)
+    config = ROOT / "configs" / dataset / row.config
+    arguments = ["--config", str(config), f"run.dir={folder}", *overrides]
+    if run.config.is_file():
+        arguments = ["--resume", folder]
+        for key, found, wanted in differences(load(run.config), load(config, overrides)):
+            if not within(key, NOT_THE_RESULT):
+                raise UserError(
+                    f"'{folder}' is there and was trained with {key}={found}, not {wanted}: choose another --out, "
+                    "or move that run away"
+                )
     newest = checkpoint.newest(run.checkpoints)
     if newest is None or not checkpoint.read_state(newest)["cursor"]["finished"]:
-        arguments = [
-            "--config",
-            str(ROOT / "configs" / dataset / row.config),
-            f"run.dir={folder}",
-            *overrides,
-        ]
-        if run.config.is_file():
-            arguments = ["--resume", folder]
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -1,19 +1,24 @@
-"""Reasons to stop before the end: a signal, a loss that is not a number, no progress on the validation split."""
+"""A signal is a reason to stop before the end."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
+
+REPEATED_S = 1.0
 
 
 class StopSignal:
     """Remembers SIGTERM (and SIGINT), so that the step in hand can finish and be saved.
 
-    A second SIGINT interrupts at once.
+    Another SIGINT interrupts at once, unless it comes within a second of the first: torchrun sends a Ctrl-C on to
+    processes that had it from the terminal already.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self._when = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -29,6 +34,7 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+        if not self.received:
+            self.received, self._when = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._when > REPEATED_S:
             raise KeyboardInterrupt
-        self.received = number

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from gr.train.log import MetricsLog, StepProgress
 from gr.train.optimizers import set_rate
 from gr.train.parallel import Parallel
 from gr.train.schedule import rate_factor
+from gr.train.selection import selection_metric
 from gr.train.stopping import StopSignal
 from gr_kernels.counter_random import derive_key
 
@@ -44,7 +45,7 @@ class Trainer:
         parallel: Parallel,
         folder: RunFolder,
         cursor: Cursor,
-        on_step: Callable[[], None] = lambda: None,
+        on_step: Callable[[RunFolder], None] = lambda folder: None,
     ):
         self.config, self.model, self.optimizer, self.batches = config, model, optimizer, batches
         self.evaluation, self.parallel, self.folder, self.cursor = evaluation, parallel, folder, cursor
@@ -53,29 +54,35 @@ class Trainer:
         self.total_steps = config.train.epochs * batches.per_epoch
         if config.train.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train.max_steps)
-        self.metrics = MetricsLog(folder, config.log.tensorboard, parallel.is_main)
+        self.metrics = MetricsLog(folder, config.log.tensorboard, parallel.is_main, cursor.step)
         self.progress = StepProgress(self.total_steps, cursor.step, parallel.is_main)
         self.last_loss = float("nan")
         self._unchecked: tuple[Tensor, GlobalBatch] | None = None
 
     def train(self) -> bool:
         """Train to the end of the config, or until told to stop; True if finished.  The state is saved either way."""
+        cursor = self.cursor
         try:
+            if cursor.finished:
+                return True
             with StopSignal() as signal:
-                if self.cursor.metrics_rows == 0:
+                if cursor.metrics_rows == 0:
                     self.run_baselines()
                 for batch in self._remaining():
                     stop = self.step(batch, stop=bool(signal.received))
-                    if batch.index + 1 == self.batches.per_epoch:
-                        self.end_epoch()
-                    elif self._enough() or self._due(self.config.eval.every_steps):
+                    epoch_ends = batch.index + 1 == self.batches.per_epoch
+                    if self._evaluation_due(epoch_ends):
                         self.run_evaluations()
-                    if stop or self._due(self.config.checkpoint.every_steps):
+                    if epoch_ends:
+                        cursor.next_epoch()
+                    cursor.finished = self._finished()
+                    if stop or self._checkpoint_due(epoch_ends):
                         self.save()
                     if stop:
-                        return False
-            self.cursor.finished = True
-            self.save()
+                        return cursor.finished
+            if not cursor.finished:  # there was nothing to do
+                cursor.finished = True
+                self.save()
             return True
         finally:
             self.progress.close()
@@ -105,18 +112,8 @@ class Trainer:
         if self._due(self.config.log.every_steps) or cursor.step == 1:
             self._log(loss, norm, rate, batch, targets, time.perf_counter() - started)
         self.progress.update(cursor.epoch, config.epochs, cursor.step, self.last_loss, batch.samples, targets)
-        self.on_step()
+        self.on_step(self.folder)
         return bool(stops)
-
-    def end_epoch(self) -> None:
-        """Evaluate if it is time, remember the best, save, go on to the next epoch."""
-        cursor, config = self.cursor, self.config
-        last = cursor.step >= self.total_steps
-        if (cursor.epoch + 1) % config.eval.every_epochs == 0 or last:
-            self.run_evaluations()
-        cursor.next_epoch()
-        if cursor.epoch % config.checkpoint.every_epochs == 0 or last:
-            self.save()
 
     def run_evaluations(self) -> None:
         self._check_finite()
@@ -139,28 +136,50 @@ class Trainer:
     def save(self) -> None:
         """Publish a checkpoint of this moment."""
         self._check_finite()
-        folder = self.folder.checkpoints
-        checkpoint.save(folder, self.model, self.optimizer, self.cursor, to_dict(self.config), self.parallel)
+        folder, cursor = self.folder.checkpoints, self.cursor
         if self.parallel.is_main:
-            best = self.cursor.best.get("step")
-            checkpoint.prune(folder, self.config.checkpoint.keep, None if best is None else int(best))
+            self.folder.sync_metrics()
+        checkpoint.save(folder, self.model, self.optimizer, cursor, to_dict(self.config), self.parallel)
+        if self.parallel.is_main:
+            best = cursor.best.get("step")
+            checkpoint.prune(
+                folder, self.config.checkpoint.keep, cursor.step, None if best is None else int(best)
+            )
 
     # ----------------------------------------------------------------------------------------------------------
 
     def _remaining(self) -> Iterator[GlobalBatch]:
         """The global batches from the cursor on."""
         cursor = self.cursor
-        while cursor.epoch < self.config.train.epochs and not self._enough():
+        while not self._finished():
             epoch = cursor.epoch
             for batch in self.batches.epoch(epoch, cursor.batch):
                 yield batch
-                if self._enough() or cursor.epoch != epoch:
+                if self._finished() or cursor.epoch != epoch:
                     break
 
-    def _enough(self) -> bool:
+    def _finished(self) -> bool:
         stopping = self.config.train.early_stopping
-        return self.cursor.step >= self.total_steps or (
-            stopping is not None and self.cursor.stale >= stopping.patience
+        return (
+            self.cursor.epoch >= self.config.train.epochs
+            or self.cursor.step >= self.total_steps
+            or (stopping is not None and self.cursor.stale >= stopping.patience)
+        )
+
+    def _evaluation_due(self, epoch_ends: bool) -> bool:
+        return (
+            (epoch_ends and (self.cursor.epoch + 1) % self.config.eval.every_epochs == 0)
+            or self._due(self.config.eval.every_steps)
+            or self.cursor.step >= self.total_steps
+        )
+
+    def _checkpoint_due(self, epoch_ended: bool) -> bool:
+        """At the intervals of the config, at the end, and where the best one so far is."""
+        return (
+            (epoch_ended and self.cursor.epoch % self.config.checkpoint.every_epochs == 0)
+            or self._due(self.config.checkpoint.every_steps)
+            or self.cursor.best.get("step") == self.cursor.step
+            or self.cursor.finished
         )
 
     def _due(self, every: int | None) -> bool:
@@ -170,7 +189,7 @@ class Trainer:
         """Targets of the global batch and stop requests over ranks; raises if any rank's previous loss was broken."""
         targets, stops, broken = self.parallel.sum([*values, int(self._is_broken())], dtype=torch.int64)
         if broken:
-            self._stop_broken()
+            self._stop_broken("loss")
         return targets, stops
 
     def _candidates(self, parts: list[Supervision]) -> Tensor | None:
@@ -197,6 +216,8 @@ class Trainer:
         self, loss: Tensor, norm: Tensor | None, rate: float, batch: GlobalBatch, targets: int, seconds: float
     ):
         (total,) = self.parallel.sum([loss.item()])
+        if not math.isfinite(total):
+            self._stop_broken("loss")
         self.last_loss = total / max(targets, 1)
         cursor = self.cursor
         row: dict[str, Any] = {
@@ -223,10 +244,7 @@ class Trainer:
         )
 
     def _compare_with_best(self, row: dict[str, Any]) -> None:
-        stopping = self.config.train.early_stopping
-        metric = stopping.metric if stopping else "ndcg@10"
-        if metric not in row:
-            raise UserError(f"train.early_stopping.metric '{metric}' is not evaluated: add its k to eval.ks")
+        metric = selection_metric(self.config)
         if not self.cursor.best or row[metric] > self.cursor.best["value"]:
             self.cursor.best = {"epoch": row["epoch"], "step": row["step"], "value": row[metric]}
             self.cursor.stale = 0
@@ -240,12 +258,17 @@ class Trainer:
         return self._unchecked is not None and not math.isfinite(self._unchecked[0].item())
 
     def _check_finite(self) -> None:
-        (broken,) = self.parallel.sum([int(self._is_broken())], dtype=torch.int64)
-        if broken:
-            self._stop_broken()
+        """The last loss, and the parameters that its gradients moved: a finite loss may have broken gradients."""
+        if self._unchecked is None:
+            return
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all()
+        flags = [int(self._is_broken()), int(not finite)]
+        loss_broken, parameters_broken = self.parallel.sum(flags, dtype=torch.int64)
+        if loss_broken or parameters_broken:
+            self._stop_broken("loss" if loss_broken else "update")
         self._unchecked = None
 
-    def _stop_broken(self) -> None:
+    def _stop_broken(self, what: str) -> NoReturn:
         assert self._unchecked is not None
         _, batch = self._unchecked
         file = self.folder.path / f"nonfinite-step-{self.cursor.step:08d}-rank-{self.parallel.rank}.json"
@@ -258,9 +281,10 @@ class Trainer:
         self.parallel.barrier()
         good = checkpoint.newest(self.folder.checkpoints)
         raise UserError(
-            f"the loss of step {self.cursor.step} is not finite: its samples are in "
+            f"the {what} of step {self.cursor.step} is not finite: its samples are in "
             f"'{file.with_name(file.name.rpartition('-')[0])}-*.json', the last good checkpoint is "
-            f"{good or 'none'}; lower optimizer.lr, set train.clip_norm, or look at the samples"
+            f"{good or 'none'}; lower optimizer.lr, set train.clip_norm, or look at the samples",
+            everywhere=True,
         )
 
 

@@ -1,4 +1,4 @@
-"""gr_kernels.log_partition against the float64 definitions, gradients included, whatever the chunks.
+"""gr_kernels.log_partition against the float64 definitions, gradients included, whatever the way and the chunks.
 
 At most twice (values) or five times (gradients) as far from float64 as plain PyTorch in float32 is.
 """
@@ -6,15 +6,27 @@ At most twice (values) or five times (gradients) as far from float64 as plain Py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gr_kernels.log_partition import cross_entropy, log_partition, reference
+from gr_kernels import native
+from gr_kernels.log_partition import cross_entropy, explain, log_partition, reference
 
 EPS = 1e-6
 ULP = 2.0**-23
+needs_cpp = pytest.mark.skipif(not native.available(), reason=native.why_unavailable())
+BOTH = [pytest.param("cpp", marks=needs_cpp), "chunked"]
+# The C++ operator's tiles are its own, whatever max_scores says.
+WAYS = [
+    pytest.param({"implementation": "cpp"}, id="cpp", marks=needs_cpp),
+    *(
+        pytest.param({"implementation": "chunked", "max_scores": most}, id=f"chunked-{most}")
+        for most in (1, 1000, 1 << 24)
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +36,15 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small inputs: threads would only wait for each other. What they may change has a test of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def problem(tokens: int, catalogue: int, width: int) -> dict[str, Tensor]:
@@ -68,16 +89,28 @@ def assert_close_to_float64(
         assert e.numel() == 0 or float((a.double() - e).abs().max()) <= allowed, name
 
 
-SHAPES = [(0, 5, 4), (1, 1, 3), (13, 7, 5), (130, 301, 33), (7, 2000, 64)]
+# The last catalogue is too large for the C++ operator to keep a block's scores: it forms them twice.
+SHAPES = [
+    (0, 5, 4),
+    (1, 1, 3),
+    (13, 7, 5),
+    (130, 301, 33),
+    (7, 2000, 64),
+    (1, 3883, 64),
+    (67, 3883, 50),
+    (131, 20011, 7),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("scale", "eps"), [(1.0, None), (20.0, EPS)])
-@pytest.mark.parametrize("max_scores", [1, 1000, 1 << 24])
-def test_log_partition(shape: tuple[int, int, int], scale: float, eps: float | None, max_scores: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_log_partition(
+    shape: tuple[int, int, int], scale: float, eps: float | None, way: dict[str, Any]
+) -> None:
     kwargs = {"scale": scale, "normalize_eps": eps}
     assert_close_to_float64(
-        lambda x: log_partition(x["queries"], x["table"], bias_I=x["bias"], max_scores=max_scores, **kwargs),
+        lambda x: log_partition(x["queries"], x["table"], bias_I=x["bias"], **kwargs, **way),
         lambda x: reference.log_partition(x["queries"], x["table"], bias_I=x["bias"], **kwargs),
         problem(*shape),
     )
@@ -85,21 +118,21 @@ def test_log_partition(shape: tuple[int, int, int], scale: float, eps: float | N
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("scale", "eps"), [(1.0, None), (20.0, EPS)])
-@pytest.mark.parametrize("max_scores", [1, 1000, 1 << 24])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_cross_entropy(
-    shape: tuple[int, int, int], scale: float, eps: float | None, max_scores: int, weighted: bool
+    shape: tuple[int, int, int], scale: float, eps: float | None, way: dict[str, Any], weighted: bool
 ) -> None:
     kwargs = {"scale": scale, "normalize_eps": eps}
 
-    def call(function: Callable[..., Tensor], x: dict[str, Tensor], **more: int) -> Tensor:
+    def call(function: Callable[..., Tensor], x: dict[str, Tensor], **more: Any) -> Tensor:
         weights = x["weights"].detach() if weighted else None
         return function(
             x["queries"], x["table"], x["targets"], weights_T=weights, bias_I=x["bias"], **kwargs, **more
         )
 
     assert_close_to_float64(
-        lambda x: call(cross_entropy, x, max_scores=max_scores),
+        lambda x: call(cross_entropy, x, **way),
         lambda x: call(reference.cross_entropy, x),
         problem(*shape),
     )
@@ -118,16 +151,18 @@ def test_gradients_by_finite_differences(eps: float | None) -> None:
     )
 
 
+@pytest.mark.parametrize("implementation", BOTH)
 @pytest.mark.parametrize("wanted", [("queries",), ("table",), ("bias",), ("queries", "table"), ()])
-def test_only_the_gradients_asked_for(wanted: tuple[str, ...]) -> None:
+def test_only_the_gradients_asked_for(wanted: tuple[str, ...], implementation: str) -> None:
     everything = ("queries", "table", "bias")
     inputs = problem(40, 90, 17)
     weights, targets = inputs["weights"], inputs["targets"]
+    way = {"implementation": implementation, "max_scores": 500}
 
     def values(x: dict[str, Tensor]) -> list[Tensor]:
         return [
-            log_partition(x["queries"], x["table"], bias_I=x["bias"], max_scores=500),
-            cross_entropy(x["queries"], x["table"], targets, weights_T=weights, bias_I=x["bias"]),
+            log_partition(x["queries"], x["table"], bias_I=x["bias"], **way),
+            cross_entropy(x["queries"], x["table"], targets, weights_T=weights, bias_I=x["bias"], **way),
         ]
 
     full = {k: v.clone().requires_grad_(k in everything) for k, v in inputs.items()}
@@ -143,38 +178,114 @@ def test_only_the_gradients_asked_for(wanted: tuple[str, ...]) -> None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_no_grad_forms_no_gradient() -> None:
+@pytest.mark.parametrize("implementation", BOTH)
+def test_no_grad_forms_no_gradient(implementation: str) -> None:
     inputs = problem(40, 90, 17)
     queries, table = inputs["queries"].requires_grad_(), inputs["table"].requires_grad_()
     with torch.no_grad():
-        assert not cross_entropy(queries, table, inputs["targets"]).requires_grad
-        value = log_partition(queries, table)
-    torch.testing.assert_close(value, log_partition(queries, table).detach(), rtol=1e-6, atol=1e-6)
+        loss = cross_entropy(queries, table, inputs["targets"], implementation=implementation)
+        value = log_partition(queries, table, implementation=implementation)
+    assert not loss.requires_grad and not value.requires_grad
+    torch.testing.assert_close(value, reference.log_partition(queries, table).detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_two_runs_give_the_same_bits_and_backward_may_run_twice() -> None:
-    inputs = problem(300, 500, 20)
+@pytest.mark.parametrize("implementation", BOTH)
+@pytest.mark.parametrize("shape", [(200, 400, 9), (300, 500, 20), (1111, 70, 16), (301, 18000, 5)])
+def test_two_runs_give_the_same_bits_and_backward_may_run_twice(
+    implementation: str, shape: tuple[int, int, int]
+) -> None:
+    """On the C++ operator, whatever the number of threads."""
+    inputs = problem(*shape)
     results = []
-    for _ in range(2):
-        queries, table = inputs["queries"].clone().requires_grad_(), inputs["table"].clone().requires_grad_()
+    for threads in (1, 2, 3, 1) if implementation == "cpp" else (1, 1):
+        torch.set_num_threads(threads)
+        leaves = [inputs[name].clone().requires_grad_() for name in ("queries", "table", "bias")]
         loss = cross_entropy(
-            queries, table, inputs["targets"], scale=20.0, normalize_eps=EPS, max_scores=9000
+            *leaves[:2],
+            inputs["targets"],
+            bias_I=leaves[2],
+            scale=20.0,
+            normalize_eps=EPS,
+            max_scores=90000,
+            implementation=implementation,
         )
-        first = torch.autograd.grad(loss, (queries, table), retain_graph=True)
-        assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, (queries, table))))
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, leaves)))
         results.append([loss.detach(), *first])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
-def test_extreme_logits_and_nan() -> None:
+@pytest.mark.parametrize("implementation", BOTH)
+def test_extreme_logits_and_nan(implementation: str) -> None:
     queries = torch.tensor([[100.0, 0.0], [0.0, -100.0], [float("nan"), 1.0]])
     table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
-    got = log_partition(queries, table, scale=50.0)
+    got = log_partition(queries, table, scale=50.0, implementation=implementation)
     assert got[:2].tolist() == [5000.0, 5000.0] and bool(got[2].isnan())
     # a target of probability 0 in float32 still has the right, finite loss
-    loss = cross_entropy(queries[:1], table, torch.tensor([2]), scale=50.0)
+    loss = cross_entropy(queries[:1], table, torch.tensor([2]), scale=50.0, implementation=implementation)
     assert float(loss) == 10000.0
-    assert bool(cross_entropy(queries, table, torch.tensor([0, 1, 2])).isnan())
+    loss = cross_entropy(queries, table, torch.tensor([0, 1, 2]), implementation=implementation)
+    assert bool(loss.isnan())
+
+
+@needs_cpp
+@pytest.mark.parametrize("catalogue", [40, 18000])
+@pytest.mark.parametrize("spoilt", ["masked", "all masked", "queries", "table", "infinite queries", "weight"])
+def test_masks_nan_and_infinities_spread_alike(catalogue: int, spoilt: str) -> None:
+    """A bias of -inf takes items out; what isn't finite reaches the same gradients either way."""
+    inputs = problem(5, catalogue, 6)
+    inputs["targets"][:] = catalogue - 1
+    if "masked" in spoilt:
+        inputs["bias"][: catalogue if spoilt == "all masked" else catalogue // 2] = -torch.inf
+    elif spoilt == "weight":
+        inputs["weights"][3] = torch.nan
+    else:
+        inputs[spoilt.split()[-1]][3, 2] = torch.inf if "infinite" in spoilt else torch.nan
+    got, wanted = (
+        [
+            *evaluate(
+                lambda x, way=way: log_partition(
+                    x["queries"], x["table"], bias_I=x["bias"], implementation=way
+                ),
+                inputs,
+                torch.float32,
+            ),
+            *evaluate(
+                lambda x, way=way: cross_entropy(
+                    x["queries"],
+                    x["table"],
+                    x["targets"],
+                    weights_T=x["weights"].detach(),
+                    bias_I=x["bias"],
+                    implementation=way,
+                ),
+                inputs,
+                torch.float32,
+            ),
+        ]
+        for way in ("cpp", "chunked")
+    )
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_the_way_is_chosen_by_device_and_dtype() -> None:
+    inputs = problem(6, 20, 8)
+    queries, table, double = inputs["queries"], inputs["table"], inputs["queries"].double()
+    assert explain(queries).implementation == ("cpp" if native.available() else "chunked")
+    assert explain(double).implementation == "chunked" and "float64" in explain(double).why
+    assert explain(queries, inputs["bias"].double()).implementation == "chunked"
+    with pytest.raises(ValueError, match=r"'cpp' can't run here: .*float64"):
+        log_partition(double, table.double(), implementation="cpp")
+    with pytest.raises(ValueError, match="must be one of auto, cpp, chunked, not 'fast'"):
+        log_partition(queries, table, implementation="fast")
+
+
+@needs_cpp
+def test_the_operator_knows_its_shapes_without_data() -> None:
+    queries, table = (torch.empty(rows, 8, device="meta") for rows in (6, 20))
+    results = torch.ops.gr_kernels.full_softmax(queries, table, None, None, None, 1.0, True, False, True)
+    assert [tuple(x.shape) for x in results] == [(6,), (6, 8), (0, 8), (20,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -191,13 +302,18 @@ def test_16_bit_inputs_have_float32_sums(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
 
 
-def test_strided_queries_and_autocast() -> None:
+@pytest.mark.parametrize("implementation", BOTH)
+def test_strided_queries_and_autocast(implementation: str) -> None:
     inputs = problem(30, 40, 16)
     strided = inputs["queries"].t().contiguous().t()
-    plain = cross_entropy(inputs["queries"], inputs["table"], inputs["targets"])
-    torch.testing.assert_close(cross_entropy(strided, inputs["table"], inputs["targets"]), plain)
+
+    def loss(queries: Tensor) -> Tensor:
+        return cross_entropy(queries, inputs["table"], inputs["targets"], implementation=implementation)
+
+    plain = loss(inputs["queries"])
+    torch.testing.assert_close(loss(strided), plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(cross_entropy(inputs["queries"], inputs["table"], inputs["targets"]), plain)
+        assert torch.equal(loss(inputs["queries"]), plain)
 
 
 def test_errors_say_what_is_wrong() -> None:

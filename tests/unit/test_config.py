@@ -74,3 +74,32 @@ def test_missing_keys_files_and_circles(tmp_path):
     (tmp_path / "c.yaml").write_text("train: [1, 2\n")
     with pytest.raises(UserError, match="not valid YAML"):
         configs.load(tmp_path / "c.yaml")
+
+
+def test_the_name_of_a_schedule_is_a_value_like_others(tmp_path):
+    (tmp_path / "child.yaml").write_text(f"extends: {HSTU}\nschedule: {{name: linear, warmup_steps: 7}}\n")
+    schedule = configs.load(tmp_path / "child.yaml", ["schedule.name=cosine"]).schedule
+    assert (schedule.name, schedule.warmup_steps) == ("cosine", 7)
+
+
+@pytest.mark.parametrize(
+    "override,sentence",
+    [
+        ("objective=3", "'objective' needs a name"),
+        ("objective={name: 3}", "unknown objective.name '3'"),
+        ("eval.ks=[0]", "config key 'eval.ks.0' is 0: input should be greater than 0"),
+        ("model.similarity.temperature=0", "config key 'model.similarity.temperature' is 0"),
+        ("train.clip_norm=0", "config key 'train.clip_norm' is 0"),
+    ],
+)
+def test_values_that_could_not_work_are_refused(override, sentence):
+    with pytest.raises(UserError) as refusal:
+        configs.load(HSTU, [override])
+    assert str(refusal.value).startswith(sentence)
+
+
+def test_a_config_that_cannot_be_read(tmp_path):
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "bytes.yaml"):
+        with pytest.raises(UserError, match="cannot be read"):
+            configs.load(path)

@@ -6,7 +6,6 @@ import io
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -132,8 +131,15 @@ def test_user_ids_from_files(tmp_path):
     assert read_user_ids(tmp_path / "ids.txt") == ["7", "ann", "7"]
     table = pa.table({"user_id": [3, 1], "other": ["x", "y"]})
     pq.write_table(table, tmp_path / "ids.parquet")
-    pa.csv.write_csv(table, tmp_path / "ids.csv")
-    assert read_user_ids(tmp_path / "ids.parquet") == read_user_ids(tmp_path / "ids.csv") == [3, 1]
+    assert read_user_ids(tmp_path / "ids.parquet") == [3, 1]
+    (tmp_path / "ids.csv").write_text("user_id,n\n007,1\n7,2\n")
+    assert read_user_ids(tmp_path / "ids.csv") == ["007", "7"]
+    (tmp_path / "ids.csv").write_text("user_id,n\n7,1\n,2\n")
+    with pytest.raises(UserError, match=r"row 2 of .* has no user_id"):
+        read_user_ids(tmp_path / "ids.csv")
+    (tmp_path / "ids.txt").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(UserError, match="is not text: list the ids one a line"):
+        read_user_ids(tmp_path / "ids.txt")
     pq.write_table(table.drop(["user_id"]), tmp_path / "wrong.parquet")
     with pytest.raises(UserError, match=r"has no column user_id \(it has other\)"):
         read_user_ids(tmp_path / "wrong.parquet")

@@ -27,6 +27,11 @@ class Source:
     def __init__(self, options: Any = None):
         self.options: Any = self.Options() if options is None else options
 
+    @classmethod
+    def options_from(cls, raw: Mapping[str, Any]) -> Any:
+        """``Options`` from plain dictionaries, checked."""
+        return validate(cls.Options, raw, "")
+
     def prepare(
         self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET
     ) -> SequenceDataset:
@@ -41,4 +46,4 @@ def make_source(name: str, given: Mapping[str, Any] | None = None, settings: Seq
     raw = dict(given or {})
     for text in settings:
         raw = merge(raw, parse_override(text))
-    return source_class(validate(source_class.Options, raw, ""))
+    return source_class(source_class.options_from(raw))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gr.data.catalogue import read_catalogue
 from gr.data.dataset import SequenceDataset
@@ -21,6 +23,15 @@ class ActionLog(Source):
 
     class Options(LogSchema, Preparation):
         pass
+
+    @classmethod
+    def options_from(cls, raw: Mapping[str, Any]) -> Any:
+        if "columns" not in raw:
+            raise UserError(
+                "a log needs a schema: give --schema a YAML file that says which columns are the user, the item and "
+                "the time (docs/your-own-data.md shows one)"
+            )
+        return super().options_from(raw)
 
     def prepare(
         self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET

@@ -1,0 +1,81 @@
+"""A trained run beside baselines on a held-out split, in one process or several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from gr import config as configs, registry
+from gr.config import RunConfig
+from gr.data.files import output_file
+from gr.data.progress import Progress, default_progress
+from gr.errors import UserError
+from gr.eval.evaluator import EvalResult
+from gr.train.evaluation import Evaluation
+from gr.train.folder import RunFolder
+from gr.train.parallel import processes
+from gr.train.runs import open_run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``results``: baselines first, then the run under its encoder's name, ``model``."""
+
+    run: str
+    split: str
+    model: str
+    step: int
+    epoch: int
+    results: dict[str, EvalResult]
+    is_main: bool
+
+
+def compare(
+    run: str,
+    split: str = "test",
+    baselines: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    checkpoint: str = "last",
+    output: str | None = None,
+) -> Comparison:
+    """Evaluate; every process of the group calls this, and all get the results.
+
+    overrides: changes to the run's config, of ``eval`` alone.  output: a file to be written afterwards, checked
+    before the work.  Raises UserError.
+    """
+    config = _config(run, baselines, overrides, output)
+    model = config.model.encoder.name
+    results: dict[str, EvalResult] = {}
+    with processes(config.train.device, config.train.threads) as parallel:
+        opened = parallel.together(lambda: open_run(run, checkpoint, parallel.device))
+        evaluation = Evaluation(opened.dataset, opened.split, config, device=parallel.device)
+        requests = parallel.together(lambda: evaluation.requests(split))
+        progress = default_progress() if parallel.is_main else Progress()
+        for name in [*baselines, model]:
+            scorer = opened.model if name == model else parallel.together(partial(evaluation.baseline, name))
+            with progress.stage(name, requests.share, "users") as stage:
+                results[name] = evaluation.run(split, scorer, advance=stage.advance)
+        return Comparison(run, split, model, opened.step, opened.epoch, results, parallel.is_main)
+
+
+def to_json(done: Comparison) -> str:
+    """Everything of a comparison, buckets included, as JSON."""
+    rows = {name: {**result.row(), "buckets": result.buckets} for name, result in done.results.items()}
+    content = {"run": done.run, "step": done.step, "epoch": done.epoch, "results": rows}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _config(run: str, baselines: Sequence[str], overrides: Sequence[str], output: str | None) -> RunConfig:
+    """The run's config with its overrides; refuses what can be known before the work."""
+    try:
+        config = configs.override(configs.load(RunFolder.existing(run).config), overrides)
+        for name in baselines:
+            registry.resolve(registry.BASELINES, name, "baseline")
+        if output is not None:
+            output_file(output)
+    except UserError as error:
+        error.everywhere = True  # every process reads the same
+        raise
+    return config

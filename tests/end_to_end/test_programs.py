@@ -1,0 +1,278 @@
+"""The programs as a user starts them: a log to recommendations, a stream to its oracle, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gr.data.dataset import SequenceDataset
+from gr.train.folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+USERS, ITEMS, ACTIONS, K = 60, 30, 900, 7
+SMALL = [
+    *("model.dim=16", "model.encoder.qk_dim=16", "model.encoder.v_dim=16", "objective.negatives=16"),
+    *("train.global_batch=16", "train.threads=1", "log.tensorboard=false"),
+]
+
+
+def start(
+    program: str, *arguments: object, folder: Path, processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """``launch/PROGRAM.py`` in ``folder``, under torchrun when there are several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "launch" / f"{program}.py")]
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def run(program: str, *arguments: object, folder: Path, processes: int = 1) -> str:
+    """What the program printed; it has to end well."""
+    done = start(program, *arguments, folder=folder, processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def title(item: str) -> str:
+    return f"The [bold] {item.lower()}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A shop's log in two files, with ties in time, and its catalogue."""
+    folder = tmp_path_factory.mktemp("shop")
+    rng = np.random.default_rng(0)
+    users = np.concatenate([np.arange(USERS).repeat(3), rng.integers(0, USERS, ACTIONS - 3 * USERS)])
+    items = (users * 5 + rng.integers(0, 8, ACTIONS)) % ITEMS
+    log = pa.table(
+        {
+            "customer": [f"customer {u}" for u in users],
+            "sku": [f"SKU-{i:03d}" for i in items],
+            "ts": 1_700_000_000_000 + rng.integers(0, 40, ACTIONS) * 86_400_000,
+            "event": np.array(["view", "buy"])[rng.integers(0, 2, ACTIONS)],
+        }
+    )
+    (folder / "logs").mkdir()
+    pq.write_table(log.slice(0, 500), folder / "logs" / "a.parquet")
+    pq.write_table(log.slice(500), folder / "logs" / "b.parquet")
+    known = [f"SKU-{i:03d}" for i in range(ITEMS)]
+    pq.write_table(pa.table({"sku": known, "title": list(map(title, known))}), folder / "items.parquet")
+    (folder / "schema.yaml").write_text(
+        "columns: {user: customer, item: sku, time: ts, action_type: event}\n"
+        "time_unit: ms\n"
+        "catalogue: {path: items.parquet, item: sku}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def histories(folder) -> dict[str, list[str]]:
+    """User -> items in order, read by other means: a stable sort of the log by time."""
+    log = pa.concat_tables(pq.read_table(folder / "logs" / f) for f in ("a.parquet", "b.parquet")).to_pylist()
+    found: dict[str, list[str]] = {}
+    for action in sorted(log, key=lambda a: a["ts"]):
+        found.setdefault(action["customer"], []).append(action["sku"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def prepared(folder) -> str:
+    log = ["log", "--source", "logs/*.parquet", "--schema", "schema.yaml"]
+    return run("prepare", *log, "--out", "data/shop", folder=folder)
+
+
+@pytest.fixture(scope="module")
+def trained(folder, prepared) -> str:
+    """A few steps of a config that comes with gr; the run is in runs/shop."""
+    config = ROOT / "configs" / "ml-1m" / "hstu.yaml"
+    wanted = ["data.path=data/shop", "run.name=shop", "train.max_steps=9", *SMALL]
+    return run("train", "--config", config, *wanted, folder=folder)
+
+
+def test_prepare_keeps_every_action_in_order_under_its_raw_ids(folder, prepared, histories):
+    assert f"{USERS} users, {ITEMS} items, {ACTIONS} actions" in prepared
+    dataset = SequenceDataset(folder / "data" / "shop")
+    ids = dataset.catalogue["item_id"].to_pylist()
+    assert dataset.catalogue["title"].to_pylist() == [title(item) for item in ids]
+    assert dataset.manifest.action_type_names == ["buy", "view"]
+    rows = dataset.read_block(0)
+    items = np.split(rows.items_A, rows.offsets_R1[1:-1])
+    assert {u: [ids[i] for i in row] for u, row in zip(rows.users_R, items, strict=True)} == histories
+
+
+def test_describe_shows_titles_and_health(folder, prepared):
+    text = run("describe", "data/shop", "--samples", 2, "--plot", "shop.png", folder=folder)
+    assert "The [bold] sku-0" in text and "buy, view" in text and "broken" not in text
+    assert SequenceDataset(folder / "data" / "shop").manifest.fingerprint in text
+    assert (folder / "shop.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_leaves_a_whole_run_folder_and_says_what_is_next(folder, trained):
+    found = RunFolder(folder / "runs" / "shop")
+    kinds = Counter(row["kind"] for row in found.read_metrics())
+    assert kinds["eval"] == 1 and kinds["train"] >= 1
+    assert found.config.is_file() and found.environment.is_file() and (found.plots / "training.png").is_file()
+    assert [p.name for p in found.checkpoints.iterdir() if p.name == "step-00000009"]
+    assert "test, last epoch" in trained
+    assert "python launch/evaluate.py --run runs/shop --split test" in trained
+
+
+def popularity_by_hand(histories: dict[str, list[str]]) -> dict[str, float]:
+    """HR@10 and MRR of popularity on the last item, the user's earlier items out of the ranking."""
+    counts = Counter(item for items in histories.values() for item in items[:-1])
+    ranks = []
+    for *earlier, target in histories.values():
+        others = {f"SKU-{i:03d}" for i in range(ITEMS)} - set(earlier) - {target}
+        higher = sum(counts[item] > counts[target] for item in others)
+        ranks.append(1 + higher + sum(counts[item] == counts[target] for item in others) / 2)
+    found = np.array(ranks)
+    return {"hr@10": float((found <= 10).mean()), "mrr": float((1 / found).mean())}
+
+
+def test_evaluate_agrees_with_training_with_counting_by_hand_and_with_two_processes(
+    folder, trained, histories
+):
+    arguments = ["--baselines", "popularity,last_item", "--buckets", "--json"]
+    text = run("evaluate", "--run", "runs/shop", *arguments, "one.json", folder=folder)
+    run("evaluate", "runs/shop", *arguments, "two.json", folder=folder, processes=2)
+    one, two = (json.loads((folder / f"{n}.json").read_text())["results"] for n in ("one", "two"))
+    assert list(one) == ["popularity", "last_item", "hstu"] and f"{USERS} users" in text
+    for metric, value in popularity_by_hand(histories).items():
+        assert one["popularity"][metric] == pytest.approx(value, abs=1e-9)
+    logged = RunFolder(folder / "runs" / "shop").read_metrics()[-1]
+    for name in ("hr@1", "hr@10", "ndcg@10", "mrr"):
+        assert one["hstu"][name] == pytest.approx(logged[name], abs=1e-9)
+        assert two["hstu"][name] == pytest.approx(logged[name], abs=1e-9)
+    for breakdown in one["hstu"]["buckets"].values():
+        assert sum(bucket["users"] for bucket in breakdown) == USERS
+
+
+def vectors(file: Path, key: str) -> dict[str, np.ndarray]:
+    return {row[key]: np.array(row["vector"]) for row in pq.read_table(file).to_pylist()}
+
+
+def test_recommendations_are_the_best_new_items_of_each_user(folder, trained, histories):
+    wanted = ["--users", "all", "--k", K, "--exclude", "all", "--out", "recs.parquet"]
+    files = ["--user-vectors", "users.parquet", "--item-vectors", "items.vectors.parquet"]
+    run("recommend", "--run", "runs/shop", *wanted, *files, folder=folder)
+    users, items = (
+        vectors(folder / name, key)
+        for name, key in (("users.parquet", "user_id"), ("items.vectors.parquet", "item_id"))
+    )
+    table = pq.read_table(folder / "recs.parquet").to_pylist()
+    assert {row["user_id"] for row in table} == histories.keys() == users.keys() and len(table) == USERS
+    for row in table:
+        user, listed = row["user_id"], row["item_ids"]
+        new = items.keys() - set(histories[user])
+        assert len(listed) == len(set(listed)) == K and set(listed) <= new
+        np.testing.assert_allclose(
+            [items[i] @ users[user] for i in listed], row["scores"], rtol=1e-4, atol=1e-5
+        )
+        assert row["scores"] == sorted(row["scores"], reverse=True)
+        left_out = max(items[i] @ users[user] for i in new - set(listed))
+        assert left_out <= row["scores"][-1] + 1e-4
+
+
+def test_recommendations_for_a_list_of_users(folder, trained, histories):
+    (folder / "ids.txt").write_text("customer 7\n\ncustomer 3\ncustomer 7\n")
+    wanted = ["--users", "ids.txt", "--k", ITEMS, "--exclude", "none", "--out", "few.parquet"]
+    run("recommend", "runs/shop", *wanted, folder=folder)
+    table = pq.read_table(folder / "few.parquet").to_pylist()
+    assert {row["user_id"] for row in table} == {"customer 3", "customer 7"} and len(table) == 2
+    assert all(sorted(row["item_ids"]) == [f"SKU-{i:03d}" for i in range(ITEMS)] for row in table)
+
+
+REFUSALS = [
+    (
+        "prepare log --source logs --schema schema.yaml --out data/shop",
+        "'data/shop' exists: choose another --out, or say --overwrite",
+    ),
+    (
+        "prepare log --source logs --schema schema.yaml --out new --set time_unit=s",
+        "'{folder}/logs/a.parquet', row group 0, row 0, column 'ts': {first} is after the year 2200 in time_unit 's'; "
+        "set time_unit to the log's own, correct it, or say on_bad_rows=quarantine to put such rows aside",
+    ),
+    (
+        "prepare log --source logs --schema schema.yaml --out new --set columns.user=custommer",
+        "'{folder}/logs/a.parquet' has no column 'custommer': did you mean 'customer'?",
+    ),
+    (
+        "prepare log --source logs --out new",
+        "a log needs a schema: give --schema a YAML file that says which columns are the user, the item and the time "
+        "(docs/your-own-data.md shows one)",
+    ),
+    (
+        "prepare ml-1m --source http://127.0.0.1:9/ml-1m.zip --out new",
+        "cannot fetch http://127.0.0.1:9/ml-1m.zip ([Errno 111] Connection refused): get ml-1m.zip from "
+        "https://grouplens.org/datasets/movielens/1m, and give --source its path or the folder with ratings.dat and "
+        "movies.dat",
+    ),
+    (
+        "describe runs",
+        "no sequence dataset at 'runs' (manifest.json is missing): make one with launch/prepare.py, or set data.path "
+        "to one",
+    ),
+    (
+        "evaluate data/shop",
+        "no run at 'data/shop' (config.yaml is missing): runs are the folders that train.py writes",
+    ),
+    ("evaluate runs/shop --json none/out.json", "there is no folder 'none' to write 'out.json' in: make it"),
+    (
+        "recommend runs/shop --users strangers.txt --out recs2.parquet",
+        "1 of 2 users are not in the dataset 'data/shop', the first is 'nobody': take them out of the list, or prepare "
+        "a dataset that has them",
+    ),
+    (
+        "recommend runs/shop --users strangers.txt --out strangers.txt",
+        "--out and --users are both 'strangers.txt': give each a file of its own",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSALS, ids=[line for line, _ in REFUSALS])
+def test_refusals_are_one_sentence_and_leave_nothing_behind(folder, trained, line, message):
+    (folder / "strangers.txt").write_text("customer 7\nnobody\n")
+    program, *arguments = line.split()
+    done = start(program, *arguments, folder=folder)
+    first = pq.read_table(folder / "logs" / "a.parquet").column("ts")[0].as_py()
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: {message.format(folder=folder, first=first)}\n"
+    assert not (folder / "new").exists() and not (folder / "recs2.parquet").exists()
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
+    assert (folder / "strangers.txt").read_text() == "customer 7\nnobody\n"
+
+
+def test_several_processes_refuse_with_one_voice(folder, trained):
+    done = start("evaluate", "runs/shop", "--checkpoint", "4", folder=folder, processes=2)
+    message = "error: run 'runs/shop' has no checkpoint '4': it has last, best and the steps "
+    assert done.returncode != 0 and done.stderr.count("error: run") == done.stderr.count(message) == 1
+
+
+def test_a_stream_is_ranked_beside_its_oracle(tmp_path):
+    small = ["records=1500", "length=24", "items=300", "categories=10"]
+    run("prepare", "synthetic-dp", "--out", "stream", "--set", *small, folder=tmp_path)
+    config = ROOT / "configs" / "synthetic-dp" / "hstu-norab.yaml"
+    run(
+        "train",
+        "--config",
+        config,
+        "data.path=stream",
+        "run.dir=run",
+        "train.max_steps=5",
+        *SMALL,
+        folder=tmp_path,
+    )
+    run("evaluate", "run", "--baselines", "oracle,popularity", "--json", "out.json", folder=tmp_path)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert {r["users"] for r in results.values()} == {150}
+    hits = {name: r["hr@50"] for name, r in results.items()}
+    assert hits["oracle"] > 2 * max(hits["popularity"], hits["hstu"])

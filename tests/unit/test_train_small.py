@@ -1,0 +1,178 @@
+"""Whole tiny runs in this process: when it evaluates, saves, stops, and what it goes on with."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from gr import config as configs
+from gr.errors import UserError
+from gr.train import checkpoint, job, reproduction
+from gr.train.folder import RunFolder
+from gr.train.report import final_rows
+from gr.train.runs import find_checkpoint
+from tests.end_to_end.tiny import CONFIG, make_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "data"
+    make_dataset(path)
+    return path
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    """``config("train.epochs=1")``: the tiny config, 10 steps an epoch, with overrides."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG.format(run=tmp_path / "run", data=data))
+    return lambda *overrides: configs.load(file, overrides)
+
+
+def evaluated(result, split="test"):
+    return [r["step"] for r in result.metrics if r["kind"] == "eval" and r["split"] == split]
+
+
+def saved_steps(result):
+    return [step for step, _ in checkpoint.listed(RunFolder(result.path).checkpoints)]
+
+
+def test_steps_and_epochs_say_when_to_evaluate_and_each_moment_counts_once(config):
+    result = job.run(config("eval.every_steps=5", "eval.every_epochs=2", "checkpoint.keep=99"))
+    assert evaluated(result) == [5, 10, 15, 20, 25, 30]
+    assert {4, 8, 12, 16, 20, 24, 28, 10, 30} <= set(saved_steps(result))
+
+
+def test_a_step_is_saved_once(config, monkeypatch):
+    saved = []
+    real = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *given: saved.append(given[3].step) or real(*given))
+    job.run(config("checkpoint.every_steps=5"))
+    assert saved == sorted(set(saved)) and {5, 10, 15, 20, 25, 30} <= set(saved)
+
+
+def test_the_best_checkpoint_is_there_wherever_it_was_found(config):
+    rare = ["checkpoint.every_steps=null", "checkpoint.every_epochs=99", "eval.every_steps=3"]
+    result = job.run(config(*rare, "checkpoint.keep=1", "optimizer.lr=0.1"))
+    valid = [r for r in result.metrics if r["kind"] == "eval" and r["split"] == "valid"]
+    best = max(valid, key=lambda r: r["ndcg@10"])["step"]
+    assert find_checkpoint(RunFolder(result.path), "best").name == f"step-{best:08d}"
+    # an epoch has several evaluations here: the one that was chosen is reported, not the last of its epoch
+    rows = final_rows(result)
+    assert rows["test, epoch chosen on valid"]["step"] == best
+    assert saved_steps(result) == sorted({best, 30})
+
+
+def test_early_stopping_stops_saves_and_stays_stopped(config):
+    early = ["train.epochs=30", "optimizer.lr=0.5", "train.early_stopping={metric: hr@10, patience: 2}"]
+    result = job.run(config(*early))
+    values = [r["hr@10"] for r in result.metrics if r["kind"] == "eval" and r["split"] == "valid"]
+    assert result.finished and len(values) < 30
+    assert max(values) == values[-3] and max(values[:-3], default=0) < values[-3]
+    before = RunFolder(result.path).metrics.read_text()
+    again = job.resume(result.path)
+    assert again.finished and RunFolder(result.path).metrics.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "overrides,sentence",
+    [
+        (["eval.splits=[test]", "train.early_stopping={}"], "looks at split 'valid'"),
+        (["train.early_stopping={metric: ndcg@5}"], "'ndcg@5' is not evaluated .did you mean 'ndcg@10'"),
+        (["data.split={name: records, train: 0.0, valid: 0.5}"], "leaves no training sequence"),
+        (
+            ["train.global_batch=500", "data.tail=drop"],
+            "150 training sequences, fewer than train.global_batch 500",
+        ),
+    ],
+)
+def test_what_cannot_train_is_refused_before_anything_is_made(config, overrides, sentence):
+    wanted = config("eval.splits=[valid, test]", *overrides)
+    with pytest.raises(UserError, match=sentence):
+        job.run(wanted)
+    assert not os.path.exists(wanted.run.dir)
+
+
+def test_a_batch_larger_than_the_dataset_trains(config):
+    result = job.run(config("train.global_batch=500", "train.epochs=2"))
+    assert [r["samples"] for r in result.metrics if r["kind"] == "train"] == [150, 150]
+
+
+def test_a_signal_while_evaluating_saves_after_the_next_step(config):
+    steps = []
+
+    def on_step(folder):
+        steps.append(folder)
+        if len(steps) == 10:  # the evaluation at the end of the first epoch comes next
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    wanted = config()
+    stopped = job.run(wanted, on_step=on_step)
+    assert not stopped.finished
+    assert saved_steps(stopped)[-1] == 11
+    whole = job.run(configs.override(wanted, [f"run.dir={wanted.run.dir}-whole"]))
+    assert job.resume(stopped.path).metrics == whole.metrics
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_may_change_on_resume(config):
+    result = job.run(config("train.max_steps=5"))
+    with pytest.raises(UserError, match=r"'run.dir' cannot change on resume"):
+        job.resume(result.path, ["run.dir=elsewhere"])
+    assert job.resume(result.path, ["train.max_steps=7"]).metrics[-1]["step"] == 7
+
+
+def test_a_falling_rate_holds_the_number_of_steps_fixed(config):
+    result = job.run(config("train.max_steps=5", "schedule.name=cosine"))
+    for change in ("train.max_steps=7", "train.epochs=9"):
+        with pytest.raises(UserError, match=r"where schedule\.name is cosine"):
+            job.resume(result.path, [change])
+
+
+def test_lost_rows_are_said_and_training_goes_on(config, caplog):
+    result = job.run(config("train.max_steps=8"))
+    metrics = RunFolder(result.path).metrics
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]) + '{"kind": "tr')
+    again = job.resume(result.path, ["train.max_steps=9"])
+    assert "has lost rows: 3 of the 10" in caplog.text
+    assert [r["step"] for r in again.metrics if r["kind"] == "train"] == [1, 2, 3, 9]
+    state = checkpoint.read_state(checkpoint.newest(RunFolder(result.path).checkpoints))
+    assert state["cursor"]["metrics_rows"] == len(again.metrics)
+
+
+def test_parameters_that_are_not_finite_are_never_saved(config, monkeypatch):
+    """A finite loss whose gradients are not: the step is refused before its checkpoint."""
+    real = torch.nn.utils.clip_grad_norm_
+
+    def overflow(parameters, limit):
+        parameters = list(parameters)
+        parameters[0].grad.fill_(float("inf"))
+        return real(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    wanted = config("checkpoint.every_steps=1")
+    with pytest.raises(UserError, match=r"the update of step 1 is not finite.*last good checkpoint is none"):
+        job.run(wanted)
+    folder = RunFolder(wanted.run.dir)
+    assert not folder.checkpoints.exists()
+    (file,) = folder.path.glob("nonfinite-*")
+    assert len(json.loads(file.read_text())["ordinals"]) == 16
+
+
+def test_bf16_and_sgd_train(config):
+    result = job.run(config("train.precision=bf16", "train.epochs=1", "optimizer={name: sgd, lr: 0.05}"))
+    losses = [r["loss"] for r in result.metrics if r["kind"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_a_table_is_not_rebuilt_from_a_run_that_was_trained_otherwise(tmp_path):
+    row = reproduction.Row(name="HSTU", config="hstu.yaml", published={}, source="")
+    there = configs.load(reproduction.ROOT / "configs/ml-1m/hstu.yaml", ["train.epochs=3"])
+    folder = str(tmp_path / "run")
+    RunFolder.make(
+        configs.override(there, [f"run.dir={folder}", "train.threads=1"]), configs.to_yaml(there), {}
+    )
+    with pytest.raises(UserError, match=r"was trained with train\.epochs=3, not 101"):
+        reproduction._train("ml-1m", row, folder, [], 1)
