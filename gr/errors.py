@@ -16,6 +16,10 @@ from functools import wraps
 SPEAKING_SECONDS = 2.0
 
 
+LISTED = 12
+"""Names that a refusal lists when none is close."""
+
+
 class UserError(Exception):
     """Bad input or configuration; ``str(error)`` is the whole message for the user.
 
@@ -30,8 +34,10 @@ class UserError(Exception):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest valid name, or the list of names if none is close."""
     names = sorted(str(v) for v in valid)
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"
+    if close := get_close_matches(name, names, n=1, cutoff=0.6):
+        return f"did you mean '{close[0]}'?"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"known: {', '.join(names[:LISTED]) or 'none'}{more}"
 
 
 def program(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -48,11 +54,16 @@ def program(main: Callable[..., int | None]) -> Callable[..., int]:
             else:  # torchrun ends all processes when one has left: let the first one speak before that
                 time.sleep(SPEAKING_SECONDS)
             return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr, flush=True)
-            return 130
         except BrokenPipeError:  # the reader of our output (head, less) has left
             sys.stderr.close()
             return 0
+        except OSError as error:  # a full disk, a folder that may not be written
+            if error.filename is None:
+                raise
+            print(f"error: {error.strerror}: '{error.filename}'", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
 
     return wrapped
