@@ -16,7 +16,8 @@ from gr.errors import program
 
 @program
 def main() -> int:
-    from gr.train.reproduction import print_table, read_table, reproduce, table_names
+    from gr.train.published import print_table, read_table, save_table, table_names
+    from gr.train.reproduction import reproduce
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,7 +47,9 @@ def main() -> int:
         selection=not options.no_selection,
         overrides=options.overrides,
     )
-    print_table(read_table(options.dataset), measured)
+    table = read_table(options.dataset)
+    print_table(table, measured)
+    print(f"picture {save_table(table, measured, f'{options.out}/{options.dataset}')}, table.json beside it")
     return 0
 
 

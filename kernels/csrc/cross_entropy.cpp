@@ -128,13 +128,13 @@ GR_INLINE void exponentiate(const Problem& p, const Block& b, int64_t tile_first
     for (int64_t r = 0; r < b.rows; ++r) {
       float* row = strip + r * STRIDE;
       const float peak = b.peaks[r] == -INFINITE ? 0.0f : b.peaks[r];  // all masked so far: zeros, not NaN
-      Float<W> total = load<W>(totals + r * W);
+      Float<W> total{};  // of this strip: a long running sum would lose more to rounding
       for (int64_t i = 0; i < columns; i += W) {
         const Float<W> e = exp<W>(load<W>(row + i) - peak);
         total += e;
         store<W>(row + i, e);
       }
-      store<W>(totals + r * W, total);
+      store<W>(totals + r * W, load<W>(totals + r * W) + total);
     }
   }
   for (int64_t r = 0; r < b.rows; ++r) sums[r] += sum<W>(load<W>(totals + r * W));

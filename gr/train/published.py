@@ -1,0 +1,150 @@
+"""A published table beside what was measured: its files, the printed form, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gr.config import Section, read_yaml
+from gr.errors import UserError, nearest
+from gr.train.selection import best_validation
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Row(Section):
+    """A model of the table.  ``valid``: its own protocol holds a validation action out and lets it choose the epoch."""
+
+    name: str
+    config: str
+    published: dict[str, float]
+    source: str
+    valid: bool = False
+
+
+class PublishedTable(Section):
+    """``options``: of a generated dataset.  ``oracle``: also print each row's share of the oracle's metric."""
+
+    dataset: str
+    columns: list[str]
+    rows: list[Row]
+    options: dict[str, Any] = {}
+    oracle: bool = False
+
+
+@dataclass
+class Measured:
+    """One row's evaluations, a value a seed: at the last epoch, and at the one that validation chose."""
+
+    row: Row
+    last: list[dict[str, Any]] = field(default_factory=list)
+    chosen: list[dict[str, Any]] = field(default_factory=list)
+    baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    digests: list[str] = field(default_factory=list)
+
+    @property
+    def result(self) -> list[dict[str, Any]]:
+        """What the row's protocol reports."""
+        return self.chosen if self.row.valid else self.last
+
+    def add(self, rows: list[dict[str, Any]], chosen_only: bool = False) -> None:
+        """Take a finished run's metrics in."""
+        tests = {r["step"]: r for r in rows if r["kind"] == "eval" and r["split"] == "test"}
+        if not chosen_only:
+            self.last.append(tests[max(tests)])
+            self.digests.append([r["data_digest"] for r in rows if r["kind"] == "train"][-1])
+        if (best := best_validation(rows)) is not None:
+            self.chosen.append(tests[best["step"]])
+        self.baselines.update(
+            {r["name"]: r for r in rows if r["kind"] == "baseline" and r["split"] == "test"}
+        )
+
+
+def table_names() -> list[str]:
+    return sorted(p.parent.name for p in (ROOT / "configs").glob("*/table.yaml"))
+
+
+def read_table(dataset: str) -> PublishedTable:
+    file = ROOT / "configs" / dataset / "table.yaml"
+    if not file.is_file():
+        raise UserError(f"no published table for '{dataset}': {nearest(dataset, table_names())}")
+    return PublishedTable.model_validate(read_yaml(file))
+
+
+def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
+    """Published beside measured; means over seeds, with the spread where there are several."""
+    view = Table(title=f"{table.dataset}: published beside measured", title_justify="left")
+    view.add_column("model, epoch")
+    for column in table.columns:
+        view.add_column(column, justify="right")
+    for result in measured:
+        view.add_row(
+            f"[bold]{result.row.name}[/] published",
+            *(_number(result.row.published.get(c)) for c in table.columns),
+        )
+        for label, rows in (("last epoch", result.last), ("chosen on valid", result.chosen)):
+            if rows:
+                epochs = "/".join(str(r["epoch"] + 1) for r in rows)
+                view.add_row(f"  {label} ({epochs})", *(_spread([r[c] for r in rows]) for c in table.columns))
+        if table.oracle:
+            oracle = result.baselines["oracle"]
+            shares = [statistics.mean(r[c] for r in result.last) / oracle[c] for c in table.columns]
+            view.add_row("  share of the oracle", *(f"{s:.1%}" for s in shares))
+        view.add_section()
+    for name, row in (measured[0].baselines if measured else {}).items():
+        view.add_row(name, *(_number(row[c]) for c in table.columns))
+    console = Console()
+    console.print(view)
+    for result in measured:
+        digests = ", ".join(dict.fromkeys(result.digests))
+        console.print(
+            f"{result.row.name}: data digest {digests}; published: {result.row.source}", highlight=False
+        )
+
+
+def save_table(table: PublishedTable, measured: Sequence[Measured], folder: str | Path) -> Path:
+    """Write ``table.json`` and ``table.png`` into ``folder``; returns the picture's path."""
+    folder = Path(folder)
+    content = [{**asdict(m), "row": m.row.model_dump()} for m in measured]
+    (folder / "table.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
+
+    names = [m.row.name for m in measured]
+    figure = Figure(figsize=(2.2 + 1.3 * len(names), 3.6), layout="constrained")
+    axes = figure.subplots()
+    metric = table.columns[0]
+    published = [m.row.published.get(metric, 0.0) for m in measured]
+    values = [m.result for m in measured]
+    means = [statistics.mean(r[metric] for r in rows) for rows in values]
+    spreads = [statistics.stdev(r[metric] for r in rows) if len(rows) > 1 else 0.0 for rows in values]
+    places = range(len(names))
+    axes.bar([p - 0.2 for p in places], published, 0.4, color="#c9ced6", label="published")
+    bars = axes.bar([p + 0.2 for p in places], means, 0.4, yerr=spreads, color="#1f5a99", label="measured")
+    axes.bar_label(bars, [f"{mean:.4f}" for mean in means], padding=2, size=8)
+    if table.oracle:
+        oracle = measured[0].baselines["oracle"][metric]
+        axes.axhline(oracle, linestyle="--", color="grey", linewidth=1, label="oracle on this stream")
+    axes.set_xticks(list(places), [n.replace(" (", "\n(").replace(", ", ",\n") for n in names], size=8)
+    axes.set(title=f"{table.dataset}: {metric.upper()}", ylim=(0, None))
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, size=8, loc="upper left")
+    figure.savefig(folder / "table.png", dpi=130)
+    return folder / "table.png"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _spread(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.4f}" + (f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else "")
