@@ -136,7 +136,7 @@ def save_table(table: PublishedTable, measured: Sequence[Measured], folder: str 
     axes.set(title=f"{table.dataset}: {metric.upper()}", ylim=(0, None))
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(folder / "table.png", dpi=130)
     return folder / "table.png"
 
