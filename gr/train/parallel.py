@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -88,8 +87,10 @@ class Parallel:
             return model
         # Looking for unused parameters keeps DDP from rebuilding its buckets after the first step: with other
         # buckets a ring of three or more ranks adds in another order, and a resumed run would lose its bits.
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
-        return DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
+        # (Two ranks add a and b either way.)
+        return DistributedDataParallel(
+            model, find_unused_parameters=self.ranks > 2, gradient_as_bucket_view=True
+        )
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """Around each micro-batch: gradients are exchanged with the last one alone."""
