@@ -73,10 +73,13 @@ class DataSection(Section):
 
 
 class InputSection(Section):
-    """x = dropout(scale * E[item] + P[position])."""
+    """x = dropout(s E[item] + P[position]); s is sqrt(model.dim) with ``scale``, else 1.
+
+    positions: how P starts: xavier_normal over the whole of P, truncated_normal with std 1/sqrt(model.dim), or
+    normal with std model.table_std, as small as an item's row."""
 
     scale: bool = True
-    positions: Literal["none", "xavier_normal", "truncated_normal"] = "xavier_normal"
+    positions: Literal["none", "xavier_normal", "truncated_normal", "normal"] = "xavier_normal"
     extra_positions: Annotated[int, Field(ge=0)] = 0
     dropout: FRACTION = 0.2
 
@@ -85,7 +88,7 @@ class SimilaritySection(Section):
     """score = <q, e> / temperature, both L2-normalised (eps as the divisor's floor) if asked for."""
 
     normalize: bool = True
-    eps: Annotated[float, Field(ge=0)] = 1e-6
+    eps: Annotated[float, Field(gt=0)] = 1e-6
     temperature: Annotated[float, Field(gt=0)] = 0.05
     item_bias: bool = False
 

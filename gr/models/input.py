@@ -24,18 +24,19 @@ class ItemInput(nn.Module):
     """Vectors of the input tokens; position 0 is the first action that was kept.
 
     max_length: the longest input.  masks: whether tokens may be MASK, which has a learned vector of its own.
+    item_std: of the table's first values.
     """
 
     table: Table
 
     def __init__(
-        self, config: InputSection, table: Table, max_length: int, masks: bool, mask_std: float
+        self, config: InputSection, table: Table, max_length: int, masks: bool, item_std: float
     ) -> None:
         super().__init__()
         self.config = config
         borrow(self, "table", table)
         self.scale = math.sqrt(table.dim) if config.scale else 1.0
-        self.mask_std = mask_std
+        self.item_std = item_std
         if config.positions != "none":
             self.positions = nn.Parameter(torch.empty(max_length + config.extra_positions, table.dim))
         if masks:
@@ -46,11 +47,12 @@ class ItemInput(nn.Module):
             "none": init.zeros,
             "xavier_normal": init.xavier_normal,
             "truncated_normal": init.truncated_normal(math.sqrt(1 / self.table.dim)),
+            "normal": init.normal(self.item_std),
         }
         # the mask stands where an item's vector would: it starts as one does
         return {
             "positions": positions[self.config.positions],
-            "mask": init.truncated_normal(self.mask_std),
+            "mask": init.truncated_normal(self.item_std),
         }
 
     def forward(self, tokens_T: Tensor, layout: JaggedLayout) -> Tensor:

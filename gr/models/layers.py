@@ -40,7 +40,7 @@ class Linear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """dropout(W2 dropout(act(W1 x))): D -> F -> D."""
+    """dropout(W2 dropout(act(W1 x))): D -> F -> D.  inner_dropout: the inner one's probability, if another."""
 
     def __init__(
         self,
@@ -50,13 +50,15 @@ class FeedForward(nn.Module):
         dropout: float,
         weight: init.Initialiser,
         biases: tuple[init.Initialiser, init.Initialiser] = (init.zeros, init.zeros),
+        inner_dropout: float | None = None,
     ) -> None:
         super().__init__()
         self.up = Linear(dim, inner, weight, biases[0])
         self.down = Linear(inner, dim, weight, biases[1])
         self.activation = ACTIVATIONS[activation]
         self.dropout = dropout
+        self.inner_dropout = dropout if inner_dropout is None else inner_dropout
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        inner_TF = dropout(self.activation(self.up(x_TD)), self.dropout, self.training)
+        inner_TF = dropout(self.activation(self.up(x_TD)), self.inner_dropout, self.training)
         return dropout(self.down(inner_TF), self.dropout, self.training)

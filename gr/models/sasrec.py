@@ -6,8 +6,9 @@ By default the variant that the HSTU paper compares with:
     z = LN(Q + MHA(Q, x, x))
     x = z + dropout(W2 dropout(ReLU(W1 z)))
 
-With ``affine_norms`` and ``final_norm`` the original authors' layer.  The convolutions of width 1 of the public
-codes are written as the linear layers they are.
+With ``affine_norms`` and ``final_norm`` the original authors' layer.  With ``linear_std`` too it starts as in the
+code of arXiv 2309.07602: nearly the identity, so that the first gradients go to the items.  The convolutions of
+width 1 of the public codes are written as the linear layers they are.
 
 Shapes: T actions in the batch, D model width, H heads, Q width per head.
 """
@@ -15,8 +16,9 @@ Shapes: T actions in the batch, D model width, H heads, Q width per head.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from gr.config import FRACTION, POSITIVE, ComponentConfig
@@ -32,7 +34,9 @@ EPS = 1e-8
 class SASRec(nn.Module):
     class Config(ComponentConfig):
         """ffn: inner width of the feed-forward layer.  dropout: inside it; attention_dropout: of the attention
-        weights.  affine_norms: norms with learned gain and bias; final_norm: one more after the last block."""
+        weights.  affine_norms: norms with learned gain and bias; final_norm: one more after the last block.
+        linear_std: the weights of the attention's output and of the feed-forward layer start from N(0, linear_std^2)
+        and their biases from zero; without it xavier-normal, and uniform within 1/sqrt(inputs)."""
 
         name: Literal["sasrec"] = "sasrec"
         layers: POSITIVE = 2
@@ -42,6 +46,7 @@ class SASRec(nn.Module):
         attention_dropout: FRACTION = 0.2
         affine_norms: bool = False
         final_norm: bool = False
+        linear_std: Annotated[float, Field(gt=0)] | None = None
         causal: bool = True
 
     def __init__(self, config: Config, dim: int, max_length: int, kernels: str = "auto") -> None:
@@ -65,13 +70,18 @@ class SASRecBlock(nn.Module):
         self.implementation = attention_kernel(kernels)
         self.head_width = head_width(dim, config.heads, "sasrec")
         self.attention_norm, self.ffn_norm = _norm(config, dim), _norm(config, dim)
-        # queries, keys and values are one (3D, D) matrix in the public code; its xavier bound is kept
+        # queries, keys and values are one (3D, D) matrix in the public codes; its xavier spread is kept
         projection = init.normal(math.sqrt(2 / (dim + 3 * dim)))
         self.query = Linear(dim, dim, projection)
         self.key_value = Linear(dim, 2 * dim, projection)
-        self.output = Linear(dim, dim, init.xavier_normal)
-        biases = (init.uniform(1 / math.sqrt(dim)), init.uniform(1 / math.sqrt(config.ffn)))
-        self.ffn = FeedForward(dim, config.ffn, "relu", config.dropout, init.xavier_normal, biases)
+        if config.linear_std is None:
+            weight: init.Initialiser = init.xavier_normal
+            biases = (init.uniform(1 / math.sqrt(dim)), init.uniform(1 / math.sqrt(config.ffn)))
+        else:
+            weight = init.normal(config.linear_std)
+            biases = (init.zeros, init.zeros)
+        self.output = Linear(dim, dim, weight)
+        self.ffn = FeedForward(dim, config.ffn, "relu", config.dropout, weight, biases)
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         heads = (self.config.heads, self.head_width)

@@ -29,8 +29,9 @@ INIT_STD = 0.02
 
 class Transformer(nn.Module):
     class Config(ComponentConfig):
-        """ffn: inner width, 4 D by default.  dropout: of both branches and inside the feed-forward layer.
-        input_norm: a norm and dropout before the first block."""
+        """ffn: inner width, 4 D by default.  dropout: of both branches, and of the feed-forward layer's inner values
+        unless ``ffn_dropout`` says another probability (BERT's is 0).  input_norm: a norm and dropout before the
+        first block."""
 
         name: Literal["transformer"] = "transformer"
         layers: POSITIVE = 2
@@ -38,6 +39,7 @@ class Transformer(nn.Module):
         ffn: POSITIVE | None = None
         dropout: FRACTION = 0.1
         attention_dropout: FRACTION = 0.1
+        ffn_dropout: FRACTION | None = None
         activation: Literal["gelu", "relu"] = "gelu"
         norm: Literal["pre", "post"] = "pre"
         input_norm: bool = False
@@ -71,7 +73,14 @@ class TransformerBlock(nn.Module):
         weight = init.normal(INIT_STD)
         self.qkv = Linear(dim, 3 * dim, weight)
         self.output = Linear(dim, dim, weight)
-        self.ffn = FeedForward(dim, config.ffn or 4 * dim, config.activation, config.dropout, weight)
+        self.ffn = FeedForward(
+            dim,
+            config.ffn or 4 * dim,
+            config.activation,
+            config.dropout,
+            weight,
+            inner_dropout=config.ffn_dropout,
+        )
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         if self.config.norm == "pre":

@@ -89,6 +89,7 @@ def test_the_name_of_a_schedule_is_a_value_like_others(tmp_path):
         ("objective={name: 3}", "unknown objective.name '3'"),
         ("eval.ks=[0]", "config key 'eval.ks.0' is 0: input should be greater than 0"),
         ("model.similarity.temperature=0", "config key 'model.similarity.temperature' is 0"),
+        ("model.similarity.eps=0", "config key 'model.similarity.eps' is 0"),
         ("train.clip_norm=0", "config key 'train.clip_norm' is 0"),
     ],
 )

@@ -130,6 +130,22 @@ def test_transformer_equals_torchs(norm, causal):
     compare(model(x, where), torch.cat([expected_one(s) for s in parts(x, LENGTHS)]), x, pairs)
 
 
+def test_the_inner_dropout_of_the_feed_forward_layer_is_apart_when_told():
+    x = torch.randn(50, DIM, generator=generator(4))
+
+    def ffn(**config):
+        encoder = randomise(Transformer(Transformer.Config(dropout=0.5, **config), DIM, 12))
+        return encoder.blocks[0].ffn
+
+    apart = ffn(ffn_dropout=0.0)
+    kept = apart(x)
+    torch.testing.assert_close(kept[kept != 0], 2 * apart.eval()(x)[kept != 0])
+    assert 0.3 < (kept == 0).float().mean() < 0.7
+    both = ffn()
+    kept = both(x)
+    assert not torch.allclose(kept[kept != 0], 2 * both.eval()(x)[kept != 0])
+
+
 def test_gru_equals_one_sequence_at_a_time():
     model = build(CONFIGS["gru4rec"], torch.float64)
     where = layout()

@@ -19,7 +19,7 @@ def build(masks=False, **config):
     return randomise(ItemInput(InputSection(**config), table, 9, masks, 0.02))
 
 
-@pytest.mark.parametrize("positions", ["none", "xavier_normal", "truncated_normal"])
+@pytest.mark.parametrize("positions", ["none", "xavier_normal", "truncated_normal", "normal"])
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("masks", [False, True])
 def test_items_scaled_plus_positions_from_the_first_action(positions, scale, masks):

@@ -164,6 +164,27 @@ def test_the_published_first_values():
     assert layer.divisor == 211
 
 
+@pytest.mark.parametrize("linear_std,positions", [(None, "truncated_normal"), (0.02, "normal")])
+def test_the_first_values_of_both_public_sasrecs(linear_std, positions):
+    encoder = {"name": "sasrec", "heads": 1, "ffn": 64, "linear_std": linear_std}
+    model = build(dim=64, length=200, encoder=encoder, model={"input": {"positions": positions}})
+    block = model.encoder.blocks[0]
+    xavier = (2 / 128) ** 0.5
+    for value, std in [
+        (block.query.weight, (2 / 256) ** 0.5),
+        (block.key_value.weight, (2 / 256) ** 0.5),
+        (block.output.weight, linear_std or xavier),
+        (block.ffn.up.weight, linear_std or xavier),
+        (block.ffn.down.weight, linear_std or xavier),
+        (model.input.positions, 0.02 if linear_std else 0.8796 / 8),
+    ]:
+        assert value.std().item() == pytest.approx(std, rel=5 / value.numel() ** 0.5)
+    for bias in (block.ffn.up.bias, block.ffn.down.bias):
+        assert bias.abs().max() <= 1 / 8
+        assert bool(bias.any()) == (linear_std is None)
+    assert not block.query.bias.any() and not block.key_value.bias.any() and not block.output.bias.any()
+
+
 def test_report_counts_every_parameter():
     model = build()
     assert sum(n for _, _, n in model.report()) == sum(p.numel() for p in model.parameters())
