@@ -96,8 +96,8 @@ class GlobalTime(Split):
 
 
 class Records(Split):
-    """Whole sequences: the first ``train`` share of the users trains, of the rest the first half validates and the
-    second half tests; the target is the last action (synthetic streams)."""
+    """Whole sequences: the first ``train`` share of the users trains, the next ``valid`` share validates, the rest
+    tests; the target is the last action (synthetic streams)."""
 
     class Config(ComponentConfig):
         name: Literal["records"] = "records"

@@ -31,7 +31,9 @@ class SampledSoftmax(nn.Module):
     needs_global_targets = False
 
     class Config(ComponentConfig):
-        """negatives: K, drawn with replacement, for each target or (``shared``) once a step for the global batch."""
+        """negatives: K, drawn with replacement, for each target or (``shared``) once a step for the global batch.
+        logq: subtract from each item's logit the logarithm of its chance to be drawn (with uniform sampling one
+        constant for all, which cancels)."""
 
         name: Literal["sampled_softmax"] = "sampled_softmax"
         negatives: POSITIVE = 128
