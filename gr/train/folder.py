@@ -46,17 +46,19 @@ class RunFolder:
             number = 1
             while True:
                 folder = RunFolder(Path("runs") / (config.run.name + (f"-{number}" if number > 1 else "")))
-                if not folder.path.exists() and folder._take(config_yaml):
+                if folder._take(config_yaml, new=True):
                     break
                 number += 1
         folder.environment.write_text(json.dumps(environment, indent=1) + "\n")
         return folder
 
-    def _take(self, config_yaml: str) -> bool:
-        """Make the folder with its config.yaml; False if it holds a run.  One of several at a time succeeds."""
+    def _take(self, config_yaml: str, new: bool = False) -> bool:
+        """Make the folder with its config.yaml; False if it holds a run, or (``new``) if it exists at all.  One of
+        several processes at a time succeeds: the folder, or else its config.yaml, is made by one alone."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not self.config.exists() and any(self.path.iterdir()):
+            self.path.mkdir(parents=True, exist_ok=not new)
+            names = {entry.name for entry in self.path.iterdir()}
+            if names and self.config.name not in names:
                 raise UserError(f"'{self.path}' exists and is not empty: choose another run.dir")
             with self.config.open("x") as out:
                 out.write(config_yaml)
