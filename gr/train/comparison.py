@@ -50,7 +50,9 @@ def compare(
     results: dict[str, EvalResult] = {}
     with processes(config.train.device, config.train.threads) as parallel:
         opened = parallel.together(lambda: open_run(run, checkpoint, parallel.device))
-        evaluation = Evaluation(opened.dataset, opened.split, config, device=parallel.device)
+        evaluation = Evaluation(
+            opened.dataset, opened.split, config, device=parallel.device, item_counts=opened.item_counts
+        )
         requests = parallel.together(lambda: evaluation.requests(split))
         progress = default_progress() if parallel.is_main else Progress()
         for name in [*baselines, model]:

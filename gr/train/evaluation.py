@@ -106,32 +106,3 @@ class Evaluation:
         if self._given_counts is not None:
             return self._given_counts
         return torch.from_numpy(training_counts(self.dataset, self.split))
-
-
-def evaluate_split(
-    dataset: SequenceDataset,
-    split: Split,
-    name: str,
-    scorer: Scorer,
-    config: RunConfig,
-    *,
-    device: torch.device | str = "cpu",
-    item_counts: Tensor | None = None,
-    advance: Advance | None = None,
-) -> EvalResult:
-    """:meth:`Evaluation.run`, once."""
-    evaluation = Evaluation(dataset, split, config, device=device, item_counts=item_counts)
-    return evaluation.run(name, scorer, advance=advance)
-
-
-def evaluate_baselines(
-    dataset: SequenceDataset,
-    split: Split,
-    name: str,
-    config: RunConfig,
-    names: Sequence[str] | None = None,
-    *,
-    item_counts: Tensor | None = None,
-) -> dict[str, EvalResult]:
-    """:meth:`Evaluation.baselines`, once."""
-    return Evaluation(dataset, split, config, item_counts=item_counts).baselines(name, names)

@@ -21,12 +21,16 @@ from gr.train.job import build_model, build_split
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run with the parameters of one checkpoint; the model is in evaluation mode."""
+    """A run with the parameters of one checkpoint; the model is in evaluation mode.
+
+    ``item_counts``: (I,) training actions of each item.
+    """
 
     folder: RunFolder
     config: RunConfig
     dataset: SequenceDataset
     split: Split
+    item_counts: torch.Tensor
     model: Recommender
     step: int
     epoch: int
@@ -39,14 +43,16 @@ def open_run(path: str | Path, checkpoint_name: str = "last", device: torch.devi
     chosen = find_checkpoint(folder, checkpoint_name)
     dataset = SequenceDataset(config.data.path)
     split = build_split(config)
-    model = build_model(config, dataset, torch.from_numpy(training_counts(dataset, split)))
+    counts = torch.from_numpy(training_counts(dataset, split))
+    model = build_model(config, dataset, counts)
     cursor = checkpoint.load(chosen, model)
     if cursor.generation != dataset.manifest.generation:
         raise UserError(
             f"'{dataset.path}' is not the dataset that run '{path}' was trained on (its generation differs): "
             "prepare the same data again"
         )
-    return OpenRun(folder, config, dataset, split, model.to(device).eval(), cursor.step, cursor.epoch)
+    model = model.to(device).eval()
+    return OpenRun(folder, config, dataset, split, counts, model, cursor.step, cursor.epoch)
 
 
 def find_checkpoint(folder: RunFolder, name: str) -> Path:

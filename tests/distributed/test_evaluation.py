@@ -20,7 +20,7 @@ from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
 from gr.models.baselines import ItemKNN
-from gr.train.evaluation import Evaluation, evaluate_baselines, evaluate_split
+from gr.train.evaluation import Evaluation
 from gr.train.parallel import processes
 
 ITEMS, USERS = 40, 61
@@ -127,7 +127,7 @@ def test_two_processes_measure_what_one_does(path, tmp_path):
 def test_every_user_with_a_target_is_measured_once(path):
     dataset, split, config = opened(path)
     lengths = np.concatenate([dataset.read_block(b).lengths_R for b in range(len(dataset.manifest.blocks))])
-    result = evaluate_split(dataset, split, "test", Diverged(-1), config)
+    result = Evaluation(dataset, split, config).run("test", Diverged(-1))
     assert result.users == result.population == (lengths >= 2).sum()
     assert "of_users" not in result.row()
     assert sum(b["users"] for b in result.buckets["history"]) == result.users
@@ -157,12 +157,13 @@ def test_baselines_do_not_see_held_out_actions(path, tmp_path):
 
 def test_baselines_by_config_and_by_name(path):
     dataset, split, config = opened(path, baselines=["popularity", "last_item"], exclude="none")
-    results = evaluate_baselines(dataset, split, "test", config)
+    evaluation = Evaluation(dataset, split, config)
+    results = evaluation.baselines("test")
     assert list(results) == ["popularity", "last_item"]
     with pytest.raises(UserError, match="did you mean 'popularity'"):
-        evaluate_baselines(dataset, split, "test", config, ["popularty"])
+        evaluation.baselines("test", ["popularty"])
     with pytest.raises(UserError, match="the oracle knows synthetic-dp streams only"):
-        evaluate_baselines(dataset, split, "test", config, ["oracle"])
+        evaluation.baselines("test", ["oracle"])
 
 
 def test_a_split_without_users_is_an_error(path):
@@ -171,4 +172,4 @@ def test_a_split_without_users_is_an_error(path):
     rows = dataset.read_block(0)
     split.target = lambda r, name, users: np.full(len(rows), -1)
     with pytest.raises(UserError, match="has a held-out action in split 'test'"):
-        evaluate_split(dataset, split, "test", Diverged(-1), config)
+        Evaluation(dataset, split, config).run("test", Diverged(-1))

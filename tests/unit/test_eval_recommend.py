@@ -59,11 +59,12 @@ def run(request, tmp_path):
             "train": {"kernels": "reference"},
         }
     )
-    model = Recommender(config, ITEMS, torch.zeros(ITEMS, dtype=torch.int64)).eval()
+    counts = torch.zeros(ITEMS, dtype=torch.int64)
+    model = Recommender(config, ITEMS, counts).eval()
     if biased:
         torch.nn.init.normal_(model.similarity.bias, generator=torch.Generator().manual_seed(1))
     split = LeaveOneOut(config.data.split)
-    return OpenRun(RunFolder(tmp_path), config, dataset, split, model, step=1, epoch=1)
+    return OpenRun(RunFolder(tmp_path), config, dataset, split, counts, model, step=1, epoch=1)
 
 
 def expected_lists(run, exclude, k, time=None):
