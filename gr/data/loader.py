@@ -6,6 +6,7 @@ windows of blocks at most (the one being cut and the one being read).
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import queue
 import threading
@@ -131,7 +132,16 @@ def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
         except BaseException as error:
             put((None, error))
 
-    threading.Thread(target=produce, name="gr-read-ahead", daemon=True).start()
+    thread = threading.Thread(target=produce, name="gr-read-ahead", daemon=True)
+    thread.start()
+
+    def finish() -> None:
+        stop.set()
+        thread.join()
+
+    # A daemon thread inside a torch operation when the interpreter ends aborts the process (SIGABRT, "terminate
+    # called without an active exception"): none may outlive its reader, nor what still holds one at exit.
+    atexit.register(finish)
     try:
         while True:
             item, error = ready.get()
@@ -141,4 +151,5 @@ def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
                 raise error
             yield item  # type: ignore[misc]
     finally:
-        stop.set()
+        finish()
+        atexit.unregister(finish)
