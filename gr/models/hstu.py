@@ -29,6 +29,8 @@ from gr.models.encoder import attention_kernel
 from gr.models.layers import Linear
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
+from gr_kernels.fused_layer import gated_output, norm_linear_silu_parts
+from gr_kernels.fused_layer.op import IMPLEMENTATIONS as FUSED
 from gr_kernels.hstu_attention import RelativeBias, TimeBuckets, hstu_attention
 
 EPS = 1e-6
@@ -78,9 +80,9 @@ class HSTULayer(nn.Module):
         self.scale = 1.0 if config.activation == "silu" else config.qk_dim**-0.5
         self.divisor = config.divisor or float(max_length + EXTRA_LENGTH)
         values, keys = config.heads * config.v_dim, config.heads * config.qk_dim
-        self.widths = [values, values, keys, keys]
-        self.uvqk = Linear(dim, sum(self.widths), init.normal(INIT_STD), None)
-        self.output = Linear(values, dim, init.xavier_uniform)
+        widths = (values, values, keys, keys)
+        self.uvqk = Projection(dim, widths, kernels)
+        self.output = GatedOutput(values, dim, config.dropout, kernels)
         self.position_bias = nn.Parameter(torch.empty(max_length)) if config.relative_position else None
         self.time_bias = nn.Parameter(torch.empty(BUCKETS.count)) if config.relative_time else None
 
@@ -89,8 +91,7 @@ class HSTULayer(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         config = self.config
-        normed_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=EPS)
-        u, v, q, k = F.silu(self.uvqk(normed_TD)).split(self.widths, dim=-1)
+        u, v, q, k = self.uvqk(x_TD)
         attended_THV = hstu_attention(
             q.unflatten(-1, (config.heads, config.qk_dim)),
             k.unflatten(-1, (config.heads, config.qk_dim)),
@@ -107,5 +108,55 @@ class HSTULayer(nn.Module):
             dropout_key=derive_key(layout.dropout_key, self.layer),
             implementation=self.implementation,
         )
-        gated = u * F.layer_norm(attended_THV.flatten(1), u.shape[-1:], eps=EPS)
-        return x_TD + self.output(dropout(gated, config.dropout, self.training))
+        key = derive_key(layout.dropout_key, self.layer, "output")
+        return self.output(attended_THV.flatten(1), u, x_TD, key)
+
+
+class Projection(Linear):
+    """x -> SiLU(LN(x) W), cut into u, v, q and k of the given widths."""
+
+    def __init__(self, dim: int, widths: tuple[int, ...], kernels: str) -> None:
+        super().__init__(dim, sum(widths), init.normal(INIT_STD), None)
+        self.widths, self.implementation = widths, fused_kernel(kernels)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # a Linear by its parameters alone
+        return norm_linear_silu_parts(
+            x_TD,
+            self.weight,
+            self.widths,
+            eps=EPS,
+            # on GPUs memory is short: there LN(x) and its product with W are formed again in the backward pass
+            recompute=x_TD.device.type != "cpu",
+            implementation=self.implementation,
+        )
+
+
+class GatedOutput(Linear):
+    """x + dropout(u * LN(o)) W_o + b_o."""
+
+    def __init__(self, values: int, dim: int, dropout: float, kernels: str) -> None:
+        super().__init__(values, dim, init.xavier_uniform)
+        self.dropout, self.implementation = dropout, fused_kernel(kernels)
+
+    def forward(  # type: ignore[override]
+        self, attended_TV: Tensor, u_TV: Tensor, x_TD: Tensor, dropout_key: int
+    ) -> Tensor:
+        if x_TD.device.type == "cpu":  # where torch's generator costs a fraction of a counter-based one
+            gated_TV = u_TV * F.layer_norm(attended_TV, u_TV.shape[-1:], eps=EPS)
+            return x_TD + super().forward(dropout(gated_TV, self.dropout, self.training))
+        return gated_output(
+            attended_TV,
+            u_TV,
+            x_TD,
+            self.weight,
+            self.bias,
+            eps=EPS,
+            dropout=self.dropout if self.training else 0.0,
+            dropout_key=dropout_key,
+            implementation=self.implementation,
+        )
+
+
+def fused_kernel(kernels: str) -> str:
+    """The fused layers' implementation for the config key train.kernels: ``kernels`` where they have one, else auto."""
+    return kernels if kernels in {implementation.name for implementation in FUSED} else "auto"

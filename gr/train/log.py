@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -76,8 +77,9 @@ class StepProgress:
         if not self.active:
             return
         now = time.perf_counter()
+        shown = "-" if math.isnan(loss) else f"{loss:.4f}"  # none was read since a resume
         line = (
-            f"epoch {epoch + 1}/{epochs}  loss {loss:.4f}  "
+            f"epoch {epoch + 1}/{epochs}  loss {shown}  "
             f"{self.window.samples_per_s:,.0f} samples/s  {self.window.actions_per_s:,.0f} tokens/s"
         )
         if self._bar is not None:
