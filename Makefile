@@ -10,7 +10,7 @@ PY = $(VENV)/bin/python
 STEP = @bash launch/setup_environment.sh
 DONE = @touch $@
 
-.PHONY: help setup setup-sharded train test check format clean
+.PHONY: help setup setup-sharded train test bench-gpu bench-cpu check format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,7 +31,7 @@ $(VENV)/.packages: pyproject.toml $(VENV)/.torch
 	$(STEP) packages $(VENV) $(DEVICE)
 	$(DONE)
 
-$(VENV)/.kernels: kernels/setup.py kernels/pyproject.toml $(wildcard kernels/csrc/*) $(VENV)/.torch | $(VENV)/.packages
+$(VENV)/.kernels: kernels/setup.py kernels/pyproject.toml $(wildcard kernels/csrc/* kernels/csrc/cuda/*) $(VENV)/.torch | $(VENV)/.packages
 	$(STEP) kernels $(VENV) $(DEVICE)
 	$(DONE)
 
@@ -47,6 +47,12 @@ train: setup ## quickstart: makes a small synthetic stream, trains HSTU on it, e
 
 test: setup ## all tests (TESTS=tests/unit for some)
 	@$(PY) -m pytest $(TESTS)
+
+bench-gpu: setup ## kernels on a GPU: tests, sanitizer, resources, every benchmark, one report (STEPS="tests block" for some)
+	@$(PY) benchmarks/kernels/suite.py --device cuda $(if $(STEPS),--steps $(STEPS))
+
+bench-cpu: setup ## kernels on this machine's CPU: every benchmark, one report
+	@$(PY) benchmarks/kernels/suite.py --device cpu $(if $(STEPS),--steps $(STEPS))
 
 check: setup ## style, types, file sizes
 	@$(PY) -m ruff check .

@@ -52,7 +52,7 @@ def _show_loss(loss: dict[str, Any], console: Console) -> None:
         label = f"ours, forced {way}" if way in ("dense", "gather") else label
         table.add_row(label, f"{ms:,.1f}")
     console.print(table)
-    console.print(f"picked {loss['picked']}: {loss['why']}")
+    console.print(f"picked {loss['why']}")
     ratio = loss["ratio"]
     console.print(
         f"loss alone, ours / baseline: [bold]{ratio['median']:.2f}x[/bold] "

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import lengths
 from gr.config import RunConfig, from_dict
 from gr.data.dataset import SequenceDataset
 from gr.data.sequences import Sequences
@@ -43,14 +44,6 @@ class Shape:
 ML_1M = Shape("ml-1m", 3883, 200, 50, 2, 1, 50, 50, 128, 0.2, users=6040)
 BOOKS = Shape("books", 695_762, 50, 64, 4, 4, 16, 16, 512, 0.5, users=20_000)
 SHAPES = {shape.name: shape for shape in (ML_1M, BOOKS)}
-
-# Actions of a user in MovieLens-1M: every twentieth of the 6,040 users, from the fewest to the most.
-ML_1M_LENGTHS = (
-    *(20, 23, 27, 32, 38, 44, 51, 60, 70, 81, 96),
-    *(109, 126, 148, 173, 208, 253, 309, 400, 556, 2314),
-)
-# Amazon Books after its filters: at least 5 actions, a mean near 14.5 and a heavy tail.
-BOOKS_LEAST, BOOKS_TAIL = 5, 1.45
 
 
 def config(shape: Shape, threads: int | None = None) -> RunConfig:
@@ -90,12 +83,7 @@ def generate(shape: Shape, seed: int = 1) -> Sequences:
     """Users with the published data's distribution of lengths, items of a skewed popularity and uneven times."""
     rng = np.random.default_rng(seed)
     uniform_R = rng.random(shape.users)
-    if shape.name == "books":
-        lengths_R = np.minimum(BOOKS_LEAST * (1 - uniform_R) ** (-1 / BOOKS_TAIL), 10_000)
-    else:
-        quantiles = np.linspace(0, 1, len(ML_1M_LENGTHS))
-        lengths_R = np.exp(np.interp(uniform_R, quantiles, np.log(ML_1M_LENGTHS)))
-    lengths_R = lengths_R.astype(np.int64)
+    lengths_R = lengths.books(uniform_R) if shape.name == "books" else lengths.ml_1m(uniform_R)
     offsets_R1 = np.concatenate([[0], np.cumsum(lengths_R)])
     actions = int(offsets_R1[-1])
     seconds_A = np.cumsum(np.exp(rng.uniform(0, np.log(1e6), actions)).astype(np.int64))

@@ -1,5 +1,5 @@
-"""Embedding tables.  Models and losses reach a table through ``lookup``, ``scores``, ``topk`` and
-``cross_entropy`` alone, never through its weight, so that a sharded table can take a local one's place.
+"""Embedding tables.  Models and losses reach a table through ``lookup``, ``scores``, ``topk``, ``cross_entropy`` and
+``sampled_softmax`` alone, never through its weight, so that a sharded table can take a local one's place.
 
 Shapes: B sequences, T queries, K candidates of a query, I catalogue size, D width, C rows of a chunk.
 """
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from gr_kernels.candidate_scores import candidate_scores
 from gr_kernels.counter_random import derive_key, truncated_normal_rows
 from gr_kernels.log_partition import cross_entropy
+from gr_kernels.sampled_softmax import sampled_softmax
 
 Rows = Tensor | range
 Excluded = tuple[Tensor, Tensor]
@@ -50,6 +51,16 @@ class Table(Protocol):
         normalize_eps: float | None = None,
         bias_I: Tensor | None = None,
         weights_T: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def sampled_softmax(
+        self,
+        queries_TD: Tensor,
+        targets_T: Tensor,
+        negatives: Tensor,
+        scale: float = 1.0,
+        normalize_eps: float | None = None,
+        bias_I: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -146,6 +157,31 @@ class LocalTable(nn.Module):
             scale=scale,
             normalize_eps=normalize_eps,
             bias_I=bias_I,
+        )
+
+    def sampled_softmax(
+        self,
+        queries_TD: Tensor,
+        targets_T: Tensor,
+        negatives: Tensor,
+        scale: float = 1.0,
+        normalize_eps: float | None = None,
+        bias_I: Tensor | None = None,
+    ) -> Tensor:
+        """Sum over t of the cross-entropy of target t among itself and its negatives: a float32 scalar.
+
+        negatives: (T, K) rows of each query, or (K,) shared by all; one equal to the target counts nothing.
+        bias_I is added to an item's logits, the target's too (gr_kernels.sampled_softmax).
+        """
+        return sampled_softmax(
+            queries_TD,
+            self.weight,
+            targets_T,
+            negatives,
+            scale=scale,
+            normalize_eps=normalize_eps,
+            bias_I=bias_I,
+            implementation="reference" if self.implementation == "reference" else "auto",
         )
 
     def extra_repr(self) -> str:

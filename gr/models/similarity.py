@@ -63,6 +63,26 @@ class Similarity(nn.Module):
                 self.bias,
             )
 
+    def sampled_softmax(
+        self, queries_TD: Tensor, targets_T: Tensor, negatives: Tensor, bias_I: Tensor | None = None
+    ) -> Tensor:
+        """The sum over queries of the cross-entropy of their targets among themselves and negatives: a scalar.
+
+        negatives: (T, K) rows of each query, or (K,) shared by all; one that is the target counts nothing.
+        bias_I: (I,) added to the items' scores, the targets' too.
+        """
+        with _full_precision(queries_TD):
+            if self.bias is not None:
+                bias_I = self.bias if bias_I is None else self.bias + bias_I
+            return self.table.sampled_softmax(
+                self._queries(queries_TD),
+                targets_T,
+                negatives,
+                1 / self.config.temperature,
+                self.normalize_eps,
+                bias_I,
+            )
+
     def _queries(self, queries_TD: Tensor) -> Tensor:
         queries_TD = queries_TD if queries_TD.dtype == torch.float64 else queries_TD.float()
         return F.normalize(queries_TD, dim=-1, eps=self.config.eps) if self.config.normalize else queries_TD

@@ -6,6 +6,7 @@ interrupted one goes on.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gr.config import load
+from gr.data.dataset import SequenceDataset
 from gr.errors import UserError, nearest
 from gr.train import checkpoint
 from gr.train.folder import RunFolder
 from gr.train.job import differences, within
+from gr.train.paired import paired, print_paired, to_json
 from gr.train.published import ROOT, Measured, PublishedTable, Row, read_table
 
 NOT_THE_RESULT = (
@@ -46,13 +49,15 @@ def reproduce(
         if name not in [Path(r.config).stem for r in table.rows]:
             raise UserError(f"no row '{name}': {nearest(name, (Path(r.config).stem for r in table.rows))}")
     path = data or f"data/{dataset}"
-    if not (Path(path) / "manifest.json").is_file():
+    if (Path(path) / "manifest.json").is_file():
+        _check_options(table, path)
+    else:
         _prepare(table, source, path)
     measured = []
     for row in chosen:
         result = Measured(row)
         for seed in seeds:
-            stem = f"{out}/{dataset}/{Path(row.config).stem}-seed{seed}"
+            stem = _folder(out, dataset, row, seed)
             base = [f"data.path={path}", f"train.seed={seed}", *overrides]
             if table.oracle:
                 base.append("eval.baselines=[popularity, last_item, oracle]")
@@ -61,7 +66,32 @@ def reproduce(
                 extra = [*base, "data.split.holdout=2", "eval.splits=[valid, test]"]
                 result.add(_train(dataset, row, f"{stem}-holdout2", extra, processes), chosen_only=True)
         measured.append(result)
+    if table.oracle:
+        for seed in seeds:
+            _pair({row.name: _folder(out, dataset, row, seed) for row in chosen}, f"{out}/{dataset}", seed)
     return measured
+
+
+def _folder(out: str, dataset: str, row: Row, seed: int) -> str:
+    return f"{out}/{dataset}/{Path(row.config).stem}-seed{seed}"
+
+
+def _pair(runs: dict[str, str], folder: str, seed: int) -> None:
+    """Print the runs' HR@10 with standard errors, as paired differences and against the oracle; keep it as JSON."""
+    rows = paired(runs)
+    print_paired(rows, f"HR@10 on the same {rows[0].users:,} test records, ± a standard error; seed {seed}")
+    (Path(folder) / f"paired-seed{seed}.json").write_text(json.dumps(to_json(rows), indent=1) + "\n")
+
+
+def _check_options(table: PublishedTable, path: str) -> None:
+    """Refuse a generated dataset that is there but was made with other options than the table's."""
+    made = SequenceDataset(path).manifest.provenance.get("options", {})
+    for key, value in table.options.items():
+        if made.get(key) != value:
+            raise UserError(
+                f"'{path}' was made with {key}={made.get(key)}, and the table of '{table.dataset}' needs {value}: "
+                "choose another --data, or move that folder away"
+            )
 
 
 def _prepare(table: PublishedTable, source: str | None, path: str) -> None:

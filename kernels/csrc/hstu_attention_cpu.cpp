@@ -588,11 +588,11 @@ TORCH_LIBRARY_FRAGMENT(gr_kernels, library) {
   library.def(
       "hstu_attention(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? position, Tensor? time, "
       "Tensor? query_times, Tensor? key_times, Tensor? thresholds, float scale, float divisor, bool softmax, "
-      "bool causal, float dropout, int dropout_key) -> Tensor");
+      "bool causal, float dropout, SymInt dropout_key) -> Tensor");
   library.def(
       "hstu_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor offsets, "
       "Tensor? position, Tensor? time, Tensor? query_times, Tensor? key_times, Tensor? thresholds, float scale, "
-      "float divisor, bool softmax, bool causal, float dropout, int dropout_key) "
+      "float divisor, bool softmax, bool causal, float dropout, SymInt dropout_key) "
       "-> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_position, Tensor d_time)");
 }
 

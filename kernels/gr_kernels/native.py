@@ -27,3 +27,14 @@ def why_unavailable() -> str:
 def available() -> bool:
     """Whether torch.ops.gr_kernels holds the compiled operators; loads them on the first call."""
     return not why_unavailable()
+
+
+@functools.cache
+def why_no_cuda() -> str:
+    """Like ``why_unavailable``, for the CUDA implementations of the compiled operators."""
+    reason = why_unavailable()
+    if reason:
+        return reason
+    if not getattr(importlib.import_module("gr_kernels._C"), "cuda", 0):
+        return "gr_kernels was installed without its CUDA operators (no CUDA toolkit like torch's when it was built)"
+    return ""

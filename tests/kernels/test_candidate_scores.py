@@ -7,6 +7,7 @@ float32 is: the gathered einsum, or the product with the whole table, whichever 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr_kernels import native
-from gr_kernels.candidate_scores import candidate_scores, explain, reference
+from gr_kernels.candidate_scores import candidate_scores, reference
+from gr_kernels.dispatch import explain
 
 NATIVE = pytest.param(
     "cpp", marks=pytest.mark.skipif(not native.available(), reason="the C++ operators are not built")
@@ -256,13 +258,24 @@ def test_errors_say_what_is_wrong() -> None:
         candidate_scores(queries.double(), table, rows)
     with pytest.raises(ValueError, match="normalize_eps"):
         candidate_scores(queries, table, rows, normalize_eps=0.0)
-    with pytest.raises(ValueError, match="implementation must be one of"):
+    with pytest.raises(ValueError, match="implementation must be 'auto' or one of"):
         candidate_scores(queries, table, rows, implementation="fast")
 
 
 def test_the_choice_follows_the_cost() -> None:
-    assert explain(14_500, 129, 695_762, dtype=torch.float64).implementation == "gather"
-    assert explain(14_500, 3000, 3883).implementation == "dense"
-    chosen = explain(14_500, 129, 3883)
-    assert chosen.implementation == ("cpp" if native.available() else "dense")
-    assert "129 candidates" in chosen.why
+    def explained(candidates: int, catalogue: int, **settings: Any) -> str:
+        dtype = settings.pop("dtype", torch.float32)
+        queries, table = torch.empty(2, 3, dtype=dtype), torch.empty(catalogue, 3, dtype=dtype)
+        rows = torch.zeros(2, candidates, dtype=torch.int32)
+        return explain(candidate_scores, queries, table, rows, **settings)
+
+    assert explained(129, 695_762, dtype=torch.float64).startswith("gather (129 candidates x 45 ")
+    assert explained(3000, 3883).startswith("dense (3000 candidates x ")
+    assert explained(129, 3883).startswith(
+        "cpp (129 candidates" if native.available() else "dense (129 candidates"
+    )
+    assert explained(3000, 3883, implementation="gather").startswith("gather (")
+    queries, table = torch.empty(2, 3), torch.empty(9, 3)
+    assert "one GEMM" in explain(candidate_scores, queries, table, range(4), implementation="cpp")
+    with pytest.raises(ValueError, match=r"'cpp' can't run here: .*float64"):
+        explained(5, 9, dtype=torch.float64, implementation="cpp")

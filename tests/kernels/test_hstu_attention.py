@@ -18,9 +18,15 @@ from torch import Tensor
 
 from gr_kernels import AttentionMask, RelativeBias, TimeBuckets, explain, hstu_attention, native
 from gr_kernels.hstu_attention import reference
-from gr_kernels.hstu_attention.specification import specification
+from tests.kernels.attention_problems import (
+    LENGTHS,
+    assert_close_to_specification,
+    dropout_factors,
+    make_case,
+    philox,
+    run,
+)
 
-LENGTHS = (7, 0, 1, 100, 33, 2, 0, 200, 64)
 needs_cpp = pytest.mark.skipif(
     not native.available(), reason="gr_kernels was built without its C++ operators"
 )
@@ -37,136 +43,6 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.set_deterministic_debug_mode("error")  # (use_deterministic_algorithms() imports the compiler first)
     yield
     torch.set_deterministic_debug_mode(before)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call's inputs in float32, leaves of one projection as the layers have them."""
-
-    projection: Tensor  # (T, 2 H V + 2 H Q): u, v, q, k side by side
-    heads: int
-    query_width: int
-    value_width: int
-    offsets: Tensor
-    bias: RelativeBias
-    d_out: Tensor  # (T, H, V)
-    max_length: int
-
-    def qkv(self, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows, heads = projection.shape[0], self.heads
-        widths = [heads * self.value_width] * 2 + [heads * self.query_width] * 2
-        _, v, q, k = torch.split(projection, widths, dim=1)
-        widths_of = ((q, self.query_width), (k, self.query_width), (v, self.value_width))
-        q, k, v = (x.view(rows, heads, width) for x, width in widths_of)
-        return q, k, v
-
-
-def session_times(rows: int, generator: torch.Generator) -> Tensor:
-    """Ascending times with ties, seconds and years between neighbours."""
-    gap = 10 ** (torch.rand(rows, generator=generator) * 8)
-    return (gap * (torch.rand(rows, generator=generator) < 0.8)).long().cumsum(0) + 978_300_000
-
-
-def make_case(
-    lengths: tuple[int, ...] = LENGTHS,
-    heads: int = 1,
-    query_width: int = 25,
-    value_width: int = 25,
-    bias: str = "both",
-    seed: int = 0,
-    max_length: int = 0,
-) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-    rows = sum(lengths)
-    max_length = max_length or max((1, *lengths))
-    times = session_times(rows + 1, generator)
-    buckets = TimeBuckets()
-    return Case(
-        projection=torch.randn(rows, 2 * heads * (query_width + value_width), generator=generator),
-        heads=heads,
-        query_width=query_width,
-        value_width=value_width,
-        offsets=torch.tensor([0, *itertools.accumulate(lengths)]),
-        bias=RelativeBias(
-            position=torch.randn(max_length, generator=generator) if bias in ("position", "both") else None,
-            time=torch.randn(buckets.count, generator=generator) if bias in ("time", "both") else None,
-            query_times=times[1:],
-            key_times=times[:-1],
-            buckets=buckets,
-        ),
-        d_out=torch.randn(rows, heads, value_width, generator=generator),
-        max_length=max_length,
-    )
-
-
-def run(case: Case, dtype: torch.dtype, implementation: str, **settings: object) -> dict[str, Tensor]:
-    """Output and gradients of one implementation, or of the "specification"."""
-    projection = case.projection.to(dtype, copy=True).requires_grad_()
-    tables = {
-        name: None if table is None else table.to(dtype, copy=True).requires_grad_()
-        for name, table in (("position", case.bias.position), ("time", case.bias.time))
-    }
-    bias = dataclasses.replace(case.bias, **tables)
-    q, k, v = case.qkv(projection)
-    if implementation == "specification":
-        out = specification(q, k, v, case.offsets, bias=bias, **settings)  # type: ignore[arg-type]
-    else:
-        out = hstu_attention(
-            q, k, v, case.offsets, max_length=case.max_length, bias=bias,
-            implementation=implementation, **settings,  # type: ignore[arg-type]
-        )  # fmt: skip
-    out.backward(case.d_out.to(dtype))
-    results = {"out": out.detach(), "projection": projection.grad}
-    results |= {name: table.grad for name, table in tables.items() if table is not None}
-    return {name: value for name, value in results.items() if value is not None}
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm())
-
-
-def assert_close_to_specification(
-    case: Case, implementation: str, factors: list[Tensor] | None, settings: dict
-) -> None:
-    dropout = {} if factors is None else {"dropout": 0.3, "dropout_key": 2**63 + 12345}
-    for_specification = dict(settings, factors=factors)
-    exact = run(case, torch.float64, "specification", **for_specification)
-    plain = run(case, torch.float32, "specification", **for_specification)
-    found = run(case, torch.float32, implementation, **settings, **dropout)
-    assert found.keys() == exact.keys()
-    for name, value in found.items():
-        assert value.shape == exact[name].shape and value.dtype == torch.float32
-        allowed = 2 if name == "out" else 5
-        # The floor: half a unit in the last place of every number, where plain PyTorch happens to be exact.
-        floor = 2.0**-24 * float(exact[name].norm())
-        assert error(value, exact[name]) <= allowed * error(plain[name], exact[name]) + floor, name
-
-
-def philox(key: int, counter: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 of (..., 4) counters, written from the paper independently of the package."""
-    low = np.uint64(0xFFFFFFFF)
-    c = [counter[..., word].astype(np.uint64) for word in range(4)]
-    k = [key & 0xFFFFFFFF, key >> 32]
-    for _ in range(10):
-        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        shift = np.uint64(32)
-        c = [(b >> shift) ^ c[1] ^ np.uint64(k[0]), b & low, (a >> shift) ^ c[3] ^ np.uint64(k[1]), a & low]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return np.stack(c, axis=-1)
-
-
-def dropout_factors(case: Case, dropout: float, key: int) -> list[Tensor]:
-    factors = []
-    edges = case.offsets.tolist()
-    for begin, end in itertools.pairwise(edges):
-        n = end - begin
-        counter = np.zeros((case.heads, n, -(-n // 4), 4), dtype=np.uint64)
-        counter[..., 0] = np.arange(begin, end)[:, None]
-        counter[..., 1] = np.arange(case.heads)[:, None, None]
-        counter[..., 2] = np.arange(counter.shape[2])
-        words = philox(key, counter).reshape(case.heads, n, counter.shape[2] * 4)[..., :n]
-        factors.append(torch.from_numpy((words >= dropout * 2**32) / (1 - dropout)))
-    return factors
 
 
 def test_package_exports_functions() -> None:
@@ -204,7 +80,7 @@ BIASES = [(True, name) for name in ("none", "position", "time", "both")] + [(Fal
 def test_matches_specification(activation: str, causal: bool, bias: str, implementation: str) -> None:
     for seed, (heads, query_width, value_width, dropout) in enumerate(SHAPES):
         case = make_case(LENGTHS, heads, query_width, value_width, bias, seed)
-        factors = dropout_factors(case, 0.3, 2**63 + 12345) if dropout else None
+        factors = dropout_factors(case) if dropout else None
         settings = {
             "activation": activation,
             "mask": AttentionMask(causal=causal),
@@ -472,7 +348,7 @@ def test_lower_precision_goes_to_the_reference() -> None:
     arguments = {"max_length": 30, "divisor": 30.0, "scale": 0.25}
     full = hstu_attention(q, k, v, case.offsets, **arguments)  # type: ignore[arg-type]
     half = [x.bfloat16() for x in (q, k, v)]
-    assert explain(*half, case.offsets, **arguments).startswith("reference")  # type: ignore[arg-type]
+    assert explain(hstu_attention, *half, case.offsets, **arguments).startswith("reference")  # type: ignore[arg-type]
     out = hstu_attention(*half, case.offsets, **arguments)  # type: ignore[arg-type]
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), full, rtol=0.05, atol=0.02)
@@ -483,7 +359,7 @@ def test_compiled_operator_traces() -> None:
     """Schema, fake shapes, autograd registration and dispatch as torch.compile uses them."""
     case = make_case((5, 0, 9), 2, 8, 4)
     q, k, v = (x.detach().requires_grad_() for x in case.qkv(case.projection))
-    assert "cpp" in explain(q, k, v, case.offsets, max_length=9, divisor=9.0)
+    assert "cpp" in explain(hstu_attention, q, k, v, case.offsets, max_length=9, divisor=9.0)
     hstu_attention(q, k, v, case.offsets, max_length=9, divisor=9.0)
     bias = case.bias
     for softmax in (False, True):
@@ -498,7 +374,7 @@ ROWS = 10
 def wrong(**changes: object) -> dict[str, object]:
     x = torch.randn(ROWS, 2, 4)
     call: dict[str, object] = {
-        "q_THQ": x, "k_THQ": x, "v_THV": x, "offsets_B1": torch.tensor([0, 4, ROWS]), "max_length": 6, "divisor": 6.0
+        "q_THQ": x, "k_SHQ": x, "v_SHV": x, "offsets_B1": torch.tensor([0, 4, ROWS]), "max_length": 6, "divisor": 6.0
     }  # fmt: skip
     return call | changes
 
@@ -506,9 +382,9 @@ def wrong(**changes: object) -> dict[str, object]:
 TIMES = torch.arange(ROWS)
 WRONG_CALLS = {
     "q must have 3 dimensions": wrong(q_THQ=torch.randn(ROWS, 4)),
-    "k must have q's shape": wrong(k_THQ=torch.randn(ROWS, 2, 5)),
-    "v must have q's rows and heads": wrong(v_THV=torch.randn(ROWS, 1, 4)),
-    "v is torch.float64": wrong(v_THV=torch.randn(ROWS, 2, 4).double()),
+    "k must have q's shape": wrong(k_SHQ=torch.randn(ROWS, 2, 5)),
+    "v must have q's rows and heads": wrong(v_SHV=torch.randn(ROWS, 1, 4)),
+    "v is torch.float64": wrong(v_SHV=torch.randn(ROWS, 2, 4).double()),
     "q must be floating point": wrong(q_THQ=torch.ones(ROWS, 2, 4, dtype=torch.int64)),
     "offsets must be": wrong(offsets_B1=torch.tensor([0, 4, ROWS], dtype=torch.int32)),
     "outside the 10 rows": wrong(offsets_B1=torch.tensor([0, 4, ROWS + 1])),

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from gr_kernels import native
-from gr_kernels.log_partition import cross_entropy, explain, log_partition, reference
+from gr_kernels.dispatch import explain
+from gr_kernels.log_partition import cross_entropy, log_partition, op, reference
+from gr_kernels.log_partition.tiles import MOST_SPLITS, splits
+from tests.kernels.loss_problems import assert_loss_precise, inputs as problem_in, results
 
 EPS = 1e-6
 ULP = 2.0**-23
@@ -273,12 +276,22 @@ def test_masks_nan_and_infinities_spread_alike(catalogue: int, spoilt: str) -> N
 def test_the_way_is_chosen_by_device_and_dtype() -> None:
     inputs = problem(6, 20, 8)
     queries, table, double = inputs["queries"], inputs["table"], inputs["queries"].double()
-    assert explain(queries).implementation == ("cpp" if native.available() else "chunked")
-    assert explain(double).implementation == "chunked" and "float64" in explain(double).why
-    assert explain(queries, inputs["bias"].double()).implementation == "chunked"
+    targets, nobody = inputs["targets"], torch.full((6, 1), -1)
+    assert explain(log_partition, queries, table).startswith("cpp (" if native.available() else "chunked (")
+    assert explain(cross_entropy, queries, table, targets).startswith(
+        "cpp" if native.available() else "chunked"
+    )
+    for reason, line in {
+        "float64 on cpu": explain(log_partition, double, table.double()),
+        "a float32 bias": explain(log_partition, queries, table, bias_I=inputs["bias"].double()),
+        "no excluded items": explain(log_partition, queries, table, excluded_TX=nobody),
+    }.items():
+        assert line.startswith("chunked (") and reason in line and "triton can't: it is for cuda" in line
     with pytest.raises(ValueError, match=r"'cpp' can't run here: .*float64"):
         log_partition(double, table.double(), implementation="cpp")
-    with pytest.raises(ValueError, match="must be one of auto, cpp, chunked, not 'fast'"):
+    with pytest.raises(ValueError, match=r"'triton' can't run here: it takes float32.* not torch.float64"):
+        log_partition(double, table.double(), implementation="triton")
+    with pytest.raises(ValueError, match=r"'auto' or one of .*'chunked', 'reference', not 'fast'"):
         log_partition(queries, table, implementation="fast")
 
 
@@ -317,6 +330,221 @@ def test_strided_queries_and_autocast(implementation: str) -> None:
         assert torch.equal(loss(inputs["queries"]), plain)
 
 
+def excluding(made: dict[str, Tensor], names: bool) -> dict[str, Any]:
+    """Three excluded items a query (-1 and repetitions among them; all items for one query of small tables)."""
+    tokens, catalogue = len(made["queries"]), len(made["table"])
+    device = made["table"].device
+    excluded = (torch.arange(3 * tokens, device=device).reshape(tokens, 3) * 7) % (catalogue + 1) - 1
+    if tokens > 3:
+        excluded[1, 1], excluded[2] = excluded[1, 0], -1
+        excluded[3] = torch.arange(3, device=device).clamp_max(catalogue - 1)
+    if not names:
+        return {"excluded_TX": excluded}
+    # the table holds every item three times
+    return {"excluded_TX": excluded, "names_I": torch.arange(catalogue, device=device) // 3}
+
+
+def call(
+    name: str, made: dict[str, Tensor], implementation: str, names: bool | None = None, **settings: Any
+) -> Tensor:
+    """One of the two functions; names: whether queries exclude items, by name or by row (None: no)."""
+    kwargs: dict[str, Any] = {"bias_I": made.get("bias"), "implementation": implementation, **settings}
+    if names is not None:
+        kwargs |= excluding(made, names)
+    if name == "log_partition":
+        return log_partition(made["queries"], made["table"], **kwargs)
+    return cross_entropy(made["queries"], made["table"], made["targets"], weights_T=made["weights"], **kwargs)
+
+
+# tokens, catalogue, width, dtype, normalize_eps, names; sizes around the tiles' edges (128 and 64 rows)
+TRITON_CASES = [
+    (5, 6, 4, torch.float32, None, False),
+    (129, 63, 50, torch.float32, EPS, None),
+    (65, 193, 16, torch.bfloat16, None, True),
+    (70, 130, 33, torch.bfloat16, EPS, False),
+    (9, 300, 64, torch.float16, EPS, None),
+    (4, 70, 128, torch.bfloat16, None, None),
+    (3, 65, 200, torch.float16, None, False),
+    (0, 5, 4, torch.float32, None, None),
+]
+GPU_CASES = [
+    (tokens, catalogue, width, dtype, eps, names)
+    for tokens, catalogue, width in ((1000, 3883, 50), (513, 20_011, 64), (300, 5001, 128), (257, 4099, 256))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    for eps in (None, EPS)
+    for names in (None, False, True)
+    if not (dtype == torch.float32 and width > 128)
+]
+
+
+@pytest.mark.parametrize("name", ["log_partition", "cross_entropy"])
+@pytest.mark.parametrize(
+    "case", [*TRITON_CASES, *(pytest.param(case, marks=pytest.mark.gpu) for case in GPU_CASES)], ids=str
+)
+def test_triton(name: str, case: tuple[Any, ...], device: torch.device) -> None:
+    tokens, catalogue, width, dtype, eps, names = case
+    made = problem_in(tokens, catalogue, width, dtype, device)
+    settings = {"scale": 20.0 if eps else width**-0.5, "normalize_eps": eps, "names": names}
+    exact = results(lambda x: call(name, x, "reference", **settings), made, torch.float64)
+    plain = results(lambda x: call(name, x, "reference", **settings), made)
+    assert_loss_precise(results(lambda x: call(name, x, "triton", **settings), made), plain, exact)
+
+
+def test_triton_of_one_item(device: torch.device) -> None:
+    made = problem_in(3, 1, 5, torch.float32, device)
+    plain = results(lambda x: call("log_partition", x, "reference"), made)
+    torch.testing.assert_close(
+        results(lambda x: call("log_partition", x, "triton"), made), plain, rtol=1e-6, atol=1e-6
+    )
+    assert float(call("cross_entropy", made, "triton").abs()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["log_partition", "cross_entropy"])
+@pytest.mark.parametrize("names", [False, True])
+@pytest.mark.parametrize("max_scores", [100, 1 << 20])
+def test_excluded_items_in_chunks(name: str, names: bool, max_scores: int) -> None:
+    made = problem_in(37, 21, 6, torch.float32, torch.device("cpu"))
+    exact = results(lambda x: call(name, x, "reference", names), made, torch.float64)
+    plain = results(lambda x: call(name, x, "reference", names), made)
+    found = results(lambda x: call(name, x, "chunked", names, max_scores=max_scores), made)
+    assert_loss_precise(found, plain, exact)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "triton"])
+@pytest.mark.parametrize("wanted", [("queries",), ("queries", "table", "bias")])
+def test_a_query_that_sees_nothing(
+    implementation: str, wanted: tuple[str, ...], device: torch.device
+) -> None:
+    """An empty sum is -inf, and moves nothing; the other queries' gradients are theirs alone."""
+    made = problem_in(4, 3, 5, torch.float32, device)
+    excluded = torch.tensor([[0, 1, 2], [0, 0, 1], [-1, -1, -1], [2, 1, 0]], device=device)
+
+    def partition(x: dict[str, Tensor]) -> Tensor:
+        return log_partition(x["queries"], x["table"], excluded_TX=excluded, implementation=implementation)
+
+    leaves = [name for name in wanted if name != "bias"]
+    found = results(partition, made, wanted=leaves)
+    assert found["out"].isneginf().tolist() == [True, False, False, True]
+    assert found["queries"][0].abs().sum() == 0 and found["queries"][3].abs().sum() == 0
+    seen = {n: x[1:3] if n in ("queries", "weights") else x for n, x in made.items()}
+    rest = results(
+        lambda x: log_partition(
+            x["queries"], x["table"], excluded_TX=excluded[1:3], implementation="reference"
+        ),
+        seen,
+        wanted=leaves,
+    )
+    torch.testing.assert_close(found["queries"][1:3], rest["queries"], rtol=1e-5, atol=1e-6)
+    if "table" in leaves:
+        torch.testing.assert_close(found["table"], rest["table"], rtol=1e-5, atol=1e-6)
+
+
+def test_an_excluded_target_still_counts() -> None:
+    made = problem_in(5, 8, 4, torch.float32, torch.device("cpu"))
+    others = (made["targets"] + 1) % 8
+    both = torch.stack([made["targets"], others], dim=1)
+    kept, meant = (
+        cross_entropy(made["queries"], made["table"], made["targets"], excluded_TX=excluded)
+        for excluded in (both, others[:, None])
+    )
+    assert torch.equal(kept, meant) and bool(meant.isfinite())
+
+
+@pytest.mark.parametrize("wanted", [("queries",), ("table",), ("bias",), ("queries", "bias")])
+def test_triton_forms_only_the_gradients_asked_for(wanted: tuple[str, ...], device: torch.device) -> None:
+    made = problem_in(9, 70, 17, torch.float32, device)
+    everything = results(lambda x: call("cross_entropy", x, "triton"), made)
+    some = results(lambda x: call("cross_entropy", x, "triton"), made, wanted=wanted)
+    for name in wanted:
+        torch.testing.assert_close(some[name], everything[name], rtol=1e-6, atol=1e-6)
+
+
+def test_triton_gives_the_same_bits_again(device: torch.device) -> None:
+    made = problem_in(70, 200, 20, torch.bfloat16, device)
+    first, second = (results(lambda x: call("cross_entropy", x, "triton", True), made) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_triton_has_extreme_logits_and_spreads_what_is_not_finite(device: torch.device) -> None:
+    queries = torch.tensor([[100.0, 0.0], [0.0, -100.0], [float("nan"), 1.0]], device=device)
+    table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], device=device)
+    found = log_partition(queries, table, scale=50.0, implementation="triton")
+    torch.testing.assert_close(found[:2].cpu(), torch.tensor([5000.0, 5000.0]), rtol=1e-6, atol=0)
+    assert bool(found[2].isnan())
+    bias = torch.tensor([0.0, -torch.inf, 0.0], device=device)  # an item taken out for everybody
+    without = log_partition(queries[:2], table, bias_I=bias, implementation="triton")
+    expected = reference.log_partition(queries[:2], table[[0, 2]])
+    torch.testing.assert_close(without, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_triton_under_torch_library(device: torch.device) -> None:
+    """The operator's schema, meta implementation and autograd agree with what it does."""
+    made = problem_in(5, 20, 8, torch.float32, device)
+    leaves = [made[name].requires_grad_() for name in ("queries", "table", "bias")]
+    nobody = torch.full((5, 1), -1, device=device)
+    arguments = (*leaves, made["targets"], nobody, None, 0.5, EPS, True)
+    torch.library.opcheck(torch.ops.gr_kernels.log_partition_triton, arguments)
+
+
+def test_triton_is_one_node_of_an_exported_program(device: torch.device) -> None:
+    class Partition(torch.nn.Module):
+        def forward(self, queries: Tensor, table: Tensor) -> Tensor:
+            return log_partition(queries, table, normalize_eps=EPS, implementation="triton")
+
+    queries, table = torch.randn(5, 8, device=device), torch.randn(20, 8, device=device)
+    program = torch.export.export(Partition(), (queries, table))
+    nodes = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert nodes.count("gr_kernels.log_partition_triton.default") == 1
+    assert torch.equal(program.module()(queries, table), Partition()(queries, table))
+
+
+def test_the_table_is_split_until_the_gpu_is_busy() -> None:
+    assert splits(128, 10_000, 132) == 1  # one round, nearly full
+    assert splits(64, 10_000, 132) == 2
+    assert splits(1, 10_000, 132) == MOST_SPLITS and splits(1, 3, 132) == 3
+    assert splits(140, 10_000, 132) == 8  # 9 rounds of an eighth each, rather than 2 whole ones
+    assert splits(0, 5, 132) == 1
+
+
+def test_triton_holds_no_logits() -> None:
+    """What the forward pass keeps and gives grows with T x D, not with T x I."""
+    meta = {"device": "meta"}
+    sizes = []
+    for catalogue in (1000, 1_000_000):
+        out = torch.ops.gr_kernels.log_partition_triton(
+            torch.empty(64, 32, **meta),
+            torch.empty(catalogue, 32, **meta),
+            None,
+            None,
+            None,
+            None,
+            1.0,
+            None,
+            True,
+        )
+        sizes.append([x.numel() for x in out])
+    assert sizes[0] == sizes[1] == [64, 64, 64, 64 * 32]
+
+
+@pytest.mark.gpu
+def test_triton_memory_on_a_gpu_does_not_depend_on_the_catalogue() -> None:
+    peaks = []
+    for catalogue in (20_000, 1_000_000):
+        queries = torch.randn(4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        table = torch.randn(catalogue, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        targets = torch.randint(0, catalogue, (4096,), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        cross_entropy(queries, table, targets, implementation="triton").backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before - table.numel() * 2)
+    assert abs(peaks[1] - peaks[0]) < 16 << 20
+
+
+def test_every_implementation_is_listed_once() -> None:
+    for ways in (op.PARTITIONS, op.CROSS_ENTROPIES):
+        assert [way.name for way in ways] == ["cpp", "triton", "chunked", "reference"]
+
+
 def test_errors_say_what_is_wrong() -> None:
     inputs = problem(6, 20, 8)
     queries, table, targets = inputs["queries"], inputs["table"], inputs["targets"]
@@ -326,6 +554,12 @@ def test_errors_say_what_is_wrong() -> None:
         log_partition(queries, table[:0])
     with pytest.raises(ValueError, match="bias must be"):
         log_partition(queries, table, bias_I=inputs["bias"][:5])
+    with pytest.raises(ValueError, match="excluded must be \\(6, X\\) integers"):
+        log_partition(queries, table, excluded_TX=targets)
+    with pytest.raises(ValueError, match="names must be \\(20,\\) integers"):
+        log_partition(queries, table, names_I=targets)
+    with pytest.raises(IndexError, match=r"excluded row 20 \(query 3\) is outside the table of 20 rows"):
+        log_partition(queries, table, excluded_TX=torch.tensor([-1, 3, 4, 20, 1, 2])[:, None])
     with pytest.raises(ValueError, match="max_scores"):
         log_partition(queries, table, max_scores=0)
     with pytest.raises(ValueError, match="targets must be"):

@@ -6,7 +6,7 @@ p_i, the share of item i in the training targets, is the probability that it tur
 RecSys 2019, "Sampling-bias-corrected neural modeling", eq. 3: the correction lowers the target's score too).
 Candidates equal to the target are masked, so that it counts once.
 
-Shapes: S targets, G targets of the global batch, I catalogue size, R candidate rows, C queries of a chunk.
+Shapes: S targets, G targets of the global batch, I catalogue size, C queries of a chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from gr.config import ComponentConfig
 from gr.models.borrow import borrow
-from gr.models.objectives.first_of_row import cross_entropy_of_first
 from gr.models.objectives.negatives import popularity
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
@@ -51,37 +50,30 @@ class InBatchDebiased(nn.Module):
         """The sum of the losses of the S targets: a float32 scalar."""
         if step.candidates_G is None:
             raise ValueError("in_batch needs StepContext.candidates_G: the targets of the global batch")
-        rows, bias_R = self._candidates(step.candidates_G)
-        targets_S = supervision.targets_S
-        chunk = max(1, MAX_SCORES.get(queries_SD.device.type, 1 << 24) // max(1, len(rows)))
+        if len(step.candidates_G) <= self.items:
+            return self.similarity.sampled_softmax(
+                queries_SD, supervision.targets_S, step.candidates_G, -self.log_p_I
+            )
+        return self._each_item_once(queries_SD, supervision.targets_S, step.candidates_G)
+
+    def _each_item_once(self, queries_SD: Tensor, targets_S: Tensor, candidates_G: Tensor) -> Tensor:
+        """The same sum in fewer scores: each item stands once, with the log of its occurrences added."""
+        counts_I = torch.zeros(self.items, dtype=torch.int64, device=candidates_G.device)
+        counts_I.index_add_(0, candidates_G, torch.ones_like(candidates_G))
+        bias_I = counts_I.log() - self.log_p_I
+        chunk = max(1, MAX_SCORES.get(queries_SD.device.type, 1 << 24) // self.items)
         total = queries_SD.new_zeros((), dtype=torch.float32)
         # one chunk at least, so that an empty batch has its zero gradients; scores are formed again in backward
         for start in range(0, max(1, len(targets_S)), chunk):
             part = slice(start, start + chunk)
             total = total + checkpoint(
-                self._loss, queries_SD[part], targets_S[part], rows, bias_R, use_reentrant=False
+                self._loss, queries_SD[part], targets_S[part], bias_I, use_reentrant=False
             )
         return total
 
-    def _candidates(self, candidates_G: Tensor) -> tuple[Tensor | range, Tensor]:
-        """Candidate rows and what is added to their scores.
-
-        When the batch has more candidates than the catalogue has items, each item stands once, with the log of
-        its number of occurrences added: the same sum, fewer scores.
-        """
-        if len(candidates_G) <= self.items:
-            return candidates_G, -self.log_p_I[candidates_G]
-        counts_I = torch.zeros(self.items, dtype=torch.int64, device=candidates_G.device)
-        counts_I.index_add_(0, candidates_G, torch.ones_like(candidates_G))
-        return range(self.items), counts_I.log() - self.log_p_I
-
-    def _loss(self, queries_CD: Tensor, targets_C: Tensor, rows: Tensor | range, bias_R: Tensor) -> Tensor:
+    def _loss(self, queries_CD: Tensor, targets_C: Tensor, bias_I: Tensor) -> Tensor:
         targets_C1 = targets_C[:, None]
-        scores_CR = self.similarity.scores(queries_CD, rows)
-        if isinstance(rows, range):  # every item stands once: the target's place is its own, counted once
-            target_C1 = scores_CR.gather(1, targets_C1) - self.log_p_I[targets_C1]
-            logits = (scores_CR + bias_R).scatter(1, targets_C1, target_C1)
-            return F.cross_entropy(logits, targets_C, reduction="sum")
-        target_C1 = self.similarity.scores(queries_CD, targets_C1) - self.log_p_I[targets_C1]
-        logits = torch.cat([target_C1, scores_CR + bias_R], dim=1)
-        return cross_entropy_of_first(logits, F.pad(rows, (1, 0))[None], targets_C1)
+        scores_CI = self.similarity.scores(queries_CD, range(self.items))
+        target_C1 = scores_CI.gather(1, targets_C1) - self.log_p_I[targets_C1]  # counted once
+        logits = (scores_CI + bias_I).scatter(1, targets_C1, target_C1)
+        return F.cross_entropy(logits, targets_C, reduction="sum")

@@ -21,16 +21,17 @@ class NegativeSampler(nn.Module):
     """Draws item rows with replacement, uniformly or in proportion to the training counts."""
 
     ends_I: Tensor
-    log_q_I: Tensor
+    log_q_I: Tensor | None
+    """The log of the probability that one draw is the item; None where it is the same for all."""
 
     def __init__(self, sampling: Sampling, items: int, item_counts: Tensor) -> None:
         super().__init__()
         self.items = items
         self.popularity = sampling == "popularity"
-        if self.popularity:
-            ends_I, shares_I = popularity(item_counts)
-            self.register_buffer("ends_I", ends_I, persistent=False)
-            self.register_buffer("log_q_I", shares_I.log(), persistent=False)
+        ends_I, shares_I = popularity(item_counts) if self.popularity else (None, None)
+        self.register_buffer("ends_I", ends_I, persistent=False)
+        self.register_buffer("log_q_I", None if shares_I is None else shares_I.log(), persistent=False)
+        if ends_I is not None:
             self.tickets = int(ends_I[-1])
 
     def own(self, key: int, supervision: Supervision, negatives: int) -> Tensor:
@@ -45,10 +46,6 @@ class NegativeSampler(nn.Module):
         """(K,) int32: negatives that every target of the global batch shares; the same on all ranks."""
         nobody = torch.zeros(1, dtype=torch.int64, device=device)
         return self._draw(derive_key(key, "shared negatives"), nobody, nobody, negatives)[0]
-
-    def log_q(self, rows: Tensor) -> Tensor | None:
-        """The log of the probability that one draw is the row; None where it is the same for all."""
-        return self.log_q_I[rows] if self.popularity else None
 
     def _draw(self, key: int, ordinals: Tensor, positions: Tensor, draws: int) -> Tensor:
         if not self.popularity:

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gr.config import POSITIVE, ComponentConfig
 from gr.models.borrow import borrow
-from gr.models.objectives.first_of_row import cross_entropy_of_first
 from gr.models.objectives.negatives import NegativeSampler
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
@@ -49,18 +46,17 @@ class SampledSoftmax(nn.Module):
 
     def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
         """The sum of the losses of the S targets: a float32 scalar."""
+        log_q_I = self.sampler.log_q_I if self.config.logq else None
+        return self.similarity.sampled_softmax(
+            queries_SD,
+            supervision.targets_S,
+            self._negatives(supervision, step),
+            None if log_q_I is None else -log_q_I,
+        )
+
+    def _negatives(self, supervision: Supervision, step: StepContext) -> Tensor:
+        """Item rows, (K,) or (S, K)."""
         if self.config.shared:
-            return self._shared(queries_SD, supervision, step)
-        rows = self.sampler.own(step.key, supervision, self.config.negatives)  # (S, 1 + K), the target first
-        return cross_entropy_of_first(self._scores(queries_SD, rows), rows, rows[:, :1])
-
-    def _shared(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
-        targets_S1 = supervision.targets_S[:, None]
-        rows_K = self.sampler.shared(step.key, self.config.negatives, queries_SD.device).long()
-        scores = [self._scores(queries_SD, targets_S1), self._scores(queries_SD, rows_K)]
-        return cross_entropy_of_first(torch.cat(scores, dim=1), F.pad(rows_K, (1, 0))[None], targets_S1)
-
-    def _scores(self, queries_SD: Tensor, rows: Tensor) -> Tensor:
-        scores = self.similarity.scores(queries_SD, rows)
-        log_q = self.sampler.log_q(rows) if self.config.logq else None
-        return scores if log_q is None else scores - log_q
+            return self.sampler.shared(step.key, self.config.negatives, supervision.targets_S.device)
+        rows_SC = self.sampler.own(step.key, supervision, self.config.negatives)
+        return rows_SC[:, 1:]  # behind the target

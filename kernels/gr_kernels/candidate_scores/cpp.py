@@ -41,17 +41,17 @@ class _NativeScores(torch.autograd.Function):
         return grad_queries_TD if want_queries else None, grad_table_ID if want_table else None, None, None
 
 
+def obstacle(queries_TD: Tensor, *call: Any) -> str:
+    """The reason, in a few words, why the operator can't take this call; "" when it can."""
+    if queries_TD.device.type != "cpu" or queries_TD.dtype != torch.float32:
+        return f"the C++ operator takes float32 on cpu, not {queries_TD.dtype} on {queries_TD.device.type}"
+    return native.why_unavailable()
+
+
 def candidate_scores(
     queries_TD: Tensor, table_ID: Tensor, rows_TK: Tensor, normalize_eps: float | None = None
 ) -> Tensor:
     """(T, K) scores as ``reference.candidate_scores``; int32 rows are read as they are."""
-    if not native.available():
-        raise RuntimeError(f"candidate_scores: implementation 'cpp' is missing: {native.why_unavailable()}")
-    if queries_TD.device.type != "cpu" or queries_TD.dtype != torch.float32:
-        raise TypeError(
-            f"candidate_scores: 'cpp' takes float32 on CPU, not {queries_TD.dtype} on {queries_TD.device}; "
-            "use 'auto', 'dense' or 'gather'"
-        )
     if normalize_eps is not None and rows_TK.numel() >= _NORMALIZE_ONCE * table_ID.shape[0]:
         # each row is met several times: a normalised copy of the table costs less than norms on the way
         table_ID, normalize_eps = F.normalize(table_ID, dim=-1, eps=normalize_eps), None

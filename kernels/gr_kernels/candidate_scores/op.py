@@ -5,60 +5,45 @@ Shapes: T queries, K candidates, I catalogue size, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr_kernels import native
 from gr_kernels.candidate_scores import cpp, dense, gather, reference
+from gr_kernels.candidate_scores.checks import check_rows
+from gr_kernels.dispatch import Implementation, choose
 
 Rows = Tensor | range | slice
-IMPLEMENTATIONS = ("auto", "reference", "cpp", "dense", "gather")
 
 # Cost of one multiply-add against a gathered row, in multiply-adds of a GEMM (measured, forward and backward
-# together: benchmarks/kernels/candidate_scores_cpu.py). On an accelerator the gather runs at memory speed.
+# together). On an accelerator the gather runs at memory speed.
 _CPP_COST = 3.2
 _GATHER_COST = {"cpu": 45.0, "cuda": 100.0}
 
+_CPP = Implementation("cpp", cpp.obstacle, cpp.candidate_scores, "float32 on cpu")
+_DENSE = Implementation(
+    "dense", lambda *call: "", dense.candidate_scores, "GEMMs against the whole catalogue"
+)
+_GATHER = Implementation("gather", lambda *call: "", gather.candidate_scores, "rows gathered chunk by chunk")
+_REFERENCE = Implementation("reference", lambda *call: "", reference.candidate_scores, "the definition")
+IMPLEMENTATIONS = (_CPP, _GATHER, _DENSE, _REFERENCE)
 
-@dataclass(frozen=True)
-class Plan:
-    """The way chosen for one call, and the reason in a sentence."""
 
-    implementation: str
-    why: str
-
-
-def explain(
-    tokens: int,
-    candidates: int,
-    catalogue: int,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Plan:
-    """How ``candidate_scores`` computes (T, K) candidates of a catalogue of I rows under 'auto', and why.
-
-    The dense way costs T x I, the others T x K times what a gathered row costs more than a GEMM's.
-    """
-    kind = torch.device(device).type
-    if kind == "cpu" and dtype == torch.float32 and native.available():
-        way, cost = "cpp", _CPP_COST
+def _cheapest_first(candidates: int, queries_TD: Tensor, table_ID: Tensor) -> list[Implementation]:
+    """The implementations for (T, K) rows of I: the dense way costs T x I, gathering ways T x K times a factor."""
+    catalogue = table_ID.shape[0]
+    if cpp.obstacle(queries_TD):
+        cost = _GATHER_COST.get(queries_TD.device.type, _GATHER_COST["cuda"])
     else:
-        way, cost = "gather", _GATHER_COST.get(kind, _GATHER_COST["cuda"])
+        cost = _CPP_COST
+    gathering = f"{candidates} candidates x {cost:g} (cost of a gathered row)"
     if candidates * cost > catalogue:
-        return Plan(
-            "dense",
-            f"{candidates} candidates x {cost:g} (cost of a gathered row) exceed the {catalogue} rows of the "
-            "catalogue: one GEMM against all of it is cheaper",
-        )
-    return Plan(
-        way,
-        f"{candidates} candidates x {cost:g} (cost of a gathered row) are below the {catalogue} rows of the "
-        f"catalogue, for {dtype} on {kind}" + ("" if way == "cpp" else " without the C++ operator"),
-    )
+        why = f"{gathering} exceed the {catalogue} rows of the catalogue: GEMMs against all of it are cheaper"
+        return [replace(_DENSE, merit=why), _CPP, _GATHER, _REFERENCE]
+    why = f"{gathering} are below the {catalogue} rows of the catalogue"
+    return [replace(_CPP, merit=why), replace(_GATHER, merit=why), _DENSE, _REFERENCE]
 
 
 def candidate_scores(
@@ -79,38 +64,44 @@ def candidate_scores(
     normalised the queries. Differentiable once in queries and table (a dense (I, D) gradient, exact through the
     normalisation; where |e| < eps the divisor is a constant). T x K x D values never exist except in 'reference'.
 
-    implementation: 'auto' (see ``explain``), 'reference', 'cpp' (float32 on CPU), 'dense', 'gather'; it matters
-    for (T, K) rows alone. Every way gives the same scores but for rounding.
+    implementation: 'auto', the cheapest of 'cpp' (float32 on CPU), 'dense' and 'gather' (gr_kernels.explain tells
+    which), or one of them or 'reference' by name; it matters for (T, K) rows alone. Every way gives the same scores
+    but for rounding.
 
     Raises IndexError naming the first row outside the table (on CPU; on an accelerator the device asserts), and
     ValueError or TypeError for shapes, dtypes and names that do not fit.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}"
-        )
     _check_inputs(queries_TD, table_ID, normalize_eps)
+    if isinstance(rows, Tensor) and rows.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"candidate rows must be int64 or int32, not {rows.dtype}")
+    if isinstance(rows, Tensor) and rows.dim() == 2:
+        if rows.shape[0] != queries_TD.shape[0]:
+            raise ValueError(_wrong_shape(queries_TD, rows))
+        ways = _cheapest_first(rows.shape[1], queries_TD, table_ID)
+        call = (queries_TD, table_ID, rows, normalize_eps)
+        chosen = choose("candidate_scores", ways, queries_TD.device, call, implementation).implementation
+        if chosen.name != "cpp":  # which looks at them itself
+            check_rows(rows, table_ID.shape[0])
+        scores_TK: Tensor = chosen.run(*call)
+        return scores_TK
+    choose("candidate_scores", _ONE_GEMM, queries_TD.device, (), implementation)
     if isinstance(rows, (range, slice)):
         return queries_TD @ _normalized(table_ID[_as_slice(rows, table_ID.shape[0])], normalize_eps).t()
-    if rows.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"candidate rows must be int64 or int32, not {rows.dtype}")
-    if rows.dim() == 1:
-        _check_rows(rows, table_ID.shape[0])
-        return queries_TD @ _normalized(F.embedding(rows, table_ID), normalize_eps).t()
-    if rows.dim() != 2 or rows.shape[0] != queries_TD.shape[0]:
-        raise ValueError(
-            f"rows must be (T, K) with T = {queries_TD.shape[0]} queries, or (K,), not {tuple(rows.shape)}"
-        )
-    if implementation == "auto":
-        plan = explain(
-            rows.shape[0], rows.shape[1], table_ID.shape[0], device=queries_TD.device, dtype=queries_TD.dtype
-        )
-        implementation = plan.implementation
-    if implementation == "cpp":
-        return cpp.candidate_scores(queries_TD, table_ID, rows, normalize_eps)
-    _check_rows(rows, table_ID.shape[0])
-    ways = {"reference": reference, "dense": dense, "gather": gather}
-    return ways[implementation].candidate_scores(queries_TD, table_ID, rows, normalize_eps)
+    if rows.dim() != 1:
+        raise ValueError(_wrong_shape(queries_TD, rows))
+    check_rows(rows, table_ID.shape[0])
+    return queries_TD @ _normalized(F.embedding(rows, table_ID), normalize_eps).t()
+
+
+# Rows that all queries share: every name means this.
+_ONE_GEMM = [
+    replace(way, obstacle=lambda: "", merit="one GEMM against rows that all queries share")
+    for way in (_DENSE, _CPP, _GATHER, _REFERENCE)
+]
+
+
+def _wrong_shape(queries_TD: Tensor, rows: Tensor) -> str:
+    return f"rows must be (T, K) with T = {queries_TD.shape[0]} queries, or (K,), not {tuple(rows.shape)}"
 
 
 def _normalized(rows_KD: Tensor, normalize_eps: float | None) -> Tensor:
@@ -143,22 +134,3 @@ def _check_inputs(queries_TD: Tensor, table_ID: Tensor, normalize_eps: float | N
         raise ValueError(
             f"normalize_eps must be positive (or None for plain inner products), got {normalize_eps}"
         )
-
-
-def _check_rows(rows: Tensor, catalogue: int) -> None:
-    """IndexError for the first row outside [0, catalogue). On an accelerator this would wait for it: skipped."""
-    if rows.device.type != "cpu" or rows.numel() == 0:
-        return
-    low, high = torch.aminmax(rows)
-    if low >= 0 and high < catalogue:
-        return
-    first = int(((rows < 0) | (rows >= catalogue)).flatten().nonzero()[0])
-    where = (
-        f"candidate {first}"
-        if rows.dim() == 1
-        else (f"query {first // rows.shape[1]}, candidate {first % rows.shape[1]}")
-    )
-    raise IndexError(
-        f"candidate row {int(rows.flatten()[first])} ({where}) is outside the table of {catalogue} rows: "
-        f"rows must lie in [0, {catalogue})"
-    )

@@ -1,4 +1,9 @@
-"""What a call must satisfy before an implementation sees it: one sentence says what is wrong."""
+"""What a call must satisfy before an implementation sees it: one sentence says what is wrong.
+
+Numbers that lie on a device (offsets, targets) are trusted, since reading them would wait for it; so are those of a
+graph being traced. (Sentences are only put together when they are needed: formatting a length that a traced graph
+leaves open would fix it.)
+"""
 
 from __future__ import annotations
 
@@ -8,87 +13,128 @@ from torch import Tensor
 from gr_kernels.hstu_attention.problem import AttentionMask, AttentionProblem, RelativeBias
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(f"hstu_attention: {sentence}.")
-
-
-def check(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: AttentionProblem) -> None:
+def check(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> None:
     """Raises ValueError with one sentence if the call makes no sense."""
-    _check_tensors(q_THQ, k_THQ, v_THV)
+    _check_tensors(q_THQ, k_SHQ, v_SHV, cross=problem.query_offsets is not None)
     _check_settings(problem)
-    _check_offsets(problem.offsets, q_THQ.shape[0], problem.max_length)
-    _check_bias(problem.bias, q_THQ.shape[0], problem.max_length, problem.mask)
+    _check_offsets(problem, q_THQ.device)
+    _check_targets(problem.mask, problem.offsets.shape[0] - 1, q_THQ.device)
+    if q_THQ.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_rows(problem, q_THQ.shape[0], k_SHQ.shape[0])
+    _check_bias(problem.bias, q_THQ, k_SHQ, problem.max_length, problem.mask)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _require(tensor.dim() == 3, f"{name} must have 3 dimensions (rows, heads, width), not {tensor.dim()}")
-        _require(tensor.is_floating_point(), f"{name} must be floating point, not {tensor.dtype}")
-        _require(
-            tensor.dtype == q.dtype and tensor.device == q.device,
-            f"{name} is {tensor.dtype} on {tensor.device}, but q is {q.dtype} on {q.device}",
-        )
-    shape = tuple(q.shape)
-    _require(k.shape == q.shape, f"k must have q's shape {shape}, not {tuple(k.shape)}")
-    _require(v.shape[:2] == q.shape[:2], f"v must have q's rows and heads {shape[:2]}, not {tuple(v.shape)}")
+def _wrong(sentence: str) -> ValueError:
+    return ValueError(f"hstu_attention: {sentence}.")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cross: bool) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise _wrong(f"{name} must have 3 dimensions (rows, heads, width), not {x.dim()}")
+        if not x.is_floating_point():
+            raise _wrong(f"{name} must be floating point, not {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise _wrong(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    if cross and k.shape[1:] != q.shape[1:]:
+        raise _wrong(f"k must have q's heads and width {tuple(q.shape[1:])}, not {tuple(k.shape[1:])}")
+    if not cross and k.shape != q.shape:
+        raise _wrong(f"k must have q's shape {tuple(q.shape)}, not {tuple(k.shape)}")
+    if v.shape[:2] != k.shape[:2]:
+        whose = "k" if cross else "q"
+        raise _wrong(f"v must have {whose}'s rows and heads {tuple(k.shape[:2])}, not {tuple(v.shape)}")
 
 
 def _check_settings(problem: AttentionProblem) -> None:
     activation, divisor, dropout = problem.activation, problem.divisor, problem.dropout
-    key = problem.dropout_key
-    _require(activation in ("silu", "softmax"), f"activation is 'silu' or 'softmax', not {activation!r}")
-    _require(activation == "softmax" or divisor > 0, f"divisor must be positive, not {divisor}")
-    _require(0.0 <= dropout < 1.0, f"dropout must be at least 0 and below 1, not {dropout}")
-    _require(0 <= key < 2**64, f"dropout_key must be a 64-bit number of at least 0, not {key}")
+    if activation not in ("silu", "softmax"):
+        raise _wrong(f"activation is 'silu' or 'softmax', not {activation!r}")
+    if activation == "silu" and not divisor > 0:
+        raise _wrong(f"divisor must be positive, not {divisor}")
+    if not 0.0 <= dropout < 1.0:
+        raise _wrong(f"dropout must be at least 0 and below 1, not {dropout}")
+    if not 0 <= problem.dropout_key < 2**64:
+        raise _wrong(f"dropout_key must be a 64-bit number of at least 0, not {problem.dropout_key}")
 
 
-def _check_offsets(offsets: Tensor, rows: int, max_length: int) -> None:
-    """Offsets on a device are trusted (reading them would wait for it), as are those of a graph being traced."""
-    _require(
-        offsets.dim() == 1 and offsets.dtype == torch.int64 and offsets.shape[0] >= 1,
-        f"offsets must be (B + 1,) int64, not {tuple(offsets.shape)} {offsets.dtype}",
-    )
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+def _check_offsets(problem: AttentionProblem, device: torch.device) -> None:
+    for name, offsets in (("offsets", problem.offsets), ("query_offsets", problem.query_offsets)):
+        if offsets is None:
+            continue
+        if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.shape[0] < 1:
+            raise _wrong(f"{name} must be (B + 1,) int64, not {tuple(offsets.shape)} {offsets.dtype}")
+        _check_device(name, offsets, device)
+        if offsets.shape != problem.offsets.shape:
+            count = problem.offsets.shape[0]
+            raise _wrong(f"{name} must have offsets' {count} entries, not {offsets.shape[0]}")
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise _wrong(f"{name} is on {x.device}, but q is on {device}")
+
+
+def _check_targets(mask: AttentionMask, sequences: int, device: torch.device) -> None:
+    targets = mask.targets
+    if targets is None:
         return
+    if targets.dim() != 1 or targets.shape[0] != sequences or targets.dtype not in (torch.int64, torch.int32):
+        raise _wrong(
+            f"mask.targets must be ({sequences},) int64 or int32, one number a sequence, "
+            f"not {tuple(targets.shape)} {targets.dtype}"
+        )
+    _check_device("mask.targets", targets, device)
+
+
+def _check_rows(problem: AttentionProblem, queries: int, keys: int) -> None:
+    cross = problem.query_offsets
+    lengths = _lengths("offsets", problem.offsets, keys, "q" if cross is None else "k")
+    for sequence, length in enumerate(lengths):
+        if length > problem.max_length:
+            raise _wrong(f"sequence {sequence} has {length} rows, more than max_length {problem.max_length}")
+    if cross is not None:
+        for sequence, (m, n) in enumerate(zip(_lengths("query_offsets", cross, queries, "q"), lengths)):
+            if m > n:
+                raise _wrong(f"sequence {sequence} has {m} query rows, but they are the last of its {n} rows")
+    if problem.mask.targets is not None:
+        for sequence, (t, n) in enumerate(zip(problem.mask.targets.tolist(), lengths)):
+            if not 0 <= t <= n:
+                raise _wrong(f"sequence {sequence} has {n} rows, of which {t} can't be targets")
+
+
+def _lengths(name: str, offsets: Tensor, rows: int, of: str) -> list[int]:
     edges = offsets.tolist()
-    _require(
-        edges[0] >= 0 and edges[-1] <= rows,
-        f"offsets go from {edges[0]} to {edges[-1]}, outside the {rows} rows of q",
-    )
-    for sequence, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        length = end - begin
-        _require(
-            length >= 0, f"offsets must not fall, but sequence {sequence} goes from row {begin} to {end}"
-        )
-        _require(
-            length <= max_length, f"sequence {sequence} has {length} rows, more than max_length {max_length}"
-        )
+    if edges[0] < 0 or edges[-1] > rows:
+        raise _wrong(f"{name} go from {edges[0]} to {edges[-1]}, outside the {rows} rows of {of}")
+    for sequence, (begin, end) in enumerate(zip(edges, edges[1:])):
+        if end < begin:
+            raise _wrong(f"{name} must not fall, but sequence {sequence} goes from row {begin} to {end}")
+    return [end - begin for begin, end in zip(edges, edges[1:])]
 
 
-def _check_bias(bias: RelativeBias, rows: int, max_length: int, mask: AttentionMask) -> None:
-    for name, table in (("position", bias.position), ("time", bias.time)):
-        if table is not None:
-            _require(
-                table.dim() == 1 and table.is_floating_point(),
-                f"bias.{name} must be a floating vector, not {tuple(table.shape)} {table.dtype}",
-            )
+def _check_bias(bias: RelativeBias, q: Tensor, k: Tensor, max_length: int, mask: AttentionMask) -> None:
+    for name, table in (("bias.position", bias.position), ("bias.time", bias.time)):
+        if table is None:
+            continue
+        if table.dim() != 1 or not table.is_floating_point():
+            raise _wrong(f"{name} must be a floating vector, not {tuple(table.shape)} {table.dtype}")
+        _check_device(name, table, q.device)
     if bias.position is not None:
-        _require(mask.causal, "bias.position is defined for causal attention only")
-        _require(
-            bias.position.shape[0] >= max_length,
-            f"bias.position has {bias.position.shape[0]} entries, fewer than max_length {max_length}",
-        )
+        if not mask.causal:
+            raise _wrong("bias.position is defined for causal attention only")
+        if bias.position.shape[0] < max_length:
+            entries = bias.position.shape[0]
+            raise _wrong(f"bias.position has {entries} entries, fewer than max_length {max_length}")
     if bias.time is None:
         return
-    _require(
-        bias.time.shape[0] == bias.buckets.count,
-        f"bias.time must have {bias.buckets.count} entries, one a bucket, not {bias.time.shape[0]}",
-    )
-    for name, times in (("query_times", bias.query_times), ("key_times", bias.key_times)):
-        _require(times is not None, f"bias.time needs bias.{name}")
-        assert times is not None
-        _require(
-            times.shape == (rows,) and times.dtype == torch.int64,
-            f"bias.{name} must be ({rows},) int64, not {tuple(times.shape)} {times.dtype}",
-        )
+    if bias.time.shape[0] != bias.buckets.count:
+        count = bias.buckets.count
+        raise _wrong(f"bias.time must have {count} entries, one a bucket, not {bias.time.shape[0]}")
+    sides = (("bias.query_times", bias.query_times, q), ("bias.key_times", bias.key_times, k))
+    for name, times, x in sides:
+        if times is None:
+            raise _wrong(f"bias.time needs {name}")
+        rows = x.shape[0]
+        if times.dim() != 1 or times.shape[0] != rows or times.dtype != torch.int64:
+            raise _wrong(f"{name} must be ({rows},) int64, not {tuple(times.shape)} {times.dtype}")
+        _check_device(name, times, q.device)

@@ -1,17 +1,15 @@
 """The attention operator: checks a call, picks an implementation, runs it.
 
-B sequences, T rows in the batch (sum of lengths), H heads, Q query/key width per head, V value width per head.
+B sequences, T query and S key rows in the batch, H heads, Q query/key width per head, V value width per head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
+import torch
 from torch import Tensor
 
-from gr_kernels.hstu_attention import cpp, reference
+from gr_kernels.dispatch import Implementation, choose
+from gr_kernels.hstu_attention import cpp, reference, triton_op
 from gr_kernels.hstu_attention.checks import check
 from gr_kernels.hstu_attention.problem import (
     Activation,
@@ -20,20 +18,12 @@ from gr_kernels.hstu_attention.problem import (
     RelativeBias,
 )
 
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute the attention. `obstacle` says in a few words why it can't take a call, "" when it can."""
-
-    name: str
-    obstacle: Callable[[Tensor, Tensor, Tensor, AttentionProblem], str]
-    run: Callable[[Tensor, Tensor, Tensor, AttentionProblem], Tensor]
-    merit: str
-
-
 # In order of preference; "auto" takes the first without an obstacle. A new kernel is one line here.
 IMPLEMENTATIONS = (
-    Implementation("cpp", cpp.obstacle, cpp.attention, "compiled, float32 on CPU"),
+    Implementation(
+        "triton", triton_op.obstacle, triton_op.attention, "tiles on the GPU's tensor cores", device="cuda"
+    ),
+    Implementation("cpp", cpp.obstacle, cpp.attention, "compiled, float32 on CPU", device="cpu"),
     Implementation(
         "reference", reference.obstacle, reference.attention, "plain PyTorch, any device and precision"
     ),
@@ -42,8 +32,8 @@ IMPLEMENTATIONS = (
 
 def hstu_attention(
     q_THQ: Tensor,
-    k_THQ: Tensor,
-    v_THV: Tensor,
+    k_SHQ: Tensor,
+    v_SHV: Tensor,
     offsets_B1: Tensor,
     *,
     max_length: int,
@@ -54,6 +44,8 @@ def hstu_attention(
     bias: RelativeBias | None = None,
     dropout: float = 0.0,
     dropout_key: int = 0,
+    query_offsets: Tensor | None = None,
+    deterministic: bool | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """Attention of every row over the keys of its own sequence, for sequences stored end to end.
@@ -64,8 +56,9 @@ def hstu_attention(
     over the keys the mask allows; the output is sum_j A_ij v_j.
 
     Args:
-        q_THQ, k_THQ: queries and keys, floating, any row and head stride (slices of one projection aren't copied).
-        v_THV: values; V may differ from Q.
+        q_THQ: queries, floating, any row and head stride (slices of one projection aren't copied).
+        k_SHQ, v_SHV: keys and values, likewise; V may differ from Q. Without query_offsets they belong to the
+            queries' rows (S = T).
         offsets_B1: (B + 1,) int64, ascending: sequence b is rows offsets[b] to offsets[b + 1]. Rows outside every
             sequence are not read, and their outputs and gradients are zero.
         max_length: no sequence is longer than this.
@@ -77,7 +70,12 @@ def hstu_attention(
         dropout: probability with which a weight A_ij is zeroed (the others are divided by 1 - dropout), as a pure
             function of (dropout_key, row of the batch, head, j): pass another key at every step and layer.
         dropout_key: 64-bit.
-        implementation: "auto", or the name of one ("cpp", "reference").
+        query_offsets: (B + 1,) int64: the cross form, for incremental inference. Rows query_offsets[b] to
+            query_offsets[b + 1] of q (and of bias.query_times) are the last rows of sequence b, whose keys and values
+            are all there; the result is what these rows get when the whole sequence is computed.
+        deterministic: equal calls give equal bits, gradients included. None: as
+            torch.are_deterministic_algorithms_enabled() says.
+        implementation: "auto", or the name of one ("triton", "cpp", "reference").
 
     Returns:
         (T, H, V) in q's dtype, contiguous. Nothing of the size of the scores is kept for the backward pass.
@@ -95,43 +93,12 @@ def hstu_attention(
         bias=bias or RelativeBias(),
         dropout=dropout,
         dropout_key=dropout_key,
+        query_offsets=query_offsets,
+        deterministic=torch.are_deterministic_algorithms_enabled()
+        if deterministic is None
+        else deterministic,
     )
-    check(q_THQ, k_THQ, v_THV, problem)
-    chosen, _ = _choose(q_THQ, k_THQ, v_THV, problem, implementation)
-    return chosen.run(q_THQ, k_THQ, v_THV, problem)
-
-
-def explain(
-    q_THQ: Tensor,
-    k_THQ: Tensor,
-    v_THV: Tensor,
-    offsets_B1: Tensor,
-    *,
-    implementation: str = "auto",
-    bias: RelativeBias | None = None,
-    **settings: Any,
-) -> str:
-    """Which implementation hstu_attention() would run for the same arguments, and why: one line."""
-    problem = AttentionProblem(offsets=offsets_B1, bias=bias or RelativeBias(), **settings)
-    check(q_THQ, k_THQ, v_THV, problem)
-    chosen, passed_over = _choose(q_THQ, k_THQ, v_THV, problem, implementation)
-    reasons = [f"{name} can't: {obstacle}" for name, obstacle in passed_over]
-    return "; ".join([f"{chosen.name} ({chosen.merit})", *reasons])
-
-
-def _choose(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, name: str
-) -> tuple[Implementation, list[tuple[str, str]]]:
-    """The implementation to run, and those preferred to it with their obstacles."""
-    passed_over: list[tuple[str, str]] = []
-    for candidate in IMPLEMENTATIONS:
-        if name not in ("auto", candidate.name):
-            continue
-        obstacle = candidate.obstacle(q, k, v, problem)
-        if not obstacle:
-            return candidate, passed_over
-        if name == candidate.name:
-            raise ValueError(f"hstu_attention: implementation {name!r} can't run here: {obstacle}.")
-        passed_over.append((candidate.name, obstacle))
-    names = ", ".join(repr(candidate.name) for candidate in IMPLEMENTATIONS)
-    raise ValueError(f"hstu_attention: implementation must be 'auto' or one of {names}, not {name!r}.")
+    arguments = (q_THQ, k_SHQ, v_SHV, problem)
+    check(*arguments)
+    choice = choose("hstu_attention", IMPLEMENTATIONS, q_THQ.device, arguments, implementation)
+    return choice.implementation.run(*arguments)  # type: ignore[no-any-return]

@@ -1,112 +1,300 @@
-"""The attention in plain PyTorch: any device and precision, and the standard the compiled kernels are held to.
+"""The attention in plain PyTorch: any device, precision and mask, and the standard the compiled kernels are held to.
 
-Sequences of similar length are padded together into blocks of at most BLOCK_SCORES scores (a longer sequence is cut
+Sequences of similar length are padded together into blocks of a bounded number of scores (a longer sequence is cut
 into blocks of rows), so memory doesn't grow with the batch. The backward pass computes the scores again: only q, k, v
-and the output's inputs are kept between the passes.
+and the problem are kept between the passes.
 
-B sequences of a block, R query rows and J keys of each, T rows in the batch, H heads, Q query/key width, V value
-width.
+B sequences of a block, R query rows and J keys of each, T query and S key rows in the batch, H heads, Q query/key
+width, V value width. Dimensions 1 or B, and 1 or H, are written B1 and H1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gr_kernels.counter_random import philox
+from gr_kernels.hstu_attention.mask import AttentionMask, allowed
 from gr_kernels.hstu_attention.problem import AttentionProblem
+from gr_kernels.hstu_attention.schema import Gradients
 
-BLOCK_SCORES = 16 * 2**20
+# Scores of a block: on CPU few enough that its half dozen tensors stay near the cache, elsewhere enough to fill a GPU.
+BLOCK_SCORES = 2**19
+DEVICE_BLOCK_SCORES = 2**24
+ROWS = 32  # a block has at least these rows of a long sequence
+CAUSAL_PARTS = 2  # and at most this part of them, since earlier rows do without the later keys
 # Sequences of different lengths share a block while its scores, padding included, are at most PADDING times those of
 # the sequences, or few enough that starting another block would take longer.
 PADDING = 1.35
 SMALL_BLOCK_SCORES = 2**17
 
 
-def obstacle(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: AttentionProblem) -> str:
+def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> str:
     """The reference takes every call."""
     return ""
 
 
-def attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: AttentionProblem) -> Tensor:
+def attention(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> Tensor:
     """hstu_attention() for a validated call: (T, H, V) in q's dtype; differentiable once."""
-    bias = problem.bias
-    return _Attention.apply(q_THQ, k_THQ, v_THV, bias.position, bias.time, problem)  # type: ignore[no-any-return]
+    from gr_kernels.hstu_attention import reference_op  # registers its operators: on first use, not before
+
+    return reference_op.attention(q_THQ, k_SHQ, v_SHV, problem)
+
+
+def forward(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> Tensor:
+    """The output."""
+    precision = _Precision.of(q_THQ)
+    heads = q_THQ.shape[1]
+    out_THV = _zeros((q_THQ.shape[0], *v_SHV.shape[1:]), q_THQ, precision)
+    for block in _blocks(problem, heads, precision):
+        q, k = _gather(q_THQ, block.queries_BR, precision), _gather(k_SHQ, block.keys_BJ, precision)
+        s_BHRJ = _scores(q, k, block, _buckets(block, problem), problem, precision)
+        weights_BHRJ = _weights(s_BHRJ, block, problem)
+        keep_BHRJ = _keep(block, heads, problem)
+        if keep_BHRJ is not None:
+            weights_BHRJ *= keep_BHRJ
+        out_BHRV = _matmul(weights_BHRJ, _gather(v_SHV, block.keys_BJ, precision), precision)
+        _add_rows(out_THV, block.queries_BR, out_BHRV * block.exists_BR[:, None, :, None])
+    return out_THV.div_(_divisor(problem)).to(q_THQ.dtype)
+
+
+def backward(
+    d_out_THV: Tensor, q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem
+) -> Gradients:
+    """The gradients of q, k, v and the bias tables. Scale and divisor are multiplied in at the very end."""
+    precision = _Precision.of(q_THQ)
+    position, time = problem.bias.position, problem.bias.time
+    heads = q_THQ.shape[1]
+    d_q, d_k, d_v = (_zeros(x.shape, x, precision) for x in (q_THQ, k_SHQ, v_SHV))
+    # Entries of the tables are sums over the whole batch, one number after another: float64 keeps their digits.
+    d_position, d_time = (
+        None if x is None else torch.zeros_like(x, dtype=torch.float64) for x in (position, time)
+    )
+    for block in _blocks(problem, heads, precision):
+        q, k = _gather(q_THQ, block.queries_BR, precision), _gather(k_SHQ, block.keys_BJ, precision)
+        v, d_out = _gather(v_SHV, block.keys_BJ, precision), _gather(d_out_THV, block.queries_BR, precision)
+        d_out = d_out * block.exists_BR[:, None, :, None]
+        bucket_BRJ = _buckets(block, problem)
+        s_BHRJ = _scores(q, k, block, bucket_BRJ, problem, precision)
+        weights_BHRJ = _weights(s_BHRJ, block, problem)
+        d_weights_BHRJ = _matmul(d_out, v.transpose(2, 3), precision)
+        keep_BHRJ = _keep(block, heads, problem)
+        kept_BHRJ = weights_BHRJ
+        if keep_BHRJ is not None:
+            kept_BHRJ = weights_BHRJ * keep_BHRJ
+            d_weights_BHRJ *= keep_BHRJ
+        _add_rows(d_v, block.keys_BJ, _matmul(kept_BHRJ.transpose(2, 3), d_out, precision))
+        if problem.activation == "silu":
+            d_s_BHRJ = torch.ops.aten.silu_backward(d_weights_BHRJ, s_BHRJ).mul_(block.seen_BRJ[:, None])
+        else:
+            mean_BHR1 = (weights_BHRJ * d_weights_BHRJ).sum(-1, keepdim=True)
+            d_s_BHRJ = d_weights_BHRJ.sub_(mean_BHR1).mul_(weights_BHRJ)
+        d_s_BRJ = d_s_BHRJ.sum(1) if heads > 1 else d_s_BHRJ[:, 0]
+        if d_position is not None:
+            shared = block.distance_B1RJ.shape[0] == 1  # one entry for all sequences
+            d_s_B1RJ = d_s_BRJ.sum(0, keepdim=True) if shared else d_s_BRJ
+            _add_at(d_position, block.distance_B1RJ, d_s_B1RJ, problem.deterministic)
+        if bucket_BRJ is not None:
+            assert d_time is not None
+            _add_at(d_time, bucket_BRJ, d_s_BRJ, problem.deterministic)
+        _add_rows(d_q, block.queries_BR, _matmul(d_s_BHRJ, k, precision))
+        _add_rows(d_k, block.keys_BJ, _matmul(d_s_BHRJ.transpose(2, 3), q, precision))
+    divisor = _divisor(problem)
+    return (
+        d_q.mul_(problem.scale / divisor).to(q_THQ.dtype),
+        d_k.mul_(problem.scale / divisor).to(k_SHQ.dtype),
+        d_v.div_(divisor).to(v_SHV.dtype),
+        None if d_position is None or position is None else d_position.div_(divisor).to(position.dtype),
+        None if d_time is None or time is None else d_time.div_(divisor).to(time.dtype),
+    )
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """The dtypes of the computation: of the products' factors, and of their results and all else."""
+
+    factors: torch.dtype
+    sums: torch.dtype
+
+    @staticmethod
+    def of(q: Tensor) -> _Precision:
+        """That of q, but float32 for lower ones, where only products that the device is quick at stay bfloat16.
+
+        (Not float16: the scores of unscaled inputs, and gradients divided by a long length, may leave its range.)
+        """
+        if q.dtype in (torch.float32, torch.float64):
+            return _Precision(q.dtype, q.dtype)
+        quick = q.dtype == torch.bfloat16 and (q.device.type != "cpu" or _cpu_multiplies_bfloat16())
+        return _Precision(torch.bfloat16 if quick else torch.float32, torch.float32)
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _matmul(a: Tensor, b: Tensor, precision: _Precision) -> Tensor:
+    return torch.matmul(a.to(precision.factors), b.to(precision.factors)).to(precision.sums)
+
+
+def _zeros(shape: Sequence[int], like: Tensor, precision: _Precision) -> Tensor:
+    return torch.zeros(shape, dtype=precision.sums, device=like.device)
+
+
+class _Sequence(NamedTuple):
+    """n key rows from `begin`, m query rows from `query_begin`; the last t of the n are targets."""
+
+    begin: int
+    n: int
+    query_begin: int
+    m: int
+    t: int
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some rows of some sequences and their keys; positions past a sequence's end repeat its last row."""
+    """Some rows of some sequences and their keys; positions past a sequence's end repeat its last row.
 
-    rows_BR: Tensor  # int64, rows of the batch
-    keys_BJ: Tensor
-    allowed_BRJ: Tensor  # bool: the row exists and sees the key
-    valid_BR: Tensor  # bool: the row exists
-    distance_RJ: Tensor  # i - j, at least 0
+    Masks are numbers: multiplying by them is many times faster on CPU than filling where a bool says so.
+    """
+
+    queries_BR: Tensor  # int64, rows of q
+    keys_BJ: Tensor  # int64, rows of k
+    rows_BR: Tensor  # int64, the queries' place among the rows of k, which is what dropout counts by
+    exists_BR: Tensor  # 1 if the query row exists, else 0
+    seen_BRJ: Tensor  # 1 if the key exists and the row sees it (one that doesn't exist sees some key), else 0
+    distance_B1RJ: Tensor  # int64, max(i - j, 0)
+    first_key: int  # of the sequence; the others follow
 
 
-def _blocks(problem: AttentionProblem, heads: int) -> Iterator[_Block]:
-    device = problem.offsets.device
-    edges = problem.offsets.tolist()
-    begin_and_length = [(a, b - a) for a, b in zip(edges, edges[1:], strict=False) if b > a]
-    by_length = sorted(begin_and_length, key=lambda pair: -pair[1])
+def _blocks(problem: AttentionProblem, heads: int, precision: _Precision) -> Iterator[_Block]:
+    block_scores = BLOCK_SCORES if problem.offsets.device.type == "cpu" else DEVICE_BLOCK_SCORES
+    sequences = sorted(_sequences(problem), key=lambda x: (-x.n, -x.m))
     first = 0
-    while first < len(by_length):
-        longest = by_length[first][1]
-        last, real = first, 0
-        while last < len(by_length):
-            padded = (last + 1 - first) * longest**2 * heads
-            real += by_length[last][1] ** 2 * heads
-            if last > first and padded > min(BLOCK_SCORES, max(PADDING * real, SMALL_BLOCK_SCORES)):
+    while first < len(sequences):
+        n, m, real, last = sequences[first].n, 0, 0, first
+        while last < len(sequences):
+            m_with_next = max(m, sequences[last].m)
+            padded = (last + 1 - first) * m_with_next * n * heads
+            real += sequences[last].m * sequences[last].n * heads
+            if last > first and padded > min(block_scores, max(PADDING * real, SMALL_BLOCK_SCORES)):
                 break
-            last += 1
-        group = torch.tensor(by_length[first:last], dtype=torch.int64, device=device)
-        step = max(1, min(longest, BLOCK_SCORES // (longest * heads)))
-        for first_row in range(0, longest, step):
-            yield _block(group, first_row, min(longest, first_row + step), longest, problem.mask.causal)
+            m, last = m_with_next, last + 1
+        group = sequences[first:last]
+        step = max(ROWS, block_scores // (len(group) * n * heads))
+        if problem.mask.causal:
+            step = min(step, max(ROWS, -(-m // CAUSAL_PARTS)))
+        for first_row in range(0, m, step):
+            yield _block(group, first_row, min(m, first_row + step), problem, precision)
         first = last
 
 
-def _block(group: Tensor, first_row: int, last_row: int, longest: int, causal: bool) -> _Block:
-    begin_B1, length_B1 = group[:, :1], group[:, 1:]
-    i_R = torch.arange(first_row, last_row, device=group.device)
-    j_J = torch.arange(last_row if causal else longest, device=group.device)
-    valid_BR = i_R < length_B1
-    allowed_BRJ = valid_BR[:, :, None] & (j_J < length_B1)[:, None, :]
-    distance_RJ = i_R[:, None] - j_J
-    if causal:
-        allowed_BRJ = allowed_BRJ & (distance_RJ >= 0)
-    rows_BR = begin_B1 + torch.minimum(i_R, length_B1 - 1)
-    keys_BJ = begin_B1 + torch.minimum(j_J, length_B1 - 1)
-    return _Block(rows_BR, keys_BJ, allowed_BRJ, valid_BR, distance_RJ.clamp_min(0))
+def _sequences(problem: AttentionProblem) -> list[_Sequence]:
+    """Those with something to compute."""
+    edges = problem.offsets.tolist()
+    query_edges = edges if problem.query_offsets is None else problem.query_offsets.tolist()
+    targets = problem.mask.targets
+    t = [0] * len(edges) if targets is None else targets.tolist()
+    every = (
+        _Sequence(begin, end - begin, query_begin, query_end - query_begin, t[sequence])
+        for sequence, (begin, end, query_begin, query_end) in enumerate(
+            zip(edges, edges[1:], query_edges, query_edges[1:])
+        )
+    )
+    return [sequence for sequence in every if sequence.m > 0]
 
 
-def _gather(x_THD: Tensor, rows_BR: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, H, R, D): the rows of a block, heads in front, in the precision of the computation."""
-    return x_THD[rows_BR].to(dtype).transpose(1, 2)
+def _block(
+    group: Sequence[_Sequence],
+    first_row: int,
+    last_row: int,
+    problem: AttentionProblem,
+    precision: _Precision,
+) -> _Block:
+    device, mask = problem.offsets.device, problem.mask
+    first_key, last_key = _key_range(group, first_row, last_row, mask)
+    begin_B1, n_B1, query_begin_B1, m_B1, t_B1 = torch.tensor(group, device=device).T[:, :, None]
+    r_R = torch.arange(first_row, last_row, device=device)
+    j_J = torch.arange(first_key, last_key, device=device)
+    r_BR = torch.minimum(r_R, m_B1 - 1)
+    i_BR = n_B1 - m_B1 + r_BR
+    # Where all sequences are alike, up to their lengths, what they share is computed once.
+    i_B1R1 = (r_R if problem.query_offsets is None else i_BR)[..., None]
+    if mask.plain:
+        seen_B1RJ = allowed(mask, i_B1R1, j_J, max(x.n for x in group), 0)
+    else:
+        seen_B1RJ = allowed(mask, i_BR[..., None], j_J, n_B1[..., None], t_B1[..., None])
+    return _Block(
+        queries_BR=query_begin_B1 + r_BR,
+        keys_BJ=begin_B1 + torch.minimum(j_J, n_B1 - 1),
+        rows_BR=begin_B1 + i_BR,
+        exists_BR=(r_R < m_B1).to(precision.factors),
+        seen_BRJ=(seen_B1RJ & (j_J < n_B1)[:, None, :]).to(precision.sums),
+        distance_B1RJ=(i_B1R1 - j_J).clamp_min_(0).view(-1, r_R.shape[0], j_J.shape[0]),
+        first_key=first_key,
+    )
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+def _key_range(
+    group: Sequence[_Sequence], first_row: int, last_row: int, mask: AttentionMask
+) -> tuple[int, int]:
+    """The keys, first and behind the last, that rows first_row to last_row of these sequences may see."""
+    longest = max(x.n for x in group)
+    first = min(x.n - x.m for x in group) + first_row
+    if not mask.causal or first < mask.contexts:
+        return 0, longest
+    last_key = min(longest, max(x.n - x.m for x in group) + last_row)
+    ahead = max(mask.contexts - 1, 0)
+    first_key = first - mask.window
+    # A window reaches back to the first key while it reaches a context; some rows it doesn't bind at all.
+    free = any(
+        x.n - x.t - ahead - mask.full_rows <= 0 or last_key > x.n - x.t - mask.full_rows for x in group
+    )
+    if not mask.window or free or first_key <= ahead:
+        return 0, last_key
+    return first_key - first_key % 4, last_key  # dropout draws four keys at a time
+
+
+def _gather(x_THD: Tensor, rows_BR: Tensor, precision: _Precision) -> Tensor:
+    """(B, H, R, D): the rows of a block, heads in front, as factors of products."""
+    some = x_THD.index_select(0, rows_BR.flatten()).to(precision.factors)
+    return some.view(*rows_BR.shape, *x_THD.shape[1:]).transpose(1, 2)
+
+
+def _divisor(problem: AttentionProblem) -> float:
+    """What the output is divided by; softmax has its own."""
+    return problem.divisor if problem.activation == "silu" else 1.0
 
 
 def _scores(
-    q_BHRQ: Tensor, k_BHJQ: Tensor, block: _Block, bucket_BRJ: Tensor | None, problem: AttentionProblem
+    q_BHRQ: Tensor,
+    k_BHJQ: Tensor,
+    block: _Block,
+    bucket_BRJ: Tensor | None,
+    problem: AttentionProblem,
+    precision: _Precision,
 ) -> Tensor:
     """(B, H, R, J): scale q·k + bias; what the mask forbids is left as it comes."""
-    s_BHRJ = torch.matmul(q_BHRQ * problem.scale, k_BHJQ.transpose(2, 3))
+    s_BHRJ = _matmul(q_BHRQ, k_BHJQ.transpose(2, 3), precision)
+    if problem.scale != 1.0:
+        s_BHRJ *= problem.scale
     bias = problem.bias
     if bias.position is not None:
-        s_BHRJ += bias.position.to(s_BHRJ.dtype)[block.distance_RJ]
+        s_BHRJ += _look_up(bias.position, block.distance_B1RJ, precision)[:, None]
     if bucket_BRJ is not None:
         assert bias.time is not None
-        s_BHRJ += bias.time.to(s_BHRJ.dtype)[bucket_BRJ][:, None]
+        s_BHRJ += _look_up(bias.time, bucket_BRJ, precision)[:, None]
     return s_BHRJ
+
+
+def _look_up(table: Tensor, index: Tensor, precision: _Precision) -> Tensor:
+    return table.to(precision.sums).index_select(0, index.flatten()).view(index.shape)
 
 
 def _buckets(block: _Block, problem: AttentionProblem) -> Tensor | None:
@@ -114,111 +302,42 @@ def _buckets(block: _Block, problem: AttentionProblem) -> Tensor | None:
     if bias.time is None:
         return None
     assert bias.query_times is not None and bias.key_times is not None
-    dt_BRJ = bias.query_times[block.rows_BR][:, :, None] - bias.key_times[block.keys_BJ][:, None, :]
+    dt_BRJ = bias.query_times[block.queries_BR][:, :, None] - bias.key_times[block.keys_BJ][:, None, :]
     return bias.buckets.bucket(dt_BRJ)
 
 
 def _weights(s_BHRJ: Tensor, block: _Block, problem: AttentionProblem) -> Tensor:
-    """A before dropout; zero where the mask forbids."""
-    forbidden = ~block.allowed_BRJ[:, None]
+    """The activation's values before dropout and divisor; zero where the mask forbids."""
     if problem.activation == "silu":
-        weights = torch.nn.functional.silu(s_BHRJ).div_(problem.divisor)
-        return weights.masked_fill_(forbidden, 0.0)
-    # Rows past the end of a sequence see nothing: softmax over -inf alone is NaN, hence the second mask.
-    return s_BHRJ.masked_fill(forbidden, float("-inf")).softmax(-1).masked_fill_(forbidden, 0.0)
+        return torch.nn.functional.silu(s_BHRJ).mul_(block.seen_BRJ[:, None])
+    forbidden_BRJ = 1 - block.seen_BRJ.reciprocal()  # 0 or -inf
+    return (s_BHRJ + forbidden_BRJ[:, None]).softmax(-1)
 
 
-def _keep(block: _Block, heads: int, problem: AttentionProblem, dtype: torch.dtype) -> Tensor | None:
+def _keep(block: _Block, heads: int, problem: AttentionProblem) -> Tensor | None:
     """(B, H, R, J): 0 for a dropped weight, 1 / (1 - dropout) for a kept one; None without dropout."""
     if problem.dropout == 0.0:
         return None
     keys = block.keys_BJ.shape[1]
     device = block.rows_BR.device
     head_H11 = torch.arange(heads, device=device)[:, None, None]
-    quad_C = torch.arange((keys + 3) // 4, device=device)
+    quad_C = torch.arange((keys + 3) // 4, device=device) + block.first_key // 4
     row_B1R1 = block.rows_BR[:, None, :, None] & 0xFFFFFFFF
     words = philox(problem.dropout_key, row_B1R1, head_H11, quad_C, torch.zeros_like(quad_C))
     word_BHRJ = torch.stack(words, dim=-1).flatten(-2)[..., :keys]
-    return (word_BHRJ >= problem.drop_below).to(dtype).mul_(problem.keep_scale)
-
-
-class _Attention(torch.autograd.Function):
-    """The blocks one after another, forward and backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_THQ: Tensor,
-        k_THQ: Tensor,
-        v_THV: Tensor,
-        position: Tensor | None,
-        time: Tensor | None,
-        problem: AttentionProblem,
-    ) -> Tensor:
-        ctx.save_for_backward(q_THQ, k_THQ, v_THV)
-        ctx.problem = problem
-        dtype = _compute_dtype(q_THQ.dtype)
-        heads = q_THQ.shape[1]
-        out_THV = torch.zeros(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
-        for block in _blocks(problem, heads):
-            q, k = _gather(q_THQ, block.rows_BR, dtype), _gather(k_THQ, block.keys_BJ, dtype)
-            weights = _weights(_scores(q, k, block, _buckets(block, problem), problem), block, problem)
-            keep = _keep(block, heads, problem, dtype)
-            if keep is not None:
-                weights *= keep
-            out_BRHV = torch.matmul(weights, _gather(v_THV, block.keys_BJ, dtype)).transpose(1, 2)
-            out_THV[block.rows_BR[block.valid_BR]] = out_BRHV[block.valid_BR].to(out_THV.dtype)
-        return out_THV
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out_THV: Tensor) -> tuple[Tensor | None, ...]:
-        q_THQ, k_THQ, v_THV = ctx.saved_tensors
-        problem: AttentionProblem = ctx.problem
-        bias = problem.bias
-        dtype = _compute_dtype(q_THQ.dtype)
-        heads = q_THQ.shape[1]
-        d_q, d_k, d_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q_THQ, k_THQ, v_THV))
-        d_position = None if bias.position is None else torch.zeros_like(bias.position, dtype=dtype)
-        d_time = None if bias.time is None else torch.zeros_like(bias.time, dtype=dtype)
-        for block in _blocks(problem, heads):
-            q, k = _gather(q_THQ, block.rows_BR, dtype), _gather(k_THQ, block.keys_BJ, dtype)
-            v, d_out = _gather(v_THV, block.keys_BJ, dtype), _gather(d_out_THV, block.rows_BR, dtype)
-            bucket_BRJ = _buckets(block, problem)
-            s_BHRJ = _scores(q, k, block, bucket_BRJ, problem)
-            weights = _weights(s_BHRJ, block, problem)
-            d_weights = torch.matmul(d_out, v.transpose(2, 3))
-            keep = _keep(block, heads, problem, dtype)
-            kept = weights if keep is None else weights * keep
-            if keep is not None:
-                d_weights *= keep
-            _add_rows(d_v, block.keys_BJ, torch.matmul(kept.transpose(2, 3), d_out))
-            if problem.activation == "silu":
-                sigmoid = torch.sigmoid(s_BHRJ)
-                # SiLU'(s) = sigmoid(s) (1 + s (1 - sigmoid(s)))
-                d_s = (1 - sigmoid).mul_(s_BHRJ).add_(1).mul_(sigmoid).mul_(d_weights).div_(problem.divisor)
-            else:
-                d_s = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
-            d_s.masked_fill_(~block.allowed_BRJ[:, None], 0.0)
-            d_s_BRJ = d_s.sum(1)
-            if d_position is not None:
-                d_position.index_add_(0, block.distance_RJ.flatten(), d_s_BRJ.sum(0).flatten())
-            if d_time is not None:
-                assert bucket_BRJ is not None
-                d_time.index_add_(0, bucket_BRJ.flatten(), d_s_BRJ.flatten())
-            d_s *= problem.scale
-            _add_rows(d_q, block.rows_BR, torch.matmul(d_s, k))
-            _add_rows(d_k, block.keys_BJ, torch.matmul(d_s.transpose(2, 3), q))
-        return (
-            d_q.to(q_THQ.dtype),
-            d_k.to(k_THQ.dtype),
-            d_v.to(v_THV.dtype),
-            None if d_position is None or bias.position is None else d_position.to(bias.position.dtype),
-            None if d_time is None or bias.time is None else d_time.to(bias.time.dtype),
-            None,
-        )
+    return (word_BHRJ >= problem.drop_below).to(block.seen_BRJ.dtype).mul_(problem.keep_scale)
 
 
 def _add_rows(x_THD: Tensor, rows_BR: Tensor, values_BHRD: Tensor) -> None:
     """Adds a block's rows to the batch's (those past the end of a sequence are zero)."""
     x_THD.index_add_(0, rows_BR.flatten(), values_BHRD.transpose(1, 2).flatten(0, 1))
+
+
+def _add_at(table: Tensor, index: Tensor, values: Tensor, deterministic: bool) -> None:
+    """table[index] += values, where many values have one entry."""
+    values = values.to(table.dtype)
+    if deterministic and table.device.type != "cpu":
+        # sorts by entry; index_add_'s atomics add in any order
+        table.index_put_((index.flatten(),), values.flatten(), accumulate=True)
+    else:
+        table.index_add_(0, index.flatten(), values.flatten())

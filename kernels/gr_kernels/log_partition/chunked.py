@@ -6,51 +6,46 @@ Logits and sums are float32 (float64 for float64 inputs), whatever the inputs' p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gr_kernels.log_partition.problem import Problem
+
 _CPU_BLOCK = 1 << 19  # logits of a chunk on CPU: a few MB, which stay in cache between the passes over them
 
 
-def log_partition(
-    queries_TD: Tensor, table_ID: Tensor, bias_I: Tensor | None, scale: float, max_scores: int
-) -> Tensor:
-    return _LogPartition.apply(queries_TD, table_ID, bias_I, scale, max_scores)
+def log_partition(problem: Problem) -> Tensor:
+    problem = problem.with_normalized_table()
+    return _LogPartition.apply(problem.queries, problem.table, problem.bias, problem)
 
 
-def cross_entropy(
-    queries_TD: Tensor,
-    table_ID: Tensor,
-    bias_I: Tensor | None,
-    targets_T: Tensor,
-    weights_T: Tensor | None,
-    scale: float,
-    max_scores: int,
-) -> Tensor:
-    return _CrossEntropy.apply(queries_TD, table_ID, bias_I, targets_T, weights_T, scale, max_scores)
+def cross_entropy(problem: Problem) -> Tensor:
+    problem = problem.with_normalized_table()
+    return _CrossEntropy.apply(problem.queries, problem.table, problem.bias, problem)
 
 
 class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, queries_TD: Tensor, table_ID: Tensor, bias_I: Tensor | None, scale: float, max_scores: int
+        ctx: Any, queries_TD: Tensor, table_ID: Tensor, bias_I: Tensor | None, problem: Problem
     ) -> Tensor:
-        ctx.scale, ctx.max_scores = scale, max_scores
+        ctx.problem = problem
         want_queries, want_table, want_bias = ctx.needs_input_grad[:3]
         queries_alone = want_queries and not (want_table or want_bias)
         log_sums_T = _accumulator(queries_TD, queries_TD.shape[0])
         grad_queries_TD = torch.empty_like(queries_TD) if queries_alone else None
         with _full_precision(queries_TD):
-            for chunk in _chunks(queries_TD, table_ID, max_scores):
-                logits_CI = _logits(queries_TD[chunk], table_ID, bias_I, scale)
-                peaks_C, sums_C = _exponentiate(logits_CI)
+            for chunk in _chunks(queries_TD, table_ID, problem.max_scores):
+                logits_CI = _logits(problem, chunk)
+                peaks_C, sums_C = _exponentiate(logits_CI, problem)
                 log_sums_T[chunk] = peaks_C + sums_C.log()
                 if grad_queries_TD is not None:
-                    shares_CI = logits_CI.div_(sums_C[:, None])
-                    grad_queries_TD[chunk] = shares_CI.to(table_ID.dtype) @ table_ID * scale
+                    shares_CI = logits_CI.div_(_divisors(sums_C, problem)[:, None])
+                    grad_queries_TD[chunk] = shares_CI.to(table_ID.dtype) @ table_ID * problem.scale
         if queries_alone:
             ctx.save_for_backward(grad_queries_TD)
         else:
@@ -60,44 +55,38 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad_T,) = grads
         if ctx.queries_alone:
             (grad_queries_TD,) = ctx.saved_tensors
-            return (grad_queries_TD * grad_T[:, None]).to(grad_queries_TD.dtype), None, None, None, None
+            return (grad_queries_TD * grad_T[:, None]).to(grad_queries_TD.dtype), None, None, None
         queries_TD, table_ID, bias_I = ctx.saved_tensors
-        gradients = _Gradients(ctx.needs_input_grad, queries_TD, table_ID, bias_I, ctx.scale)
+        problem = replace(ctx.problem, queries=queries_TD, table=table_ID, bias=bias_I)
+        gradients = _Gradients(ctx.needs_input_grad, problem)
         with _full_precision(queries_TD):
-            for chunk in _chunks(queries_TD, table_ID, ctx.max_scores):
-                logits_CI = _logits(queries_TD[chunk], table_ID, bias_I, ctx.scale)
-                _, sums_C = _exponentiate(logits_CI)
-                gradients.add(chunk, logits_CI.mul_((grad_T[chunk] / sums_C)[:, None]))
-        return *gradients.results(), None, None
+            for chunk in _chunks(queries_TD, table_ID, problem.max_scores):
+                logits_CI = _logits(problem, chunk)
+                _, sums_C = _exponentiate(logits_CI, problem)
+                factors_C = grad_T[chunk] / _divisors(sums_C, problem)
+                gradients.add(chunk, logits_CI.mul_(factors_C[:, None]))
+        return *gradients.results(), None
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        queries_TD: Tensor,
-        table_ID: Tensor,
-        bias_I: Tensor | None,
-        targets_T: Tensor,
-        weights_T: Tensor | None,
-        scale: float,
-        max_scores: int,
+        ctx: Any, queries_TD: Tensor, table_ID: Tensor, bias_I: Tensor | None, problem: Problem
     ) -> Tensor:
+        assert problem.targets is not None
         losses_T = _accumulator(queries_TD, queries_TD.shape[0])
-        weights = None if weights_T is None else weights_T.to(losses_T.dtype)
-        gradients = None
-        if any(ctx.needs_input_grad[:3]):
-            gradients = _Gradients(ctx.needs_input_grad, queries_TD, table_ID, bias_I, scale)
+        weights = None if problem.weights is None else problem.weights.to(losses_T.dtype)
+        gradients = _Gradients(ctx.needs_input_grad, problem) if any(ctx.needs_input_grad[:3]) else None
         with _full_precision(queries_TD):
-            for chunk in _chunks(queries_TD, table_ID, max_scores):
-                logits_CI = _logits(queries_TD[chunk], table_ID, bias_I, scale)
-                targets_C1 = targets_T[chunk, None]
+            for chunk in _chunks(queries_TD, table_ID, problem.max_scores):
+                logits_CI = _logits(problem, chunk)
+                targets_C1 = problem.targets[chunk, None].long()
                 label_C = logits_CI.gather(1, targets_C1).squeeze(1)
-                peaks_C, sums_C = _exponentiate(logits_CI)
+                peaks_C, sums_C = _exponentiate(logits_CI, problem)
                 losses_T[chunk] = (peaks_C - label_C) + sums_C.log()
                 if gradients is None:
                     continue
@@ -113,28 +102,21 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        scaled = [None if g is None else (g * grad).to(g.dtype) for g in ctx.saved_tensors]
-        return *scaled, None, None, None, None
+        return *(None if g is None else (g * grad).to(g.dtype) for g in ctx.saved_tensors), None
 
 
 class _Gradients:
     """Sums the gradients of queries, table and bias from chunks of logit gradients."""
 
-    def __init__(
-        self,
-        wanted: tuple[bool, ...],
-        queries_TD: Tensor,
-        table_ID: Tensor,
-        bias_I: Tensor | None,
-        scale: float,
-    ) -> None:
-        self.inputs_TD, self.table_ID, self.scale = queries_TD, table_ID, scale
-        self.queries_TD = torch.empty_like(queries_TD) if wanted[0] else None
+    def __init__(self, wanted: tuple[bool, ...], problem: Problem) -> None:
+        self.inputs_TD, self.table_ID, self.scale = problem.queries, problem.table, problem.scale
+        self.queries_TD = torch.empty_like(self.inputs_TD) if wanted[0] else None
         # float32 sums for 16-bit inputs: hundreds of chunks are added up here
-        self.sums_ID = _accumulator(table_ID, *table_ID.shape).zero_() if wanted[1] else None
+        self.sums_ID = _accumulator(self.table_ID, *self.table_ID.shape).zero_() if wanted[1] else None
         self.bias_I = None
-        if bias_I is not None and wanted[2]:
-            self.bias_I, self.bias_dtype = _accumulator(bias_I, bias_I.shape[0]).zero_(), bias_I.dtype
+        if problem.bias is not None and wanted[2]:
+            bias = problem.bias
+            self.bias_I, self.bias_dtype = _accumulator(bias, bias.shape[0]).zero_(), bias.dtype
 
     def add(self, chunk: slice, grad_CI: Tensor) -> None:
         """Takes the gradient of the logits of one chunk of queries (and may not be given it again)."""
@@ -156,23 +138,30 @@ class _Gradients:
         return self.queries_TD, table_ID, None if self.bias_I is None else self.bias_I.to(self.bias_dtype)
 
 
-def _logits(queries_CD: Tensor, table_ID: Tensor, bias_I: Tensor | None, scale: float) -> Tensor:
-    """(C, I) logits, in float32 at least."""
-    logits_CI = torch.mm(queries_CD * scale, table_ID.t())
+def _logits(problem: Problem, chunk: slice) -> Tensor:
+    """(C, I) logits, in float32 at least; -inf for what a query doesn't see."""
+    logits_CI = torch.mm(problem.queries[chunk] * problem.scale, problem.table.t())
     if logits_CI.dtype in (torch.float16, torch.bfloat16):
         logits_CI = logits_CI.float()
-    return logits_CI if bias_I is None else logits_CI.add_(bias_I)
+    return problem.exclude(logits_CI if problem.bias is None else logits_CI.add_(problem.bias), chunk)
 
 
-def _exponentiate(logits_CI: Tensor) -> tuple[Tensor, Tensor]:
+def _exponentiate(logits_CI: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Turns the logits into exp(logit - row's largest), in place; returns the largest and the sums, (C,) each.
 
     Shares are exponentials over their sum, not exp(logit - log-sum-exp): the latter, a number of the size of the
     logits, would bring its rounding into every share.
     """
     peaks_C = logits_CI.amax(dim=1)
+    if problem.excluded is not None:  # all may be: the sum is empty then, exp(-inf - 0) = 0
+        peaks_C = peaks_C.masked_fill_(peaks_C == -torch.inf, 0.0)
     logits_CI.sub_(peaks_C[:, None]).exp_()
     return peaks_C, logits_CI.sum(dim=1)
+
+
+def _divisors(sums_C: Tensor, problem: Problem) -> Tensor:
+    """The sums, but for empty ones, whose terms are 0 whatever divides them."""
+    return sums_C if problem.excluded is None else sums_C.masked_fill(sums_C == 0, 1.0)
 
 
 def _accumulator(like: Tensor, *shape: int) -> Tensor:

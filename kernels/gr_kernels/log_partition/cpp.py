@@ -12,32 +12,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gr_kernels import native
+from gr_kernels.log_partition.problem import Problem
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def why_not(queries_TD: Tensor, bias_I: Tensor | None) -> str:
-    """The reason, in a few words, why the operator can't take these inputs; empty when it can."""
-    if queries_TD.device.type != "cpu" or queries_TD.dtype != torch.float32:
-        return f"the C++ operator takes float32 on cpu, not {queries_TD.dtype} on {queries_TD.device.type}"
-    if bias_I is not None and bias_I.dtype != torch.float32:
-        return f"the C++ operator takes a float32 bias, not {bias_I.dtype}"
+def obstacle(problem: Problem) -> str:
+    """The reason, in a few words, why the operator can't take this call; "" when it can."""
+    queries, bias = problem.queries, problem.bias
+    if queries.device.type != "cpu" or queries.dtype != torch.float32:
+        return f"the C++ operator takes float32 on cpu, not {queries.dtype} on {queries.device.type}"
+    if bias is not None and bias.dtype != torch.float32:
+        return f"the C++ operator takes a float32 bias, not {bias.dtype}"
+    if problem.excluded is not None:
+        return "the C++ operator takes no excluded items"
     return native.why_unavailable()
 
 
-def log_partition(queries_TD: Tensor, table_ID: Tensor, bias_I: Tensor | None, scale: float) -> Tensor:
-    return _LogPartition.apply(queries_TD, table_ID, bias_I, scale)
+def log_partition(problem: Problem) -> Tensor:
+    problem = problem.with_normalized_table()
+    return _LogPartition.apply(problem.queries, problem.table, problem.bias, problem.scale)
 
 
-def cross_entropy(
-    queries_TD: Tensor,
-    table_ID: Tensor,
-    bias_I: Tensor | None,
-    targets_T: Tensor,
-    weights_T: Tensor | None,
-    scale: float,
-) -> Tensor:
-    return _CrossEntropy.apply(queries_TD, table_ID, bias_I, targets_T, weights_T, scale)
+def cross_entropy(problem: Problem) -> Tensor:
+    problem = problem.with_normalized_table()
+    assert problem.targets is not None
+    return _CrossEntropy.apply(
+        problem.queries, problem.table, problem.bias, problem.targets.long(), problem.weights, problem.scale
+    )
 
 
 class _LogPartition(torch.autograd.Function):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr_kernels.log_partition.problem import Problem
+
 
 def logits(
     queries_TD: Tensor, table_ID: Tensor, scale: float, normalize_eps: float | None, bias_I: Tensor | None
@@ -45,3 +47,24 @@ def cross_entropy(
         logits(queries_TD, table_ID, scale, normalize_eps, bias_I), targets_T.long(), reduction="none"
     )
     return (losses_T if weights_T is None else losses_T * weights_T).sum()
+
+
+def log_partition_of(problem: Problem) -> Tensor:
+    """``log_partition`` without what each query excludes."""
+    return torch.logsumexp(_seen_logits(problem), dim=1)
+
+
+def cross_entropy_of(problem: Problem) -> Tensor:
+    """``cross_entropy`` without what each query excludes, its target apart."""
+    assert problem.targets is not None
+    losses_T = F.cross_entropy(
+        _seen_logits(problem.keeping_targets()), problem.targets.long(), reduction="none"
+    )
+    return (losses_T if problem.weights is None else losses_T * problem.weights).sum()
+
+
+def _seen_logits(problem: Problem) -> Tensor:
+    logits_TI = logits(problem.queries, problem.table, problem.scale, problem.normalize_eps, problem.bias)
+    if logits_TI.dtype in (torch.float16, torch.bfloat16):
+        logits_TI = logits_TI.float()
+    return logits_TI if problem.excluded is None else problem.exclude(logits_TI.clone())

@@ -1,0 +1,152 @@
+"""The whole report of the kernels on this machine: tests, sanitizer, resources and every benchmark, into one folder.
+
+    python benchmarks/kernels/suite.py --device cuda [--steps tests hstu_attention ...]
+
+Steps that are named alone are redone and the rest of the folder stays, so that a report can be made in pieces. Ends
+with 0 when every step passed, 1 when one failed, 2 when the machine can't do it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+
+from benchmarks.kernels import markdown, operators  # noqa: E402
+from gr.errors import UserError, nearest, program  # noqa: E402
+from gr.train import environment  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+PYTHON = "python"
+RUN = ("benchmarks/kernels/run.py",)
+NO_TESTS = 5  # how pytest ends then
+SECONDS = {"cuda": 2.0, "cpu": 20.0}  # of timing a shape
+
+
+@dataclass(frozen=True)
+class Step:
+    """command: after the interpreter, or a program's name first.  environment: variables beside ours."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@program
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "the GPU report needs an NVIDIA GPU that torch sees (an H200 for the figures to be reached): there is none"
+        )
+    folder = options.out.resolve() if options.out else RESULTS / name_of(options.device)
+    steps = plan(options.device, folder, options.seconds or SECONDS[options.device])
+    names = [step.name for step in steps]
+    for name in options.steps or ():
+        if name not in names:
+            raise UserError(f"--steps {name}: no such step; {nearest(name, names)}")
+    steps = [step for step in steps if step.name in (options.steps or names)]
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "steps.json"
+    done: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
+    for number, step in enumerate(steps):
+        print(f"[{number + 1}/{len(steps)}] {step.name}: {' '.join(step.command)}", flush=True)
+        done[step.name] = carry_out(step, folder)
+        record.write_text(json.dumps(done, indent=1) + "\n")
+        print(f"  {done[step.name]['status']}, {done[step.name]['seconds']:.0f} s", flush=True)
+        markdown.write(folder, options.device, done)
+    print(f"report: {folder / markdown.REPORT}")
+    return 1 if any(done[step.name]["status"].startswith("failed") for step in steps) else 0
+
+
+def name_of(device: str) -> str:
+    """gpu-nvidia-h200, cpu-amd-epyc: what the figures belong to."""
+    model = torch.cuda.get_device_name() if device == "cuda" else environment.cpu_model()
+    words = re.findall(r"[a-z0-9]+", (model or "unknown").lower())
+    return f"{'gpu' if device == 'cuda' else 'cpu'}-{'-'.join(words[:4])}"
+
+
+def plan(device: str, folder: Path, seconds: float) -> list[Step]:
+    """Every step, in order. Their commands, which results keep, have no path of this machine where that can be."""
+    out = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
+
+    def benchmark(operator: str, part: str = "", *more: str) -> Step:
+        label = f"{operator}-{part}" if part else operator
+        options = ("--device", device, "--seconds", f"{seconds:g}", "--out", out, "--label", label)
+        return Step(label, (PYTHON, *RUN, operator, *options, *more))
+
+    if device == "cpu":
+        return [benchmark(name) for name in operators.NAMES]
+    compiled = ("full-n4096-d64-h4-*", "full-n4096-d128-h4-*-none-*", "ml-1m-n200-d64-*")
+    return [
+        _tests("tests", "tests/kernels"),
+        _tests("tests-gpu", "-m", "gpu", "tests", "--ignore=tests/kernels"),
+        *(_sanitizer(tool, f"{out}/{tool}") for tool in ("memcheck", "racecheck")),
+        Step("resources", (PYTHON, "benchmarks/kernels/resources.py")),
+        benchmark("hstu_attention", "", "--shapes", "full-*-none-*"),
+        benchmark("hstu_attention", "bias", "--shapes", "full-n1024-d64-h4-*", "full-n4096-d64-h4-*"),
+        benchmark("hstu_attention", "jagged", "--shapes", "ml-1m-*", "uniform-*"),
+        benchmark("block", "", "--against", "eager", "compiled"),
+        *(benchmark(name) for name in operators.NAMES if name not in ("hstu_attention", "block")),
+        benchmark(
+            "hstu_attention", "compiled", "--shapes", *compiled, "--against", "flex", "compiled", "sdpa-flash"
+        ),
+    ]
+
+
+def _tests(name: str, *arguments: str) -> Step:
+    return Step(name, (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments))
+
+
+def _sanitizer(tool: str, out: str) -> Step:
+    small = ("hstu_attention", "--grid", "tiny", "--rounds", "1", "--against", "none", "--no-memory")
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", PYTHON, *RUN, *small)
+    # Without the allocator's cache: inside its blocks, what is out of bounds looks in order.
+    return Step(tool, (*command, "--out", out), (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+
+
+def carry_out(step: Step, folder: Path) -> dict[str, Any]:
+    """Runs a step, its output in FOLDER/STEP.log; "not run: why" where its program isn't there."""
+    command = [sys.executable if word == PYTHON else word for word in step.command]
+    found = {"command": " ".join(step.command), "seconds": 0.0}
+    if shutil.which(command[0]) is None:
+        return {**found, "status": f"not run: there is no {command[0]} on this machine"}
+    log = folder / f"{step.name}.log"
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    started = time.perf_counter()
+    with log.open("w") as output:
+        code = subprocess.run(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=variables | dict(step.environment)
+        ).returncode
+    status = "passed" if code == 0 else f"failed ({code}): {log.name}"
+    if code == NO_TESTS and "pytest" in command:
+        status = "no tests"
+    return {**found, "seconds": time.perf_counter() - started, "status": status}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument(
+        "--steps", nargs="+", metavar="STEP", help="only these, by the names that a run prints"
+    )
+    parser.add_argument("--seconds", type=float, help="of timing a shape (default 2 on a GPU, 20 on a CPU)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-NAME or cpu-NAME")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Which implementation of an operator takes a call, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator.
+
+    obstacle: says in a few words why it can't take a call (the arguments are choose()'s), "" when it can.
+    run: what the operator calls: a function, or an object that has several.
+    merit: what speaks for it, in a few words.
+    device: "auto" takes it for tensors on this type of device alone ("": on any); by name it runs wherever it can,
+        as Triton's interpreter does on CPU.
+    """
+
+    name: str
+    obstacle: Callable[..., str]
+    run: Any
+    merit: str
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation of a call, and those preferred to it with what was in their way."""
+
+    implementation: Implementation
+    passed_over: tuple[tuple[str, str], ...]
+
+    def explain(self) -> str:
+        """One line: what runs and why."""
+        reasons = [f"{name} can't: {obstacle}" for name, obstacle in self.passed_over]
+        return "; ".join([f"{self.implementation.name} ({self.implementation.merit})", *reasons])
+
+
+def explain(
+    operator: Callable[..., Any], *arguments: Any, implementation: str = "auto", **settings: Any
+) -> str:
+    """Which implementation ``operator(*arguments, **settings)`` would run, and why: one line.  Nothing is computed.
+
+    operator: any function of this package that takes ``implementation=``.  Raises what the call would raise.
+    """
+    try:
+        operator(*arguments, implementation=_Question(implementation), **settings)
+    except _Answer as answer:
+        return answer.choice.explain()
+    raise TypeError(f"{operator.__name__} has one implementation only: there is nothing to explain")
+
+
+class _Question(str):
+    """An implementation's name that asks for the choice instead of the result."""
+
+
+class _Answer(Exception):
+    def __init__(self, choice: Choice):
+        super().__init__("the choice was only asked for")
+        self.choice = choice
+
+
+def choose(
+    operator: str,
+    implementations: Sequence[Implementation],
+    device: torch.device,
+    arguments: tuple[Any, ...],
+    name: str = "auto",
+) -> Choice:
+    """The first of ``implementations`` (in order of preference) that takes the call, or the one of that name.
+
+    Raises ValueError for an unknown name, and for a named implementation that can't take the call.
+    """
+    known = [candidate.name for candidate in implementations]
+    if name not in ("auto", *known):
+        names = ", ".join(repr(n) for n in known)
+        raise ValueError(f"{operator}: implementation must be 'auto' or one of {names}, not {name!r}.")
+    passed_over: list[tuple[str, str]] = []
+    for candidate in implementations:
+        if name not in ("auto", candidate.name):
+            continue
+        if name == "auto" and candidate.device not in ("", device.type):
+            obstacle = f"it is for {candidate.device} and the tensors are on {device}"
+        else:
+            obstacle = candidate.obstacle(*arguments)
+        if not obstacle:
+            choice = Choice(candidate, tuple(passed_over))
+            if isinstance(name, _Question):
+                raise _Answer(choice)
+            return choice
+        if name == candidate.name:
+            raise ValueError(f"{operator}: implementation {name!r} can't run here: {obstacle}.")
+        passed_over.append((candidate.name, obstacle))
+    reasons = "; ".join(f"{n}: {why}" for n, why in passed_over)
+    raise ValueError(f"{operator}: no implementation takes this call ({reasons}).")

@@ -1,0 +1,157 @@
+"""The attention as operators of torch.library, whose arguments are tensors and numbers: what torch.compile and
+torch.export see. A problem is flattened at this border and put together again behind it.
+
+B sequences, T query and S key rows, H heads, Q query/key width, V value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gr_kernels.hstu_attention.problem import AttentionMask, AttentionProblem, RelativeBias, TimeBuckets
+
+# max_length and dropout_key change from batch to batch and step to step: as SymInt they need no new graph.
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? query_offsets, Tensor? targets, Tensor? position, "
+    "Tensor? time, Tensor? query_times, Tensor? key_times, str bucket_kind, float bucket_width, SymInt max_length, "
+    "float scale, float divisor, bool softmax, bool causal, int window, int full_rows, int contexts, float dropout, "
+    "SymInt dropout_key, bool deterministic"
+)
+FORWARD = f"({_INPUTS}) -> Tensor"
+BACKWARD = (
+    f"(Tensor d_out, {_INPUTS}) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_position, Tensor d_time)"
+)
+_TENSORS = 10  # how many of the inputs are tensors; they come first
+_POSITION, _TIME = 6, 7  # which of them are the tables
+
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionProblem], Tensor]
+# (d_out, q, k, v, problem) -> gradients of q, k, v, bias.position, bias.time (None for an absent table)
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, AttentionProblem], Gradients]
+
+
+def flatten(problem: AttentionProblem) -> tuple[Any, ...]:
+    """The operators' arguments after q, k and v."""
+    bias, mask, key = problem.bias, problem.mask, problem.dropout_key
+    timed = bias.time is not None
+    return (
+        problem.offsets,
+        problem.query_offsets,
+        mask.targets,
+        bias.position,
+        bias.time,
+        bias.query_times if timed else None,
+        bias.key_times if timed else None,
+        bias.buckets.kind,
+        bias.buckets.width,
+        problem.max_length,
+        float(problem.scale),
+        float(problem.divisor),
+        problem.activation == "softmax",
+        mask.causal,
+        mask.window,
+        mask.full_rows,
+        mask.contexts,
+        float(problem.dropout),
+        key - 2**64 if key >= 2**63 else key,  # the same 64 bits, signed
+        problem.deterministic,
+    )
+
+
+def unflatten(
+    offsets: Tensor,
+    query_offsets: Tensor | None,
+    targets: Tensor | None,
+    position: Tensor | None,
+    time: Tensor | None,
+    query_times: Tensor | None,
+    key_times: Tensor | None,
+    bucket_kind: Any,
+    bucket_width: float,
+    max_length: int,
+    scale: float,
+    divisor: float,
+    softmax: bool,
+    causal: bool,
+    window: int,
+    full_rows: int,
+    contexts: int,
+    dropout: float,
+    dropout_key: int,
+    deterministic: bool,
+) -> AttentionProblem:
+    """The problem that `flatten` took apart (its key as 64 unsigned bits again)."""
+    buckets = TimeBuckets() if time is None else TimeBuckets(bucket_kind, time.shape[0], bucket_width)
+    return AttentionProblem(
+        offsets=offsets,
+        query_offsets=query_offsets,
+        max_length=max_length,
+        divisor=divisor,
+        scale=scale,
+        activation="softmax" if softmax else "silu",
+        mask=AttentionMask(causal, window, full_rows, contexts, targets),
+        bias=RelativeBias(position, time, query_times, key_times, buckets),
+        dropout=dropout,
+        dropout_key=dropout_key + 2**64 if dropout_key < 0 else dropout_key,
+        deterministic=deterministic,
+    )
+
+
+def register(name: str, forward: Forward, backward: Backward) -> None:
+    """Defines the operators gr_kernels::<name> and gr_kernels::<name>_backward from two functions of a problem.
+
+    They trace (shapes without computing) and differentiate once. Neither function may return an input or a view of
+    one. Called when the module of an implementation is imported, which is when it first runs.
+    """
+
+    def run_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> Tensor:
+        return forward(q, k, v, unflatten(*flat))
+
+    def run_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        *gradients, d_position, d_time = backward(d_out, q, k, v, unflatten(*flat))
+        return (*gradients, *(q.new_empty((0,)) if x is None else x for x in (d_position, d_time)))
+
+    forward_name, backward_name = f"gr_kernels::{name}", f"gr_kernels::{name}_backward"
+    torch.library.define(forward_name, FORWARD)
+    torch.library.define(backward_name, BACKWARD)
+    torch.library.impl(forward_name, "default", run_forward)
+    torch.library.impl(backward_name, "default", run_backward)
+    torch.library.register_fake(forward_name, _fake_forward)
+    torch.library.register_fake(backward_name, _fake_backward)
+    operator = getattr(torch.ops.gr_kernels, f"{name}_backward")
+
+    def differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        d_q, d_k, d_v, d_position, d_time = operator(d_out.contiguous(), *tensors, *ctx.settings)
+        gradients: list[Tensor | None] = [None] * (_TENSORS + len(ctx.settings))
+        gradients[:3] = d_q, d_k, d_v
+        if tensors[_POSITION] is not None:
+            gradients[_POSITION] = d_position
+        if tensors[_TIME] is not None:
+            gradients[_TIME] = d_time
+        return tuple(gradients)
+
+    def refuse(ctx: Any, *d_gradients: Tensor) -> None:
+        raise RuntimeError(f"{forward_name} is differentiable once, and its gradient was differentiated.")
+
+    torch.library.register_autograd(forward_name, differentiate, setup_context=_keep_for_backward)
+    torch.library.register_autograd(backward_name, refuse)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> Tensor:
+    return v.new_empty((q.shape[0], *v.shape[1:]))
+
+
+def _fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    tables = flat[_POSITION - 3 : _TIME - 2]
+    absent_or_like = (q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in tables)
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), *absent_or_like)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.settings = inputs[_TENSORS:]

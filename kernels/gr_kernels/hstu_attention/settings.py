@@ -1,0 +1,43 @@
+"""What the Triton kernels know at compile time: one frozen value, passed as a constexpr and named S there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A kernel is compiled once for each of these (and for the types of its arguments).
+
+    ROWS, KEYS: the tile of scores. WIDTH_Q, WIDTH_V: a head's widths; BLOCK_Q, BLOCK_V: the next powers of two, at
+    least 16. CAUSAL, TARGETS, WINDOW, CONTEXTS: features of the mask. CROSS: queries have offsets of their own.
+    POSITION, TIME: which tables the bias has; SQRT: buckets of the root, not of the logarithm. SOFTMAX: instead of
+    SiLU. FAST: tanh.approx. PRECISION: of float32 products. ORDERED: sequences come in a given order.
+    ATOMIC: the pass over keys adds up the gradient of the queries as well.
+    """
+
+    ROWS: int
+    KEYS: int
+    WIDTH_Q: int
+    WIDTH_V: int
+    BLOCK_Q: int
+    BLOCK_V: int
+    CAUSAL: bool = True
+    TARGETS: bool = False
+    WINDOW: bool = False
+    CONTEXTS: bool = False
+    CROSS: bool = False
+    POSITION: bool = False
+    TIME: bool = False
+    SQRT: bool = False
+    SOFTMAX: bool = False
+    DROPOUT: bool = False
+    FAST: bool = False
+    PRECISION: str = "ieee"
+    ORDERED: bool = False
+    ATOMIC: bool = False
+
+    @property
+    def UNIT(self) -> float:
+        """What scores come multiplied by: SiLU is cheapest from x / 2."""
+        return 1.0 if self.SOFTMAX else 0.5

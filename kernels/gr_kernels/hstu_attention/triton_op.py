@@ -1,0 +1,449 @@
+"""The attention in Triton: when it can run, how it is launched, and its operators for torch.library.
+
+Nothing here reads a device tensor on the host: grids come from max_length, and blocks past a sequence's end return.
+
+B sequences, T query and S key rows in the batch, H heads, Q query/key width, V value width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gr_kernels.hstu_attention import schema, tiles
+from gr_kernels.hstu_attention.problem import AttentionProblem, RelativeBias, TimeBuckets
+from gr_kernels.hstu_attention.settings import Settings
+from gr_kernels.triton_common.available import interpreting, why_unavailable
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST = 256
+# Keys and values of the (sequence, head) pairs that run side by side should stay in the L2 cache (50 MB on an H100).
+L2_SHARE = 24 * 2**20
+# The table gradients are first summed by this many programs at most, and into this many bytes unless few programs
+# would be left.
+TABLE_PROGRAMS = 1024
+TABLE_BYTES = 64 * 2**20
+FEWEST_TABLE_PROGRAMS = 128
+
+
+def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> str:
+    """Why this call can't be Triton's, "" when it can."""
+    if reason := why_unavailable(q_THQ.device):
+        return reason
+    if q_THQ.dtype not in DTYPES:
+        return f"it computes in float32, float16 and bfloat16, not {q_THQ.dtype}"
+    widest = max(q_THQ.shape[-1], v_SHV.shape[-1])
+    if widest > WIDEST:
+        return f"heads are {widest} wide, more than {WIDEST}"
+    for name, table in (("position", problem.bias.position), ("time", problem.bias.time)):
+        if table is not None and table.dtype not in DTYPES:
+            return f"bias.{name} is {table.dtype}"
+    return ""
+
+
+def attention(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> Tensor:
+    """hstu_attention() for a validated call without obstacle."""
+    _register()
+    out_THV, _ = torch.ops.gr_kernels.hstu_attention_triton(q_THQ, k_SHQ, v_SHV, *schema.flatten(problem))
+    return out_THV  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=64)
+def _thresholds(buckets: TimeBuckets, device: torch.device) -> Tensor:
+    return buckets.thresholds().to(device)
+
+
+def _block(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _margin(per_unit: float, last: int) -> float:
+    """How far a bucket number computed in float32 can be from the exact one, in buckets; see time_bucket.
+
+    |dt| as float32 is at most 2^-23 off, relatively, lg2.approx 2^-22 absolutely (and where the logarithm is small
+    |dt| is a small, exact integer), sqrt.approx 2^-22 relatively, the product 2^-24: with x at most `last` where it
+    matters (above it is clipped), the sum is below (per_unit + last) 2^-21. Twice that, and never half a bucket.
+    """
+    return min(2.0**-20 * (per_unit + last + 1), 0.45)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything the kernels of one call have in common."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    problem: AttentionProblem
+
+    @functools.cached_property
+    def sequences(self) -> int:
+        return self.problem.offsets.shape[0] - 1
+
+    @functools.cached_property
+    def longest(self) -> tuple[int, int]:
+        """At most so many query and key rows has a sequence."""
+        return min(self.problem.max_length, self.q.shape[0]), min(self.problem.max_length, self.k.shape[0])
+
+    @functools.cached_property
+    def query_offsets(self) -> Tensor:
+        query_offsets = self.problem.query_offsets
+        return self.problem.offsets if query_offsets is None else query_offsets
+
+    @functools.cached_property
+    def weight_scale(self) -> float:
+        problem = self.problem
+        divisor = problem.divisor if problem.activation == "silu" else 1.0
+        return (problem.keep_scale if problem.dropout else 1.0) / divisor
+
+    @functools.cached_property
+    def score_scale(self) -> float:
+        """What sums of the kernels' ds are multiplied by to be sums of gradients of the scores."""
+        return self.weight_scale if self.problem.activation == "silu" else 1.0
+
+    @functools.cached_property
+    def order(self) -> Tensor | None:
+        """Sequences from the longest on, so that the last to start are short."""
+        if self.sequences < 2:
+            return None
+        return self.problem.offsets.diff().argsort(descending=True, stable=True)
+
+    @functools.cached_property
+    def width(self) -> int:
+        return max(_block(self.q.shape[2]), _block(self.v.shape[2]))
+
+    @functools.cached_property
+    def biased(self) -> bool:
+        return self.problem.bias.position is not None or self.problem.bias.time is not None
+
+    @functools.cached_property
+    def atomic(self) -> bool:
+        """Whether the backward that needn't be deterministic is another than that which is."""
+        return tiles.atomic(self.width, self.biased)
+
+    def tile(self, which: tiles.Pass) -> tiles.Tile:
+        bytes_each, longest = self.q.element_size(), max(self.longest)
+        return tiles.choose(which, self.width, bytes_each, longest, self.biased, interpreting())
+
+    def settings(self, tile: tiles.Tile, atomic: bool = False) -> Settings:
+        problem = self.problem
+        mask, bias = problem.mask, problem.bias
+        return Settings(
+            ROWS=tile.rows,
+            KEYS=tile.keys,
+            WIDTH_Q=self.q.shape[2],
+            WIDTH_V=self.v.shape[2],
+            BLOCK_Q=_block(self.q.shape[2]),
+            BLOCK_V=_block(self.v.shape[2]),
+            CAUSAL=mask.causal,
+            TARGETS=mask.targets is not None,
+            WINDOW=mask.window > 0,
+            CONTEXTS=mask.contexts > 0,
+            CROSS=problem.query_offsets is not None,
+            POSITION=bias.position is not None,
+            TIME=bias.time is not None,
+            SQRT=bias.time is not None and bias.buckets.kind == "sqrt",
+            SOFTMAX=problem.activation == "softmax",
+            DROPOUT=problem.dropout > 0,
+            FAST=self.q.dtype != torch.float32 and not interpreting(),
+            ORDERED=self.order is not None,
+            ATOMIC=atomic,
+        )
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The kernels' arguments that are the same in every pass, by name."""
+        problem = self.problem
+        mask, bias = problem.mask, problem.bias
+        timed = bias.time is not None
+        last = bias.buckets.count - 1
+        per_unit = (math.log(2) if bias.buckets.kind == "log" else 1.0) / bias.buckets.width
+        longest = problem.max_length
+        return {
+            "q": self.q,
+            "k": self.k,
+            "v": self.v,
+            **_strides(q=self.q, k=self.k, v=self.v),
+            "offsets": problem.offsets,
+            "query_offsets": problem.query_offsets,
+            "targets": mask.targets,
+            "order": self.order,
+            "position": bias.position,
+            "time": bias.time,
+            "query_times": bias.query_times if timed else None,
+            "key_times": bias.key_times if timed else None,
+            "thresholds": _thresholds(bias.buckets, self.q.device) if timed else None,
+            "sequences": self.sequences,
+            "heads": self.q.shape[1],
+            "rows": self.q.shape[0],
+            # longer than the longest sequence is all the same
+            "window": min(mask.window, longest),
+            "full_rows": min(mask.full_rows, longest),
+            "contexts": min(mask.contexts, longest + 1),
+            "scale": problem.scale,
+            "buckets_per_unit": per_unit,
+            "bucket_margin": _margin(per_unit, last),
+            "last_bucket": last,
+            "key_low": problem.dropout_key & 0xFFFFFFFF,
+            "key_high": problem.dropout_key >> 32,
+            "drop_last": max(problem.drop_below - 1, 0),
+            "keep_scale": problem.keep_scale if problem.dropout else 1.0,
+            "weight_scale": self.weight_scale,
+            "score_scale": self.score_scale * problem.scale,
+        }
+
+    def run(
+        self, kernel: Any, settings: Settings, tile: tiles.Tile, programs: int, own: Mapping[str, Any]
+    ) -> None:
+        """Starts `programs` programs of a kernel with the common arguments that it takes and its own."""
+        if programs == 0:
+            return
+        named = {**self.arguments, **own}
+        arguments = {name: named[name] for name in kernel.arg_names if name != "S"}
+        kernel[(programs,)](**arguments, S=settings, num_warps=tile.warps, num_stages=tile.stages)
+
+    def walk(self, blocks: int) -> dict[str, int]:
+        """In which order the (sequence, head, block) pieces are taken; see work_item."""
+        widths = _block(self.q.shape[2]) + _block(self.v.shape[2])
+        bytes_of_pair = max(1, self.longest[1] * widths * self.q.element_size())
+        pairs = max(1, self.sequences * self.q.shape[1])
+        return {"blocks": blocks, "group": min(pairs, max(1, L2_SHARE // bytes_of_pair))}
+
+    def pieces(self, blocks: int) -> int:
+        return self.sequences * self.q.shape[1] * blocks
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """name_row and name_head of each (rows, heads, width) tensor."""
+    pairs = (((f"{n}_row", x.stride(0)), (f"{n}_head", x.stride(1))) for n, x in tensors.items())
+    return dict(pair for both in pairs for pair in both)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """The kernels take any row and head stride, but neighbouring numbers must be neighbours."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Launch:
+    return Launch(_narrow(q), _narrow(k), _narrow(v), _dense(problem))
+
+
+def _dense(problem: AttentionProblem) -> AttentionProblem:
+    """The vectors of a problem without gaps, and without the gradients that autograd follows."""
+
+    def dense(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().contiguous()
+
+    bias, mask = problem.bias, problem.mask
+    tables = {name: dense(getattr(bias, name)) for name in ("position", "time", "query_times", "key_times")}
+    return replace(
+        problem,
+        offsets=problem.offsets.contiguous(),
+        query_offsets=dense(problem.query_offsets),
+        mask=replace(mask, targets=dense(mask.targets)),
+        bias=RelativeBias(**tables, buckets=bias.buckets),
+    )
+
+
+def _zero_outside(x: Tensor, offsets: Tensor) -> None:
+    """Zeros for the rows of a contiguous tensor that are in no sequence."""
+    from gr_kernels.hstu_attention import triton_kernel
+
+    rows, width = x.shape[0], x[0].numel() if x.shape[0] else 0
+    if rows and width:
+        grid = (-(-rows // 64),)
+        triton_kernel.zero_outside_kernel[grid](x, offsets, offsets.shape[0] - 1, rows, width, num_warps=4)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """(out, lse): (T, H, V), and for softmax (H, T) float32, the log of each row's sum of exponentials."""
+    from gr_kernels.hstu_attention import triton_kernel
+
+    launch = _launch(q, k, v, problem)
+    out = v.new_empty((q.shape[0], *v.shape[1:]))
+    softmax = problem.activation == "softmax"
+    lse = torch.empty((q.shape[1], q.shape[0]) if softmax else (0,), dtype=torch.float32, device=q.device)
+    tile = launch.tile("forward")
+    blocks = -(-launch.longest[0] // tile.rows)
+    own = {"out": out, "lse": lse if softmax else None, **_strides(out=out), **launch.walk(blocks)}
+    _zero_outside(out, launch.query_offsets)
+    launch.run(triton_kernel.forward_kernel, launch.settings(tile), tile, launch.pieces(blocks), own)
+    return out, lse
+
+
+def backward(
+    d_out: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, bias.position and bias.time (None where absent); out and lse are softmax's alone."""
+    from gr_kernels.hstu_attention import triton_kernel
+
+    launch = _launch(q, k, v, problem)
+    d_out = d_out.contiguous()
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    given: dict[str, Any] = {"d_out": d_out, "lse": lse, "delta": None, **_strides(out=d_out)}
+    if out is not None and lse is not None:
+        given["delta"] = torch.empty_like(lse)
+        _run_delta(launch, out, given)
+    atomic = not problem.deterministic and launch.atomic
+    if atomic:
+        d_q_sums = torch.zeros(
+            (q.shape[1], q.shape[0], _block(q.shape[2])), dtype=torch.float32, device=q.device
+        )
+        given["d_q"] = d_q_sums
+    else:
+        given |= {"d_q": d_q, **_strides(d_q=d_q)}
+        tile = launch.tile("d_q")
+        blocks = -(-launch.longest[0] // tile.rows)
+        own = {**given, **launch.walk(blocks)}
+        _zero_outside(d_q, launch.query_offsets)
+        launch.run(triton_kernel.d_q_kernel, launch.settings(tile), tile, launch.pieces(blocks), own)
+    tile = launch.tile("d_kv")
+    blocks = -(-launch.longest[1] // tile.keys)
+    own = {**given, "d_k": d_k, "d_v": d_v, **_strides(d_k=d_k, d_v=d_v), **launch.walk(blocks)}
+    for x in (d_k, d_v):
+        _zero_outside(x, launch.problem.offsets)
+    launch.run(triton_kernel.d_kv_kernel, launch.settings(tile, atomic), tile, launch.pieces(blocks), own)
+    if atomic:
+        d_q_THQ = d_q_sums[..., : q.shape[2]].transpose(0, 1)
+        torch.mul(d_q_THQ, launch.arguments["score_scale"], out=d_q)
+    return d_q, d_k, d_v, *_table_gradients(launch, given)
+
+
+def _run_delta(launch: Launch, out: Tensor, given: Mapping[str, Any]) -> None:
+    from gr_kernels.hstu_attention import triton_kernel
+
+    rows, heads = out.shape[:2]
+    settings = launch.settings(launch.tile("forward"))
+    if rows and heads:
+        grid = (-(-rows // settings.ROWS), heads)
+        triton_kernel.delta_kernel[grid](
+            out,
+            given["d_out"],
+            given["delta"],
+            given["out_row"],
+            given["out_head"],
+            rows,
+            S=settings,
+            num_warps=4,
+        )
+
+
+def _table_gradients(launch: Launch, given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    from gr_kernels.hstu_attention import triton_kernel
+
+    bias = launch.problem.bias
+    if bias.position is None and bias.time is None:
+        return None, None
+    tile = launch.tile("tables")
+    blocks = -(-launch.longest[0] // tile.rows)
+    positions = 0 if bias.position is None else min(bias.position.shape[0], launch.longest[1])
+    times = 0 if bias.time is None else bias.time.shape[0]
+    affordable = max(FEWEST_TABLE_PROGRAMS, TABLE_BYTES // (4 * max(1, positions + times)))
+    programs = min(launch.sequences * blocks, TABLE_PROGRAMS, affordable)
+    position_sums, time_sums = (
+        torch.zeros((programs, entries), dtype=torch.float32, device=launch.q.device)
+        for entries in (positions, times)
+    )
+    own = {**given, "position_sums": None, "time_sums": None, "blocks": blocks, "entries": positions}
+    if bias.position is not None:
+        own["position_sums"] = position_sums
+    if bias.time is not None:
+        own["time_sums"] = time_sums
+    launch.run(triton_kernel.table_gradients_kernel, launch.settings(tile), tile, programs, own)
+    d_position, d_time = None, None
+    if bias.position is not None:
+        d_position = torch.zeros(bias.position.shape, dtype=bias.position.dtype, device=launch.q.device)
+        d_position[:positions] = position_sums.sum(0) * launch.score_scale
+    if bias.time is not None:
+        d_time = (time_sums.sum(0) * launch.score_scale).to(bias.time.dtype)
+    return d_position, d_time
+
+
+_INPUTS = schema.FORWARD.removeprefix("(").removesuffix(") -> Tensor")
+_FORWARD = f"({_INPUTS}) -> (Tensor out, Tensor lse)"
+_BACKWARD = (
+    f"(Tensor d_out, Tensor? out, Tensor? lse, {_INPUTS}) "
+    "-> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_position, Tensor d_time)"
+)
+_TENSORS = 10  # how many of the inputs are tensors; they come first
+_POSITION, _TIME = 6, 7
+_SOFTMAX = 15
+
+
+@functools.cache
+def _register() -> None:
+    """Defines gr_kernels::hstu_attention_triton and its backward; once, on first use.
+
+    As schema.register does, but for the second output: softmax keeps out and lse for its backward.
+    """
+    name, backward_name = "gr_kernels::hstu_attention_triton", "gr_kernels::hstu_attention_triton_backward"
+    torch.library.define(name, _FORWARD)
+    torch.library.define(backward_name, _BACKWARD)
+
+    def run_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+        return forward(q, k, v, schema.unflatten(*flat))
+
+    def run_backward(
+        d_out: Tensor, out: Tensor | None, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *flat: Any
+    ) -> tuple[Tensor, ...]:
+        *gradients, d_position, d_time = backward(d_out, out, lse, q, k, v, schema.unflatten(*flat))
+        return (*gradients, *(q.new_empty((0,)) if x is None else x for x in (d_position, d_time)))
+
+    torch.library.impl(name, "default", run_forward)
+    torch.library.impl(backward_name, "default", run_backward)
+    torch.library.register_fake(name, _fake_forward)
+    torch.library.register_fake(backward_name, _fake_backward)
+    torch.library.register_autograd(name, _differentiate, setup_context=_keep_for_backward)
+    torch.library.register_autograd(backward_name, _refuse)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    shape = (q.shape[1], q.shape[0]) if flat[_SOFTMAX - 3] else (0,)
+    return v.new_empty((q.shape[0], *v.shape[1:])), q.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_backward(
+    d_out: Tensor, out: Any, lse: Any, q: Tensor, k: Tensor, v: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
+    tables = flat[_POSITION - 3 : _TIME - 2]
+    absent_or_like = (q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in tables)
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), *absent_or_like)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    kept = output if inputs[_SOFTMAX] else (None, None)
+    ctx.save_for_backward(*inputs[:_TENSORS], *kept)
+    ctx.settings = inputs[_TENSORS:]
+
+
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    found = torch.ops.gr_kernels.hstu_attention_triton_backward(
+        d_out.contiguous(), out, lse, *tensors, *ctx.settings
+    )
+    d_q, d_k, d_v, d_position, d_time = found
+    gradients: list[Tensor | None] = [None] * (_TENSORS + len(ctx.settings))
+    gradients[:3] = d_q, d_k, d_v
+    if tensors[_POSITION] is not None:
+        gradients[_POSITION] = d_position
+    if tensors[_TIME] is not None:
+        gradients[_TIME] = d_time
+    return tuple(gradients)
+
+
+def _refuse(ctx: Any, *d_gradients: Tensor) -> None:
+    raise RuntimeError(
+        "gr_kernels::hstu_attention_triton is differentiable once, and its gradient was differentiated."
+    )

@@ -1,0 +1,1 @@
+"""Jagged tensors put together sequence by sequence, and taken apart again."""

@@ -1,0 +1,1 @@
+"""Jagged tensors to padded ones, and back."""

@@ -1,0 +1,1 @@
+"""Position and time embeddings added to the rows of jagged sequences."""

@@ -1,0 +1,158 @@
+"""Position and time embeddings added to x: checks a call, picks an implementation, runs it.
+
+B sequences, T rows (sum of lengths), D width, P entries of the position table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gr_kernels.dispatch import Choice, Implementation, choose
+from gr_kernels.hstu_attention.buckets import TimeBuckets
+from gr_kernels.jagged.offsets import check_offsets
+from gr_kernels.jagged.positions_and_times import bucket_op, reference, triton_op
+from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
+
+_NAME = "add_positions_and_times"
+
+
+@torch.compiler.assume_constant_result
+def _register_buckets() -> str:
+    bucket_op.register()
+    return ""
+
+
+def _reference_obstacle(x_TD: Tensor, call: Call) -> str:
+    return _register_buckets()
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "triton", triton_op.obstacle, triton_op.add_positions_and_times, "one pass, gradients without atomics",
+        device="cuda",
+    ),
+    Implementation(
+        "reference", _reference_obstacle, reference.add_positions_and_times, "plain PyTorch, any device and precision"
+    ),
+)  # fmt: skip
+
+
+def add_positions_and_times(
+    x_TD: Tensor,
+    offsets_B1: Tensor,
+    *,
+    max_length: int,
+    scale: float = 1.0,
+    position_PD: Tensor | None = None,
+    time_ED: Tensor | None = None,
+    time_differences_T: Tensor | None = None,
+    buckets: TimeBuckets = TimeBuckets(),
+    targets_B: Tensor | None = None,
+    count_from: CountFrom = "front",
+    implementation: str = "auto",
+) -> Tensor:
+    """x scale + position[p] + time[bucket(dt)] for every row, in one pass.
+
+    In a sequence of n rows of which the last m are targets (candidates to score), row i has the entry
+        count_from="front": p = min(i, n - m): the place in the sequence; all targets stand where the next row would;
+        count_from="back":  p = max(n - m - i, 0): 1 for the last row of history, 2 before it; targets have 0.
+
+    Args:
+        x_TD: (T, D) floating.
+        offsets_B1: (B + 1,) int64, ascending: sequence b is rows offsets[b] to offsets[b + 1].
+        max_length: no sequence is longer than this.
+        scale: multiplies x (HSTU and SASRec: sqrt(D)).
+        position_PD: (P, D) floating, or None; P >= max_length, counted from the back P >= max_length + 1.
+        time_ED: (buckets.count, D) floating, or None.
+        time_differences_T: (T,) int64, with time_ED: dt, whose sign doesn't matter.
+        buckets: of |dt|.
+        targets_B: (B,) int64 or int32: the number of targets of each sequence; None: none.
+        count_from: "front" or "back".
+        implementation: "auto", or "triton", "reference".
+
+    Returns:
+        (T, D) in x's dtype, contiguous; summed in float32 (float64 for that) and rounded once. Rows of no sequence are
+        zero. Differentiable in x and in both tables.
+
+    Raises:
+        ValueError: one sentence saying which argument is wrong, or why the asked-for implementation can't run. (The
+            values of offsets and targets on a device are trusted: looking at them would wait for it.)
+    """
+    call = Call(
+        offsets=offsets_B1,
+        max_length=max_length,
+        scale=scale,
+        position=position_PD,
+        time=time_ED,
+        time_differences=time_differences_T if time_ED is not None else None,
+        buckets=buckets,
+        targets=targets_B,
+        count_from=count_from,
+    )
+    return _choose(x_TD, call, implementation).implementation.run(x_TD, call)  # type: ignore[no-any-return]
+
+
+def _choose(x_TD: Tensor, call: Call, name: str) -> Choice:
+    _check(x_TD, call)
+    return choose(_NAME, IMPLEMENTATIONS, x_TD.device, (x_TD, call), name)
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(f"{_NAME}: {sentence}.")
+
+
+def _check(x_TD: Tensor, call: Call) -> None:
+    _require(
+        x_TD.dim() == 2 and x_TD.is_floating_point(),
+        f"x must be (T, D) floating, not {tuple(x_TD.shape)} {x_TD.dtype}",
+    )
+    rows, width = x_TD.shape
+    check_offsets(_NAME, call.offsets, rows, x_TD.device, call.max_length)
+    _require(
+        call.count_from in ("front", "back"), f"count_from is 'front' or 'back', not {call.count_from!r}"
+    )
+    entries = call.max_length + (call.count_from == "back")
+    for table_name, table, least in (
+        ("position", call.position, entries),
+        ("time", call.time, call.buckets.count),
+    ):
+        if table is None:
+            continue
+        _require(
+            table.dim() == 2
+            and table.shape[1] == width
+            and table.is_floating_point()
+            and table.device == x_TD.device,
+            f"the {table_name} table must be floating, {width} wide and on {x_TD.device} as x is, not "
+            f"{tuple(table.shape)} {table.dtype} on {table.device}",
+        )
+        exact = table_name == "time"
+        _require(
+            table.shape[0] == least if exact else table.shape[0] >= least,
+            f"the {table_name} table needs {least} entries{'' if exact else ' or more'}, not {table.shape[0]}",
+        )
+    if call.time is not None:
+        _check_vector("time_differences", call.time_differences, rows, x_TD.device, (torch.int64,))
+    if call.targets is not None:
+        sequences = call.offsets.shape[0] - 1
+        _check_vector("targets", call.targets, sequences, x_TD.device, (torch.int64, torch.int32))
+        if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong_B = (call.targets < 0) | (call.targets > call.offsets.diff())
+            _require(
+                not bool(wrong_B.any()), f"sequence {int(wrong_B.to(torch.int8).argmax()) if sequences else 0} has "
+                "fewer rows than targets"
+            )  # fmt: skip
+
+
+def _check_vector(
+    name: str, vector: Tensor | None, count: int, device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    _require(vector is not None, f"a time table needs {name}")
+    assert vector is not None
+    _require(
+        vector.shape == (count,) and vector.dtype in dtypes and vector.device == device,
+        f"{name} must be ({count},) {' or '.join(str(d).removeprefix('torch.') for d in dtypes)} on {device}, not "
+        f"{tuple(vector.shape)} {vector.dtype} on {vector.device}",
+    )

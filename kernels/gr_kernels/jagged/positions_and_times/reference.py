@@ -1,0 +1,44 @@
+"""x scale + position table + time table in plain PyTorch: any device and precision.
+
+B sequences, T rows, D width, P entries of the position table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gr_kernels.jagged.offsets import places_of_rows
+from gr_kernels.jagged.positions_and_times.bucket_op import bucket
+from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
+
+
+def position_entries(
+    offsets_B1: Tensor, targets_B: Tensor | None, rows: int, count_from: CountFrom
+) -> tuple[Tensor, Tensor]:
+    """(T,) int64, the entry of the position table of each row, 0 for rows of no sequence; (T,) bool, who has one."""
+    sequence_T, place_T, inside_T = places_of_rows(offsets_B1, rows)
+    if offsets_B1.shape[0] == 1:  # no sequence: nothing to ask about lengths
+        return torch.zeros_like(place_T), inside_T
+    history_B = offsets_B1.diff()
+    if targets_B is not None:
+        history_B = history_B - targets_B
+    history_T = history_B[sequence_T]
+    entry_T = (
+        torch.minimum(place_T, history_T) if count_from == "front" else (history_T - place_T).clamp_min(0)
+    )
+    return torch.where(inside_T, entry_T, 0), inside_T
+
+
+def add_positions_and_times(x_TD: Tensor, call: Call) -> Tensor:
+    """(T, D): computed in float32 at least, rounded once; zeros in rows of no sequence."""
+    wide = x_TD.dtype if x_TD.dtype in (torch.float32, torch.float64) else torch.float32
+    entry_T, inside_T = position_entries(call.offsets, call.targets, x_TD.shape[0], call.count_from)
+    sum_TD = x_TD.to(wide) * call.scale
+    if call.position is not None:
+        sum_TD = sum_TD + F.embedding(entry_T, call.position).to(wide)
+    if call.time is not None:
+        assert call.time_differences is not None
+        sum_TD = sum_TD + F.embedding(bucket(call.time_differences, call.buckets), call.time).to(wide)
+    return sum_TD.masked_fill(~inside_T[:, None], 0.0).to(x_TD.dtype)

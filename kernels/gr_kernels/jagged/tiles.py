@@ -1,0 +1,38 @@
+"""How the Triton kernels here cut rows of numbers into tiles, and the numbers of steps of their searches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+TILE_BYTES = 16384
+WARPS = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``rows`` rows by ``columns`` columns a program; wider rows are walked in steps of ``columns``."""
+
+    rows: int
+    columns: int
+
+
+def tile(width: int, item_bytes: int) -> Tile:
+    """Whole rows where they fit 4 KiB, and as many as make 16 KiB: 32 numbers of 4 bytes for each of 128 threads."""
+    columns = min(power_of_two(width), max(1, 4096 // item_bytes))
+    return Tile(min(64, max(1, TILE_BYTES // (columns * item_bytes))), columns)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n (and 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def search_steps(count: int) -> int:
+    """Halvings after which one of the answers 0 to ``count`` is left."""
+    return count.bit_length()
+
+
+# A row is moved as integers of the size of its numbers, whatever they are.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

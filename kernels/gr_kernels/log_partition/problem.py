@@ -1,0 +1,128 @@
+"""What is asked of the operator, checked.
+
+Shapes: T queries, I table rows, D width, X excluded names of a query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Logits scale * q_t . e_i + bias_i of all table rows that query t sees, with what is summed over them."""
+
+    queries: Tensor
+    table: Tensor
+    scale: float
+    normalize_eps: float | None
+    bias: Tensor | None
+    excluded: Tensor | None
+    names: Tensor | None
+    max_scores: int
+    targets: Tensor | None = None
+    weights: Tensor | None = None
+
+    def with_normalized_table(self) -> Problem:
+        """The same problem over a table of normalised rows; autograd goes through the normalisation."""
+        if self.normalize_eps is None:
+            return self
+        table_ID = F.normalize(self.table, dim=-1, eps=self.normalize_eps)
+        return replace(self, table=table_ID, normalize_eps=None)
+
+    def heeding_no_grad(self) -> Problem:
+        """Detached inputs where no gradient is recorded: a Function would still see that they require one."""
+        if torch.is_grad_enabled():
+            return self
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, queries=self.queries.detach(), table=self.table.detach(), bias=bias)
+
+    def keeping_targets(self) -> Problem:
+        """A target is always seen: where it is among the excluded, -1 (nobody's name) takes its place."""
+        if self.excluded is None or self.targets is None:
+            return self
+        target_T = self.targets if self.names is None else self.names[self.targets]
+        return replace(self, excluded=self.excluded.masked_fill(self.excluded == target_T[:, None], -1))
+
+    def exclude(self, logits_CI: Tensor, queries: slice = slice(None)) -> Tensor:
+        """Turns the logits of what the queries of a chunk don't see into -inf, in place."""
+        if self.excluded is None:
+            return logits_CI
+        excluded_CX = self.excluded[queries].long()
+        if self.names is not None:
+            for x in range(excluded_CX.shape[1]):
+                logits_CI.masked_fill_(self.names[None, :] == excluded_CX[:, x, None], -torch.inf)
+            return logits_CI
+        nobody = excluded_CX < 0
+        change_CX = logits_CI.new_full(excluded_CX.shape, -torch.inf).masked_fill_(nobody, 0.0)
+        return logits_CI.scatter_add_(1, excluded_CX.masked_fill(nobody, 0), change_CX)
+
+
+def check(problem: Problem) -> None:
+    """Raises ValueError, TypeError or IndexError, in one sentence, for arguments that don't fit."""
+    queries, table, bias = problem.queries, problem.table, problem.bias
+    if queries.dim() != 2 or table.dim() != 2 or queries.shape[1] != table.shape[1]:
+        raise ValueError(
+            "queries must be (T, D) and the table (I, D) with the same D, not "
+            f"{tuple(queries.shape)} and {tuple(table.shape)}"
+        )
+    if queries.dtype != table.dtype or not queries.dtype.is_floating_point:
+        raise TypeError(f"queries and table must share a float dtype, not {queries.dtype} and {table.dtype}")
+    if table.shape[0] == 0:
+        raise ValueError("the table has no rows: there is nothing to sum over")
+    if bias is not None and bias.shape != table.shape[:1]:
+        raise ValueError(f"bias must be ({table.shape[0]},), one value a table row, not {tuple(bias.shape)}")
+    if problem.normalize_eps is not None and not problem.normalize_eps > 0:
+        raise ValueError(
+            f"normalize_eps must be positive (or None for plain inner products), got {problem.normalize_eps}"
+        )
+    if problem.max_scores < 1:
+        raise ValueError(f"max_scores must be at least 1, got {problem.max_scores}")
+    _check_excluded(problem)
+    if problem.targets is not None:
+        _check_targets(problem.targets, problem.weights, queries.shape[0], table.shape[0])
+
+
+def _check_excluded(problem: Problem) -> None:
+    excluded, names, table = problem.excluded, problem.names, problem.table
+    if names is not None and (names.shape != table.shape[:1] or names.is_floating_point()):
+        raise ValueError(
+            f"names must be ({table.shape[0]},) integers, one a table row, not {tuple(names.shape)} of {names.dtype}"
+        )
+    if excluded is None:
+        return
+    if excluded.dim() != 2 or excluded.shape[0] != problem.queries.shape[0] or excluded.is_floating_point():
+        raise ValueError(
+            f"excluded must be ({problem.queries.shape[0]}, X) integers, not {tuple(excluded.shape)} "
+            f"of {excluded.dtype}"
+        )
+    if names is not None or excluded.device.type != "cpu" or excluded.numel() == 0:
+        return  # on an accelerator a look at the values would wait for it
+    if int(excluded.max()) >= table.shape[0]:
+        query, x = (excluded >= table.shape[0]).nonzero()[0].tolist()
+        raise IndexError(
+            f"excluded row {int(excluded[query, x])} (query {query}) is outside the table of {table.shape[0]} rows: "
+            f"rows must lie in [0, {table.shape[0]}), or be -1 for none"
+        )
+
+
+def _check_targets(targets: Tensor, weights: Tensor | None, count: int, catalogue: int) -> None:
+    if targets.shape != (count,) or targets.is_floating_point():
+        raise ValueError(
+            f"targets must be ({count},) integers, not {tuple(targets.shape)} of {targets.dtype}"
+        )
+    if weights is not None and weights.shape != (count,):
+        raise ValueError(f"weights must be ({count},), not {tuple(weights.shape)}")
+    if targets.device.type != "cpu" or count == 0:
+        return
+    bad = ((targets < 0) | (targets >= catalogue)).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise IndexError(
+            f"target row {int(targets[first])} (query {first}) is outside the table of {catalogue} rows: "
+            f"rows must lie in [0, {catalogue})"
+        )

@@ -1,0 +1,312 @@
+"""Launches the Triton kernels: torch.ops.gr_kernels.log_partition_triton, its meta implementation and gradients.
+
+Shapes: T queries, I table rows, D width, X excluded names of a query, S splits of the table.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gr_kernels.log_partition.problem import Problem
+from gr_kernels.log_partition.tiles import WIDEST, splits, tiles
+from gr_kernels.triton_common.available import interpreting, why_unavailable
+
+MOST_EXCLUDED = 16  # compared one after the other with every logit
+_LOG2_E = math.log2(math.e)
+_INTERPRETED_PROCESSORS = 4  # so that tests see the table split
+
+
+def obstacle(problem: Problem) -> str:
+    """The reason, in a few words, why the kernels can't take this call; "" when they can."""
+    if problem.queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 or bfloat16, not {problem.queries.dtype}"
+    widest = WIDEST[8 * problem.queries.element_size()]
+    if problem.queries.shape[1] > widest:
+        return f"{problem.queries.dtype} rows wider than {widest} don't fit into its tiles"
+    if problem.excluded is not None and problem.excluded.shape[1] > MOST_EXCLUDED:
+        return f"it takes at most {MOST_EXCLUDED} excluded names of a query, not {problem.excluded.shape[1]}"
+    if problem.table.shape[0] >= 1 << 31:
+        return "it counts table rows in 32 bits"
+    return why_unavailable(problem.queries.device)
+
+
+def log_partition(problem: Problem) -> Tensor:
+    if problem.queries.dtype == torch.float16:
+        # a share times 1 / |e|, as the kernel forms it, may be beyond float16's 65,504
+        problem = problem.with_normalized_table()
+    out: Tensor = torch.ops.gr_kernels.log_partition_triton(
+        problem.queries,
+        problem.table,
+        problem.bias,
+        problem.targets,
+        problem.excluded,
+        problem.names,
+        problem.scale,
+        problem.normalize_eps,
+        problem.queries.requires_grad,
+    )[0]
+    return out
+
+
+def cross_entropy(problem: Problem) -> Tensor:
+    losses_T = log_partition(problem)
+    return losses_T.sum() if problem.weights is None else (losses_T * problem.weights.detach()).sum()
+
+
+@torch.library.custom_op("gr_kernels::log_partition_triton", mutates_args=())
+def _forward(
+    queries: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    excluded: Tensor | None,
+    names: Tensor | None,
+    scale: float,
+    normalize_eps: float | None,
+    want_means: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values_T, peaks_T in base 2, sums_T, means_TD float32 or empty).
+
+    means: d value / d query / scale: the mean of the (normalised) rows by their shares, less the target's.
+    """
+    from gr_kernels.log_partition.triton_kernel import partial_sums
+
+    queries, table = queries.contiguous(), table.contiguous()
+    count, width = queries.shape
+    catalogue = table.shape[0]
+    inverse = _inverse_norms(table, normalize_eps)
+    use = tiles(width, 8 * queries.element_size(), _capability(queries.device), gradient=False)
+    row_blocks, item_tiles = -(-count // use.held), -(-catalogue // use.streamed)
+    parts = splits(row_blocks, item_tiles, use.resident * _processors(queries.device))
+    peaks_ST = queries.new_empty(parts, count, dtype=torch.float32)
+    sums_ST = torch.empty_like(peaks_ST)
+    means_STD = queries.new_empty(parts, count, width, dtype=torch.float32) if want_means else None
+    if count:
+        partial_sums[(row_blocks * parts,)](
+            queries,
+            table,
+            inverse,
+            _float32(bias),
+            _int32(names),
+            _int32(excluded),
+            peaks_ST,
+            sums_ST,
+            means_STD,
+            count,
+            catalogue,
+            -(-item_tiles // parts),
+            scale * _LOG2_E,
+            D=width,
+            X=0 if excluded is None else excluded.shape[1],
+            BLOCK_D=use.width,
+            BLOCK_T=use.held,
+            BLOCK_I=use.streamed,
+            PRECISION=_precision(queries),
+            num_warps=use.num_warps,
+            num_stages=use.num_stages,
+        )
+    peaks_T = peaks_ST.amax(0)
+    # a query that sees no row at all: exp2(-inf - 0) = 0, an empty sum
+    empty_T = peaks_T == -math.inf
+    base_T = peaks_T if excluded is None else peaks_T.masked_fill(empty_T, 0.0)
+    shares_ST = torch.exp2(peaks_ST - base_T)
+    sums_T = (sums_ST * shares_ST).sum(0)
+    values_T = base_T / _LOG2_E + sums_T.log()
+    means_TD = queries.new_empty(0, width, dtype=torch.float32)
+    if means_STD is not None:
+        # where nothing is seen, 0 / tiny rather than 0 / 0
+        tiny = 0.0 if excluded is None else torch.finfo(torch.float32).tiny
+        means_TD = torch.einsum("st,std->td", shares_ST, means_STD) / sums_T.clamp_min(tiny)[:, None]
+    if targets is not None:
+        label_TD = table[targets].float()
+        if inverse is not None:
+            label_TD = label_TD * inverse[targets].abs()[:, None]
+        label_T = (queries.float() * label_TD).sum(1) * scale
+        if bias is not None:
+            label_T = label_T + bias[targets]
+        values_T = (base_T / _LOG2_E - label_T) + sums_T.log()
+        if want_means:
+            means_TD -= label_TD
+    if excluded is not None:  # backward, exp2(-inf - inf) = 0
+        peaks_T, sums_T = peaks_T.masked_fill(empty_T, math.inf), sums_T.masked_fill(empty_T, 1.0)
+    return values_T, peaks_T, sums_T, means_TD
+
+
+@_forward.register_fake
+def _forward_fake(
+    queries: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    excluded: Tensor | None,
+    names: Tensor | None,
+    scale: float,
+    normalize_eps: float | None,
+    want_means: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, width = queries.shape
+    values_T, peaks_T, sums_T = (queries.new_empty(count, dtype=torch.float32) for _ in range(3))
+    return (
+        values_T,
+        peaks_T,
+        sums_T,
+        queries.new_empty(count if want_means else 0, width, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("gr_kernels::log_partition_triton_table_gradient", mutates_args=())
+def _table_gradient(
+    grad: Tensor,
+    queries: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    excluded: Tensor | None,
+    names: Tensor | None,
+    peaks: Tensor,
+    sums: Tensor,
+    scale: float,
+    normalize_eps: float | None,
+    want_table: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the table (I, D) in its dtype and of the bias (I,) float32, for (T,) upstream ones.
+
+    Empty where not wanted.
+    """
+    from gr_kernels.log_partition.triton_kernel import table_gradient
+
+    queries, table, grad = queries.contiguous(), table.contiguous(), grad.float().contiguous()
+    (count, width), catalogue = queries.shape, table.shape[0]
+    inverse = _inverse_norms(table, normalize_eps)
+    use = tiles(width, 8 * queries.element_size(), _capability(queries.device), gradient=True)
+    grad_table = torch.empty_like(table if want_table else table[:0])
+    grad_bias = table.new_empty(catalogue if want_bias else 0, dtype=torch.float32)
+    table_gradient[(-(-catalogue // use.held),)](
+        queries,
+        table,
+        inverse,
+        _float32(bias),
+        _int32(names),
+        _int32(excluded),
+        _int32(targets),
+        peaks,
+        grad / sums,
+        grad,
+        grad_table if want_table else None,
+        grad_bias if want_bias else None,
+        count,
+        catalogue,
+        scale * _LOG2_E,
+        scale,
+        D=width,
+        X=0 if excluded is None else excluded.shape[1],
+        BLOCK_D=use.width,
+        BLOCK_T=use.streamed,
+        BLOCK_I=use.held,
+        PRECISION=_precision(queries),
+        num_warps=use.num_warps,
+        num_stages=use.num_stages,
+    )
+    return grad_table, grad_bias
+
+
+@_table_gradient.register_fake
+def _table_gradient_fake(
+    grad: Tensor,
+    queries: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    excluded: Tensor | None,
+    names: Tensor | None,
+    peaks: Tensor,
+    sums: Tensor,
+    scale: float,
+    normalize_eps: float | None,
+    want_table: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    catalogue, width = table.shape
+    return (
+        table.new_empty(catalogue if want_table else 0, width),
+        table.new_empty(catalogue if want_bias else 0, dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    queries, table, bias, targets, excluded, names, ctx.scale, ctx.normalize_eps, _ = inputs
+    _, peaks, sums, means = output
+    ctx.save_for_backward(queries, table, bias, targets, excluded, names, peaks, sums, means)
+    ctx.mark_non_differentiable(peaks, sums, means)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    queries, table, bias, targets, excluded, names, peaks, sums, means = ctx.saved_tensors
+    grad_T = grads[0]
+    want_queries, want_table, want_bias = ctx.needs_input_grad[:3]
+    grad_queries = grad_table = grad_bias = None
+    if want_queries:
+        grad_queries = (means * (grad_T * ctx.scale)[:, None]).to(queries.dtype)
+    if want_table or want_bias:
+        table_ID, bias_I = torch.ops.gr_kernels.log_partition_triton_table_gradient(
+            grad_T,
+            queries,
+            table,
+            bias,
+            targets,
+            excluded,
+            names,
+            peaks,
+            sums,
+            ctx.scale,
+            ctx.normalize_eps,
+            want_table,
+            want_bias,
+        )
+        grad_table = table_ID if want_table else None
+        grad_bias = bias_I.to(bias.dtype) if want_bias else None
+    return grad_queries, grad_table, grad_bias, None, None, None, None, None, None
+
+
+torch.library.register_autograd("gr_kernels::log_partition_triton", _backward, setup_context=_save)
+
+
+def _inverse_norms(table: Tensor, normalize_eps: float | None) -> Tensor | None:
+    """(I,) float32: 1 / max(|e|, eps), negative where eps was the larger: there the divisor is a constant."""
+    if normalize_eps is None:
+        return None
+    norms_I = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32)
+    inverse_I = norms_I.clamp_min(normalize_eps).reciprocal()
+    return torch.where(norms_I < normalize_eps, -inverse_I, inverse_I)
+
+
+def _precision(queries: Tensor) -> str:
+    """How products of float32 are made: of three tf32 ones, or of one where PyTorch's own may be."""
+    if queries.dtype != torch.float32 or interpreting():
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _capability(device: torch.device) -> int:
+    """9 for sm_90."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _int32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int32).contiguous()

@@ -1,0 +1,80 @@
+"""The loss of a target among itself and sampled negatives: one function, several ways of computing it.
+
+Shapes: T queries, K negatives, I table rows, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gr_kernels.dispatch import Implementation, choose
+from gr_kernels.sampled_softmax import reference, scores, triton_op
+from gr_kernels.sampled_softmax.problem import Problem, check
+
+MAX_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}  # on a CPU few enough to stay in its caches
+
+# In order of preference.
+IMPLEMENTATIONS = (
+    Implementation(
+        "triton", triton_op.obstacle, triton_op.loss, "stores no T x K scores; deterministic", device="cuda"
+    ),
+    Implementation(
+        "scores",
+        lambda problem: "",
+        scores.loss,
+        "gr_kernels.candidate_scores or one GEMM, then the cross-entropy of the first",
+    ),
+    Implementation(
+        "reference", lambda problem: "", reference.loss, "the definition, every gathered row stored"
+    ),
+)
+
+
+def sampled_softmax(
+    queries_TD: Tensor,
+    table_ID: Tensor,
+    targets_T: Tensor,
+    negatives: Tensor,
+    *,
+    weights_T: Tensor | None = None,
+    scale: float = 1.0,
+    normalize_eps: float | None = None,
+    bias_I: Tensor | None = None,
+    max_scores: int | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """sum_t w_t (log(exp z_ty + sum_{k: r_tk != y} exp z_tk) - z_ty), z_ti = scale * q_t . e_i + bias_i, y = target t.
+
+    queries_TD: (T, D); table_ID: (I, D), of the same float dtype; targets_T: (T,) int64 or int32 rows. negatives:
+    (T, K) rows drawn for each query, or (K,) that all share; one that is the query's target counts nothing, one drawn
+    twice counts twice. weights_T: (T,) constants (1 where None). scale: 1 / temperature; normalize_eps: divide each
+    e_i by max(|e_i|, eps). bias_I: (I,) added to an item's logits, the target's too: a learned bias, -log q_i where
+    q_i is the chance of drawing item i (logQ correction; Bengio and Senecal 2008), or their sum. Differentiable once
+    in queries, table (a dense gradient) and bias; what 'triton' computes is deterministic.
+
+    The in-batch softmax, debiased (Yi et al., RecSys 2019), is this with the batch's targets as shared negatives and
+    bias_I = -log p_I: see README.md.
+
+    implementation: 'auto', 'triton', 'scores', 'reference'; gr_kernels.explain tells what 'auto' takes. max_scores:
+    the most scores 'scores' holds at once with shared negatives (default: 2^21 on CPU, 2^26 on CUDA); beyond, chunks
+    of queries are scored again in the backward pass.
+
+    Returns a float32 scalar (float64 for float64 inputs). Raises IndexError (on CPU) for the first row outside the
+    table, ValueError or TypeError for inputs that don't fit.
+    """
+    problem = Problem(
+        queries=queries_TD,
+        table=table_ID,
+        targets=targets_T,
+        negatives=negatives,
+        weights=weights_T,
+        scale=scale,
+        normalize_eps=normalize_eps,
+        bias=bias_I,
+        max_scores=MAX_SCORES.get(queries_TD.device.type, 1 << 24) if max_scores is None else max_scores,
+    )
+    check(problem)
+    problem = problem.heeding_no_grad()
+    choice = choose("sampled_softmax", IMPLEMENTATIONS, queries_TD.device, (problem,), implementation)
+    result: Tensor = choice.implementation.run(problem)
+    return result

@@ -1,0 +1,279 @@
+"""Masks of the attention: the formula against loops, and the reference under every mask against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from gr_kernels import AttentionMask, hstu_attention
+from gr_kernels.hstu_attention import reference
+from gr_kernels.hstu_attention.mask import allowed
+from tests.kernels.attention_problems import (
+    Case,
+    assert_close_to_specification,
+    dropout_factors,
+    make_case,
+    run,
+)
+
+LENGTHS = (9, 0, 1, 40, 23, 2, 31)
+TARGETS = torch.tensor([3, 0, 1, 5, 23, 0, 8])
+MASKS = {
+    "causal": AttentionMask(),
+    "full": AttentionMask(causal=False),
+    "window": AttentionMask(window=6),
+    "window and full rows": AttentionMask(window=5, full_rows=4),
+    "contexts": AttentionMask(contexts=3),
+    "one context": AttentionMask(contexts=1),
+    "targets": AttentionMask(targets=TARGETS),
+    "targets and contexts": AttentionMask(contexts=2, targets=TARGETS.int()),
+    "targets and window": AttentionMask(window=4, targets=TARGETS),
+    "contexts and window": AttentionMask(window=7, contexts=4),
+    "all": AttentionMask(window=6, full_rows=3, contexts=3, targets=TARGETS),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(poisoned_memory: None) -> None:
+    """What was never written is NaN."""
+
+
+def sees(i: int, j: int, n: int, targets: int, window: int, full_rows: int, contexts: int) -> bool:
+    """The rule in words: who row i of n is, who row j is, and what the one may see of the other."""
+    if i == j:
+        return True
+    history_end = n - targets
+    # Rows 0 .. contexts - 1 are one place (place 0), then one place a row of history, then one for all targets.
+    places = max(history_end - max(contexts - 1, 0), 0)
+
+    def place(row: int) -> int:
+        if row < contexts:
+            return 0
+        return min(row - max(contexts - 1, 0), places)
+
+    if contexts and place(i) == 0 and place(j) < places:
+        return True
+    if place(j) >= place(i):
+        return False
+    bound = (
+        window > 0 and place(i) < places - full_rows
+    )  # neither a target nor among the last rows of history
+    return not bound or place(i) - place(j) <= window
+
+
+def test_allowed_is_the_rule() -> None:
+    """All small sequences under all small masks, against loops."""
+    for n, contexts, window, full_rows in itertools.product(range(9), (0, 1, 2, 4), (0, 1, 3), (0, 1, 2)):
+        i, j = torch.arange(n)[:, None], torch.arange(n)
+        for targets in range(n + 1):
+            mask = AttentionMask(window=window, full_rows=full_rows, contexts=contexts)
+            found = allowed(mask, i, j, n, targets).tolist()
+            expected = [
+                [sees(a, b, n, targets, window, full_rows, contexts) for b in range(n)] for a in range(n)
+            ]
+            assert found == expected, (n, contexts, window, full_rows, targets)
+            broadcast = allowed(mask, i[None], j, torch.tensor([[[n]]]), torch.tensor([[[targets]]]))
+            assert broadcast.shape == (1, n, n) and broadcast[0].tolist() == expected
+
+
+def test_allowed_by_hand() -> None:
+    """2 contexts, 3 rows of history, 2 targets; window 1, the last row of history free of it."""
+    mask = AttentionMask(window=1, full_rows=1, contexts=2)
+    found = allowed(mask, torch.arange(7)[:, None], torch.arange(7), 7, 2).int().tolist()
+    assert found == [
+        [1, 1, 1, 1, 1, 0, 0],  # contexts see each other and history
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],  # the first row of history: the contexts are one step back
+        [0, 0, 1, 1, 0, 0, 0],  # the second: one step back is the first
+        [1, 1, 1, 1, 1, 0, 0],  # the third is free
+        [1, 1, 1, 1, 1, 1, 0],  # targets see all but each other
+        [1, 1, 1, 1, 1, 0, 1],
+    ]
+
+
+def test_full_is_everything() -> None:
+    found = allowed(AttentionMask(causal=False), torch.arange(3)[:, None], torch.arange(4), 4, 0)
+    assert found.shape == (3, 4) and found.all()
+
+
+# (heads, Q, V, dropout)
+SHAPES = [(1, 16, 16, False), (2, 8, 24, True), (4, 24, 8, False), (2, 25, 25, True)]
+BIASES = ["none", "position", "time", "both"]
+QUERIES = (4, 0, 1, 40, 7, 1, 12)
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_matches_specification(name: str, activation: str, cross: bool) -> None:
+    """All masks and biases, self and cross, each with two shapes."""
+    mask = MASKS[name]
+    biases = BIASES if mask.causal else ["none", "time"]
+    for index, bias in enumerate(biases):
+        heads, query_width, value_width, dropout = SHAPES[(index + 2 * cross + list(MASKS).index(name)) % 4]
+        case = make_case(LENGTHS, heads, query_width, value_width, bias, seed=index)
+        case = dataclasses.replace(case, query_lengths=QUERIES if cross else None)
+        factors = dropout_factors(case) if dropout else None
+        settings = {"activation": activation, "mask": mask, "scale": query_width**-0.5, "divisor": 40.0}
+        assert_close_to_specification(case, "reference", factors, settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+@pytest.mark.parametrize("name", ["causal", "full", "all"])
+def test_lower_precision(name: str, activation: str, dtype: torch.dtype) -> None:
+    mask = MASKS[name]
+    bias = "both" if mask.causal else "time"
+    for cross, dropout in ((False, False), (False, True), (True, True)):
+        case = make_case(LENGTHS, 2, 24, 16, bias)
+        case = dataclasses.replace(case, query_lengths=QUERIES if cross else None)
+        settings = {"activation": activation, "mask": mask, "scale": 24**-0.5, "divisor": 40.0}
+        factors = dropout_factors(case) if dropout else None
+        assert_close_to_specification(case, "reference", factors, settings, dtype)
+
+
+def test_lower_precision_without_quick_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 on a CPU that doesn't multiply it, and on one that does."""
+    case = make_case(LENGTHS, 2, 24, 16, "both")
+    for quick in (False, True):
+        monkeypatch.setattr(reference, "_cpu_multiplies_bfloat16", lambda quick=quick: quick)
+        for activation in ("silu", "softmax"):
+            settings = {"activation": activation, "mask": MASKS["all"], "divisor": 40.0, "scale": 0.2}
+            assert_close_to_specification(case, "reference", None, settings, torch.bfloat16)
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("name", MASKS)
+def test_blocks_of_rows(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences cut into many blocks, of which some skip keys."""
+    monkeypatch.setattr(reference, "BLOCK_SCORES", 512)
+    monkeypatch.setattr(reference, "SMALL_BLOCK_SCORES", 256)
+    monkeypatch.setattr(reference, "ROWS", 7)
+    mask = MASKS[name]
+    if mask.targets is not None:
+        mask = dataclasses.replace(mask, targets=torch.tensor([11, 0, 63, 9]))
+    for dropout in (False, True):
+        case = make_case((150, 3, 64, 90), 2, 8, 8, "both" if mask.causal else "time")
+        case = dataclasses.replace(case, query_lengths=(100, 2, 64, 20) if cross else None)
+        factors = dropout_factors(case) if dropout else None
+        assert_close_to_specification(case, "reference", factors, {"mask": mask, "divisor": 90.0})
+
+
+def of_one(case: Case, sequence: int) -> Case:
+    """One sequence of a case, alone."""
+    begin, end = case.offsets[sequence : sequence + 2].tolist()
+    times = {name: getattr(case.bias, name)[begin:end] for name in ("query_times", "key_times")}
+    return dataclasses.replace(
+        case,
+        projection=case.projection[begin:end],
+        d_out=case.d_out[begin:end],
+        offsets=torch.tensor([0, end - begin]),
+        bias=dataclasses.replace(case.bias, **times),
+    )
+
+
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+def test_companions_do_not_matter(activation: str) -> None:
+    """A sequence alone, and among others of other lengths and other numbers of targets."""
+    case = make_case((30, 12, 31, 29), 2, 8, 8)
+    targets = torch.tensor([4, 12, 0, 9])
+    settings = {"activation": activation, "divisor": 30.0}
+    mask = dataclasses.replace(MASKS["all"], targets=targets)
+    together = run(case, torch.float64, "reference", mask=mask, **settings)
+    for sequence, (begin, end) in enumerate(itertools.pairwise(case.offsets.tolist())):
+        alone_mask = dataclasses.replace(mask, targets=targets[sequence : sequence + 1])
+        alone = run(of_one(case, sequence), torch.float64, "reference", mask=alone_mask, **settings)
+        for name in ("out", "projection"):
+            torch.testing.assert_close(alone[name], together[name][begin:end], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+@pytest.mark.parametrize("name", ["targets", "targets and contexts", "targets and window", "all"])
+def test_targets_do_not_see_each_other(name: str, activation: str) -> None:
+    """Another candidate in one target's place changes that row alone, and every target may be the only one."""
+    case = make_case((25,), 2, 8, 8)
+    n, t = 25, 6
+    mask = dataclasses.replace(MASKS[name], targets=torch.tensor([t]))
+    settings = {"activation": activation, "divisor": 30.0, "mask": mask}
+    before = run(case, torch.float64, "reference", **settings)["out"]
+    for row in range(n - t, n):
+        changed = dataclasses.replace(case, projection=case.projection.clone())
+        changed.projection[row] += 1.0
+        after = run(changed, torch.float64, "reference", **settings)["out"]
+        moved = (after - before).abs().amax(dim=(1, 2)) > 1e-12
+        assert moved.nonzero().flatten().tolist() == [row]
+
+
+def test_targets_are_what_they_would_be_alone() -> None:
+    """Each target gets what it would get without the others (the bias by position aside, which counts rows)."""
+    case = make_case((20,), 1, 8, 8, "time")
+    n, t = 20, 5
+    mask = AttentionMask(targets=torch.tensor([t]))
+    together = run(case, torch.float64, "reference", divisor=20.0, mask=mask)["out"]
+    for row in range(n - t, n):
+        rows = torch.tensor([*range(n - t), row])
+        times = {name: getattr(case.bias, name)[rows] for name in ("query_times", "key_times")}
+        alone = dataclasses.replace(
+            case,
+            projection=case.projection[rows],
+            d_out=case.d_out[rows],
+            offsets=torch.tensor([0, len(rows)]),
+            bias=dataclasses.replace(case.bias, **times),
+        )
+        one = dataclasses.replace(mask, targets=torch.tensor([1]))
+        found = run(alone, torch.float64, "reference", divisor=20.0, mask=one)["out"]
+        torch.testing.assert_close(found, together[rows])
+
+
+def test_a_mask_that_binds_nothing_is_causal() -> None:
+    case = make_case(LENGTHS, 2, 8, 8)
+    plain = run(case, torch.float64, "reference", divisor=9.0)
+    for mask in (
+        AttentionMask(window=64),
+        AttentionMask(full_rows=2),
+        AttentionMask(window=2, full_rows=64),
+        AttentionMask(targets=torch.zeros(len(LENGTHS), dtype=torch.int64)),
+        AttentionMask(window=40, full_rows=1),
+    ):
+        found = run(case, torch.float64, "reference", divisor=9.0, mask=mask)
+        for name, value in found.items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-13, atol=1e-13)
+
+
+WRONG_MASKS = {
+    "window must be": {"window": -1},
+    "contexts must be": {"contexts": -3},
+    "full_rows must be": {"full_rows": -1},
+    "window is for causal": {"causal": False, "window": 2},
+    "full_rows is for causal": {"causal": False, "full_rows": 2},
+    "contexts is for causal": {"causal": False, "contexts": 2},
+    "targets is for causal": {"causal": False, "targets": torch.tensor([1])},
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG_MASKS)
+def test_wrong_masks(sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        AttentionMask(**WRONG_MASKS[sentence])  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+WRONG_TARGETS: dict[str, Tensor] = {
+    r"mask.targets must be \(2,\) int64 or int32": torch.tensor([1]),
+    "one number a sequence": torch.tensor([1.0, 2.0]),
+    "sequence 1 has 6 rows, of which 7": torch.tensor([0, 7]),
+    "sequence 0 has 4 rows, of which -1": torch.tensor([-1, 7]),
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG_TARGETS)
+def test_wrong_targets(sentence: str) -> None:
+    x = torch.randn(10, 1, 4)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        mask = AttentionMask(targets=WRONG_TARGETS[sentence])
+        hstu_attention(x, x, x, torch.tensor([0, 4, 10]), max_length=6, divisor=6.0, mask=mask)
+    assert str(caught.value).startswith("hstu_attention: ") and "\n" not in str(caught.value)

@@ -1,0 +1,599 @@
+"""The Triton attention against the float64 specification, gradients included: on a GPU where there is one, else in
+Triton's interpreter with small tiles.
+
+Every pair of (mask, dtype, bias, activation, dropout, cross form, deterministic or not, widths) is in CASES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gr_kernels.counter_random import philox
+from gr_kernels.hstu_attention import AttentionMask, AttentionProblem, RelativeBias, TimeBuckets
+from gr_kernels.hstu_attention.mask import allowed
+from gr_kernels.hstu_attention.specification import specification
+from tests.kernels.precision import assert_precise
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from gr_kernels.hstu_attention import schema, triton_mask, triton_op, triton_scores
+from gr_kernels.hstu_attention.settings import Settings
+from gr_kernels.triton_common import random as triton_random
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+LENGTHS = (21, 0, 1, 41)
+TARGETS = (4, 0, 1, 17)
+QUERIES = (21, 0, 1, 13)  # of each sequence, in the cross form
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 9},
+    "window and full rows": {"window": 5, "full_rows": 11},
+    "contexts": {"contexts": 3},
+    "targets": {"targets": TARGETS},
+    "all": {"window": 7, "full_rows": 4, "contexts": 4, "targets": TARGETS},
+    "window and targets": {"window": 12, "targets": TARGETS},
+    "contexts and targets": {"contexts": 18, "targets": TARGETS},
+}
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "mask": tuple(MASKS),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "bias": ("none", "position", "time", "both", "sqrt"),
+    "activation": ("silu", "softmax"),
+    "dropout": (0.0, 0.3),
+    "cross": (False, True),
+    "deterministic": (False, True),
+    "widths": ((25, 25), (16, 50), (32, 8)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    mask: str = "causal"
+    dtype: torch.dtype = torch.float32
+    bias: str = "none"
+    activation: str = "silu"
+    dropout: float = 0.0
+    cross: bool = False
+    deterministic: bool = False
+    widths: tuple[int, int] = (16, 16)
+    lengths: tuple[int, ...] = LENGTHS
+    queries: tuple[int, ...] = QUERIES
+    seed: int = 0
+
+    def __str__(self) -> str:
+        values = (getattr(self, name) for name in OPTIONS)
+        return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in values)
+
+    @property
+    def heads(self) -> int:
+        return 1 + self.seed % 2
+
+    @property
+    def possible(self) -> bool:
+        return self.mask != "full" or self.bias in ("none", "time", "sqrt")
+
+
+def pairwise() -> list[Case]:
+    """Cases in which every pair of values of two options occurs, found greedily."""
+    generator = random.Random(0)
+    pairs = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(OPTIONS, 2)
+        for x in OPTIONS[a]
+        for y in OPTIONS[b]
+        if Case(**{a: x, b: y}).possible
+    }
+    cases = []
+    while pairs:
+        (a, x), (b, y) = min(pairs, key=str)
+        best: tuple[int, Case, set[Any]] | None = None
+        for _ in range(40):
+            values = {name: generator.choice(some) for name, some in OPTIONS.items()} | {a: x, b: y}
+            covered = pairs & set(itertools.combinations(values.items(), 2))
+            if Case(**values).possible and (best is None or len(covered) > best[0]):
+                best = (len(covered), Case(**values, seed=len(cases)), covered)
+        assert best is not None
+        cases.append(best[1])
+        pairs -= best[2]
+    return cases
+
+
+CASES = pairwise()
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What one call gets, on the CPU in the case's dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_out: Tensor
+    problem: AttentionProblem
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> Inputs:
+        """A copy elsewhere, in another dtype (times and offsets keep theirs)."""
+
+        def move(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(device, dtype if x.is_floating_point() else x.dtype)
+
+        problem, bias, mask = self.problem, self.problem.bias, self.problem.mask
+        bias = dataclasses.replace(
+            bias, **{n: move(getattr(bias, n)) for n in ("position", "time", "query_times", "key_times")}
+        )
+        problem = dataclasses.replace(
+            problem,
+            offsets=move(problem.offsets),
+            query_offsets=move(problem.query_offsets),
+            bias=bias,
+            mask=dataclasses.replace(mask, targets=move(mask.targets)),
+        )
+        return Inputs(move(self.q), move(self.k), move(self.v), move(self.d_out), problem)
+
+
+def offsets_of(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+def session_times(rows: int, generator: torch.Generator) -> Tensor:
+    """Ascending times with ties, seconds and years between neighbours."""
+    gap = 10 ** (torch.rand(rows, generator=generator) * 8)
+    return (gap * (torch.rand(rows, generator=generator) < 0.8)).long().cumsum(0) + 978_300_000
+
+
+def make_inputs(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(case.seed)
+    width_q, width_v = case.widths
+    rows, longest = sum(case.lengths), max((1, *case.lengths))
+    offsets, query_rows, query_offsets = offsets_of(case.lengths), torch.arange(rows), None
+    if case.cross:
+        query_offsets = offsets_of(case.queries)
+        last = [torch.arange(int(end) - m, int(end)) for end, m in zip(offsets[1:], case.queries)]
+        query_rows = torch.cat(last)
+    # one projection, sliced: strides as the layers have them
+    projection = torch.randn(rows, case.heads * (2 * width_q + width_v), generator=generator).to(case.dtype)
+    q, k, v = torch.split(projection, [case.heads * w for w in (width_q, width_q, width_v)], dim=1)
+    q, k, v = (x.unflatten(1, (case.heads, -1)) for x in (q, k, v))
+    buckets = TimeBuckets("sqrt", 200, 37.5) if case.bias == "sqrt" else TimeBuckets()
+    times = session_times(rows + 1, generator)
+    settings = dict(MASKS[case.mask])
+    if "targets" in settings:
+        settings["targets"] = torch.tensor(settings["targets"])
+    problem = AttentionProblem(
+        offsets=offsets,
+        query_offsets=query_offsets,
+        max_length=longest,
+        divisor=50.0,
+        scale=width_q**-0.5,
+        activation=case.activation,  # type: ignore[arg-type]
+        mask=AttentionMask(**settings),
+        bias=RelativeBias(
+            torch.randn(longest, generator=generator).to(case.dtype)
+            if case.bias in ("position", "both")
+            else None,
+            torch.randn(buckets.count, generator=generator).to(case.dtype)
+            if case.bias in ("time", "both", "sqrt")
+            else None,
+            times[1:][query_rows],
+            times[:-1],
+            buckets,
+        ),
+        dropout=case.dropout,
+        dropout_key=2**63 + 12345,
+        deterministic=case.deterministic,
+    )
+    d_out = torch.randn(len(query_rows), case.heads, width_v, generator=generator).to(case.dtype)
+    return Inputs(q[query_rows] if case.cross else q, k, v, d_out, problem)
+
+
+def dropout_factors(inputs: Inputs) -> list[Tensor] | None:
+    """What the specification multiplies weights by, from the plain generator: (heads, n, n) of each sequence."""
+    problem = inputs.problem
+    if not problem.dropout:
+        return None
+    factors = []
+    for begin, end in itertools.pairwise(problem.offsets.tolist()):
+        n = end - begin
+        row = torch.arange(begin, end)[None, :, None]
+        head = torch.arange(inputs.q.shape[1])[:, None, None]
+        quad = torch.arange((n + 3) // 4)
+        words = torch.stack(philox(problem.dropout_key, row, head, quad, torch.zeros_like(quad)), -1)
+        words = words.flatten(-2)[..., :n]
+        factors.append((words >= problem.drop_below).double() * problem.keep_scale)
+    return factors
+
+
+def results(inputs: Inputs, implementation: str = "triton") -> dict[str, Tensor]:
+    """Output and gradients."""
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v")}
+    bias = inputs.problem.bias
+    tables = {
+        name: table.detach().requires_grad_()
+        for name, table in (("position", bias.position), ("time", bias.time))
+        if table is not None
+    }
+    problem = dataclasses.replace(inputs.problem, bias=dataclasses.replace(bias, **tables))
+    if implementation == "specification":
+        out = specification(
+            *leaves.values(),
+            problem.offsets,
+            divisor=problem.divisor,
+            scale=problem.scale,
+            activation=problem.activation,
+            mask=problem.mask,
+            bias=problem.bias,
+            query_offsets=problem.query_offsets,
+            factors=dropout_factors(inputs),
+        )
+    else:
+        assert not triton_op.obstacle(*leaves.values(), problem)
+        out = triton_op.attention(*leaves.values(), problem)
+    out.backward(inputs.d_out)
+    gradients = {name: leaf.grad for name, leaf in (leaves | tables).items()}
+    assert all(gradient is not None for gradient in gradients.values())
+    return {"out": out.detach(), **gradients}  # type: ignore[dict-item]
+
+
+def check(case: Case, device: torch.device, inputs: Inputs | None = None) -> None:
+    inputs = inputs or make_inputs(case)
+    cpu = torch.device("cpu")
+    exact = results(inputs.moved(cpu, torch.float64), "specification")
+    plain = results(inputs, "specification")
+    assert_precise(results(inputs.moved(device, case.dtype)), plain, exact)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_specification(case: Case, device: torch.device) -> None:
+    check(case, device)
+
+
+def everything() -> list[Case]:
+    """All combinations, in longer sequences, with the heads that models have."""
+    options = OPTIONS | {"widths": ((25, 25), (64, 64), (128, 128), (256, 256), (64, 32))}
+    cases = [
+        Case(**dict(zip(options, values)), seed=n)
+        for n, values in enumerate(itertools.product(*options.values()))
+    ]
+    lengths = {"lengths": (300, 0, 1, 129), "queries": (300, 0, 1, 70)}
+    return [dataclasses.replace(case, **lengths) for case in cases if case.possible]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="thousands of combinations need a GPU")
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_combination(mask: str, device: torch.device) -> None:
+    for case in everything():
+        if case.mask == mask:
+            check(case, device)
+
+
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+def test_nothing_and_single_rows(activation: str, device: torch.device) -> None:
+    """(Plain PyTorch's gradients of a softmax over one key are exact zeros: an absolute tolerance.)"""
+    for lengths in ((0,), (0, 0), (1,), (0, 1, 0)):
+        inputs = make_inputs(Case(activation=activation, bias="both", lengths=lengths, queries=lengths))
+        found = results(inputs.moved(device, torch.float32))
+        exact = results(inputs.moved(torch.device("cpu"), torch.float64), "specification")
+        for name, value in found.items():
+            torch.testing.assert_close(value.cpu().double(), exact[name], rtol=1e-5, atol=1e-6)
+
+
+def test_no_sequences(device: torch.device) -> None:
+    """An empty batch is differentiable like any other."""
+    found = results(make_inputs(Case(bias="both", lengths=(), queries=())).moved(device, torch.float32))
+    assert found["out"].shape == (0, 1, 16) and found["q"].shape == (0, 1, 16)
+    assert not found["position"].any() and not found["time"].any()
+
+
+def test_wide_heads(device: torch.device) -> None:
+    check(Case(widths=(100, 40), bias="both", deterministic=True), device)
+
+
+@pytest.mark.parametrize(("activation", "size"), [("silu", 40.0), ("softmax", 4.0)])
+def test_large_scores_neither_overflow_nor_vanish(activation: str, size: float, device: torch.device) -> None:
+    """(Where softmax is one key's, plain PyTorch's gradients are exact zeros, and no measure of precision.)"""
+    inputs = make_inputs(Case(activation=activation, bias="position"))
+    check(Case(), device, dataclasses.replace(inputs, q=inputs.q * size, k=inputs.k * size))
+
+
+def test_softmax_of_huge_scores(device: torch.device) -> None:
+    inputs = make_inputs(Case(activation="softmax"))
+    inputs = dataclasses.replace(inputs, q=inputs.q * 100.0, k=inputs.k * 100.0)
+    found = results(inputs.moved(device, torch.float32))["out"].cpu().double()
+    exact = results(inputs.moved(torch.device("cpu"), torch.float64), "specification")["out"]
+    torch.testing.assert_close(found, exact, rtol=1e-2, atol=1e-2)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same bits."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.deterministic and c.bias != "none"][:3], ids=str)
+def test_deterministic_runs_are_equal(case: Case, device: torch.device) -> None:
+    inputs = make_inputs(case).moved(device, case.dtype)
+    assert_equal(results(inputs), results(inputs))
+
+
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+def test_rows_outside_are_never_read(activation: str, device: torch.device) -> None:
+    """Sequences that start late and end early in a poisoned batch: same results, zeros outside."""
+    inputs = make_inputs(Case(activation=activation, bias="both", deterministic=True)).moved(
+        device, torch.float32
+    )
+    before, after = 5, 70
+
+    def poisoned(x: Tensor) -> Tensor:
+        value = float("nan") if x.is_floating_point() else 2**62
+        return torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), before, after), value=value)
+
+    problem, bias = inputs.problem, inputs.problem.bias
+    assert bias.query_times is not None and bias.key_times is not None
+    bias = dataclasses.replace(
+        bias, query_times=poisoned(bias.query_times), key_times=poisoned(bias.key_times)
+    )
+    problem = dataclasses.replace(problem, offsets=problem.offsets + before, bias=bias)
+    surrounded = Inputs(*(poisoned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.d_out)), problem)
+    clean, found = results(inputs), results(surrounded)
+    for name in ("out", "q", "k", "v"):
+        assert not found[name][:before].any() and not found[name][-after:].any(), name
+        found[name] = found[name][before:-after]
+    assert_equal(found, clean)
+
+
+def test_companions_change_no_bit(device: torch.device) -> None:
+    """A sequence's output and gradients, alone and among others."""
+    inputs = make_inputs(Case(mask="all", bias="both", deterministic=True)).moved(device, torch.float32)
+    together = results(inputs)
+    problem = inputs.problem
+    for b, (begin, end) in enumerate(itertools.pairwise(problem.offsets.tolist())):
+        times = {name: getattr(problem.bias, name)[begin:end] for name in ("query_times", "key_times")}
+        assert problem.mask.targets is not None
+        alone = dataclasses.replace(
+            problem,
+            offsets=torch.tensor([0, end - begin], device=device),
+            bias=dataclasses.replace(problem.bias, **times),
+            mask=dataclasses.replace(problem.mask, targets=problem.mask.targets[b : b + 1]),
+        )
+        rows = (x[begin:end] for x in (inputs.q, inputs.k, inputs.v, inputs.d_out))
+        found = results(Inputs(*rows, alone))
+        for name in ("out", "q", "k", "v"):
+            assert torch.equal(found[name], together[name][begin:end]), name
+
+
+def test_targets_do_not_see_each_other(device: torch.device) -> None:
+    """Another target changes its own output and none else."""
+    inputs = make_inputs(Case(mask="targets", bias="both")).moved(device, torch.float32)
+    row = sum(LENGTHS) - 3
+    changed = inputs.moved(device, torch.float64).moved(device, torch.float32)
+    for x in (changed.q, changed.k, changed.v):
+        x[row] += 1.0
+    difference = (results(inputs)["out"] != results(changed)["out"]).flatten(1).any(1)
+    assert difference.nonzero().flatten().tolist() == [row]
+
+
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+def test_cached_equals_full(activation: str, device: torch.device) -> None:
+    """The cross form computes what the last rows of the whole have, dropout included."""
+    case = Case(mask="all", bias="both", activation=activation, dropout=0.3)
+    full = make_inputs(case).moved(device, torch.float32)
+    cross = make_inputs(dataclasses.replace(case, cross=True)).moved(device, torch.float32)
+    ends = full.problem.offsets[1:].tolist()
+    rows = torch.cat([torch.arange(end - m, end) for end, m in zip(ends, QUERIES)])
+    torch.testing.assert_close(
+        results(cross)["out"], results(full)["out"][rows.to(device)], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_strides_are_taken_as_they_come(device: torch.device) -> None:
+    """Transposed heads and a last dimension with gaps give what contiguous copies give."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 30, 32, generator=generator).to(device).transpose(0, 1).split(16, dim=-1)
+    v = torch.randn(30, 2, 20, generator=generator).to(device)[..., ::2]
+    problem = AttentionProblem(offsets=torch.tensor([0, 12, 30], device=device), max_length=18, divisor=9.0)
+    dense = triton_op.attention(q.contiguous(), k.contiguous(), v.contiguous(), problem)
+    assert torch.equal(triton_op.attention(q, k, v, problem), dense)
+
+
+def test_operator_traces(device: torch.device) -> None:
+    """Schema, fake shapes and autograd registration, as torch.compile uses them."""
+    inputs = make_inputs(Case(mask="all", bias="both", lengths=(9, 0, 5, 7))).moved(device, torch.float32)
+    for activation in ("silu", "softmax"):
+        problem = dataclasses.replace(inputs.problem, activation=activation)
+        q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+        triton_op.attention(q, k, v, problem)  # registers
+        operator = torch.ops.gr_kernels.hstu_attention_triton.default
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(operator, (q, k, v, *schema.flatten(problem)), test_utils=checks)
+
+
+def test_what_it_cannot_take(device: torch.device) -> None:
+    inputs = make_inputs(Case()).moved(device, torch.float64)
+    assert "float64" in triton_op.obstacle(inputs.q, inputs.k, inputs.v, inputs.problem)
+    wide = torch.zeros(63, 1, 257, device=device)
+    assert "257 wide" in triton_op.obstacle(wide, wide, wide, inputs.problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_never_waits_for_the_device(device: torch.device) -> None:
+    inputs = make_inputs(Case(mask="all", bias="both", activation="softmax")).moved(device, torch.bfloat16)
+    results(inputs)  # compiles, and uploads the thresholds
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@triton.jit
+def bucket_kernel(
+    dt, out, thresholds, count, per_unit, margin, last: tl.int32, SQRT: tl.constexpr, ASSEMBLY: tl.constexpr
+):
+    index = tl.program_id(0) * 256 + tl.arange(0, 256)
+    buckets = (thresholds, per_unit, margin, last)
+    found = triton_scores.time_bucket(
+        tl.load(dt + index, mask=index < count, other=0), buckets, SQRT, ASSEMBLY
+    )
+    tl.store(out + index, found, mask=index < count)
+
+
+@pytest.mark.parametrize(
+    "buckets",
+    [
+        TimeBuckets(),
+        TimeBuckets("log", 9000, 0.0045),
+        TimeBuckets("log", 40, 0.05),
+        TimeBuckets("log", 3000, 1e-4),
+        TimeBuckets("sqrt", 300, 3.7),
+        TimeBuckets("sqrt", 65536, 46000.5),
+        TimeBuckets(count=1),
+        TimeBuckets("sqrt", 65536, 1e-3),
+    ],
+    ids=str,
+)
+def test_time_buckets_are_exact(buckets: TimeBuckets, device: torch.device) -> None:
+    """Around thresholds, at random in every range, with either sign, up to 2^63 - 2."""
+    generator = torch.Generator().manual_seed(0)
+    thresholds = buckets.thresholds()
+    some = thresholds[torch.randperm(len(thresholds), generator=generator)[:2000]]
+    near = (some[:, None] + torch.tensor([-1, 0, 1])).flatten()
+    shift = torch.randint(1, 63, (2000,), generator=generator)
+    anywhere = torch.randint(2**62, 2**63 - 1, (2000,), generator=generator) >> shift
+    dt = torch.cat([near, anywhere, torch.tensor([0, 1, 2, 3, 2**31, 2**32, 2**53 + 1, 2**63 - 2])])
+    dt = dt.clamp(0, 2**63 - 2) * torch.where(torch.arange(len(dt)) % 2 == 0, 1, -1)
+    inputs = make_inputs(Case(bias="time"))
+    bias = dataclasses.replace(inputs.problem.bias, buckets=buckets)
+    problem = dataclasses.replace(inputs.problem, bias=bias)
+    arguments = triton_op.Launch(inputs.q, inputs.k, inputs.v, problem).arguments
+    out = torch.empty(len(dt), dtype=torch.int32, device=device)
+    bucket_kernel[(-(-len(dt) // 256),)](
+        dt.to(device), out, thresholds.to(device), len(dt),
+        arguments["buckets_per_unit"], arguments["bucket_margin"], arguments["last_bucket"], buckets.kind == "sqrt",
+        device.type == "cuda",
+    )  # fmt: skip
+    expected = np.searchsorted(thresholds.numpy(), dt.abs().numpy(), side="right")
+    assert torch.equal(out.cpu().long(), torch.from_numpy(expected))
+
+
+@triton.jit
+def kept_kernel(out, row, key_low: tl.uint32, key_high: tl.uint32, head, first, drop_last: tl.uint32):
+    rows = (tl.load(row) + tl.arange(0, 16)).to(tl.uint32)
+    keep = triton_random.kept(key_low, key_high, rows, head, tl.load(first).to(tl.int32), drop_last, 32)
+    tl.store(out + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :], keep.to(tl.int8))
+
+
+@pytest.mark.parametrize("row", [0, 2**31 - 8, 2**32 - 8])
+@pytest.mark.parametrize(("key", "dropout"), [(0, 0.5), (2**64 - 1, 0.1), (2**63 + 5, 1 - 2**-40)])
+def test_dropout_decisions_are_the_references(
+    row: int, key: int, dropout: float, device: torch.device
+) -> None:
+    head, first = 3, 64
+    drop_below = AttentionProblem(
+        offsets=torch.zeros(1), max_length=1, divisor=1.0, dropout=dropout
+    ).drop_below
+    out = torch.empty((16, 32), dtype=torch.int8, device=device)
+    scalars = (torch.tensor(x, device=device) for x in (row, first))
+    kept_kernel[(1,)](out, next(scalars), key & 0xFFFFFFFF, key >> 32, head, next(scalars), drop_below - 1)
+    rows = ((row + torch.arange(16)) & 0xFFFFFFFF)[:, None]
+    quads = torch.arange(first // 4, first // 4 + 8)
+    words = torch.stack(philox(key, rows, torch.tensor(head), quads, torch.zeros_like(quads)), -1).flatten(-2)
+    assert torch.equal(out.cpu().bool(), words >= drop_below)
+
+
+@triton.jit
+def blocks_kernel(cases, out, S: tl.constexpr):
+    """Blocks that key_blocks (of rows) and row_blocks (of keys) walk for a case: how often, and whether whole."""
+    case = tl.program_id(0)
+    cases += case * 10
+    n, o = tl.load(cases), tl.load(cases + 1)
+    sequence = (n, o, tl.load(cases + 2), tl.load(cases + 3), tl.load(cases + 4))
+    numbers = (tl.load(cases + 5), tl.load(cases + 6), tl.load(cases + 7))
+    first = tl.load(cases + 8)
+    if tl.load(cases + 9) == 0:
+        whole, whole_end, runs = triton_mask.key_blocks(
+            first, tl.minimum(first + S.ROWS, n), sequence, numbers, S
+        )
+    else:
+        whole, whole_end, runs = triton_mask.row_blocks(
+            first, tl.minimum(first + S.KEYS, n), sequence, numbers, S
+        )
+    out += case * 64
+    for block in range(whole, whole_end):
+        tl.store(out + block, tl.load(out + block) + 1000)
+    for index in range(triton_mask.count_blocks(runs)):
+        block = triton_mask.nth_block(index, runs)
+        tl.store(out + block, tl.load(out + block) + 1)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_blocks_are_those_that_are_seen(mask: str, device: torch.device) -> None:
+    """Every block with a visible score once; as whole only those seen whole; and hardly any other."""
+    generator = random.Random(mask)
+    rows_of_tile, keys_of_tile = 8, 4
+    flags = {"CAUSAL": mask != "full", "TARGETS": "targets" in MASKS[mask], "WINDOW": "window" in MASKS[mask]}
+    flags["CONTEXTS"] = "contexts" in MASKS[mask]
+    settings = Settings(
+        ROWS=rows_of_tile, KEYS=keys_of_tile, WIDTH_Q=16, WIDTH_V=16, BLOCK_Q=16, BLOCK_V=16, **flags
+    )
+    cases, masks = [], []
+    for _ in range(25):
+        n = generator.randint(1, 60)
+        m = generator.choice([n, generator.randint(1, n)])
+        targets = generator.choice([0, 1, generator.randint(0, n)]) if flags["TARGETS"] else 0
+        window = generator.choice([1, 5, generator.randint(1, 70)]) if flags["WINDOW"] else 0
+        full = generator.choice([0, 3, generator.randint(0, n)]) if flags["WINDOW"] else 0
+        contexts = generator.choice([1, 2, generator.randint(1, n + 2)]) if flags["CONTEXTS"] else 0
+        attention_mask = AttentionMask(flags["CAUSAL"], window, full, contexts)
+        i, j = torch.arange(n - m, n)[:, None], torch.arange(n)
+        seen = allowed(attention_mask, i, j, n, targets).expand(m, n)
+        history, ahead = n - targets, max(contexts - 1, 0)
+        sequence = [n, n - m, history, ahead, max(history - ahead, 0), window, full, contexts]
+        by_row = generator.random() < 0.5
+        first = generator.randrange(0, m, rows_of_tile) if by_row else generator.randrange(0, n, keys_of_tile)
+        cases.append([*sequence, n - m + first if by_row else first, 0 if by_row else 1])
+        strip = seen[first : first + rows_of_tile] if by_row else seen[:, first : first + keys_of_tile].T
+        masks.append(
+            (strip, keys_of_tile if by_row else rows_of_tile, keys_of_tile if not by_row else rows_of_tile)
+        )
+    out = torch.zeros((len(cases), 64), dtype=torch.int32, device=device)
+    blocks_kernel[(len(cases),)](torch.tensor(cases, dtype=torch.int32, device=device), out, settings)
+    extra = 0
+    for case, walked, (strip, width, _) in zip(cases, out.tolist(), masks):
+        for block, count in enumerate(walked):
+            part = strip[:, block * width : (block + 1) * width]
+            if not part.numel():
+                assert count == 0, case
+            elif count == 1000:
+                # past the end of a walk over keys a row is harmless, a key never is
+                assert part.all() and part.shape[1] == width, (case, block)
+            else:
+                assert count == 1 if part.any() else count <= 1, (case, block, count)
+                extra += int(count == 1 and not part.any())
+    assert extra <= len(cases), extra
