@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr_kernels.candidate_scores import candidate_scores
+from gr_kernels.candidate_scores.op import IMPLEMENTATIONS as CANDIDATE_SCORES
 from gr_kernels.counter_random import derive_key, truncated_normal_rows
+from gr_kernels.dispatch import known_or_auto
 from gr_kernels.log_partition import cross_entropy
+from gr_kernels.log_partition.op import CROSS_ENTROPIES
 from gr_kernels.sampled_softmax import sampled_softmax
+from gr_kernels.sampled_softmax.op import IMPLEMENTATIONS as SAMPLED_SOFTMAX
 
 Rows = Tensor | range
 Excluded = tuple[Tensor, Tensor]
@@ -68,17 +72,15 @@ class LocalTable(nn.Module):
     """A table held whole by one process, float32.
 
     Starts from N(0, std^2) cut at +-2 std; the value at (row, column) depends on (seed, name, row, column) alone.
-    ``implementation``: how ``scores`` computes each query's own candidates (see gr_kernels.candidate_scores).
+    ``kernels``: the implementation of the operators that have one of that name ("auto": each chooses).
     """
 
     initialises_itself = True
 
-    def __init__(
-        self, name: str, rows: int, dim: int, std: float, seed: int, implementation: str = "auto"
-    ) -> None:
+    def __init__(self, name: str, rows: int, dim: int, std: float, seed: int, kernels: str = "auto") -> None:
         super().__init__()
         self.name, self.rows, self.dim = name, rows, dim
-        self.implementation = implementation
+        self.kernels = kernels
         self.weight = nn.Parameter(
             truncated_normal_rows(derive_key(seed, "table", name), range(rows), dim, std)
         )
@@ -93,7 +95,11 @@ class LocalTable(nn.Module):
         With ``normalize_eps`` each row is divided by max(its L2 norm, normalize_eps) first.
         """
         return candidate_scores(
-            queries_TD, self.weight, rows, normalize_eps=normalize_eps, implementation=self.implementation
+            queries_TD,
+            self.weight,
+            rows,
+            normalize_eps=normalize_eps,
+            implementation=known_or_auto(self.kernels, CANDIDATE_SCORES),
         )
 
     @torch.no_grad()
@@ -157,6 +163,7 @@ class LocalTable(nn.Module):
             scale=scale,
             normalize_eps=normalize_eps,
             bias_I=bias_I,
+            implementation=known_or_auto(self.kernels, CROSS_ENTROPIES),
         )
 
     def sampled_softmax(
@@ -181,7 +188,7 @@ class LocalTable(nn.Module):
             scale=scale,
             normalize_eps=normalize_eps,
             bias_I=bias_I,
-            implementation="reference" if self.implementation == "reference" else "auto",
+            implementation=known_or_auto(self.kernels, SAMPLED_SOFTMAX),
         )
 
     def extra_repr(self) -> str:

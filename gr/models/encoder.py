@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gr.errors import UserError
 from gr.models.layout import JaggedLayout
+from gr_kernels.dispatch import known_or_auto
 from gr_kernels.hstu_attention import AttentionMask, hstu_attention
 from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
 
@@ -28,7 +29,7 @@ class Encoder(Protocol):
 
 def attention_kernel(kernels: str) -> str:
     """The attention's implementation for the config key train.kernels: ``kernels`` where it has one, else auto."""
-    return kernels if kernels in {implementation.name for implementation in IMPLEMENTATIONS} else "auto"
+    return known_or_auto(kernels, IMPLEMENTATIONS)
 
 
 def softmax_attention(

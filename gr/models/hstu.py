@@ -29,6 +29,7 @@ from gr.models.encoder import attention_kernel
 from gr.models.layers import Linear
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
+from gr_kernels.dispatch import known_or_auto
 from gr_kernels.fused_layer import gated_output, norm_linear_silu_parts
 from gr_kernels.fused_layer.op import IMPLEMENTATIONS as FUSED
 from gr_kernels.hstu_attention import RelativeBias, TimeBuckets, hstu_attention
@@ -159,4 +160,4 @@ class GatedOutput(Linear):
 
 def fused_kernel(kernels: str) -> str:
     """The fused layers' implementation for the config key train.kernels: ``kernels`` where they have one, else auto."""
-    return kernels if kernels in {implementation.name for implementation in FUSED} else "auto"
+    return known_or_auto(kernels, FUSED)

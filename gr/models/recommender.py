@@ -22,8 +22,6 @@ from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
 
-CANDIDATE_KERNELS = ("reference", "cpp")
-
 
 class Recommender(nn.Module):
     """Sequences in, losses or scores of the catalogue out.
@@ -41,8 +39,7 @@ class Recommender(nn.Module):
         self.task = registry.resolve(registry.TASKS, model.task.name, "model.task")(model.task)
         max_length = config.data.max_length + self.task.extra_inputs
 
-        implementation = kernels if kernels in CANDIDATE_KERNELS else "auto"
-        self.table = LocalTable("items", items, model.dim, model.table_std, seed, implementation)
+        self.table = LocalTable("items", items, model.dim, model.table_std, seed, kernels)
         self.input = ItemInput(model.input, self.table, max_length, self.task.masks, model.table_std)
         encoder = registry.resolve(registry.ENCODERS, model.encoder.name, "model.encoder")
         self.encoder = encoder(model.encoder, model.dim, max_length, kernels)

@@ -139,6 +139,11 @@ def saved_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolde
 def build(config: RunConfig, parallel: Parallel) -> Parts:
     """Dataset, split, model, optimiser and batches of a config, on this process's device."""
     check_selection(config)
+    if config.train.kernels in ("triton", "cuda") and parallel.device.type != "cuda":
+        raise UserError(
+            f"train.kernels is {config.train.kernels}, which needs an NVIDIA GPU, and this run is on the CPU: "
+            "use auto (or cpp, reference)"
+        )
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS adds in any order
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -40,6 +40,11 @@ class Choice:
         return "; ".join([f"{self.implementation.name} ({self.implementation.merit})", *reasons])
 
 
+def known_or_auto(name: str, implementations: Sequence[Implementation]) -> str:
+    """``name`` where an operator has an implementation of that name, else "auto": one setting for many operators."""
+    return name if name in {candidate.name for candidate in implementations} else "auto"
+
+
 def explain(
     operator: Callable[..., Any], *arguments: Any, implementation: str = "auto", **settings: Any
 ) -> str:

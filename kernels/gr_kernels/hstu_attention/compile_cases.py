@@ -71,7 +71,7 @@ def _case(
     """A pass for heads of one width, for both architectures; flags are Settings'."""
     kernel = _KERNELS[which]
     biased = flags.get("POSITION", False) or flags.get("TIME", False)
-    tile = tiles.choose(which, width, _BYTES[dtype], longest, biased)
+    tile = tiles.choose(which, width, _BYTES[dtype], longest, biased, flags.get("SOFTMAX", False))
     settings = Settings(
         ROWS=tile.rows,
         KEYS=tile.keys,

@@ -21,12 +21,19 @@ SHORT = 256
 
 
 def choose(
-    which: Pass, width: int, bytes_each: int, longest: int, biased: bool, interpreting: bool = False
+    which: Pass,
+    width: int,
+    bytes_each: int,
+    longest: int,
+    biased: bool,
+    softmax: bool,
+    interpreting: bool = False,
 ) -> Tile:
     """The tile of a pass.
 
     width: of the heads, a power of two (the wider of keys and values). bytes_each: a number's. longest: rows of the
-    longest sequence. biased: whether scores have a bias, whose addresses take registers.
+    longest sequence. biased: whether scores have a bias, whose addresses take registers. softmax: whether the
+    backward reads each row's sums of softmax.
 
     Chosen so that, compiled for sm_90, nothing spills to memory and every product is a wgmma, which takes 64 rows of
     its left operand (rows of scores in "forward" and "d_q", keys in "d_kv") and 4 warps; 8 warps halve the registers
@@ -45,7 +52,7 @@ def choose(
         return Tile(64, 64, 8, 2 if width <= 128 else 1)
     if which == "d_kv":
         # Two accumulators as wide as a head: 64 keys by 8 warps. Rows stream by, fewer at a time where they are wide.
-        rows = 16 if width > 128 else 32 if width > 64 and biased else 64
+        rows = 16 if width > 128 else 32 if width > 64 and (biased or softmax) else 64
         return Tile(rows, 64, 8, 3 if width <= 64 else 2)
     if width <= 64 and longest <= SHORT:
         return Tile(64, 64, 8 if biased else 4, 3)

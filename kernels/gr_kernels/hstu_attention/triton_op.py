@@ -129,7 +129,8 @@ class Launch:
 
     def tile(self, which: tiles.Pass) -> tiles.Tile:
         bytes_each, longest = self.q.element_size(), max(self.longest)
-        return tiles.choose(which, self.width, bytes_each, longest, self.biased, interpreting())
+        softmax = self.problem.activation == "softmax"
+        return tiles.choose(which, self.width, bytes_each, longest, self.biased, softmax, interpreting())
 
     def settings(self, tile: tiles.Tile, atomic: bool = False) -> Settings:
         problem = self.problem
