@@ -38,6 +38,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from benchmarks.kernels.arguments import positive  # noqa: E402
+
 RECORD = ROOT / "tests" / "kernels" / "resources.json"
 # Every folder of kernels/gr_kernels that has Triton kernels.
 FOLDERS = ("fused_layer", "hstu_attention", "jagged", "log_partition", "sampled_softmax")
@@ -188,9 +190,9 @@ def regressions(job: Job, found: Resources, record: dict[str, Any], version: str
         faults.append("its products no longer are wgmma")
     if record["triton"] != version:
         return faults  # another compiler allots otherwise
-    for what in ("registers", "shared"):
+    for what, slack in (("registers", SLACK), ("shared", SLACK), ("spills", 1)):
         now, then = getattr(found, what), getattr(before, what)
-        if now > SLACK * then:
+        if now > slack * then:
             faults.append(f"{what} {then:,} -> {now:,}")
     return faults
 
@@ -238,7 +240,7 @@ def main() -> int:
     )
     parser.add_argument("--record", action="store_true", help="write the table as the one to compare with")
     parser.add_argument(
-        "--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes that compile"
+        "--jobs", type=positive(int), default=min(4, os.cpu_count() or 1), help="processes that compile"
     )
     arguments = parser.parse_args()
     _begin()

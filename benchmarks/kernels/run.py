@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from benchmarks.kernels import ceilings, operators, plots, report, shapes  # noqa: E402
+from benchmarks.kernels.arguments import positive  # noqa: E402
 from benchmarks.kernels.measure import Settings, measure_case  # noqa: E402
 from benchmarks.kernels.problem import Operator, Way  # noqa: E402
 from gr.errors import UserError, nearest, program  # noqa: E402
@@ -168,10 +169,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="print the names of the shapes and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing a shape (default 20)")
-    parser.add_argument("--rounds", type=int, help="instead: timed rounds of every way")
+    parser.add_argument(
+        "--seconds", type=positive(float), default=20.0, help="of timing a shape (default 20)"
+    )
+    parser.add_argument("--rounds", type=positive(int), help="instead: timed rounds of every way")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
-    parser.add_argument("--threads", type=int, help="torch's on CPU (default: as many as torch takes)")
+    parser.add_argument(
+        "--threads", type=positive(int), help="torch's on CPU (default: as many as torch takes)"
+    )
     parser.add_argument("--label", help="name of the JSON and the plot (default: the operator's)")
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of the results")
     return parser

@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 
 from benchmarks.kernels import markdown, operators  # noqa: E402
+from benchmarks.kernels.arguments import positive  # noqa: E402
 from gr.errors import UserError, nearest, program  # noqa: E402
 from gr.train import environment  # noqa: E402
 
@@ -143,7 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", nargs="+", metavar="STEP", help="only these, by the names that a run prints"
     )
-    parser.add_argument("--seconds", type=float, help="of timing a shape (default 2 on a GPU, 20 on a CPU)")
+    parser.add_argument(
+        "--seconds", type=positive(float), help="of timing a shape (default 2 on a GPU, 20 on a CPU)"
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-NAME or cpu-NAME")
     return parser
 

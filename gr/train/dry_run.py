@@ -15,6 +15,7 @@ from gr.train.cursor import Cursor
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
 from gr.train.job import build
+from gr.train.kernels import advice_on_kernels
 from gr.train.log import clock
 from gr.train.memory import advice_when_out_of_memory, peak_bytes
 from gr.train.parallel import processes
@@ -25,7 +26,11 @@ TIMED_STEPS = 3
 
 def dry_run(config: RunConfig) -> None:
     """Build ``config``, take a step (and time two more), print shapes, memory and an estimate of the whole."""
-    with processes(config.train.device, config.train.threads) as parallel, advice_when_out_of_memory(config):
+    with (
+        processes(config.train.device, config.train.threads) as parallel,
+        advice_when_out_of_memory(config),
+        advice_on_kernels(config),
+    ):
         parts = parallel.together(lambda: build(config, parallel))
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(

@@ -27,6 +27,7 @@ from gr.train.cursor import Cursor
 from gr.train.environment import record
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
+from gr.train.kernels import advice_on_kernels, check_kernels
 from gr.train.memory import advice_when_out_of_memory
 from gr.train.parallel import Parallel, processes
 from gr.train.plots import plot_run
@@ -87,7 +88,11 @@ class Parts:
 
 def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
     """Train ``config`` in a new folder.  ``on_step``: called with the folder after each step."""
-    with processes(config.train.device, config.train.threads) as parallel, advice_when_out_of_memory(config):
+    with (
+        processes(config.train.device, config.train.threads) as parallel,
+        advice_when_out_of_memory(config),
+        advice_on_kernels(config),
+    ):
         parts = parallel.together(lambda: build(config, parallel))
         folder = _new_folder(config, parallel)
         with _locked(folder, parallel):
@@ -104,6 +109,7 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep =
     with (
         processes(config.train.device, config.train.threads) as parallel,
         advice_when_out_of_memory(config),
+        advice_on_kernels(config),
         _locked(folder, parallel),
     ):
         parts = parallel.together(lambda: build(config, parallel))
@@ -139,11 +145,7 @@ def saved_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolde
 def build(config: RunConfig, parallel: Parallel) -> Parts:
     """Dataset, split, model, optimiser and batches of a config, on this process's device."""
     check_selection(config)
-    if config.train.kernels in ("triton", "cuda") and parallel.device.type != "cuda":
-        raise UserError(
-            f"train.kernels is {config.train.kernels}, which needs an NVIDIA GPU, and this run is on the CPU: "
-            "use auto (or cpp, reference)"
-        )
+    check_kernels(config, parallel.device)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS adds in any order
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -83,9 +83,9 @@ def print_paired(rows: list[PairedRow], title: str) -> None:
     for column in (
         "model",
         "hits",
-        "above the last",
+        "above the row before",
         "expected hits",
-        "above the last",
+        "above the row before",
         "share of the oracle",
     ):
         view.add_column(column, justify="left" if column == "model" else "right")

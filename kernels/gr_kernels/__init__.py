@@ -20,7 +20,11 @@ if TYPE_CHECKING:
         uniform_integers as uniform_integers,
     )
     from gr_kernels.dispatch import explain as explain
-    from gr_kernels.fused_layer import gated_output as gated_output, norm_linear_silu as norm_linear_silu
+    from gr_kernels.fused_layer import (
+        gated_output as gated_output,
+        norm_linear_silu as norm_linear_silu,
+        norm_linear_silu_parts as norm_linear_silu_parts,
+    )
     from gr_kernels.hstu_attention import (
         AttentionMask as AttentionMask,
         RelativeBias as RelativeBias,
@@ -43,7 +47,7 @@ _FOLDERS = {
     "candidate_scores": ("candidate_scores",),
     "counter_random": ("derive_key", "truncated_normal_rows", "uniform_floats", "uniform_integers"),
     "dispatch": ("explain",),
-    "fused_layer": ("gated_output", "norm_linear_silu"),
+    "fused_layer": ("gated_output", "norm_linear_silu", "norm_linear_silu_parts"),
     "hstu_attention": ("AttentionMask", "RelativeBias", "TimeBuckets", "hstu_attention"),
     "jagged": (
         *("add_positions_and_times", "concat_jagged", "dense_to_jagged"),

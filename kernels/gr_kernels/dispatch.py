@@ -27,6 +27,10 @@ class Implementation:
     device: str = ""
 
 
+class CannotRun(ValueError):
+    """The implementation that was asked for can't take the call; the message says why."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The implementation of a call, and those preferred to it with what was in their way."""
@@ -78,7 +82,7 @@ def choose(
 ) -> Choice:
     """The first of ``implementations`` (in order of preference) that takes the call, or the one of that name.
 
-    Raises ValueError for an unknown name, and for a named implementation that can't take the call.
+    Raises ValueError for an unknown name, CannotRun (a ValueError) for a named implementation that can't take the call.
     """
     known = [candidate.name for candidate in implementations]
     if name not in ("auto", *known):
@@ -98,7 +102,7 @@ def choose(
                 raise _Answer(choice)
             return choice
         if name == candidate.name:
-            raise ValueError(f"{operator}: implementation {name!r} can't run here: {obstacle}.")
+            raise CannotRun(f"{operator}: implementation {name!r} can't run here: {obstacle}.")
         passed_over.append((candidate.name, obstacle))
     reasons = "; ".join(f"{n}: {why}" for n, why in passed_over)
     raise ValueError(f"{operator}: no implementation takes this call ({reasons}).")

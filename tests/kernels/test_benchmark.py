@@ -217,6 +217,9 @@ def test_memory_of_a_step() -> None:
     assert memory.kept_bytes(reference, case) < scores / 10
     large = replace(spec, B=16, N=512)
     assert memory.peak_on_cpu("hstu_attention", large, "eager", 1) > 3 * 4 * 16 * spec.H * 512**2
+    warmed = replace(spec, B=16, N=256)  # as large as its own warm-up
+    assert warmed.small() == warmed
+    assert memory.peak_on_cpu("hstu_attention", warmed, "eager", 1) > 3 * 4 * 16 * spec.H * 256**2
 
 
 def test_turns_and_ratios() -> None:

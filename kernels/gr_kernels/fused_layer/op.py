@@ -73,8 +73,8 @@ def norm_linear_silu(
         norm_weight, norm_bias: (D,) each or None, any floating dtype: LN's scale and shift.
         bias: (E,) in the weight's dtype, or None.
         eps: added to the variance.
-        recompute: keep x and 8 bytes a row for the backward pass, and form LN(x) and the GEMM again there; else
-            keep both (D + E numbers a row more).
+        recompute: keep LN(x) (x, where LN has scale or shift) and 8 bytes a row for the backward pass, and form the
+            GEMM again there; else keep x, LN(x) and the GEMM's result.
         implementation: "auto", "triton" or "reference".
 
     Returns:
