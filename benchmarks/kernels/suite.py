@@ -113,7 +113,18 @@ def _tests(name: str, *arguments: str) -> Step:
 
 
 def _sanitizer(tool: str, out: str) -> Step:
-    small = ("hstu_attention", "--grid", "tiny", "--rounds", "1", "--against", "none", "--no-memory")
+    small = (
+        "hstu_attention",
+        "--grid",
+        "tiny",
+        "--rounds",
+        "1",
+        "--seconds",
+        "1",
+        "--against",
+        "none",
+        "--no-memory",
+    )
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", PYTHON, *RUN, *small)
     # Without the allocator's cache: inside its blocks, what is out of bounds looks in order.
     return Step(tool, (*command, "--out", out), (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))

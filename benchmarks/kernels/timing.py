@@ -22,7 +22,7 @@ LEAST_ROUNDS = 5
 MOST_ROUNDS = 100
 WARM_UP = 2
 FLUSHED_BYTES = 256 * 2**20  # several times any GPU's L2
-HOST_LEAD_CYCLES = 2_000_000  # about a millisecond
+HOST_LEAD_CYCLES = 20_000_000  # about ten milliseconds: a block's step is dozens of launches
 
 
 @dataclass

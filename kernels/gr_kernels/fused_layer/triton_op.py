@@ -6,7 +6,6 @@ fused.  Shapes: T rows, D width of the norm's input, E outputs of the linear lay
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from gr_kernels.fused_layer import schema
 from gr_kernels.fused_layer.launch import MOST_PARTS, WIDEST, linear_tiles, row_tiles
 from gr_kernels.fused_layer.schema import keeps_normed, keeps_x, unsigned
-from gr_kernels.triton_common.available import interpreting, why_unavailable
+from gr_kernels.triton_common.available import interpreting, on, why_unavailable
 
 MOST_OTHERS = 4  # parts of a second tensor that the GEMM's epilogue reads
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,11 +40,6 @@ def obstacle(*tensors: Tensor | None) -> str:
 def _rows(x: Tensor) -> Tensor:
     """Rows may have any stride; neighbouring numbers must be neighbours."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device: make it the tensors'."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _int32(word: int) -> int:
@@ -155,7 +149,7 @@ def norm_linear_silu(
     x_TD, weight_ED = _rows(x_TD), weight_ED.contiguous()
     mean_T, rstd_T = _statistics(x_TD)
     out_TE = weight_ED.new_empty(x_TD.shape[0], weight_ED.shape[0])
-    with _on(x_TD):
+    with on(x_TD):
         if not keeps_normed(norm_weight, norm_bias, recompute):
             _normalise(x_TD, norm_weight, norm_bias, mean_T, rstd_T, None, eps=eps, measure=True)
             norm = (mean_T, rstd_T, norm_weight, norm_bias)
@@ -184,7 +178,7 @@ def norm_linear_silu_backward(
     from gr_kernels.fused_layer import triton_kernel
 
     weight_ED, rows = weight_ED.contiguous(), mean_T.shape[0]
-    with _on(weight_ED):
+    with on(weight_ED):
         if not keeps_normed(norm_weight, norm_bias, recompute):
             x_TD = _rows(x_TD)
             normed_TD = weight_ED.new_empty(x_TD.shape)
@@ -237,7 +231,7 @@ def gated_output(
     mean_T, rstd_T = _statistics(attended_TV)
     gated_TV = weight_DV.new_empty(rows, width)
     tiles = row_tiles(width)
-    with _on(attended_TV):
+    with on(attended_TV):
         if rows:
             triton_kernel.gate[(math.ceil(rows / tiles.rows),)](
                 attended_TV, gate_TV, norm_weight, norm_bias, mean_T, rstd_T, gated_TV, rows,
@@ -268,7 +262,7 @@ def gated_output_backward(
 
     attended_TV, gate_TV = _rows(attended_TV), _rows(gate_TV)
     rows, width = attended_TV.shape
-    with _on(attended_TV):
+    with on(attended_TV):
         d_linear_TD = d_out_TD.to(weight_DV.dtype)
         d_gated_TV = d_linear_TD @ weight_DV
         d_attended, d_gate = attended_TV.new_empty(attended_TV.shape), gate_TV.new_empty(gate_TV.shape)

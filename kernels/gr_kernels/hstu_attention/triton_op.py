@@ -19,7 +19,7 @@ from torch import Tensor
 from gr_kernels.hstu_attention import schema, tiles
 from gr_kernels.hstu_attention.problem import AttentionProblem, RelativeBias, TimeBuckets
 from gr_kernels.hstu_attention.settings import Settings
-from gr_kernels.triton_common.available import interpreting, why_unavailable
+from gr_kernels.triton_common.available import interpreting, on, why_unavailable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256
@@ -394,12 +394,14 @@ def _register() -> None:
     torch.library.define(backward_name, _BACKWARD)
 
     def run_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-        return forward(q, k, v, schema.unflatten(*flat))
+        with on(q):
+            return forward(q, k, v, schema.unflatten(*flat))
 
     def run_backward(
         d_out: Tensor, out: Tensor | None, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *flat: Any
     ) -> tuple[Tensor, ...]:
-        *gradients, d_position, d_time = backward(d_out, out, lse, q, k, v, schema.unflatten(*flat))
+        with on(q):
+            *gradients, d_position, d_time = backward(d_out, out, lse, q, k, v, schema.unflatten(*flat))
         return (*gradients, *(q.new_empty((0,)) if x is None else x for x in (d_position, d_time)))
 
     torch.library.impl(name, "default", run_forward)
@@ -424,6 +426,7 @@ def _fake_backward(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
     kept = output if inputs[_SOFTMAX] else (None, None)
     ctx.save_for_backward(*inputs[:_TENSORS], *kept)
     ctx.settings = inputs[_TENSORS:]

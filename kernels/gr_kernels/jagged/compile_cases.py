@@ -52,7 +52,7 @@ def _moves(integer: str, item_bytes: int, width: int) -> list[CompileCase]:
     ]
     return [
         *parts,
-        _case(f"to_dense.{name}", dense.to_dense, f"{rows} *i64 i32 i32 i32 i32", block),
+        _case(f"to_dense.{name}", dense.to_dense, f"{rows} *i64 i64 i32 i32 i32", block),
         _case(f"to_jagged.{name}", dense.to_jagged, f"{rows} *i64 i32 i32 i32 i32", steps | block),
     ]
 
@@ -84,7 +84,7 @@ def _drops(dtype: str, width: int) -> CompileCase:
     return _case(
         f"drop.{dtype}.d{width}",
         dropout.drop,
-        f"*{dtype} *{dtype} i64 i64 i64 fp32 i32 i32",
+        f"*{dtype} *{dtype} u32 u32 u32 fp32 i32 i32",
         {"BLOCK_R": t.rows, "BLOCK_C": t.columns},
     )
 

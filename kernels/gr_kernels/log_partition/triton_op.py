@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gr_kernels.log_partition.problem import Problem
 from gr_kernels.log_partition.tiles import WIDEST, splits, tiles
-from gr_kernels.triton_common.available import interpreting, why_unavailable
+from gr_kernels.triton_common.available import interpreting, on, why_unavailable
 
 MOST_EXCLUDED = 16  # compared one after the other with every logit
 _LOG2_E = math.log2(math.e)
@@ -86,29 +86,30 @@ def _forward(
     sums_ST = torch.empty_like(peaks_ST)
     means_STD = queries.new_empty(parts, count, width, dtype=torch.float32) if want_means else None
     if count:
-        partial_sums[(row_blocks * parts,)](
-            queries,
-            table,
-            inverse,
-            _float32(bias),
-            _int32(names),
-            _int32(excluded),
-            peaks_ST,
-            sums_ST,
-            means_STD,
-            count,
-            catalogue,
-            -(-item_tiles // parts),
-            scale * _LOG2_E,
-            D=width,
-            X=0 if excluded is None else excluded.shape[1],
-            BLOCK_D=use.width,
-            BLOCK_T=use.held,
-            BLOCK_I=use.streamed,
-            PRECISION=_precision(queries),
-            num_warps=use.num_warps,
-            num_stages=use.num_stages,
-        )
+        with on(queries):
+            partial_sums[(row_blocks * parts,)](
+                queries,
+                table,
+                inverse,
+                _float32(bias),
+                _int32(names),
+                _int32(excluded),
+                peaks_ST,
+                sums_ST,
+                means_STD,
+                count,
+                catalogue,
+                -(-item_tiles // parts),
+                scale * _LOG2_E,
+                D=width,
+                X=0 if excluded is None else excluded.shape[1],
+                BLOCK_D=use.width,
+                BLOCK_T=use.held,
+                BLOCK_I=use.streamed,
+                PRECISION=_precision(queries),
+                num_warps=use.num_warps,
+                num_stages=use.num_stages,
+            )
     peaks_T = peaks_ST.amax(0)
     # a query that sees no row at all: exp2(-inf - 0) = 0, an empty sum
     empty_T = peaks_T == -math.inf
@@ -186,32 +187,33 @@ def _table_gradient(
     use = tiles(width, 8 * queries.element_size(), _capability(queries.device), gradient=True)
     grad_table = torch.empty_like(table if want_table else table[:0])
     grad_bias = table.new_empty(catalogue if want_bias else 0, dtype=torch.float32)
-    table_gradient[(-(-catalogue // use.held),)](
-        queries,
-        table,
-        inverse,
-        _float32(bias),
-        _int32(names),
-        _int32(excluded),
-        _int32(targets),
-        peaks,
-        grad / sums,
-        grad,
-        grad_table if want_table else None,
-        grad_bias if want_bias else None,
-        count,
-        catalogue,
-        scale * _LOG2_E,
-        scale,
-        D=width,
-        X=0 if excluded is None else excluded.shape[1],
-        BLOCK_D=use.width,
-        BLOCK_T=use.streamed,
-        BLOCK_I=use.held,
-        PRECISION=_precision(queries),
-        num_warps=use.num_warps,
-        num_stages=use.num_stages,
-    )
+    with on(queries):
+        table_gradient[(-(-catalogue // use.held),)](
+            queries,
+            table,
+            inverse,
+            _float32(bias),
+            _int32(names),
+            _int32(excluded),
+            _int32(targets),
+            peaks,
+            grad / sums,
+            grad,
+            grad_table if want_table else None,
+            grad_bias if want_bias else None,
+            count,
+            catalogue,
+            scale * _LOG2_E,
+            scale,
+            D=width,
+            X=0 if excluded is None else excluded.shape[1],
+            BLOCK_D=use.width,
+            BLOCK_T=use.streamed,
+            BLOCK_I=use.held,
+            PRECISION=_precision(queries),
+            num_warps=use.num_warps,
+            num_stages=use.num_stages,
+        )
     return grad_table, grad_bias
 
 

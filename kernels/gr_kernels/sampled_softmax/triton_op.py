@@ -16,7 +16,7 @@ from gr_kernels.log_partition import log_partition
 from gr_kernels.log_partition.tiles import WIDEST
 from gr_kernels.sampled_softmax.problem import Problem
 from gr_kernels.sampled_softmax.scores import gathered
-from gr_kernels.triton_common.available import why_unavailable
+from gr_kernels.triton_common.available import on, why_unavailable
 
 _LOG2_E = math.log2(math.e)
 _WIDEST = 1024
@@ -107,25 +107,26 @@ def _forward(
     directions_TD = queries.new_empty(count if want_directions else 0, width, dtype=torch.float32)
     sizes = blocks(width)
     if count:
-        own_negatives[(count,)](
-            queries,
-            table,
-            None if bias is None else bias.float().contiguous(),
-            targets.contiguous(),
-            negatives.contiguous(),
-            losses_T,
-            peaks_T,
-            sums_T,
-            directions_TD if want_directions else None,
-            negatives.shape[1],
-            scale * _LOG2_E,
-            normalize_eps or 0.0,
-            D=sizes["D"],
-            BLOCK_D=sizes["BLOCK_D"],
-            BLOCK_K=sizes["rows"],
-            NORMALIZE=normalize_eps is not None,
-            num_warps=4,
-        )
+        with on(queries):
+            own_negatives[(count,)](
+                queries,
+                table,
+                None if bias is None else bias.float().contiguous(),
+                targets.contiguous(),
+                negatives.contiguous(),
+                losses_T,
+                peaks_T,
+                sums_T,
+                directions_TD if want_directions else None,
+                negatives.shape[1],
+                scale * _LOG2_E,
+                normalize_eps or 0.0,
+                D=sizes["D"],
+                BLOCK_D=sizes["BLOCK_D"],
+                BLOCK_K=sizes["rows"],
+                NORMALIZE=normalize_eps is not None,
+                num_warps=4,
+            )
     return losses_T, peaks_T, sums_T, directions_TD
 
 
@@ -177,28 +178,29 @@ def _table_gradient(
     grad_table = torch.empty_like(table if want_table else table[:0])
     grad_bias = table.new_empty(catalogue if want_bias else 0, dtype=torch.float32)
     sizes = blocks(width)
-    row_gradient[(catalogue,)](
-        queries,
-        table,
-        None if bias is None else bias.float().contiguous(),
-        targets.contiguous(),
-        pairs,
-        starts,
-        peaks,
-        sums,
-        grad.float().contiguous(),
-        grad_table if want_table else None,
-        grad_bias if want_bias else None,
-        rows_TC.shape[1],
-        scale * _LOG2_E,
-        scale,
-        normalize_eps or 0.0,
-        D=sizes["D"],
-        BLOCK_D=sizes["BLOCK_D"],
-        BLOCK_P=sizes["rows"],
-        NORMALIZE=normalize_eps is not None,
-        num_warps=4,
-    )
+    with on(queries):
+        row_gradient[(catalogue,)](
+            queries,
+            table,
+            None if bias is None else bias.float().contiguous(),
+            targets.contiguous(),
+            pairs,
+            starts,
+            peaks,
+            sums,
+            grad.float().contiguous(),
+            grad_table if want_table else None,
+            grad_bias if want_bias else None,
+            rows_TC.shape[1],
+            scale * _LOG2_E,
+            scale,
+            normalize_eps or 0.0,
+            D=sizes["D"],
+            BLOCK_D=sizes["BLOCK_D"],
+            BLOCK_P=sizes["rows"],
+            NORMALIZE=normalize_eps is not None,
+            num_warps=4,
+        )
     return grad_table, grad_bias
 
 

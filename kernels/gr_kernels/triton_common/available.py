@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
+from torch import Tensor
+
+LEAST_SHARED = 166_912  # bytes a block: an A100's
 
 
 def interpreting() -> bool:
@@ -23,16 +28,30 @@ def _installed() -> bool:
 
 
 @functools.cache
-def _too_old(index: int | None) -> str:
-    """Tensor cores that multiply bfloat16 came with compute capability 8.0."""
+def _too_small(index: int | None) -> str:
+    """Tensor cores that multiply bfloat16 came with compute capability 8.0; tiles are made for an A100's memory."""
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if index is None else index
     major, minor = torch.cuda.get_device_capability(index)
-    return "" if major >= 8 else f"the GPU's compute capability is {major}.{minor}, below 8.0"
+    if major < 8:
+        return f"the GPU's compute capability is {major}.{minor}, below 8.0"
+    shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    if shared < LEAST_SHARED:
+        return f"a block of this GPU has {shared:,} bytes of shared memory, fewer than {LEAST_SHARED:,}"
+    return ""
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def why_unavailable(device: torch.device) -> str:
     """In a few words why Triton kernels can't run on tensors of ``device``; "" when they can.
 
-    They can on NVIDIA GPUs of compute capability 8.0 and later, and in Triton's interpreter, which is for tests.
+    They can on NVIDIA GPUs of compute capability 8.0 and later with an A100's shared memory, and in Triton's
+    interpreter, which is for tests.
     """
     if not _installed():
         return "triton isn't installed"
@@ -42,7 +61,7 @@ def why_unavailable(device: torch.device) -> str:
         return "the tensors are on CPU, where it runs only in its interpreter (TRITON_INTERPRET=1)"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it is for NVIDIA GPUs, not {device}"
-    return _too_old(device.index)
+    return _too_small(device.index)
 
 
 # torch.compile calls it instead of tracing into it (torch.compiler.assume_constant_result would import the compiler).

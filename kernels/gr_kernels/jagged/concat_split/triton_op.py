@@ -12,7 +12,7 @@ from torch import Tensor
 from gr_kernels.jagged.concat_split.compiled import register_gradients
 from gr_kernels.jagged.concat_split.reference import joined_offsets
 from gr_kernels.jagged.tiles import INTEGERS, WARPS, search_steps, tile
-from gr_kernels.triton_common.available import why_unavailable
+from gr_kernels.triton_common.available import on, why_unavailable
 
 
 @torch.compiler.assume_constant_result
@@ -59,10 +59,11 @@ def _move_parts(kernel_name: str, joined: Tensor, parts: Sequence[Tensor], offse
         if out.numel():
             width = out.shape[1]
             t = tile(width, out.itemsize)
-            kernel[(-(-out.shape[0] // t.rows),)](
-                source, out, offsets_B1, before, edges, out.shape[0], sequences, width,
-                FIRST=first, STEPS=search_steps(sequences + 1), BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
-            )  # fmt: skip
+            with on(out):
+                kernel[(-(-out.shape[0] // t.rows),)](
+                    source, out, offsets_B1, before, edges, out.shape[0], sequences, width,
+                    FIRST=first, STEPS=search_steps(sequences + 1), BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
+                )  # fmt: skip
         if not first:
             before = before + offsets_B1
 

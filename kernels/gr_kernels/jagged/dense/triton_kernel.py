@@ -8,9 +8,9 @@ import triton.language as tl
 from gr_kernels.jagged.triton_rows import copy_rows, find_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["fill", "rows"])
 def to_dense(
-    x_ptr, dense_ptr, offsets_ptr, fill, rows, places, width,
+    x_ptr, dense_ptr, offsets_ptr, fill: tl.int64, rows, places, width,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """rows = B N rows of the padded tensor, ``places`` = N of them a sequence."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gr_kernels.jagged.concat_split.triton_op import as_integers
 from gr_kernels.jagged.tiles import INTEGERS, WARPS, search_steps, tile
-from gr_kernels.triton_common.available import why_unavailable
+from gr_kernels.triton_common.available import on, why_unavailable
 
 
 @torch.compiler.assume_constant_result
@@ -45,10 +45,11 @@ def _to_dense(x: Tensor, offsets_B1: Tensor, max_length: int, fill: float) -> Te
         width = dense_rows.shape[1]
         bits = int(torch.tensor([fill], dtype=x.dtype).view(INTEGERS[x.dtype.itemsize]))
         t = tile(width, dense_rows.itemsize)
-        triton_kernel.to_dense[(-(-dense_rows.shape[0] // t.rows),)](
-            as_integers(x), dense_rows, offsets_B1.contiguous(), bits, dense_rows.shape[0], max_length, width,
-            BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
-        )  # fmt: skip
+        with on(x):
+            triton_kernel.to_dense[(-(-dense_rows.shape[0] // t.rows),)](
+                as_integers(x), dense_rows, offsets_B1.contiguous(), bits, dense_rows.shape[0], max_length, width,
+                BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
+            )  # fmt: skip
     return out
 
 
@@ -64,10 +65,12 @@ def _to_jagged(dense: Tensor, offsets_B1: Tensor, rows: int) -> Tensor:
         out_rows = as_integers(out)
         width, sequences = out_rows.shape[1], offsets_B1.shape[0] - 1
         t = tile(width, out_rows.itemsize)
-        triton_kernel.to_jagged[(-(-rows // t.rows),)](
-            as_integers(dense.flatten(0, 1)), out_rows, offsets_B1.contiguous(), rows, sequences, dense.shape[1], width,
-            STEPS=search_steps(sequences + 1), BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
-        )  # fmt: skip
+        with on(dense):
+            triton_kernel.to_jagged[(-(-rows // t.rows),)](
+                as_integers(dense.flatten(0, 1)), out_rows, offsets_B1.contiguous(),
+                rows, sequences, dense.shape[1], width,
+                STEPS=search_steps(sequences + 1), BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
+            )  # fmt: skip
     return out
 
 

@@ -8,9 +8,9 @@ import triton.language as tl
 from gr_kernels.triton_common.random import interleave, words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_low", "key_high", "drop_below", "rows"])
 def drop(
-    x_ptr, out_ptr, key_low, key_high, drop_below, keep_scale, rows, width,
+    x_ptr, out_ptr, key_low: tl.uint32, key_high: tl.uint32, drop_below: tl.uint32, keep_scale, rows, width,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out = x keep_scale where the word of (row, column) is at least ``drop_below``, else 0. Keys are 32-bit halves."""
@@ -20,6 +20,7 @@ def drop(
     low = (row & 0xFFFFFFFF).to(tl.uint32)[:, None]
     high = (row >> 32).to(tl.uint32)[:, None]
     zero = tl.zeros([BLOCK_R, BLOCK_C // 4], tl.uint32)
+    # the casts are the interpreter's, which knows no argument types
     w0, w1, w2, w3 = words(
         key_low.to(tl.uint32), key_high.to(tl.uint32), zero, zero + block[None, :], zero + low, zero + high
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from gr_kernels.jagged.dropout import operators
 from gr_kernels.jagged.dropout.reference import drop_below, keep_scale
 from gr_kernels.jagged.tiles import WARPS, Tile, power_of_two
-from gr_kernels.triton_common.available import why_unavailable
+from gr_kernels.triton_common.available import on, why_unavailable
 
 
 @torch.compiler.assume_constant_result
@@ -47,8 +47,10 @@ def _dropout(x: Tensor, probability: float, key: int) -> Tensor:
     if x.numel():
         rows, width = x.shape[0], math.prod(x.shape[1:])
         t = tile(width)
-        triton_kernel.drop[(-(-rows // t.rows), -(-width // t.columns))](
-            x, out, key & 0xFFFFFFFF, key >> 32, drop_below(probability), keep_scale(probability), rows, width,
-            BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
-        )  # fmt: skip
+        with on(x):
+            triton_kernel.drop[(-(-rows // t.rows), -(-width // t.columns))](
+                x, out, key & 0xFFFFFFFF, key >> 32, min(drop_below(probability), 2**32 - 1),
+                keep_scale(probability), rows, width,
+                BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
+            )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels.jagged.tiles import WARPS, power_of_two
+from gr_kernels.triton_common.available import on
 
 BLOCK_ROWS = 32
 COLUMNS = 128
@@ -39,8 +40,9 @@ def sum_rows_by_entry(values_TD: Tensor, entry_T: Tensor, inside_T: Tensor, entr
     sums = values_TD.new_empty((split, entries, width), dtype=torch.float32)
     if sums.numel():
         columns = min(power_of_two(width), COLUMNS)
-        triton_kernel.sum_rows_by_entry[(entries, split, -(-width // columns))](
-            values_TD, order_T, starts, sums, entries, width,
-            SPLITS=split, BLOCK_R=BLOCK_ROWS, BLOCK_C=columns, num_warps=WARPS,
-        )  # fmt: skip
+        with on(values_TD):
+            triton_kernel.sum_rows_by_entry[(entries, split, -(-width // columns))](
+                values_TD, order_T, starts, sums, entries, width,
+                SPLITS=split, BLOCK_R=BLOCK_ROWS, BLOCK_C=columns, num_warps=WARPS,
+            )  # fmt: skip
     return sums[0] if split == 1 else sums.sum(0)

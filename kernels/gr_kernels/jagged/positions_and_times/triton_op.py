@@ -17,7 +17,7 @@ from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
 from gr_kernels.jagged.positions_and_times.reference import position_entries
 from gr_kernels.jagged.positions_and_times.sums import sum_rows_by_entry
 from gr_kernels.jagged.tiles import WARPS, Tile, search_steps, tile
-from gr_kernels.triton_common.available import why_unavailable
+from gr_kernels.triton_common.available import on, why_unavailable
 
 Kind = Literal["log", "sqrt"]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,13 +77,14 @@ def _add(
     with_time = time is not None
     buckets = TimeBuckets(kind, count, bucket_width)
     thresholds = bucket_op.device_thresholds(buckets, x_TD.device) if with_time else offsets
-    triton_kernel.add_rows[(-(-rows // t.rows),)](
-        x_TD, out, *(_plain(tensor, offsets) for tensor in (offsets, targets, position, time, differences)), thresholds,
-        scale, rows, sequences, thresholds.shape[0], width, x_TD.stride(0),
-        HAS_TARGETS=targets is not None, HAS_POSITION=position is not None, HAS_TIME=with_time, FROM_BACK=from_back,
-        STEPS=search_steps(sequences + 1), BUCKET_STEPS=search_steps(thresholds.shape[0]) if with_time else 0,
-        BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
-    )  # fmt: skip
+    with on(x_TD):
+        triton_kernel.add_rows[(-(-rows // t.rows),)](
+            x_TD, out, *(_plain(tensor, offsets) for tensor in (offsets, targets, position, time, differences)),
+            thresholds, scale, rows, sequences, thresholds.shape[0], width, x_TD.stride(0),
+            HAS_TARGETS=targets is not None, HAS_POSITION=position is not None, HAS_TIME=with_time, FROM_BACK=from_back,
+            STEPS=search_steps(sequences + 1), BUCKET_STEPS=search_steps(thresholds.shape[0]) if with_time else 0,
+            BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 
