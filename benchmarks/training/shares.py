@@ -3,7 +3,7 @@
 Method.  The self time of every event (its duration less its children's) belongs to a part:
   - data, loss, optimiser: what runs inside the marked region, in the forward pass;
   - attention: inside the region so marked, or the attention operator;
-  - linear: aten::linear outside those;
+  - linear: aten::linear, and the fused layers around the attention, outside those;
   - a node of the backward pass belongs where the forward operator that recorded it does (same autograd sequence
     number), with all that runs below it;
   - other: the rest: embedding lookups, norms, gates, dropout, gradient accumulation, Python between operators.
@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 PARTS = ("data", "attention", "linear", "loss", "optimiser", "other")
 STEP = "region:step"
 BACKWARD = "autograd::engine::evaluate_function: "
+LINEAR = ("aten::linear", "gr_kernels::norm_linear_silu", "gr_kernels::gated_output")
 ATTENTION = "gr_kernels::hstu_attention"  # what the names of all its operators begin with
 
 
@@ -83,7 +84,7 @@ def _part(event: Any) -> str:
             return str(e.name).removeprefix("region:")
         if e.name.startswith(ATTENTION):
             part = "attention"
-        elif e.name == "aten::linear" and part == "other":
+        elif e.name.startswith(LINEAR) and part == "other":
             part = "linear"
     return part
 
