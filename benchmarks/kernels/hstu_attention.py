@@ -5,7 +5,6 @@ B sequences, T rows in the batch, N longest sequence, H heads, D width of a head
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -87,8 +86,7 @@ def ways(case: Case) -> list[Way]:
     """Ours, then the peers."""
     names = [implementation.name for implementation in IMPLEMENTATIONS if implementation.name != "reference"]
     ours = [_ours(name, name) for name in names]
-    if "deterministic" in inspect.signature(hstu_attention).parameters:
-        ours += [_ours(f"{name}-deterministic", name, deterministic=True) for name in names if name != "cpp"]
+    ours += [_ours(f"{name}-deterministic", name, deterministic=True) for name in names if name != "cpp"]
     ours += [_ours(f"{name}-softmax", name, activation="softmax") for name in names]
     return [*ours, replace(_ours("reference", "reference"), ours=False), *peers.attention()]
 

@@ -18,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "kernels" / "csrc" / "cuda"
 SOURCES = sorted(path.name for path in CUDA.glob("*.cu"))
 BINDINGS = sorted(path.name for path in CUDA.glob("*.cpp"))
-# Kernels of these files use what sm_90 alone has.
-HOPPER_ONLY: tuple[str, ...] = ()
 
 
 def found(program: str) -> str:
@@ -44,8 +42,6 @@ def test_there_are_sources() -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_kernels_compile_without_spills(source: str, architecture: str, tmp_path: Path) -> None:
-    if architecture != "sm_90a" and source in HOPPER_ONLY:
-        pytest.skip("for sm_90a alone")
     nvcc = found("nvcc")
     # -std and -O as in kernels/setup.py
     flags = [

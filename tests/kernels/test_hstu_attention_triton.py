@@ -21,6 +21,7 @@ from gr_kernels.counter_random import philox
 from gr_kernels.hstu_attention import AttentionMask, AttentionProblem, RelativeBias, TimeBuckets
 from gr_kernels.hstu_attention.mask import allowed
 from gr_kernels.hstu_attention.specification import specification
+from tests.kernels.attention_problems import session_times
 from tests.kernels.precision import assert_precise
 
 pytest.importorskip("triton")
@@ -150,12 +151,6 @@ def offsets_of(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
-def session_times(rows: int, generator: torch.Generator) -> Tensor:
-    """Ascending times with ties, seconds and years between neighbours."""
-    gap = 10 ** (torch.rand(rows, generator=generator) * 8)
-    return (gap * (torch.rand(rows, generator=generator) < 0.8)).long().cumsum(0) + 978_300_000
-
-
 def make_inputs(case: Case) -> Inputs:
     generator = torch.Generator().manual_seed(case.seed)
     width_q, width_v = case.widths
@@ -283,7 +278,6 @@ def everything() -> list[Case]:
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="thousands of combinations need a GPU")
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_combination(mask: str, device: torch.device) -> None:
     for case in everything():
@@ -441,7 +435,6 @@ def test_what_it_cannot_take(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_never_waits_for_the_device(device: torch.device) -> None:
     inputs = make_inputs(Case(mask="all", bias="both", activation="softmax")).moved(device, torch.bfloat16)
     results(inputs)  # compiles, and uploads the thresholds

@@ -1,12 +1,31 @@
-"""Whether rows lie in the table.
+"""Whether queries, a table and rows of it fit.
 
-Shapes: T queries, K candidates of a query.
+Shapes: T queries, K candidates of a query, I catalogue size, D width.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def check_inputs(queries_TD: Tensor, table_ID: Tensor, normalize_eps: float | None) -> None:
+    """ValueError or TypeError, in one sentence, for queries and a table that don't fit, or an eps that isn't one."""
+    if queries_TD.dim() != 2 or table_ID.dim() != 2 or queries_TD.shape[1] != table_ID.shape[1]:
+        raise ValueError(
+            "queries must be (T, D) and the table (I, D) with the same D, not "
+            f"{tuple(queries_TD.shape)} and {tuple(table_ID.shape)}"
+        )
+    if queries_TD.dtype != table_ID.dtype or not queries_TD.dtype.is_floating_point:
+        raise TypeError(
+            f"queries and table must share a float dtype, not {queries_TD.dtype} and {table_ID.dtype}"
+        )
+    if queries_TD.device != table_ID.device:
+        raise ValueError(f"queries are on {queries_TD.device}, the table on {table_ID.device}: move one")
+    if normalize_eps is not None and not normalize_eps > 0:
+        raise ValueError(
+            f"normalize_eps must be positive (or None for plain inner products), got {normalize_eps}"
+        )
 
 
 def check_rows(rows: Tensor, catalogue: int, what: str = "candidate") -> None:

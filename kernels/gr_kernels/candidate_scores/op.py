@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr_kernels.candidate_scores import cpp, dense, gather, reference
-from gr_kernels.candidate_scores.checks import check_rows
+from gr_kernels.candidate_scores.checks import check_inputs, check_rows
 from gr_kernels.dispatch import Implementation, choose
 
 Rows = Tensor | range | slice
@@ -71,7 +71,7 @@ def candidate_scores(
     Raises IndexError naming the first row outside the table (on CPU; on an accelerator the device asserts), and
     ValueError or TypeError for shapes, dtypes and names that do not fit.
     """
-    _check_inputs(queries_TD, table_ID, normalize_eps)
+    check_inputs(queries_TD, table_ID, normalize_eps)
     if isinstance(rows, Tensor) and rows.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"candidate rows must be int64 or int32, not {rows.dtype}")
     if isinstance(rows, Tensor) and rows.dim() == 2:
@@ -116,21 +116,3 @@ def _as_slice(rows: range | slice, catalogue: int) -> slice:
     if len(rows) and not (0 <= rows[0] and rows[-1] < catalogue):
         raise IndexError(f"candidate rows {rows} reach outside the table of {catalogue} rows")
     return slice(rows.start, max(rows.start, rows.stop), rows.step) if len(rows) else slice(0, 0)
-
-
-def _check_inputs(queries_TD: Tensor, table_ID: Tensor, normalize_eps: float | None) -> None:
-    if queries_TD.dim() != 2 or table_ID.dim() != 2 or queries_TD.shape[1] != table_ID.shape[1]:
-        raise ValueError(
-            "queries must be (T, D) and the table (I, D) with the same D, not "
-            f"{tuple(queries_TD.shape)} and {tuple(table_ID.shape)}"
-        )
-    if queries_TD.dtype != table_ID.dtype or not queries_TD.dtype.is_floating_point:
-        raise TypeError(
-            f"queries and table must share a float dtype, not {queries_TD.dtype} and {table_ID.dtype}"
-        )
-    if queries_TD.device != table_ID.device:
-        raise ValueError(f"queries are on {queries_TD.device}, the table on {table_ID.device}: move one")
-    if normalize_eps is not None and not normalize_eps > 0:
-        raise ValueError(
-            f"normalize_eps must be positive (or None for plain inner products), got {normalize_eps}"
-        )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gr_kernels.triton_common.sizes import power_of_two
+
 # A row of a norm lies in one tile of registers.
 WIDEST = 16384
 # Programs of the row kernels that add up gradients of a norm's parameters; each writes one row of partial sums.
@@ -36,14 +38,10 @@ class LinearTiles:
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def row_tiles(width: int) -> RowTiles:
     """Row kernels are bound by memory: 2,048 numbers a program at 4 warps are 16 a thread and tensor, so that the
     backward of the gate holds its four tensors, and Philox's words, without spilling; wide rows take more warps."""
-    columns = max(16, _power_of_two(width))
+    columns = max(16, power_of_two(width))
     rows = max(1, 2048 // columns)
     return RowTiles(rows, columns, warps=4 if columns <= 2048 else min(16, columns // 512))
 
@@ -58,7 +56,7 @@ def linear_tiles(dtype: torch.dtype, inputs: int, outputs: int, epilogue: str) -
     fit on an SM of sm_90, so that one's epilogue runs beside the other's products.
     32 bits: products run on the ordinary cores (or as TF32); the tile is bound by registers.
     """
-    k = min(max(16, _power_of_two(inputs)), 64)
+    k = min(max(16, power_of_two(inputs)), 64)
     if dtype == torch.float32:
         return LinearTiles(64, 64, min(k, 32), warps=4, stages=3)
     wide = epilogue == "silu" and outputs % 256 == 0

@@ -20,6 +20,7 @@ from gr_kernels.hstu_attention import schema, tiles
 from gr_kernels.hstu_attention.problem import AttentionProblem, RelativeBias, TimeBuckets
 from gr_kernels.hstu_attention.settings import Settings
 from gr_kernels.triton_common.available import interpreting, on, why_unavailable
+from gr_kernels.triton_common.sizes import power_of_two
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256
@@ -60,7 +61,7 @@ def _thresholds(buckets: TimeBuckets, device: torch.device) -> Tensor:
 
 
 def _block(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
+    return max(16, power_of_two(width))
 
 
 def _margin(per_unit: float, last: int) -> float:

@@ -10,8 +10,9 @@ from gr_kernels.jagged.dropout import triton_kernel as dropout
 from gr_kernels.jagged.dropout.triton_op import tile as dropout_tile
 from gr_kernels.jagged.positions_and_times import sums, triton_kernel as positions_and_times
 from gr_kernels.jagged.positions_and_times.triton_op import add_tile
-from gr_kernels.jagged.tiles import WARPS, power_of_two, search_steps, tile
+from gr_kernels.jagged.tiles import WARPS, search_steps, tile
 from gr_kernels.triton_common.compile_case import CompileCase
+from gr_kernels.triton_common.sizes import power_of_two
 
 SEQUENCES = 128
 BUCKETS = 129

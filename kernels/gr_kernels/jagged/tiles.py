@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gr_kernels.triton_common.sizes import power_of_two
+
 TILE_BYTES = 16384
 WARPS = 4
 
@@ -22,11 +24,6 @@ def tile(width: int, item_bytes: int) -> Tile:
     """Whole rows where they fit 4 KiB, and as many as make 16 KiB: 32 numbers of 4 bytes for each of 128 threads."""
     columns = min(power_of_two(width), max(1, 4096 // item_bytes))
     return Tile(min(64, max(1, TILE_BYTES // (columns * item_bytes))), columns)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n (and 1)."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def search_steps(count: int) -> int:

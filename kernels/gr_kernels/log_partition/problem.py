@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr_kernels.candidate_scores import check_inputs
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -65,21 +67,11 @@ class Problem:
 def check(problem: Problem) -> None:
     """Raises ValueError, TypeError or IndexError, in one sentence, for arguments that don't fit."""
     queries, table, bias = problem.queries, problem.table, problem.bias
-    if queries.dim() != 2 or table.dim() != 2 or queries.shape[1] != table.shape[1]:
-        raise ValueError(
-            "queries must be (T, D) and the table (I, D) with the same D, not "
-            f"{tuple(queries.shape)} and {tuple(table.shape)}"
-        )
-    if queries.dtype != table.dtype or not queries.dtype.is_floating_point:
-        raise TypeError(f"queries and table must share a float dtype, not {queries.dtype} and {table.dtype}")
+    check_inputs(queries, table, problem.normalize_eps)
     if table.shape[0] == 0:
         raise ValueError("the table has no rows: there is nothing to sum over")
     if bias is not None and bias.shape != table.shape[:1]:
         raise ValueError(f"bias must be ({table.shape[0]},), one value a table row, not {tuple(bias.shape)}")
-    if problem.normalize_eps is not None and not problem.normalize_eps > 0:
-        raise ValueError(
-            f"normalize_eps must be positive (or None for plain inner products), got {problem.normalize_eps}"
-        )
     if problem.max_scores < 1:
         raise ValueError(f"max_scores must be at least 1, got {problem.max_scores}")
     _check_excluded(problem)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gr_kernels.triton_common.sizes import power_of_two
+
 WIDEST = {16: 256, 32: 128}  # by the bits of a number
 MOST_SPLITS = 8
 
@@ -33,7 +35,7 @@ def tiles(width: int, bits: int, capability: int, gradient: bool) -> Tiles:
     through shared memory, each tile of which serves two products. wgmma wants at least 64 held rows for every four
     warps; 128 held rows halve what L2 must deliver for a product.
     """
-    padded = max(16, 1 << (width - 1).bit_length())
+    padded = max(16, power_of_two(width))
     if bits == 32:
         # each product is three of tf32, whose pieces take registers beside the accumulators: small tiles
         return Tiles(padded, 64, 32 if padded <= 64 else 16, 8, 2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gr_kernels.candidate_scores import check_rows
+from gr_kernels.candidate_scores import check_inputs, check_rows
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,7 @@ class Problem:
 def check(problem: Problem) -> None:
     """Raises ValueError, TypeError or IndexError, in one sentence, for arguments that don't fit."""
     queries, table, targets, negatives = problem.queries, problem.table, problem.targets, problem.negatives
-    if queries.dim() != 2 or table.dim() != 2 or queries.shape[1] != table.shape[1]:
-        raise ValueError(
-            "queries must be (T, D) and the table (I, D) with the same D, not "
-            f"{tuple(queries.shape)} and {tuple(table.shape)}"
-        )
-    if queries.dtype != table.dtype or not queries.dtype.is_floating_point:
-        raise TypeError(f"queries and table must share a float dtype, not {queries.dtype} and {table.dtype}")
+    check_inputs(queries, table, problem.normalize_eps)
     count, catalogue = queries.shape[0], table.shape[0]
     for name, rows in (("targets", targets), ("negatives", negatives)):
         if rows.dtype not in (torch.int64, torch.int32):
@@ -69,10 +63,6 @@ def check(problem: Problem) -> None:
         )
     if problem.weights is not None and problem.weights.shape != (count,):
         raise ValueError(f"weights must be ({count},), not {tuple(problem.weights.shape)}")
-    if problem.normalize_eps is not None and not problem.normalize_eps > 0:
-        raise ValueError(
-            f"normalize_eps must be positive (or None for plain inner products), got {problem.normalize_eps}"
-        )
     if problem.max_scores < 1:
         raise ValueError(f"max_scores must be at least 1, got {problem.max_scores}")
     check_rows(targets, catalogue, "target")

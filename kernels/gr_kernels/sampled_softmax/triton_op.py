@@ -17,6 +17,7 @@ from gr_kernels.log_partition.tiles import WIDEST
 from gr_kernels.sampled_softmax.problem import Problem
 from gr_kernels.sampled_softmax.scores import gathered
 from gr_kernels.triton_common.available import on, why_unavailable
+from gr_kernels.triton_common.sizes import power_of_two
 
 _LOG2_E = math.log2(math.e)
 _WIDEST = 1024
@@ -80,7 +81,7 @@ def _own(problem: Problem) -> Tensor:
 
 def blocks(width: int) -> dict[str, int]:
     """Tiles of about 2,048 numbers, 16 a thread: several gathered rows in flight, many programs a processor."""
-    padded = max(16, 1 << (width - 1).bit_length())
+    padded = max(16, power_of_two(width))
     return {"D": width, "BLOCK_D": padded, "rows": max(4, min(64, 2048 // padded))}
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gr_kernels.jagged.dropout import operators
 from gr_kernels.jagged.dropout.reference import drop_below, keep_scale
-from gr_kernels.jagged.tiles import WARPS, Tile, power_of_two
+from gr_kernels.jagged.tiles import WARPS, Tile
 from gr_kernels.triton_common.available import on, why_unavailable
+from gr_kernels.triton_common.sizes import power_of_two
 
 
 @torch.compiler.assume_constant_result

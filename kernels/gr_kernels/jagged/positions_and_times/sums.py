@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gr_kernels.jagged.tiles import WARPS, power_of_two
+from gr_kernels.jagged.tiles import WARPS
 from gr_kernels.triton_common.available import on
+from gr_kernels.triton_common.sizes import power_of_two
 
 BLOCK_ROWS = 32
 COLUMNS = 128
