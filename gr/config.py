@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+)
 
 from gr import registry
 from gr.errors import UserError, nearest
 
 POSITIVE = Annotated[int, Field(gt=0)]
 FRACTION = Annotated[float, Field(ge=0, lt=1)]
+SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class Section(BaseModel):
@@ -51,10 +60,18 @@ def component(table: dict[str, str], path: str) -> Any:
     return SerializeAsAny[Annotated[ComponentConfig, BeforeValidator(parse)]]
 
 
+def _folder_name(name: str) -> str:
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise ValueError(
+            "a folder's name is needed, without slashes or a dot in front: use run.dir for a path"
+        )
+    return name
+
+
 class RunSection(Section):
     """Where the run is kept.  ``dir``: exactly this folder; without it ``runs/NAME``, numbered if it exists."""
 
-    name: str = "run"
+    name: Annotated[str, AfterValidator(_folder_name)] = "run"
     dir: str | None = None
 
 
@@ -94,8 +111,11 @@ class SimilaritySection(Section):
 
 
 class ModelSection(Section):
+    """table_std, table_cut: an item's row starts from N(0, table_std^2) cut at +-table_cut deviations."""
+
     dim: POSITIVE = 50
-    table_std: float = 0.02
+    table_std: Annotated[float, Field(ge=0)] = 0.02
+    table_cut: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     task: component(registry.TASKS, "model.task") = Field(  # type: ignore[valid-type]
         default_factory=lambda: {"name": "next_item"}, validate_default=True
     )
@@ -133,7 +153,7 @@ class TrainSection(Section):
 
     epochs: POSITIVE = 1
     max_steps: POSITIVE | None = None
-    seed: int = 1
+    seed: SEED = 1
     global_batch: POSITIVE = 128
     micro_batch_actions: POSITIVE = 65536
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -6,6 +6,7 @@ Everything raised as :class:`UserError` is one sentence: what is wrong, where, a
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -46,6 +47,9 @@ def program(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @wraps(main)
     def wrapped(*args, **kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):  # what a terminal that is not UTF-8 lacks becomes '?'
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:

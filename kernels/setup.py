@@ -80,7 +80,15 @@ def extension() -> dict[str, Any]:
 
     # No -march: the sources choose the instruction set when they run (csrc/simd.h). Contraction into fused
     # multiply-adds is on; reordering of sums (-ffast-math) is not, results must not depend on the compiler's mood.
-    flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    flags = [
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wno-psabi",
+    ]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     kind, sources, headers = CppExtension, files("csrc/*.cpp"), files("csrc/*.h")
     arguments: dict[str, Any] = {"extra_compile_args": flags + openmp}

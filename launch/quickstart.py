@@ -5,7 +5,7 @@ python launch/quickstart.py [key.key=value ...]
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from pathlib import Path
 
@@ -19,7 +19,11 @@ STREAM = {"records": 24_000, "items": 2_000, "categories": 20}
 @program
 def main() -> int:
     started = time.perf_counter()
-    config = configs.load(CONFIG, sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.key=value", help="changes to the config")
+    config = configs.load(CONFIG, parser.parse_args().overrides)
     print(
         f"quickstart: {STREAM['records']:,} synthetic records of 128 actions, then HSTU on them", flush=True
     )

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--out", default="runs/reproduce", help="where the runs go (default: %(default)s)")
     parser.add_argument("--rows", default="", help="configs to train, comma-separated (default: all)")
     parser.add_argument(
-        "--seeds", type=_integers, default=[1], metavar="1,2", help="comma-separated (default: 1)"
+        "--seeds", type=_seeds, default=[1], metavar="1,2", help="comma-separated (default: 1)"
     )
     parser.add_argument("--processes", type=int, default=1, help="processes a run (default: %(default)s)")
     parser.add_argument(
@@ -53,8 +53,11 @@ def main() -> int:
     return 0
 
 
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list like 1,2,3") from None
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ values stored several times).  T queries, I catalogue size, D width, K candidate
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernels import library, losses, shapes
 from benchmarks.kernels.losses import EPS
-from benchmarks.kernels.problem import Case, Step, Way, Work, always, gradients, in_double
+from benchmarks.kernels.problem import Case, Step, Way, Work, always, as_it_is, in_float64
 from benchmarks.kernels.shapes import LossSpec
 from gr_kernels.candidate_scores import candidate_scores, op, reference
 from gr_kernels.counter_random import derive_key, uniform_integers
@@ -81,14 +80,5 @@ def eager(case: Case) -> Tensor:
     return reference.candidate_scores(case.leaves["queries"], case.leaves["table"], case.fixed["rows"], EPS)
 
 
-def exact(case: Case, answer: str) -> dict[str, Tensor]:
-    double = in_double(case)
-    return gradients(_step("gather", double), double.upstream)
-
-
-def plain(case: Case, answer: str) -> dict[str, Tensor]:
-    return gradients(Step(lambda: eager(case), case.leaves), case.upstream)
-
-
-def extra(step: Step, case: Case) -> dict[str, Any]:
-    return {}
+exact = in_float64(partial(_step, "gather"))
+plain = as_it_is(lambda case: Step(lambda: eager(case), case.leaves))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks.kernels import library, losses, shapes
 from benchmarks.kernels.losses import scale_and_eps
-from benchmarks.kernels.problem import Case, Step, Way, Work, gradients, in_double
+from benchmarks.kernels.problem import Case, Step, Way, Work, as_it_is, in_float64
 from benchmarks.kernels.shapes import LossSpec
 from gr_kernels.log_partition import cross_entropy, op
 
@@ -73,11 +73,7 @@ def _step(implementation: str, case: Case) -> Step:
 
 
 def eager(case: Case) -> Tensor:
-    """All T x I logits at once."""
-    scale, eps = scale_and_eps(case)
-    logits_TI = scale * (case.leaves["queries"] @ losses.normalized(case.leaves["table"], eps).t())
-    at_least_float32 = torch.promote_types(logits_TI.dtype, torch.float32)
-    return F.cross_entropy(logits_TI.to(at_least_float32), case.fixed["targets"], reduction="sum")
+    return F.cross_entropy(losses.logits(case), case.fixed["targets"], reduction="sum")
 
 
 class _Products(torch.autograd.Function):
@@ -103,14 +99,5 @@ def _products_only(case: Case) -> Step:
     return Step(lambda: _Products.apply(case.leaves["queries"], case.leaves["table"]), case.leaves)
 
 
-def exact(case: Case, answer: str) -> dict[str, Tensor]:
-    double = in_double(case)
-    return gradients(_step("chunked", double), double.upstream)
-
-
-def plain(case: Case, answer: str) -> dict[str, Tensor]:
-    return gradients(Step(lambda: eager(case), case.leaves), case.upstream)
-
-
-def extra(step: Step, case: Case) -> dict[str, Any]:
-    return {}
+exact = in_float64(partial(_step, "chunked"))
+plain = as_it_is(lambda case: Step(lambda: eager(case), case.leaves))

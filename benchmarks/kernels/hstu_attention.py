@@ -125,7 +125,3 @@ def of_specification(keywords: dict[str, Any], dtype: torch.dtype) -> dict[str, 
     return {name: x for name, x in keywords.items() if name != "max_length"} | {
         "bias": replace(bias, **narrow)
     }
-
-
-def extra(step: Step, case: Case) -> dict[str, Any]:
-    return {}

@@ -43,6 +43,13 @@ def normalized(rows: Tensor, eps: float | None) -> Tensor:
     return rows if eps is None else F.normalize(rows, dim=-1, eps=eps)
 
 
+def logits(case: Case) -> Tensor:
+    """(T, I) float32 at least: all of them at once, as plain PyTorch forms them."""
+    scale, eps = scale_and_eps(case)
+    logits_TI = scale * (case.leaves["queries"] @ normalized(case.leaves["table"], eps).t())
+    return logits_TI.to(torch.promote_types(logits_TI.dtype, torch.float32))
+
+
 def eager_ways(
     eager: Callable[[Case], Tensor], answer: str, values: Callable[[LossSpec], float], of: str
 ) -> list[Way]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels import must_reach, operators, resource_table
-from benchmarks.kernels.problem import PASSES
-from benchmarks.kernels.report import MIB, OF_THE_RUN, digits, subject
+from benchmarks.kernels.report import MIB, OF_THE_RUN, digits, milliseconds, rates, speedups, subject
 
 REPORT = "report.md"
 
@@ -60,32 +59,22 @@ def _ceilings(run: dict[str, Any]) -> str:
 
 def _case(case: dict[str, Any], device: str) -> list[str]:
     first = subject(case)
-    unit, factor = ("TFLOP/s", 1) if device == "cuda" else ("GFLOP/s", 1e3)
+    rate = rates(case, device == "cuda")
     lines = [
         f"**{case['name']}** ({case['tokens']:,} rows); ms p50 (p10-p90)",
         "",
-        f"| way | forward | backward | both | CPU ms | {unit} f / b / both | % of matmul | peak MiB | kept B/row | "
-        f"{first['way'] if first else 'ours'} is faster by f / b / both |",
+        f"| way | forward | backward | both | CPU ms | {rate.unit} f / b / both | % of {rate.ceiling} | peak MiB | "
+        f"kept B/row | {first['way'] if first else 'ours'} is faster by f / b / both |",
         "|---|---|---|---|---:|---|---|---:|---:|---|",
     ]
     for way in case["ways"]:
         if "both" not in way:
             lines.append(f"| {way['way']} | {way['why']} | | | | | | | | |")
             continue
-        passes = [way[which] for which in PASSES]
-        times = " | ".join(
-            f"{digits(p['ms_p50'])} ({digits(p['ms_p10'])}-{digits(p['ms_p90'])})" for p in passes
-        )
-        rates = " / ".join(digits(p["tflops"] * factor) for p in passes)
-        shares = " / ".join(f"{p['of_matmul']:.0%}" for p in passes)
         cpu = digits(way["cpu_ms_p50"]) if "cpu_ms_p50" in way else ""
         peak = "" if way["peak_bytes"] is None else f"{way['peak_bytes'] / MIB:,.0f}"
-        ratio = ""
-        if first is not None and way is not first:
-            speedups = (first[which]["speedup_over"][way["way"]] for which in PASSES)
-            ratio = " / ".join(f"{speedup:.2f}" for speedup in speedups)
         lines.append(
-            f"| {way['way']} | {times} | {cpu} | {rates} | {shares} | {peak} | "
-            f"{way['kept_bytes_per_token']:,.0f} | {ratio} |"
+            f"| {way['way']} | {' | '.join(milliseconds(way))} | {cpu} | {rate.speeds(way)} | {rate.shares(way)} | "
+            f"{peak} | {way['kept_bytes_per_token']:,.0f} | {speedups(way, first)} |"
         )
     return lines

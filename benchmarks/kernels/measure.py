@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.kernels import gates, memory, timing
 from benchmarks.kernels.ceilings import Ceilings
-from benchmarks.kernels.problem import PASSES, Case, Operator, Result, Step, Way
+from benchmarks.kernels.problem import PASSES, Case, Operator, Result, Step, Way, WithExtra
 
 REFUSAL = "can't run here: "  # gr_kernels.dispatch.choose
 
@@ -82,7 +82,8 @@ def _checked(
         result.kept_bytes = memory.kept_bytes(step, case)
         if settings.memory and case.device.type == "cuda":
             result.peak_bytes = memory.peak_on_gpu(step, case.upstream)
-        result.extra = operator.extra(step, case)
+        if isinstance(operator, WithExtra):
+            result.extra = operator.extra(step, case)
         return step
     except (torch.OutOfMemoryError, MemoryError):
         result.why = "out of memory"
@@ -120,7 +121,7 @@ def _figures(
     if result.way not in times:
         return found
     own = times[result.way]
-    for which in PASSES:
+    for which in case.passes:
         p10, p50, p90 = timing.p10_p50_p90(own.of(which))
         flops, moved = case.work.flops(which) / p50 * 1e3, case.work.bytes(which) / p50 * 1e3
         found[which] = {

@@ -7,7 +7,16 @@ from typing import cast
 
 from benchmarks.kernels.problem import Operator
 
-NAMES = ("hstu_attention", "block", "cross_entropy", "sampled_softmax", "candidate_scores")
+NAMES = (
+    "hstu_attention",
+    "block",
+    "cross_entropy",
+    "log_partition",
+    "sampled_softmax",
+    "candidate_scores",
+    "jagged",
+    "bias_table_gradient",
+)
 
 
 def load(name: str) -> Operator:

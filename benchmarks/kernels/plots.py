@@ -91,7 +91,7 @@ def _bars(run: dict[str, Any], cases: list[dict[str, Any]], file: Path) -> None:
         ways = sorted((way for way in case["ways"] if "both" in way), key=lambda w: -w["both"]["ms_p50"])
         best = ways[-1]
         for row, way in enumerate(ways):
-            forward, backward = way["forward"]["ms_p50"], way["backward"]["ms_p50"]
+            forward, backward = (way.get(which, {}).get("ms_p50", 0.0) for which in ("forward", "backward"))
             axis.barh(row, forward, color="C0", label="forward" if row == 0 else None)
             axis.barh(row, backward, left=forward, color="C1", label="backward" if row == 0 else None)
             text = f" {digits(way['both']['ms_p50'])} ms"

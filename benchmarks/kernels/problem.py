@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 PASSES = ("forward", "backward", "both")
+Output = Tensor | tuple[Tensor, ...]
 
 
 class Spec(Protocol):
@@ -50,9 +51,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """leaves: what gets gradients, by name.  upstream: the gradient of the result.  fixed: the rest of the inputs.
-    tokens: rows that are real, for memory a token.  for_gate: the case that correctness is judged on, where it is
-    another (the same without dropout)."""
+    """leaves: what gets gradients, by name; none: there is no backward pass.  upstream: the gradient of the result (of
+    several results: their rows one after the other).  fixed: the rest of the inputs.  tokens: rows that are real, for
+    memory a token.  for_gate: the case that correctness is judged on, where it is another (the same without dropout).
+    """
 
     spec: Spec
     leaves: dict[str, Tensor]
@@ -65,6 +67,11 @@ class Case:
     @property
     def device(self) -> torch.device:
         return self.upstream.device
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Of PASSES those that are timed."""
+        return PASSES if self.leaves else ("forward", "both")
 
     def inputs(self) -> list[Tensor]:
         """Every tensor of the case."""
@@ -80,9 +87,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Step:
-    """A way bound to a case: ``forward()`` gives the result; ``leaves``: what the backward pass differentiates."""
+    """A way bound to a case: ``forward()`` gives the result, or several that are rows of one; ``leaves``: what the
+    backward pass differentiates."""
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Output]
     leaves: dict[str, Tensor]
 
 
@@ -130,6 +138,11 @@ class Operator(Protocol):
         """Results of plain PyTorch in the case's dtype."""
         ...
 
+
+@runtime_checkable
+class WithExtra(Operator, Protocol):
+    """An operator with figures of its own."""
+
     def extra(self, step: Step, case: Case) -> dict[str, Any]:
         """More figures of a way that passed its gate."""
         ...
@@ -153,8 +166,34 @@ class Result:
 def gradients(step: Step, upstream: Tensor) -> dict[str, Tensor]:
     """The result ("out") and the gradient of every leaf, by name."""
     out = step.forward()
-    found = torch.autograd.grad(out, list(step.leaves.values()), upstream.to(out.dtype))
-    return {"out": out.detach(), **dict(zip(step.leaves, found, strict=True))}
+    found = backward(step, out, upstream)
+    whole = torch.cat(out) if isinstance(out, tuple) else out
+    return {"out": whole.detach(), **dict(zip(step.leaves, found, strict=True))}
+
+
+def backward(step: Step, out: Output, upstream: Tensor) -> tuple[Tensor, ...]:
+    """The gradient of every leaf, in order; nothing to do without leaves."""
+    if not step.leaves:
+        return ()
+    outs = out if isinstance(out, tuple) else (out,)
+    parts = upstream.split([len(each) for each in outs]) if isinstance(out, tuple) else (upstream,)
+    gradients_of_outs = [part.to(each.dtype) for part, each in zip(parts, outs, strict=True)]
+    return torch.autograd.grad(outs, list(step.leaves.values()), gradients_of_outs)
+
+
+def as_it_is(bind: Callable[[Case], Step]) -> Callable[[Case, str], dict[str, Tensor]]:
+    """An operator's ``plain`` from a way of computing it."""
+    return lambda case, answer: gradients(bind(case), case.upstream)
+
+
+def in_float64(bind: Callable[[Case], Step]) -> Callable[[Case, str], dict[str, Tensor]]:
+    """An operator's ``exact`` from a way of computing it."""
+
+    def exact(case: Case, answer: str) -> dict[str, Tensor]:
+        double = in_double(case)
+        return gradients(bind(double), double.upstream)
+
+    return exact
 
 
 def in_double(case: Case) -> Case:

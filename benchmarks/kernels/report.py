@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,16 +56,68 @@ def subject(case: dict[str, Any]) -> dict[str, Any] | None:
     return next((way for way in case["ways"] if way["ours"] and "both" in way), None)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What a case's speed is told in: operations, or bytes where what it does is to move them."""
+
+    unit: str
+    per: float
+    figure: str
+    ceiling: str
+    share: str
+
+    def speeds(self, way: dict[str, Any]) -> str:
+        return _joined(way, lambda found: digits(found[self.figure] / self.per))
+
+    def shares(self, way: dict[str, Any]) -> str:
+        return _joined(way, lambda found: f"{found[self.share]:.0%}")
+
+
+def rates(case: dict[str, Any], on_gpu: bool) -> Rates:
+    if not case["flops"]["both"]:
+        return Rates("GB/s", 1.0, "gb_per_s", "copy", "of_copy")
+    unit, per = ("TFLOP/s", 1.0) if on_gpu else ("GFLOP/s", 1e-3)
+    return Rates(unit, per, "tflops", "matmul", "of_matmul")
+
+
+def passes(way: dict[str, Any]) -> list[str]:
+    """Those that were timed."""
+    return [which for which in PASSES if which in way]
+
+
+def _joined(way: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
+    """Of every pass; "-" for one that there is not."""
+    return " / ".join(text(way[which]) if which in way else "-" for which in PASSES)
+
+
+def milliseconds(way: dict[str, Any]) -> list[str]:
+    """p50 (p10 to p90) of every pass, "" for one that there is not."""
+    return [
+        f"{digits(p['ms_p50'])} ({digits(p['ms_p10'])}-{digits(p['ms_p90'])})" if p else ""
+        for p in (way.get(which) for which in PASSES)
+    ]
+
+
+def speedups(way: dict[str, Any], first: dict[str, Any] | None) -> str:
+    """How many times as fast the first way is; "" for itself."""
+    if first is None or way is first:
+        return ""
+    ratios = {which: {"ratio": first[which]["speedup_over"][way["way"]]} for which in passes(way)}
+    return _joined(ratios, lambda found: f"{found['ratio']:.2f}x")
+
+
 def table(case: dict[str, Any], on_gpu: bool) -> Table:
     """One row a way. Milliseconds are p50 (p10 to p90)."""
     first = subject(case)
     name = first["way"] if first else "ours"
-    unit, factor = ("TFLOP/s", 1) if on_gpu else ("GFLOP/s", 1e3)
+    rate = rates(case, on_gpu)
     shown = Table(title=f"{case['name']}  ({case['tokens']:,} rows)", title_justify="left")
     shown.add_column("way")
     for heading in ("forward ms", "backward ms", "both ms"):
         shown.add_column(heading, justify="right")
-    for heading in (f"{unit} f / b / both", "% of matmul", "GB/s (of copy)", "peak MiB", "kept B/row"):
+    for heading in (
+        f"{rate.unit} f / b / both", f"% of {rate.ceiling}", "GB/s (of copy)", "peak MiB", "kept B/row",
+    ):  # fmt: skip
         shown.add_column(heading, justify="right")
     if not on_gpu:
         shown.add_column("CPU ms", justify="right")  # of all threads: what other programs disturb least
@@ -71,20 +125,17 @@ def table(case: dict[str, Any], on_gpu: bool) -> Table:
     for way in case["ways"]:
         if "both" not in way:
             continue
-        passes = [way[which] for which in PASSES]
-        both = passes[-1]
+        both = way["both"]
         shown.add_row(
             f"[bold]{way['way']}[/]" if way["ours"] else way["way"],
-            *(f"{digits(p['ms_p50'])} ({digits(p['ms_p10'])}-{digits(p['ms_p90'])})" for p in passes),
-            " / ".join(digits(p["tflops"] * factor) for p in passes),
-            " / ".join(f"{p['of_matmul']:.0%}" for p in passes),
+            *milliseconds(way),
+            rate.speeds(way),
+            rate.shares(way),
             f"{digits(both['gb_per_s'])} ({both['of_copy']:.0%})",
             "" if way["peak_bytes"] is None else f"{way['peak_bytes'] / MIB:,.0f}",
             "" if way["kept_bytes_per_token"] is None else f"{way['kept_bytes_per_token']:,.0f}",
             *([] if on_gpu else [digits(way["cpu_ms_p50"])]),
-            ""
-            if first is None or way is first
-            else " / ".join(f"{first[which]['speedup_over'][way['way']]:.2f}x" for which in PASSES),
+            speedups(way, first),
         )
     shown.caption, shown.caption_justify = "\n".join(_caption(case)), "left"
     return shown
@@ -139,7 +190,7 @@ def append_csv(file: Path, operator: str, case: dict[str, Any], environment: dic
         if fresh:
             writer.writeheader()
         for way in case["ways"]:
-            for which in PASSES if "both" in way else ("",):
+            for which in passes(way) or ("",):
                 writer.writerow(
                     {
                         "operator": operator,

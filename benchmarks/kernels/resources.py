@@ -42,7 +42,15 @@ from benchmarks.kernels.arguments import positive  # noqa: E402
 
 RECORD = ROOT / "tests" / "kernels" / "resources.json"
 # Every folder of kernels/gr_kernels that has Triton kernels.
-FOLDERS = ("fused_layer", "hstu_attention", "jagged", "log_partition", "sampled_softmax")
+FOLDERS = (
+    "bias_table_gradient",
+    "counter_random",
+    "fused_layer",
+    "hstu_attention",
+    "jagged",
+    "log_partition",
+    "sampled_softmax",
+)
 # What one block may have, in bytes: of 163 + 1 KiB on sm_80 (A100), of 227 KiB on sm_90.
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 SLACK = 1.1
@@ -122,7 +130,9 @@ def compile_case(case: Any, architecture: int) -> Resources:
     aligned = [
         n
         for n in names
-        if n in case.signature and (signature[n].startswith("*") or n in case.divisible_by_16)
+        if n in case.signature
+        and n not in case.unaligned
+        and (signature[n].startswith("*") or n in case.divisible_by_16)
     ]
     source = ASTSource(
         fn=case.kernel,

@@ -6,7 +6,6 @@ T queries, I catalogue size, D width, K negatives.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.kernels import library, losses, shapes
 from benchmarks.kernels.losses import scale_and_eps
-from benchmarks.kernels.problem import Case, Step, Way, Work, gradients, in_double
+from benchmarks.kernels.problem import Case, Step, Way, Work, as_it_is, in_float64
 from benchmarks.kernels.shapes import LossSpec
 from gr_kernels.counter_random import derive_key, uniform_integers
 from gr_kernels.sampled_softmax import op, sampled_softmax
@@ -89,14 +88,5 @@ def eager(case: Case) -> Tensor:
     )
 
 
-def exact(case: Case, answer: str) -> dict[str, Tensor]:
-    double = in_double(case)
-    return gradients(_step("scores", double), double.upstream)
-
-
-def plain(case: Case, answer: str) -> dict[str, Tensor]:
-    return gradients(Step(lambda: eager(case), case.leaves), case.upstream)
-
-
-def extra(step: Step, case: Case) -> dict[str, Any]:
-    return {}
+exact = in_float64(partial(_step, "scores"))
+plain = as_it_is(lambda case: Step(lambda: eager(case), case.leaves))

@@ -19,9 +19,28 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 BIASES = ("none", "position", "position+time")
 
 
+def draw(kind: str, B: int, N: int) -> np.ndarray:
+    """(B,) int64 lengths, the same at every call; the last action of a user is only ever a target.
+
+    kind: "full" (all N), "uniform" (1 to N), "ml-1m" or "books" (the data's, cut at N).
+    """
+    rng = np.random.default_rng(0)
+    if kind == "full":
+        return np.full(B, N)
+    if kind == "uniform":
+        return rng.integers(1, N + 1, B)
+    users = {"ml-1m": lengths.ml_1m, "books": lengths.books}[kind](rng.random(B))
+    return np.clip(users - 2, 1, N)
+
+
+def sequences(kind: str, N: int) -> int:
+    """How many give about TOKENS rows."""
+    return max(1, round(TOKENS / draw(kind, 4096, N).mean()))
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
-    """lengths: "full" (all N), "uniform" (1 to N), "ml-1m" or "books" (the data's, cut at N)."""
+    """lengths: as draw() knows them."""
 
     lengths: str
     B: int
@@ -43,14 +62,7 @@ class AttentionSpec:
         return replace(self, B=max(1, min(self.B, scores // (self.H * N**2))), N=N)
 
     def draw(self) -> np.ndarray:
-        """(B,) int64 lengths, the same at every call; the last action of a user is only ever a target."""
-        rng = np.random.default_rng(0)
-        if self.lengths == "full":
-            return np.full(self.B, self.N)
-        if self.lengths == "uniform":
-            return rng.integers(1, self.N + 1, self.B)
-        users = {"ml-1m": lengths.ml_1m, "books": lengths.books}[self.lengths](rng.random(self.B))
-        return np.clip(users - 2, 1, self.N)
+        return draw(self.lengths, self.B, self.N)
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,49 @@ class LossSpec:
 
     def small(self) -> LossSpec:
         return replace(self, T=min(self.T, 64), I=min(self.I, 1024), K=min(self.K, 128))
+
+
+@dataclass(frozen=True)
+class JaggedSpec:
+    """operation: one of JAGGED.  D: of a row.  lengths: as draw() knows them."""
+
+    operation: str
+    lengths: str
+    B: int
+    N: int
+    D: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}-{self.lengths}-n{self.N}-d{self.D}-b{self.B}-{SHORT[self.dtype]}"
+
+    def small(self) -> JaggedSpec:
+        """float32's errors grow with the sums of the tables' gradients: a CPU's cases stay as they are."""
+        return self if self.dtype == "float32" else replace(self, B=min(self.B, 32), N=min(self.N, 256))
+
+
+JAGGED = ("concat", "split", "to_dense", "to_jagged", "positions_and_times", "dropout")
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """The scores of B sequences of length N, their gradients in ``dtype``, their buckets in ``index``: of distances
+    ("position", N entries) or of times ("time", 129)."""
+
+    table: str
+    B: int
+    N: int
+    index: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.table}-b{self.B}-n{self.N}-{self.index}-{SHORT[self.dtype]}"
+
+    def small(self) -> TableSpec:
+        """Errors of float32 sums grow with what is summed, so the cases listed here stay as they are."""
+        return replace(self, B=max(1, min(self.B, 2**24 // self.N**2)))
 
 
 def attention(device: str, grid: str) -> list[AttentionSpec]:
@@ -165,6 +220,14 @@ def cross_entropy(device: str, grid: str) -> list[LossSpec]:
     return core + more if grid == "full" else core
 
 
+def log_partition(device: str, grid: str) -> list[LossSpec]:
+    """Of cross_entropy's the first, and on a GPU the largest."""
+    specs = cross_entropy(device, grid)
+    if grid == "full":
+        return specs
+    return [specs[0], specs[-1]] if device == "cuda" and grid == "core" else specs[:1]
+
+
 def sampled_softmax(device: str, grid: str) -> list[LossSpec]:
     if grid == "tiny":
         return [LossSpec(100, 300, 16, 8, "float32"), LossSpec(100, 300, 16, 8, "float32", shared=True)]
@@ -183,6 +246,35 @@ def candidate_scores(device: str, grid: str) -> list[LossSpec]:
     return [LossSpec(32_768, 1_000_000, D, 513, "bfloat16") for D in (64, 256)]
 
 
+def jagged(device: str, grid: str) -> list[JaggedSpec]:
+    if grid == "tiny":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+        return [JaggedSpec(operation, "ml-1m", 8, 48, 16, dtype) for operation in JAGGED]
+    if device == "cpu":
+        widths = (50, 256) if grid == "full" else (50,)
+        return [JaggedSpec(o, "ml-1m", 128, 200, D, "float32") for o, D in product(JAGGED, widths)]
+    wanted = [("ml-1m", 200, 256), ("uniform", 2048, 512)]
+    if grid == "full":
+        wanted = list(product(("ml-1m", "uniform"), (200, 2048, 16384), (64, 256, 512, 1024)))
+    return [
+        JaggedSpec(o, kind, sequences(kind, N), N, D, "bfloat16")
+        for o, (kind, N, D) in product(JAGGED, wanted)
+    ]
+
+
+def bias_table_gradient(device: str, grid: str) -> list[TableSpec]:
+    kinds = ("position", "time")
+    if grid == "tiny":
+        return [TableSpec(kind, 4, 40, "int64", "float32") for kind in kinds]
+    if device == "cpu":
+        core = [TableSpec(kind, 32, 200, "int64", "float32") for kind in kinds]
+        return core + [TableSpec(kind, 2, 1024, "int32", "float32") for kind in kinds if grid == "full"]
+    if grid == "core":
+        return [TableSpec(kind, 16, 1024, "int32", "float32") for kind in kinds]
+    inputs = product(kinds, ((16, 1024), (400, 200), (1, 4096)), ("int32", "int64"), ("float32", "bfloat16"))
+    return [TableSpec(kind, B, N, index, dtype) for kind, (B, N), index, dtype in inputs]
+
+
 def _octaves() -> tuple[int, ...]:
     return tuple(2**p for p in range(8, 15))  # 256 to 16384
 
@@ -192,6 +284,4 @@ def _full(N: int, H: int, D: int, bias: str) -> AttentionSpec:
 
 
 def _jagged(kind: str, N: int, H: int, D: int, bias: str) -> AttentionSpec:
-    """As many sequences as give about TOKENS rows."""
-    mean = AttentionSpec(kind, 4096, N, H, D, bias, "bfloat16").draw().mean()
-    return AttentionSpec(kind, max(1, round(TOKENS / mean)), N, H, D, bias, "bfloat16")
+    return AttentionSpec(kind, sequences(kind, N), N, H, D, bias, "bfloat16")

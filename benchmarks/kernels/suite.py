@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 
-from benchmarks.kernels import markdown, operators  # noqa: E402
+from benchmarks.kernels import markdown, operators, sanitizer  # noqa: E402
 from benchmarks.kernels.arguments import positive  # noqa: E402
 from gr.errors import UserError, nearest, program  # noqa: E402
 from gr.train import environment  # noqa: E402
@@ -95,7 +96,7 @@ def plan(device: str, folder: Path, seconds: float) -> list[Step]:
     return [
         _tests("tests", "tests/kernels"),
         _tests("tests-gpu", "-m", "gpu", "tests", "--ignore=tests/kernels"),
-        *(_sanitizer(tool, f"{out}/{tool}") for tool in ("memcheck", "racecheck")),
+        *(Step(name, command, sanitizer.ENVIRONMENT) for name, command in sanitizer.steps(PYTHON, RUN, out)),
         Step("resources", (PYTHON, "benchmarks/kernels/resources.py")),
         benchmark("hstu_attention", "", "--shapes", "full-*-none-*"),
         benchmark("hstu_attention", "bias", "--shapes", "full-n1024-d64-h4-*", "full-n4096-d64-h4-*"),
@@ -112,28 +113,10 @@ def _tests(name: str, *arguments: str) -> Step:
     return Step(name, (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments))
 
 
-def _sanitizer(tool: str, out: str) -> Step:
-    small = (
-        "hstu_attention",
-        "--grid",
-        "tiny",
-        "--rounds",
-        "1",
-        "--seconds",
-        "1",
-        "--against",
-        "none",
-        "--no-memory",
-    )
-    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", PYTHON, *RUN, *small)
-    # Without the allocator's cache: inside its blocks, what is out of bounds looks in order.
-    return Step(tool, (*command, "--out", out), (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
-
-
 def carry_out(step: Step, folder: Path) -> dict[str, Any]:
     """Runs a step, its output in FOLDER/STEP.log; "not run: why" where its program isn't there."""
     command = [sys.executable if word == PYTHON else word for word in step.command]
-    found = {"command": " ".join(step.command), "seconds": 0.0}
+    found = {"command": shlex.join(step.command), "seconds": 0.0}
     if shutil.which(command[0]) is None:
         return {**found, "status": f"not run: there is no {command[0]} on this machine"}
     log = folder / f"{step.name}.log"

@@ -7,9 +7,9 @@ import pyarrow.compute as pc
 
 from gr.data.convert import plain, to_ids
 from gr.data.csv_files import csv_columns, read_csv
-from gr.data.files import find_files
+from gr.data.files import find_files, require_column
 from gr.data.schema import CatalogueSchema
-from gr.errors import UserError, nearest
+from gr.errors import UserError
 
 RESERVED = ("item_id", "count")
 
@@ -22,10 +22,9 @@ def read_catalogue(schema: CatalogueSchema, integer_ids: bool) -> pa.Table:
             names = file.parquet().schema_arrow.names
         else:
             names = csv_columns(file, schema.csv)
-        wanted = [schema.item, *(c for c in (schema.columns or names) if c != schema.item)]
+        wanted = list(dict.fromkeys([schema.item, *(schema.columns or names)]))
         for column in wanted:
-            if column not in names:
-                raise UserError(f"'{file.name}' has no column '{column}': {nearest(column, names)}")
+            require_column(file.name, column, names)
         if file.format == "parquet":
             table = file.parquet().read(columns=wanted)
         else:
@@ -46,7 +45,7 @@ def read_catalogue(schema: CatalogueSchema, integer_ids: bool) -> pa.Table:
 
 def catalogue_table(table: pa.Table, item: str, integer_ids: bool, name: str) -> pa.Table:
     """``table`` with its column ``item`` checked and renamed to item_id, first."""
-    column = to_ids(plain(table[item].combine_chunks()), integer_ids, "item_ids")
+    column = to_ids(plain(table[item].combine_chunks()), integer_ids, "")
     if column.bad is not None and column.bad.any():
         row = int(column.bad.argmax())
         value = table[item][row].as_py()

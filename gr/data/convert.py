@@ -69,14 +69,12 @@ def cast_rows(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray
     return pa.concat_arrays([left, right]), bad
 
 
-def to_ids(column: pa.Array, integer: bool, option: str) -> Converted:
-    """Ids as int64 or string.  ``option``: the schema key that sets their type."""
-    values, bad = _from_text(column, pa.int64()) if integer else _from_text(column, pa.string())
+def to_ids(column: pa.Array, integer: bool, fix: str) -> Converted:
+    """Ids as int64 or string.  ``fix``: what to do about text among integers."""
+    values, bad = _from_text(column, pa.int64()) if integer else _from_text(_id_text(column), pa.string())
     bad = _with_nulls(values, bad)
     wanted = "an integer id" if integer else "an id in UTF-8"
-    return Converted(
-        values, bad, f"is not {wanted}", f"set {option}: string if ids are text" if integer else ""
-    )
+    return Converted(values, bad, f"is not {wanted}", fix if integer else "")
 
 
 def to_ticks(column: pa.Array, unit: str, fractions: bool) -> Converted:
@@ -87,13 +85,16 @@ def to_ticks(column: pa.Array, unit: str, fractions: bool) -> Converted:
     kind = column.type
     per_second = TICKS_PER_SECOND[unit]
     bad: np.ndarray | None
+    late_in, fix = f" in time_unit '{unit}'", "" if unit == "iso" else "check time_unit"
+    late_fix = "set time_unit to the log's own"
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        resolution = "us" if unit == "iso" else unit
-        ticks, bad = (
-            column.cast(pa.timestamp(resolution, getattr(kind, "tz", None)), safe=False).cast(pa.int64()),
-            None,
-        )
-        problem = "is not a time"
+        resolution = pa.timestamp("us" if unit == "iso" else unit, getattr(kind, "tz", None))
+        if pa.types.is_date(kind):
+            column = column.cast(pa.timestamp("s"), safe=False)
+        ticks, bad = cast_rows(column, resolution)  # never to a coarser one: what fails is out of its range
+        ticks = ticks.cast(pa.int64())
+        problem = "is not a time from 1678 to 2200"
+        late_in, fix, late_fix = "", "", ""
     elif unit == "iso":
         ticks, bad = _parse_iso(column)
         problem = "is not a time like 2024-01-31T12:30:00"
@@ -112,23 +113,26 @@ def to_ticks(column: pa.Array, unit: str, fractions: bool) -> Converted:
         return Converted(ticks, None, problem)
     late = pc.fill_null(pc.greater_equal(ticks, YEAR_2200 * per_second), False).to_numpy(zero_copy_only=False)
     if bad is None and late.any():
-        return Converted(
-            ticks, late, f"is after the year 2200 in time_unit '{unit}'", "set time_unit to the log's own"
-        )
-    return Converted(ticks, _either(bad, late), problem, "" if unit == "iso" else "check time_unit")
+        return Converted(ticks, late, f"is after the year 2200{late_in}", late_fix)
+    return Converted(ticks, _either(bad, late), problem, fix)
 
 
 def to_numbers(column: pa.Array) -> Converted:
-    """Values as float32; a missing one is NaN."""
-    values, bad = _from_text(column, pa.float32())
+    """Values as float32, rounded; a missing one is NaN."""
+    values, bad = _from_text(_as_float(column), pa.float32())
     return Converted(pc.fill_null(values, float("nan")), bad, "is not a number")
 
 
+def field_type(kinds: list[pa.DataType]) -> str:
+    """integer, float or string: what the column holds in every file."""
+    if kinds and all(map(pa.types.is_integer, kinds)):
+        return "integer"
+    return "float" if kinds and all(map(is_number, kinds)) else "string"
+
+
 def to_field(column: pa.Array, kind: str) -> Converted:
-    """An extra column as int64, float64 (missing: NaN) or string (missing: empty); ``kind``: FieldColumn.type."""
-    if kind == "auto":
-        source = plain(column).type
-        kind = "integer" if pa.types.is_integer(source) else "float" if is_number(source) else "string"
+    """An extra column as int64 (``kind`` integer), float64 (float; missing: NaN) or string (missing: empty)."""
+    column = _as_float(column) if kind == "float" else column
     values, bad = _from_text(
         column, {"integer": pa.int64(), "float": pa.float64(), "string": pa.string()}[kind]
     )
@@ -137,6 +141,24 @@ def to_field(column: pa.Array, kind: str) -> Converted:
             values, _with_nulls(values, bad), "is not an integer", "set the field's type: float or string"
         )
     return Converted(pc.fill_null(values, float("nan") if kind == "float" else ""), bad, f"is not a {kind}")
+
+
+def _as_float(column: pa.Array) -> pa.Array:
+    """Integers as float64, the large ones rounded (a checked cast refuses them)."""
+    column = plain(column)
+    return column.cast(pa.float64(), safe=False) if pa.types.is_integer(column.type) else column
+
+
+def _id_text(column: pa.Array) -> pa.Array:
+    """Floats that are to become text, as the integers that they nearly always are: pandas makes floats of integers
+    where one is missing (NaN).  2.0 is '2', as in a file without a missing one."""
+    column = plain(column)
+    if not pa.types.is_floating(column.type):
+        return column
+    column = pc.if_else(pc.is_nan(column), None, column)
+    whole = pc.and_(pc.equal(column, pc.round(column)), pc.less(pc.abs(column), 2.0**63))
+    integers = pc.if_else(whole, column, None).cast(pa.int64()).cast(pa.string())
+    return pc.coalesce(integers, column.cast(pa.string()))
 
 
 def _from_text(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray | None]:

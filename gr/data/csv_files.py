@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as arrow_csv
 
-from gr.data.files import DataFile
+from gr.data.files import DataFile, require_column
 from gr.data.schema import Csv
-from gr.errors import UserError, nearest
+from gr.errors import UserError
 
 BLOCK_BYTES = 2**23
 SAMPLE_BYTES = 2**20
@@ -46,10 +46,11 @@ def csv_columns(file: DataFile, form: Csv) -> list[str]:
     """Names of the file's columns."""
     if form.names is not None:
         return form.names
-    with io.TextIOWrapper(file.open(), encoding=form.encoding, errors="replace", newline="") as text:
-        header = next(
-            csv.reader(text, delimiter=_delimiter(file, form)[0], quotechar=form.quote or None), None
-        )
+    try:
+        with _text(file, form) as text:
+            header = next(_records(text, file, form), None)
+    except OSError as error:  # not compressed as its name says
+        raise _unreadable(file, error) from None
     if header is None:
         raise UserError(f"'{file.name}' is empty: remove it, or give the columns' names as csv.names")
     return [name.removeprefix("\ufeff") for name in header]
@@ -59,8 +60,7 @@ def read_csv(file: DataFile, form: Csv, columns: list[str], block_bytes: int = B
     """Stream the given columns."""
     names = csv_columns(file, form)
     for column in columns:
-        if column not in names:
-            raise UserError(f"'{file.name}' has no column '{column}': {nearest(column, names)}")
+        require_column(file.name, column, names)
     delimiter, repeats = _delimiter(file, form)
     if repeats > 1 and form.names is None:
         raise UserError(f"csv.delimiter '{form.delimiter}' needs csv.names: give the columns' names")
@@ -82,7 +82,7 @@ def read_csv(file: DataFile, form: Csv, columns: list[str], block_bytes: int = B
 
     try:
         reader = arrow_csv.open_csv(
-            pa.PythonFile(file.open(), mode="r") if not file.local else pa.input_stream(file.path, "detect"),
+            file.open(),
             read_options=arrow_csv.ReadOptions(
                 use_threads=False,
                 block_size=block_bytes,
@@ -118,8 +118,8 @@ def read_csv(file: DataFile, form: Csv, columns: list[str], block_bytes: int = B
 
 def line_of(file: DataFile, form: Csv, record: int) -> int:
     """Line (from 1) on which a record ends; blank lines are no records."""
-    with io.TextIOWrapper(file.open(), encoding=form.encoding, errors="replace", newline="") as text:
-        reader = csv.reader(text, delimiter=_delimiter(file, form)[0], quotechar=form.quote or None)
+    with _text(file, form) as text:
+        reader = _records(text, file, form)
         left = record + (1 if form.names is None else 0)
         for row in reader:
             if row:
@@ -127,6 +127,16 @@ def line_of(file: DataFile, form: Csv, record: int) -> int:
                     return reader.line_num
                 left -= 1
     raise AssertionError(f"record {record} is not in the file")
+
+
+def _text(file: DataFile, form: Csv) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file.open(), encoding=form.encoding, errors="replace", newline="")
+
+
+def _records(text: io.TextIOWrapper, file: DataFile, form: Csv):
+    """csv.reader, of values of any length."""
+    csv.field_size_limit(2**31 - 1)
+    return csv.reader(text, delimiter=_delimiter(file, form)[0], quotechar=form.quote or None)
 
 
 def _batches(file: DataFile, reader) -> Iterator[pa.RecordBatch]:

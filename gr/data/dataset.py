@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,28 +67,62 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the sequence dataset at ``path``; a UserError where there is none that this gr can read."""
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise UserError(
+            f"no sequence dataset at '{path}' (manifest.json is missing): "
+            "make one with launch/prepare.py, or set data.path to one"
+        )
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"'{file}' is damaged, it is not JSON ({error}): prepare the dataset again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise UserError(f"'{file}' is not a manifest that gr wrote: prepare the dataset again")
+    difference = _difference_from_ours(raw)
+    if difference:
+        raise UserError(
+            f"the dataset at '{path}' was prepared by another version of gr (manifest.json: {difference}): "
+            "prepare it again"
+        )
+    return Manifest(**{**raw, "blocks": [Block(**block) for block in raw["blocks"]]})
+
+
+def _difference_from_ours(raw: dict[str, Any]) -> str:
+    """What sets a manifest's keys apart from those of this version, "" when nothing does."""
+    version = raw.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        return f"schema version {version}, where this gr reads {SCHEMA_VERSION}"
+    difference = _difference_in_keys(Manifest, raw)
+    if difference:
+        return difference
+    if not isinstance(raw["blocks"], list):
+        return "'blocks' is no list"
+    for number, block in enumerate(raw["blocks"]):
+        difference = _difference_in_keys(Block, block) if isinstance(block, dict) else "no table of keys"
+        if difference:
+            return f"block {number}: {difference}"
+    return ""
+
+
+def _difference_in_keys(kind: type[Manifest] | type[Block], raw: dict[str, Any]) -> str:
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in raw]
+    unknown = [name for name in raw if name not in {f.name for f in fields(kind)}]
+    parts = (("missing", missing), ("unknown", unknown))
+    return ", ".join(f"{what} {', '.join(map(repr, names))}" for what, names in parts if names)
+
+
 class SequenceDataset:
     """A sequence dataset opened for reading; blocks are read when asked for."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        file = self.path / "manifest.json"
-        if not file.is_file():
-            raise UserError(
-                f"no sequence dataset at '{self.path}' (manifest.json is missing): "
-                "make one with launch/prepare.py, or set data.path to one"
-            )
-        try:
-            raw = json.loads(file.read_text())
-            version = raw["schema_version"]
-            if version == SCHEMA_VERSION:
-                self.manifest = Manifest(**{**raw, "blocks": [Block(**b) for b in raw["blocks"]]})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"'{file}' is not a manifest that gr wrote ({error}): prepare the dataset again") from error
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"'{file}' has schema version {version}, this gr reads {SCHEMA_VERSION}: prepare the dataset again"
-            )
+        self.manifest = read_manifest(self.path)
 
     users = property(lambda self: self.manifest.users)
     items = property(lambda self: self.manifest.items)
@@ -130,7 +164,11 @@ class SequenceDataset:
     @cached_property
     def catalogue(self) -> pa.Table:
         """The items in row order: ``item_id``, ``count`` (actions in the log), then optional columns."""
-        return pq.read_table(self.path / "catalogue.parquet")
+        file = self.path / "catalogue.parquet"
+        try:
+            return pq.read_table(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"cannot read '{file}' ({error}): prepare the dataset again") from error
 
 
 class DatasetWriter:
@@ -152,6 +190,10 @@ class DatasetWriter:
         self.path = Path(path)
         if self.path.exists() and not overwrite:
             raise UserError(f"'{self.path}' exists: choose another --out, or say --overwrite")
+        if self.path.exists() and not _replaceable(self.path):
+            raise UserError(
+                f"'{self.path}' is not a dataset that could be overwritten: choose another --out, or move it away"
+            )
         self.name, self.row_order, self.block_rows = name, row_order, block_rows
         self.action_type_names = action_type_names or []
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +247,9 @@ class DatasetWriter:
             blocks=self._blocks,
             provenance=provenance or {},
         )
-        (self._scratch / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
+        (self._scratch / "manifest.json").write_text(
+            json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
+        )
         if self.path.exists():
             shutil.rmtree(self.path)
         os.replace(self._scratch, self.path)
@@ -235,11 +279,22 @@ class DatasetWriter:
         self.actions += actions
 
 
+def _replaceable(path: Path) -> bool:
+    """Whether nothing but a dataset is lost with the folder."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    ours = {"sequences", "catalogue.parquet", "manifest.json", "quarantine"}
+    return {entry.name for entry in path.iterdir()} <= ours
+
+
 def _to_table(rows: Sequences) -> pa.Table:
     # rows cut from a larger batch start at a non-zero offset nowhere: Sequences are always compact
     offsets = pa.array(rows.offsets_R1.astype(np.int32))
     users = pa.array(rows.users_R.tolist() if rows.users_R.dtype == object else rows.users_R)
-    columns: dict[str, pa.Array] = {"user_id": users, "items": pa.ListArray.from_arrays(offsets, rows.items_A)}
+    columns: dict[str, pa.Array] = {
+        "user_id": users,
+        "items": pa.ListArray.from_arrays(offsets, rows.items_A),
+    }
     for name in _OPTIONAL:
         if (column := getattr(rows, f"{name}_A")) is not None:
             columns[name] = pa.ListArray.from_arrays(offsets, column)

@@ -12,6 +12,7 @@ from gr.data.dataset import SequenceDataset
 from gr.data.describe import Description, samples, titles
 
 BAR = 40
+_PLAUSIBLE = (datetime(1980, 1, 1, tzinfo=UTC).timestamp(), datetime(2100, 1, 1, tzinfo=UTC).timestamp())
 
 
 def _when(seconds: int) -> str:
@@ -59,7 +60,9 @@ def counts_table(dataset: SequenceDataset, found: Description) -> Table:
     table.add_row("share of the top 1 %, 10 % items", top)
     if found.first_time is not None and found.last_time is not None:
         first, last = (_when(time) for time in (found.first_time, found.last_time))
-        table.add_row("times (UTC)", f"{first} to\n{last}")
+        odd = not _PLAUSIBLE[0] <= found.last_time < _PLAUSIBLE[1]
+        doubt = "\n[yellow]is the schema's time_unit right?" if odd else ""
+        table.add_row("times (UTC)", f"{first} to\n{last}{doubt}")
     known = [c for c in dataset.catalogue.column_names if c not in ("item_id", "count")]
     table.add_row(
         "columns of the actions", escape(", ".join([*manifest.columns, *manifest.fields]) or "none")

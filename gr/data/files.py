@@ -6,18 +6,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from gr.errors import UserError
+from gr.errors import UserError, nearest
 
 PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".tsv", ".txt", ".dat")
-COMPRESSED = (".gz", ".bz2", ".zst")
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+COMPRESSED = tuple(CODECS)
 READ_BUFFER = 2**20
 
 
@@ -42,9 +43,13 @@ class DataFile:
         """Bytes, as stored."""
         return int(self.filesystem.size(self.path) or 0)
 
-    def open(self) -> BinaryIO:
+    def open(self) -> pa.NativeFile:
         """The content, decompressed where the name says that it is compressed."""
-        return self.filesystem.open(self.path, "rb", compression="infer")
+        if self.local:
+            return pa.input_stream(self.path, "detect")
+        return pa.input_stream(
+            self.filesystem.open(self.path, "rb"), CODECS.get(Path(self.path.lower()).suffix)
+        )
 
     def parquet(self) -> pq.ParquetFile:
         """Opened for streaming: column chunks are read through a small buffer, not whole."""
@@ -64,7 +69,7 @@ def find_files(source: str, format: str = "auto") -> list[DataFile]:
     """
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
-        if any(c in path for c in "*?["):
+        if any(c in path for c in "*?[") and not filesystem.exists(path):
             paths: Sequence[str] = [p for p in filesystem.glob(path) if not filesystem.isdir(p)]
         elif filesystem.isdir(path):
             root = path.rstrip("/") + "/"
@@ -96,6 +101,14 @@ def find_files(source: str, format: str = "auto") -> list[DataFile]:
     if len({f.format for f in files}) > 1:
         raise UserError(f"'{source}' holds both Parquet and CSV files: set format, or name them by a glob")
     return files
+
+
+def require_column(file: str, column: str, names: Sequence[str]) -> None:
+    """Refuse a file without the column, or with two of the name."""
+    if column not in names:
+        raise UserError(f"'{file}' has no column '{column}': {nearest(column, names)}")
+    if list(names).count(column) > 1:
+        raise UserError(f"'{file}' has more than one column '{column}': give each a name of its own")
 
 
 def output_file(path: str | os.PathLike) -> Path:

@@ -18,10 +18,10 @@ import pyarrow as pa
 from gr.data import convert
 from gr.data.convert import Converted
 from gr.data.csv_files import SAMPLE_BYTES, CsvStream, csv_columns, line_of, read_csv
-from gr.data.files import COMPRESSED, DataFile, find_files
+from gr.data.files import COMPRESSED, DataFile, find_files, require_column
 from gr.data.quarantine import BadRow, Quarantine, refuse
 from gr.data.schema import TICKS_PER_SECOND, FieldColumn, IdType, LogSchema, TimeUnit
-from gr.errors import UserError, nearest
+from gr.errors import UserError
 
 Locate = Callable[[int], tuple[int | None, int]]
 """Row of a batch -> (row group, row in it), or (None, record of the file) for CSV."""
@@ -42,6 +42,8 @@ class LogTypes:
     unit: str
     fractions: bool
     action_type_integer: bool
+    fields: dict[str, str]
+    """Name -> integer, float or string."""
 
     @property
     def ticks_per_second(self) -> int:
@@ -92,7 +94,9 @@ class LogReader:
     # -- types -----------------------------------------------------------------------------------------------------
 
     def _check_parquet(self) -> tuple[LogTypes, int]:
-        rows, first = 0, None
+        rows = 0
+        kinds: dict[str, list[pa.DataType]] = {role: [] for role in self.columns}  # in the files that say one
+        empty: dict[str, pa.DataType] = {}
         resolutions: set[TimeUnit] = set()
         numeric: list[str] = []
         for file in self.files:
@@ -100,19 +104,19 @@ class LogReader:
             schema = parquet.schema_arrow
             rows += parquet.metadata.num_rows
             for role, column in self.columns.items():
-                if column not in schema.names:
-                    raise UserError(
-                        f"'{file.name}' has no column '{column}': {nearest(column, schema.names)}"
-                    )
+                require_column(file.name, column, schema.names)
                 kind = schema.field(column).type
                 self._check_type(file, role, column, kind)
+                kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+                if pa.types.is_null(kind) or not parquet.metadata.num_rows:
+                    empty.setdefault(role, kind)
+                    continue
+                kinds[role].append(kind)
                 if role == "time" and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
                     resolutions.add(getattr(kind, "unit", "s"))
                 elif role == "time":
                     numeric.append(file.name)
-            first = first or schema
             parquet.close()
-        assert first is not None
         if resolutions and numeric:
             raise UserError(
                 f"'{numeric[0]}', column '{self.columns['time']}': not of a timestamp type, as it is in other files; "
@@ -120,15 +124,14 @@ class LogReader:
             )
 
         def kind_of(role: str) -> pa.DataType:
-            kind = first.field(self.columns[role]).type
-            return kind.value_type if pa.types.is_dictionary(kind) else kind
+            return kinds[role][0] if kinds[role] else empty[role]
 
         unit: TimeUnit = self.schema.time_unit
         fractions = False
         if resolutions:
             unit = max(resolutions, key=lambda r: TICKS_PER_SECOND[r])
         elif self.has_times:
-            text = convert.is_text(kind_of("time"))
+            text = not convert.is_number(kind_of("time"))
             fractions = unit == "s" and pa.types.is_floating(kind_of("time"))
             if unit == "iso" and not text:
                 raise UserError(
@@ -141,10 +144,14 @@ class LogReader:
             unit=unit,
             fractions=fractions,
             action_type_integer="action_type" in self.columns and convert.is_number(kind_of("action_type")),
+            fields={
+                name: spec.type if spec.type != "auto" else convert.field_type(kinds[f"field.{name}"])
+                for name, spec in self.fields.items()
+            },
         ), rows
 
     def _check_type(self, file: DataFile, role: str, column: str, kind: pa.DataType) -> None:
-        usable = convert.is_text(kind) or convert.is_number(kind)
+        usable = convert.is_text(kind) or convert.is_number(kind) or pa.types.is_null(kind)
         if role == "time":
             usable = usable or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
         elif role.startswith("field."):
@@ -160,8 +167,7 @@ class LogReader:
         for file in self.files:
             names = csv_columns(file, self.schema.csv)
             for column in self.columns.values():
-                if column not in names:
-                    raise UserError(f"'{file.name}' has no column '{column}': {nearest(column, names)}")
+                require_column(file.name, column, names)
         sampled = next((f for f in self.files if self._sample(f).num_rows), self.files[0])
         sample = self._sample(sampled)
 
@@ -179,6 +185,7 @@ class LogReader:
             unit=self.schema.time_unit,
             fractions=fractions,
             action_type_integer="action_type" in self.columns and all_integers("action_type"),
+            fields={n: "string" if spec.type == "auto" else spec.type for n, spec in self.fields.items()},
         ), int(sum(map(self._plain_size, self.files)) / max(bytes_a_row, 1)) + 1
 
     @staticmethod
@@ -187,10 +194,9 @@ class LogReader:
         return file.size * (COMPRESSED_RATIO if file.path.lower().endswith(COMPRESSED) else 1)
 
     def _sample(self, file: DataFile) -> pa.RecordBatch:
-        stream = read_csv(file, self.schema.csv, list(self.columns.values()), SAMPLE_BYTES)
-        empty = pa.record_batch(
-            [pa.array([], pa.binary()) for _ in self.columns], names=list(self.columns.values())
-        )
+        names = list(dict.fromkeys(self.columns.values()))
+        stream = read_csv(file, self.schema.csv, names, SAMPLE_BYTES)
+        empty = pa.record_batch([pa.array([], pa.binary()) for _ in names], names=names)
         return next(stream.batches, empty)
 
     # -- batches ---------------------------------------------------------------------------------------------------
@@ -241,14 +247,16 @@ class LogReader:
         types = self.types
         unit = "us" if types.fractions else types.unit
         table: dict[str, Callable[[pa.Array], Converted]] = {
-            "user": lambda c: convert.to_ids(c, types.user_integer, "user_ids"),
-            "item": lambda c: convert.to_ids(c, types.item_integer, "item_ids"),
+            "user": lambda c: convert.to_ids(c, types.user_integer, "set user_ids: string if ids are text"),
+            "item": lambda c: convert.to_ids(c, types.item_integer, "set item_ids: string if ids are text"),
             "time": lambda c: convert.to_ticks(c, unit, types.fractions),
-            "action_type": lambda c: convert.to_ids(c, types.action_type_integer, "the column's type"),
+            "action_type": lambda c: convert.to_ids(
+                c, types.action_type_integer, "write all action types as text if these are"
+            ),
             "value": convert.to_numbers,
         }
-        for name, spec in self.fields.items():
-            table[f"field.{name}"] = lambda c, kind=spec.type: convert.to_field(c, kind)  # type: ignore[misc]
+        for name, kind in types.fields.items():
+            table[f"field.{name}"] = lambda c, kind=kind: convert.to_field(c, kind)  # type: ignore[misc]
         return table
 
     def _check(

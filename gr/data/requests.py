@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gr.batch import UNKNOWN, SequenceBatch
 from gr.data.collate import collate
+from gr.data.convert import YEAR_2200
 from gr.data.dataset import SequenceDataset
 from gr.data.hashing import derive, mix64
 from gr.data.sequences import Sequences
@@ -189,6 +190,10 @@ def recommendation_requests(
     """
     if time is not None and not dataset.has_timestamps:
         raise UserError("a time of request was given, but this dataset has no timestamps: leave it out")
+    if time is not None and abs(time) >= YEAR_2200:
+        raise UserError(
+            f"the time of request {time} is not between the years 1740 and 2200: give it in seconds since 1970"
+        )
     blocks = range(len(dataset.manifest.blocks))
     wanted = dict.fromkeys(blocks) if users is None else find_users(dataset, users)
     return _requests(_recommendation_parts(dataset, wanted, max_length, exclude, time), batch)

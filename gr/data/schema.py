@@ -5,9 +5,10 @@ A schema file is YAML with the keys of :class:`LogSchema` and :class:`Preparatio
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from gr.config import POSITIVE, Section
 
@@ -18,7 +19,8 @@ TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9, "iso": 10**6}
 
 
 class FieldColumn(Section):
-    """An extra column of the actions.  ``type`` auto: the file's own type, string in CSV."""
+    """An extra column of the actions.  ``type`` auto: the files' own (integer if it is one in all of them, float if
+    it is a number in all of them, else string), string in CSV."""
 
     column: str
     type: Literal["auto", "integer", "float", "string"] = "auto"
@@ -35,14 +37,28 @@ class Columns(Section):
     fields: dict[str, FieldColumn | str] = {}
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        codecs.lookup(name)
+    except LookupError:
+        raise ValueError("no encoding of that name is known: use utf-8, latin-1, ...") from None
+    return name
+
+
+def _ascii(text: str) -> str:
+    if not text.isascii():
+        raise ValueError("only ASCII characters can cut CSV")
+    return text
+
+
 class Csv(Section):
     """Form of CSV files.  ``names``: the columns of files without a header line.  ``delimiter``: one character, or
     one character repeated (``::``).  ``null_values``: spellings of a missing value."""
 
-    delimiter: str = ","
+    delimiter: Annotated[str, AfterValidator(_ascii)] = ","
     names: list[str] | None = None
-    quote: str = '"'
-    encoding: str = "utf-8"
+    quote: Annotated[str, Field(max_length=1), AfterValidator(_ascii)] = '"'
+    encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
     newlines_in_values: bool = False
     null_values: list[str] = [""]
 
@@ -61,7 +77,8 @@ class LogSchema(Section):
     """What the log looks like.
 
     ``time_unit``: unit of numeric times, or ``iso`` for text; columns of a timestamp type know their own.
-    ``user_ids``, ``item_ids``: ``auto`` is the type in the first file (CSV: integer if the first megabyte's are).
+    ``user_ids``, ``item_ids``: ``auto`` is the type in the first file with rows (CSV: integer if the first
+    megabyte's are).
     """
 
     columns: Columns

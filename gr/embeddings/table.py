@@ -65,24 +65,34 @@ class Table(Protocol):
         scale: float = 1.0,
         normalize_eps: float | None = None,
         bias_I: Tensor | None = None,
+        counts_K: Tensor | None = None,
     ) -> Tensor: ...
 
 
 class LocalTable(nn.Module):
     """A table held whole by one process, float32.
 
-    Starts from N(0, std^2) cut at +-2 std; the value at (row, column) depends on (seed, name, row, column) alone.
+    Starts from N(0, std^2) cut at +-``cut`` std; the value at (row, column) depends on (seed, name, row, column) alone.
     ``kernels``: the implementation of the operators that have one of that name ("auto": each chooses).
     """
 
     initialises_itself = True
 
-    def __init__(self, name: str, rows: int, dim: int, std: float, seed: int, kernels: str = "auto") -> None:
+    def __init__(
+        self,
+        name: str,
+        rows: int,
+        dim: int,
+        std: float,
+        seed: int,
+        cut: float = 2.0,
+        kernels: str = "auto",
+    ) -> None:
         super().__init__()
         self.name, self.rows, self.dim = name, rows, dim
         self.kernels = kernels
         self.weight = nn.Parameter(
-            truncated_normal_rows(derive_key(seed, "table", name), range(rows), dim, std)
+            truncated_normal_rows(derive_key(seed, "table", name), range(rows), dim, std, cut)
         )
 
     def lookup(self, rows: Tensor) -> Tensor:
@@ -174,10 +184,12 @@ class LocalTable(nn.Module):
         scale: float = 1.0,
         normalize_eps: float | None = None,
         bias_I: Tensor | None = None,
+        counts_K: Tensor | None = None,
     ) -> Tensor:
         """Sum over t of the cross-entropy of target t among itself and its negatives: a float32 scalar.
 
         negatives: (T, K) rows of each query, or (K,) shared by all; one equal to the target counts nothing.
+        counts_K: how often each shared negative counts (None: once).
         bias_I is added to an item's logits, the target's too (gr_kernels.sampled_softmax).
         """
         return sampled_softmax(
@@ -185,6 +197,7 @@ class LocalTable(nn.Module):
             self.weight,
             targets_T,
             negatives,
+            counts_K=counts_K,
             scale=scale,
             normalize_eps=normalize_eps,
             bias_I=bias_I,

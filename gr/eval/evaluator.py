@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, distributed as dist, nn
+from torch import Tensor, distributed as dist
 
 from gr.errors import UserError
 from gr.eval.metrics import HISTORY_EDGES, POPULARITY_EDGES, RankMetrics, communication_device
 from gr.eval.protocols import Request, Scorer
 from gr.eval.ranking import ranks_of
+from gr.modes import evaluating
 
 Advance = Callable[[int], None]
 """Called after each request with the users that it ranked."""
@@ -91,20 +91,6 @@ def evaluate(
         population=population() if population is not None else None,
         seconds=time.perf_counter() - start,
     )
-
-
-@contextmanager
-def evaluating(scorer: Any) -> Iterator[None]:
-    """Evaluation mode (each submodule's own mode comes back afterwards) and no gradients."""
-    modes = [(m, m.training) for m in scorer.modules()] if isinstance(scorer, nn.Module) else []
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _stop_together(failure: UserError | None) -> None:

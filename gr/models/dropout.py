@@ -1,26 +1,60 @@
-"""Dropout from torch's own generator, with its random bits drawn four at a time on the CPU.
+"""Dropout, and where its random bits come from.
 
-On the CPU torch draws one number of 32 bits or more for every value, which costs more than a layer's GEMM when
-the width is small; here a 64-bit word serves four values.  On other devices it is torch's.
+On GPUs from a counter: whether a value is dropped is a function of a key, its row and its column, decided again in
+the backward pass, so that no mask is stored (gr_kernels.jagged).  On the CPU from torch's generator, four at a time,
+because words of a counter cost fourteen times as much there; a key then changes nothing.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gr_kernels.dispatch import known_or_auto
+from gr_kernels.jagged import jagged_dropout
+from gr_kernels.jagged.dropout.op import IMPLEMENTATIONS
 
 _LEVELS = 1 << 16
 
 
-def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """``x`` with each value zeroed with ``probability`` in training, the others scaled so that means are kept.
+def from_generator(device: torch.device, implementation: str) -> bool:
+    """Whether dropout on a device takes torch's generator: on the CPU, unless an operator's implementation is named."""
+    return device.type == "cpu" and implementation == "auto"
 
-    On the CPU the probability is the nearest multiple of 2^-16, and the scale is that one's.
+
+class Dropout(nn.Module):
+    """Zeroes values with ``probability`` in training and scales the others so that means are kept.
+
+    kernels: train.kernels.  A call's key, 64 bits, belongs to one place of the model in one micro-batch
+    (``derive_key(layout.dropout_key, ...)``).
     """
-    if not training or probability == 0.0:
-        return x
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+
+    def __init__(self, probability: float, kernels: str = "auto") -> None:
+        super().__init__()
+        self.probability = probability
+        self.implementation = known_or_auto(kernels, IMPLEMENTATIONS)
+
+    def forward(self, x: Tensor, key: int) -> Tensor:
+        """x: (T, ...) floating -> its shape and dtype; x itself when nothing can be dropped."""
+        if not self.training or self.probability == 0.0:
+            return x
+        if from_generator(x.device, self.implementation):
+            return generator_dropout(x, self.probability)
+        return jagged_dropout(x, self.probability, key=key, implementation=self.implementation)
+
+    def extra_repr(self) -> str:
+        return f"{self.probability}"
+
+
+def generator_dropout(x: Tensor, probability: float) -> Tensor:
+    """Dropout of a CPU tensor with the bits of torch's generator.
+
+    For float32 and float64 the probability is the nearest multiple of 2^-16, and the scale is that one's.  torch draws
+    one number of 32 bits or more for every value, which costs more than a layer's GEMM when the width is small; here a
+    64-bit word serves four values.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
         return F.dropout(x, probability, training=True)
     dropped = min(round(probability * _LEVELS), _LEVELS - 1)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)

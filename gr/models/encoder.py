@@ -56,6 +56,7 @@ def softmax_attention(
         mask=AttentionMask(causal=causal),
         dropout=dropout,
         dropout_key=dropout_key,
+        order=layout.start_order_B,
         implementation=implementation,
     )
 

@@ -14,9 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
-from gr.models.dropout import dropout
+from gr.models.dropout import Dropout
 from gr.models.layers import Linear
 from gr.models.layout import JaggedLayout
+from gr_kernels.counter_random import derive_key
 
 
 class GRU4Rec(nn.Module):
@@ -31,7 +32,7 @@ class GRU4Rec(nn.Module):
     def __init__(self, config: Config, dim: int, max_length: int, kernels: str = "auto") -> None:
         super().__init__()
         self.uses_times = False
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout, kernels)
         between = config.dropout if config.layers > 1 else 0.0
         self.gru = nn.GRU(dim, config.hidden, config.layers, dropout=between)
         self.output = Linear(config.hidden, dim, init.xavier_uniform) if config.hidden != dim else None
@@ -47,7 +48,7 @@ class GRU4Rec(nn.Module):
             0, order_T, torch.arange(len(order_T), device=x_TD.device)
         )
         out_TR = packed_TR.index_select(0, back_T)[: layout.rows]
-        out_TR = dropout(out_TR, self.dropout, self.training)
+        out_TR = self.dropout(out_TR, derive_key(layout.dropout_key, "output"))
         return out_TR if self.output is None else self.output(out_TR)
 
 

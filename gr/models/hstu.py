@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
-from gr.models.dropout import dropout
+from gr.models.dropout import from_generator, generator_dropout
 from gr.models.encoder import attention_kernel
 from gr.models.layers import Linear
 from gr.models.layout import JaggedLayout
@@ -107,6 +107,7 @@ class HSTULayer(nn.Module):
             ),
             dropout=config.attention_dropout if self.training else 0.0,
             dropout_key=derive_key(layout.dropout_key, self.layer),
+            order=layout.start_order_B,
             implementation=self.implementation,
         )
         key = derive_key(layout.dropout_key, self.layer, "output")
@@ -142,9 +143,10 @@ class GatedOutput(Linear):
     def forward(  # type: ignore[override]
         self, attended_TV: Tensor, u_TV: Tensor, x_TD: Tensor, dropout_key: int
     ) -> Tensor:
-        if x_TD.device.type == "cpu":  # where torch's generator costs a fraction of a counter-based one
+        dropout = self.dropout if self.training else 0.0
+        if from_generator(x_TD.device, self.implementation):  # the operator's dropout is a counter's
             gated_TV = u_TV * F.layer_norm(attended_TV, u_TV.shape[-1:], eps=EPS)
-            return x_TD + super().forward(dropout(gated_TV, self.dropout, self.training))
+            return x_TD + super().forward(generator_dropout(gated_TV, dropout) if dropout else gated_TV)
         return gated_output(
             attended_TV,
             u_TV,
@@ -152,7 +154,7 @@ class GatedOutput(Linear):
             self.weight,
             self.bias,
             eps=EPS,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
             dropout_key=dropout_key,
             implementation=self.implementation,
         )

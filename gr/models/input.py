@@ -9,36 +9,47 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gr.config import InputSection
 from gr.embeddings.table import Table
 from gr.models import init
 from gr.models.borrow import borrow
-from gr.models.dropout import dropout
+from gr.models.dropout import Dropout
 from gr.models.layout import JaggedLayout
 from gr.models.tasks import MASK
+from gr_kernels.counter_random import derive_key
+from gr_kernels.dispatch import known_or_auto
+from gr_kernels.jagged import add_positions_and_times
+from gr_kernels.jagged.positions_and_times.op import IMPLEMENTATIONS
 
 
 class ItemInput(nn.Module):
     """Vectors of the input tokens; position 0 is the first action that was kept.
 
     max_length: the longest input.  masks: whether tokens may be MASK, which has a learned vector of its own.
-    item_std: of the table's first values.
+    item_std: of the table's first values.  kernels: train.kernels.
     """
 
     table: Table
 
     def __init__(
-        self, config: InputSection, table: Table, max_length: int, masks: bool, item_std: float
+        self,
+        config: InputSection,
+        table: Table,
+        max_length: int,
+        masks: bool,
+        item_std: float,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         self.config = config
         borrow(self, "table", table)
         self.scale = math.sqrt(table.dim) if config.scale else 1.0
         self.item_std = item_std
-        if config.positions != "none":
-            self.positions = nn.Parameter(torch.empty(max_length + config.extra_positions, table.dim))
+        self.implementation = known_or_auto(kernels, IMPLEMENTATIONS)
+        self.dropout = Dropout(config.dropout, kernels)
+        places = max_length + config.extra_positions
+        self.positions = nn.Parameter(torch.empty(places, table.dim)) if config.positions != "none" else None
         if masks:
             self.mask = nn.Parameter(torch.empty(table.dim))
 
@@ -62,9 +73,13 @@ class ItemInput(nn.Module):
             x_TD = torch.where(hidden_T1, self.mask, self.table.lookup(tokens_T.clamp_min(0)))
         else:
             x_TD = self.table.lookup(tokens_T)
-        if self.config.positions != "none":
-            positions_TD = F.embedding(layout.positions_T, self.positions)
-            x_TD = torch.add(positions_TD, x_TD, alpha=self.scale)
-        elif self.config.scale:
-            x_TD = x_TD * self.scale
-        return dropout(x_TD, self.config.dropout, self.training)
+        if self.positions is not None or self.config.scale:
+            x_TD = add_positions_and_times(
+                x_TD,
+                layout.offsets_B1,
+                max_length=layout.max_length,
+                scale=self.scale,
+                position_PD=self.positions,
+                implementation=self.implementation,
+            )
+        return self.dropout(x_TD, derive_key(layout.dropout_key, "input"))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr.models import init
-from gr.models.dropout import dropout
+from gr.models.dropout import Dropout
+from gr_kernels.counter_random import derive_key
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -40,7 +41,8 @@ class Linear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """dropout(W2 dropout(act(W1 x))): D -> F -> D.  inner_dropout: the inner one's probability, if another."""
+    """dropout(W2 dropout(act(W1 x))): D -> F -> D.  inner_dropout: the inner one's probability, if another.
+    kernels: train.kernels."""
 
     def __init__(
         self,
@@ -51,14 +53,15 @@ class FeedForward(nn.Module):
         weight: init.Initialiser,
         biases: tuple[init.Initialiser, init.Initialiser] = (init.zeros, init.zeros),
         inner_dropout: float | None = None,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         self.up = Linear(dim, inner, weight, biases[0])
         self.down = Linear(inner, dim, weight, biases[1])
         self.activation = ACTIVATIONS[activation]
-        self.dropout = dropout
-        self.inner_dropout = dropout if inner_dropout is None else inner_dropout
+        self.dropout = Dropout(dropout, kernels)
+        self.inner_dropout = Dropout(dropout if inner_dropout is None else inner_dropout, kernels)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        inner_TF = dropout(self.activation(self.up(x_TD)), self.inner_dropout, self.training)
-        return dropout(self.down(inner_TF), self.dropout, self.training)
+    def forward(self, x_TD: Tensor, dropout_key: int) -> Tensor:
+        inner_TF = self.inner_dropout(self.activation(self.up(x_TD)), derive_key(dropout_key, "inner"))
+        return self.dropout(self.down(inner_TF), derive_key(dropout_key, "outer"))

@@ -19,7 +19,7 @@ class JaggedLayout:
     offsets_B1: int64, first row of each sequence and the end of the last.  lengths: the same as Python integers.
     max_length: N.  query_times_T: int64 seconds, the time of the action that row i predicts (t_{i+1} when the next
     action is predicted).  key_times_T: the time of the action in row i.  Both None for data without times.
-    dropout_key: the 64-bit key of this step's attention dropout.
+    dropout_key: 64 bits, from which every dropout of this micro-batch derives a key of its own.
     """
 
     offsets_B1: Tensor
@@ -44,6 +44,16 @@ class JaggedLayout:
         """int64: each row's place in its sequence, from 0."""
         rows = torch.arange(self.rows, device=self.offsets_B1.device)
         return rows - self.offsets_B1[self.sequences_T]
+
+    @cached_property
+    def start_order_B(self) -> Tensor | None:
+        """int64: the sequences from the longest on, the order in which a GPU should start them; None on CPU.
+
+        Found once for all layers, and their backward passes.
+        """
+        if self.offsets_B1.device.type == "cpu":
+            return None
+        return self.offsets_B1.diff().argsort(descending=True, stable=True)
 
 
 def sequence_of_rows(offsets_B1: Tensor, rows: int) -> Tensor:

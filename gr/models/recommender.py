@@ -5,9 +5,6 @@ Shapes: B sequences, T actions in the batch, S targets, I catalogue size, D mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +18,7 @@ from gr.models.input import ItemInput
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
+from gr.modes import evaluating
 
 
 class Recommender(nn.Module):
@@ -39,8 +37,10 @@ class Recommender(nn.Module):
         self.task = registry.resolve(registry.TASKS, model.task.name, "model.task")(model.task)
         max_length = config.data.max_length + self.task.extra_inputs
 
-        self.table = LocalTable("items", items, model.dim, model.table_std, seed, kernels)
-        self.input = ItemInput(model.input, self.table, max_length, self.task.masks, model.table_std)
+        self.table = LocalTable(
+            "items", items, model.dim, model.table_std, seed, cut=model.table_cut, kernels=kernels
+        )
+        self.input = ItemInput(model.input, self.table, max_length, self.task.masks, model.table_std, kernels)
         encoder = registry.resolve(registry.ENCODERS, model.encoder.name, "model.encoder")
         self.encoder = encoder(model.encoder, model.dim, max_length, kernels)
         self.similarity = Similarity(model.similarity, self.table)
@@ -53,9 +53,9 @@ class Recommender(nn.Module):
         """Whether ``forward`` needs ``StepContext.candidates_G``."""
         return self.objective.needs_global_targets
 
-    def supervise(self, batch: SequenceBatch, key: int) -> Supervision:
-        """Inputs and targets of a training batch; ``key``: 64 bits, a function of (seed, step)."""
-        return self.task.supervise(batch, key)
+    def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Supervision:
+        """Inputs and targets of a training batch.  Keys, 64 bits: of the step, and of this rank's micro-batch."""
+        return self.task.supervise(batch, key, dropout_key)
 
     def forward(self, supervision: Supervision, step: StepContext) -> Tensor:
         """The sum of the losses of the batch's targets: a float32 scalar."""
@@ -68,7 +68,7 @@ class Recommender(nn.Module):
         A sequence with no input has a zero query.  This, ``scores`` and ``topk`` run in evaluation mode and
         without gradients.
         """
-        with _evaluating(self):
+        with evaluating(self):
             supervision = self.task.request(batch)
             return supervision.select(self._encode(supervision))
 
@@ -94,14 +94,3 @@ class Recommender(nn.Module):
                 "set model.encoder.relative_time=false"
             )
         return self.encoder(self.input(supervision.tokens_T, layout), layout)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

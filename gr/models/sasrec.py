@@ -81,7 +81,7 @@ class SASRecBlock(nn.Module):
             weight = init.normal(config.linear_std)
             biases = (init.zeros, init.zeros)
         self.output = Linear(dim, dim, weight)
-        self.ffn = FeedForward(dim, config.ffn, "relu", config.dropout, weight, biases)
+        self.ffn = FeedForward(dim, config.ffn, "relu", config.dropout, weight, biases, kernels=kernels)
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         heads = (self.config.heads, self.head_width)
@@ -98,7 +98,7 @@ class SASRecBlock(nn.Module):
             implementation=self.implementation,
         )
         z_TD = self.ffn_norm(normed_TD + self.output(attended_THQ.flatten(1)))
-        return z_TD + self.ffn(z_TD)
+        return z_TD + self.ffn(z_TD, derive_key(layout.dropout_key, self.layer, "ffn"))
 
 
 def _norm(config: SASRec.Config, dim: int) -> nn.LayerNorm:

@@ -64,12 +64,17 @@ class Similarity(nn.Module):
             )
 
     def sampled_softmax(
-        self, queries_TD: Tensor, targets_T: Tensor, negatives: Tensor, bias_I: Tensor | None = None
+        self,
+        queries_TD: Tensor,
+        targets_T: Tensor,
+        negatives: Tensor,
+        bias_I: Tensor | None = None,
+        counts_K: Tensor | None = None,
     ) -> Tensor:
         """The sum over queries of the cross-entropy of their targets among themselves and negatives: a scalar.
 
         negatives: (T, K) rows of each query, or (K,) shared by all; one that is the target counts nothing.
-        bias_I: (I,) added to the items' scores, the targets' too.
+        bias_I: (I,) added to the items' scores, the targets' too.  counts_K: how often each shared negative counts.
         """
         with _full_precision(queries_TD):
             if self.bias is not None:
@@ -81,6 +86,7 @@ class Similarity(nn.Module):
                 1 / self.config.temperature,
                 self.normalize_eps,
                 bias_I,
+                counts_K,
             )
 
     def _queries(self, queries_TD: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ Shapes: B sequences, A actions of the batch, T input rows, S supervised targets,
 
 from __future__ import annotations
 
-import zlib
-from array import array
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -69,9 +67,9 @@ class NextItem:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def supervise(self, batch: SequenceBatch, key: int) -> Supervision:
-        """Every input row is a query; ``key`` is this step's."""
-        layout, source_T = _all_but_last(batch, key)
+    def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Supervision:
+        """Every input row is a query.  Keys: this step's, and the layout's for dropout."""
+        layout, source_T = _all_but_last(batch, dropout_key)
         return Supervision(
             tokens_T=batch.items_T[source_T],
             layout=layout,
@@ -83,7 +81,7 @@ class NextItem:
 
     def request(self, batch: SequenceBatch) -> Supervision:
         """One query a sequence, at its last input row; the target may be UNKNOWN."""
-        layout, source_T = _all_but_last(batch, 0)
+        layout, source_T = _all_but_last(batch)
         counts_B = layout.offsets_B1.diff()
         return Supervision(
             tokens_T=batch.items_T[source_T],
@@ -114,12 +112,12 @@ class Cloze:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def supervise(self, batch: SequenceBatch, key: int) -> Supervision:
+    def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Supervision:
         """The hidden actions are the queries; which ones depends on (key, sample ordinal, position) alone.
 
         Waits for the device once, for the number of hidden actions.
         """
-        layout = _whole(batch, key)
+        layout = _whole(batch, dropout_key)
         sequences_T, positions_T = layout.sequences_T, layout.positions_T
         ordinals_T = batch.ordinals_B[sequences_T]
         draws_T = uniform_floats(derive_key(key, "cloze"), ordinals_T, positions_T, 1)[:, 0]
@@ -144,7 +142,7 @@ class Cloze:
 
     def request(self, batch: SequenceBatch) -> Supervision:
         """The last action of each sequence is hidden and asked for."""
-        layout = _whole(batch, 0)
+        layout = _whole(batch)
         counts_B = layout.offsets_B1.diff()
         last_T = layout.positions_T == counts_B[layout.sequences_T] - 1
         return Supervision(
@@ -161,7 +159,7 @@ class Cloze:
 Task = NextItem | Cloze
 
 
-def _all_but_last(batch: SequenceBatch, key: int) -> tuple[JaggedLayout, Tensor]:
+def _all_but_last(batch: SequenceBatch, dropout_key: int = 0) -> tuple[JaggedLayout, Tensor]:
     """The layout of the sequences without their last actions, and the place of each of its rows in the batch.
 
     The lengths are known to the host, so that nothing waits for a device.
@@ -177,12 +175,12 @@ def _all_but_last(batch: SequenceBatch, key: int) -> tuple[JaggedLayout, Tensor]
         layout.max_length,
         query_times_T=None if times_A is None else times_A[source_T + 1],
         key_times_T=None if times_A is None else times_A[source_T],
-        dropout_key=_dropout_key(key, lengths),
+        dropout_key=dropout_key,
     )
     return timed, source_T
 
 
-def _whole(batch: SequenceBatch, key: int) -> JaggedLayout:
+def _whole(batch: SequenceBatch, dropout_key: int = 0) -> JaggedLayout:
     """The layout of the sequences with their last actions; each row predicts its own action."""
     return JaggedLayout(
         batch.offsets_B1,
@@ -190,13 +188,8 @@ def _whole(batch: SequenceBatch, key: int) -> JaggedLayout:
         batch.max_length,
         query_times_T=batch.timestamps_T,
         key_times_T=batch.timestamps_T,
-        dropout_key=_dropout_key(key, batch.lengths),
+        dropout_key=dropout_key,
     )
-
-
-def _dropout_key(key: int, lengths: tuple[int, ...]) -> int:
-    """A key of this step and these lengths: micro-batches and ranks, which share the step's key, drop differently."""
-    return derive_key(key, "dropout", zlib.crc32(array("q", lengths).tobytes()))
 
 
 def _last_items(batch: SequenceBatch) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
-from gr.models.dropout import dropout
+from gr.models.dropout import Dropout
 from gr.models.encoder import attention_kernel, head_width, softmax_attention
 from gr.models.layers import FeedForward, Linear
 from gr.models.layout import JaggedLayout
@@ -50,6 +50,7 @@ class Transformer(nn.Module):
         self.config = config
         self.uses_times = False
         self.input_norm = nn.LayerNorm(dim, eps=EPS) if config.input_norm else None
+        self.input_dropout = Dropout(config.dropout, kernels)
         self.blocks = nn.ModuleList(
             TransformerBlock(config, dim, layer, kernels) for layer in range(config.layers)
         )
@@ -57,7 +58,7 @@ class Transformer(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         if self.input_norm is not None:
-            x_TD = dropout(self.input_norm(x_TD), self.config.dropout, self.training)
+            x_TD = self.input_dropout(self.input_norm(x_TD), derive_key(layout.dropout_key, "input_norm"))
         for block in self.blocks:
             x_TD = block(x_TD, layout)
         return x_TD if self.final_norm is None else self.final_norm(x_TD)
@@ -73,6 +74,7 @@ class TransformerBlock(nn.Module):
         weight = init.normal(INIT_STD)
         self.qkv = Linear(dim, 3 * dim, weight)
         self.output = Linear(dim, dim, weight)
+        self.dropout = Dropout(config.dropout, kernels)
         self.ffn = FeedForward(
             dim,
             config.ffn or 4 * dim,
@@ -80,14 +82,16 @@ class TransformerBlock(nn.Module):
             config.dropout,
             weight,
             inner_dropout=config.ffn_dropout,
+            kernels=kernels,
         )
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        ffn_key = derive_key(layout.dropout_key, self.layer, "ffn")
         if self.config.norm == "pre":
             x_TD = x_TD + self._attention(self.attention_norm(x_TD), layout)
-            return x_TD + self.ffn(self.ffn_norm(x_TD))
+            return x_TD + self.ffn(self.ffn_norm(x_TD), ffn_key)
         x_TD = self.attention_norm(x_TD + self._attention(x_TD, layout))
-        return self.ffn_norm(x_TD + self.ffn(x_TD))
+        return self.ffn_norm(x_TD + self.ffn(x_TD, ffn_key))
 
     def _attention(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         heads = (self.config.heads, self.head_width)
@@ -102,4 +106,5 @@ class TransformerBlock(nn.Module):
             dropout_key=derive_key(layout.dropout_key, self.layer),
             implementation=self.implementation,
         )
-        return dropout(self.output(attended_THQ.flatten(1)), self.config.dropout, self.training)
+        key = derive_key(layout.dropout_key, self.layer, "output")
+        return self.dropout(self.output(attended_THQ.flatten(1)), key)

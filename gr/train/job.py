@@ -177,15 +177,27 @@ def build(config: RunConfig, parallel: Parallel) -> Parts:
         rank=parallel.rank,
         ranks=parallel.ranks,
         prefetch=config.data.prefetch,
+        pin_memory=parallel.device.type == "cuda",
     )
     if not order.rows:
         raise UserError(f"data.split leaves no training sequence of dataset '{config.data.path}': change it")
+    if not _has_target(dataset, split):
+        raise UserError(
+            f"data.split leaves no user of dataset '{config.data.path}' two actions to train on, an input and its "
+            "target: hold out fewer, or prepare a log with longer histories"
+        )
     if not batches.per_epoch:
         raise UserError(
             f"dataset '{config.data.path}' has {order.rows} training sequences, fewer than train.global_batch "
             f"{config.train.global_batch} with data.tail=drop: lower the batch or keep the tail"
         )
     return Parts(dataset, split, counts, model, optimizer, batches)
+
+
+def _has_target(dataset: SequenceDataset, split: Split) -> bool:
+    """Whether any user keeps two actions to train on; mostly the first block tells."""
+    blocks = range(len(dataset.manifest.blocks))
+    return any((split.train_stop(dataset.read_block(block)) >= 2).any() for block in blocks)
 
 
 def build_split(config: RunConfig) -> Split:

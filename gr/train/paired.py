@@ -20,8 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 from gr.errors import UserError
-from gr.eval.evaluator import evaluating
 from gr.eval.ranking import target_ranks
+from gr.modes import evaluating
 from gr.train.evaluation import Evaluation
 from gr.train.runs import OpenRun, open_run
 

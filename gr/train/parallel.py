@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from gr.errors import UserError
@@ -51,9 +52,13 @@ class Parallel:
         """All ranks' 1-D int64 rows, rank after rank, on this rank's device."""
         if self.ranks == 1:
             return rows_S
-        parts: list = [None] * self.ranks
-        dist.all_gather_object(parts, rows_S.cpu().numpy())
-        return torch.cat([torch.from_numpy(p) for p in parts]).to(rows_S.device)
+        own = [len(rows_S) if rank == self.rank else 0 for rank in range(self.ranks)]
+        counts = self.sum(own, dtype=torch.int64)
+        # to one length, and without a look at the rows: a device isn't waited for
+        padded_S = F.pad(rows_S, (0, max(counts) - len(rows_S)))
+        parts = [torch.empty_like(padded_S) for _ in counts]
+        dist.all_gather(parts, padded_S)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def broadcast(self, value: object) -> object:
         """Rank 0's ``value`` on every rank."""

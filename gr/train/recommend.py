@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr.data.convert import is_number, is_text, to_ids
 from gr.data.requests import Exclude, recommendation_requests
 from gr.errors import UserError
 from gr.models.recommender import Recommender
@@ -107,17 +108,16 @@ def item_vectors(model: Recommender, rows: range) -> Tensor:
     return vectors if bias is None else torch.cat([vectors, bias[index][:, None]], dim=1)
 
 
-def read_user_ids(path: str | os.PathLike) -> list[Any]:
-    """Raw ids from a text file (one a line; empty lines are no ids), or a Parquet or CSV file's ``user_id``.
-
-    Ids from text and CSV are text, also where the dataset's are integers."""
+def read_user_ids(path: str | os.PathLike) -> list[str]:
+    """Raw ids, as text, from a text file (one a line; empty lines are no ids), or a Parquet or CSV file's
+    ``user_id``."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"no file '{file}' with users: give a list of ids, or --users all")
     kind = file.suffix.lower()
     if kind not in (".parquet", ".csv"):
         try:
-            return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+            return [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError:
             raise UserError(
                 f"'{file}' is not text: list the ids one a line, or name it .parquet or .csv if it is such a file"
@@ -133,7 +133,10 @@ def read_user_ids(path: str | os.PathLike) -> list[Any]:
         raise UserError(
             f"'{file}' has no column user_id (it has {', '.join(table.column_names)}): rename the column"
         )
-    ids = table.column("user_id").to_pylist()
+    column = table.column("user_id").combine_chunks()
+    if not (is_text(column.type) or is_number(column.type)):
+        raise UserError(f"column user_id of '{file}' is of type {column.type}: write ids, integers or text")
+    ids = to_ids(column, integer=False, fix="").values.to_pylist()  # 2.0 is 2, as where the log was read
     if None in ids:
         raise UserError(f"row {ids.index(None) + 1} of '{file}' has no user_id: remove it or fill it in")
     return ids

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gr.config import load
+from gr.config import RunConfig, load
 from gr.data.dataset import SequenceDataset
 from gr.errors import UserError, nearest
 from gr.train import checkpoint
@@ -48,9 +48,13 @@ def reproduce(
     for name in rows:
         if name not in [Path(r.config).stem for r in table.rows]:
             raise UserError(f"no row '{name}': {nearest(name, (Path(r.config).stem for r in table.rows))}")
+    for row in chosen:
+        _check_evaluates(table, row, load(ROOT / "configs" / dataset / row.config, overrides))
     path = data or f"data/{dataset}"
     if (Path(path) / "manifest.json").is_file():
         _check_options(table, path)
+        if source is not None:
+            print(f"'{path}' is there: '{source}' is not prepared again", flush=True)
     else:
         _prepare(table, source, path)
     measured = []
@@ -81,6 +85,18 @@ def _pair(runs: dict[str, str], folder: str, seed: int) -> None:
     rows = paired(runs)
     print_paired(rows, f"HR@10 on the same {rows[0].users:,} test records, ± a standard error; seed {seed}")
     (Path(folder) / f"paired-seed{seed}.json").write_text(json.dumps(to_json(rows), indent=1) + "\n")
+
+
+def _check_evaluates(table: PublishedTable, row: Row, config: RunConfig) -> None:
+    """Refuse overrides that leave a column of the table without its figure, before anything is trained."""
+    measured = {f"{kind}@{k}" for kind in ("hr", "ndcg") for k in config.eval.ks} | {"mrr"}
+    if missing := [column for column in table.columns if column not in measured]:
+        raise UserError(
+            f"the table of '{table.dataset}' shows {missing[0]}: add its k to eval.ks={config.eval.ks}"
+        )
+    for split in ["test", "valid"] if row.valid else ["test"]:
+        if split not in config.eval.splits:
+            raise UserError(f"'{row.name}' needs split '{split}': add it to eval.splits={config.eval.splits}")
 
 
 def _check_options(table: PublishedTable, path: str) -> None:

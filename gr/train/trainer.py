@@ -25,6 +25,7 @@ from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
+from gr.train.host_copy import HostCopy
 from gr.train.log import MetricsLog, StepProgress
 from gr.train.memory import give_back_freed_memory
 from gr.train.optimizers import set_rate
@@ -60,7 +61,7 @@ class Trainer:
         self.metrics = MetricsLog(folder, config.log.tensorboard, parallel.is_main, cursor.step)
         self.progress = StepProgress(self.total_steps, cursor.step, parallel.is_main)
         self.last_loss = float("nan")
-        self._unchecked: tuple[Tensor, GlobalBatch] | None = None
+        self._unchecked: tuple[HostCopy, GlobalBatch] | None = None
 
     def train(self) -> bool:
         """Train to the end of the config, or until told to stop; True if finished.  The state is saved either way."""
@@ -99,7 +100,10 @@ class Trainer:
         torch.manual_seed(derive_key(config.seed, "dropout", cursor.step, self.parallel.rank))
 
         share = batch.share.to(self.parallel.device)
-        parts = [self.model.supervise(part, key) for part in share.split(config.micro_batch_actions)]
+        parts = [
+            self.model.supervise(part, key, derive_key(key, "dropout", self.parallel.rank, number))
+            for number, part in enumerate(share.split(config.micro_batch_actions))
+        ]
         targets, stops = self._agree([sum(part.count for part in parts), int(stop)])
         loss = self._forward_backward(parts, StepContext(key, self._candidates(parts)), targets)
 
@@ -202,23 +206,32 @@ class Trainer:
             return None
         return self.parallel.gather(torch.cat([part.targets_S for part in parts]))
 
-    def _forward_backward(self, parts: list[Supervision], context: StepContext, targets: int) -> Tensor:
-        """Gradients of the global mean loss; returns this rank's sum of losses."""
+    def _forward_backward(self, parts: list[Supervision], context: StepContext, targets: int) -> HostCopy:
+        """Gradients of the global mean loss; returns this rank's sum of losses, which never waits for them."""
         # DDP averages over ranks: times their number gives the sum that the contract asks for
         scale = self.parallel.ranks / max(targets, 1)
         total = torch.zeros((), device=self.parallel.device)
         for i, part in enumerate(parts):
-            with self.parallel.accumulating(self.wrapped, last=i + 1 == len(parts)):
+            last = i + 1 == len(parts)
+            with self.parallel.accumulating(self.wrapped, last):
                 with torch.autocast(
                     self.parallel.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"
                 ):
                     loss = self.wrapped(part, context)
+                total += loss.detach()
+                if last:
+                    copy = HostCopy(total)
                 (loss * scale).backward()
-            total += loss.detach()
-        return total
+        return copy
 
     def _log(
-        self, loss: Tensor, norm: Tensor | None, rate: float, batch: GlobalBatch, targets: int, seconds: float
+        self,
+        loss: HostCopy,
+        norm: Tensor | None,
+        rate: float,
+        batch: GlobalBatch,
+        targets: int,
+        seconds: float,
     ):
         (total,) = self.parallel.sum([loss.item()])
         if not math.isfinite(total):

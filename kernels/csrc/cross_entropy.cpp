@@ -186,10 +186,12 @@ GR_INLINE void start_block_body(const Problem& p, const Block& b) {
   }
   for (int64_t r = 0; r < b.rows; ++r) {
     const int64_t t = b.first + r;
-    if (b.peaks[r] == -INFINITE) b.sums[r] = std::numeric_limits<float>::quiet_NaN();  // no item left to choose
+    // No item left to choose: the loss of a target is 0 / 0; an empty sum alone is -inf, and moves nothing.
+    const bool empty = b.peaks[r] == -INFINITE;
+    if (empty && p.targets) b.sums[r] = std::numeric_limits<float>::quiet_NaN();
     const float base = p.targets ? b.peaks[r] - b.labels[r] : b.peaks[r];
     p.values[t] = base + std::log(b.sums[r]);
-    b.factors[r] = (p.weights ? p.weights[t] : 1.0f) / b.sums[r];
+    b.factors[r] = (p.weights ? p.weights[t] : 1.0f) / (empty && !p.targets ? 1.0f : b.sums[r]);
     for (int64_t d = 0; d < p.padded; ++d) {
       b.weighted[r * p.padded + d] = b.scaled[r * p.padded + d] * b.factors[r];
       b.d_queries[r * p.padded + d] = 0;

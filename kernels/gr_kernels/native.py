@@ -7,9 +7,13 @@ import importlib
 import importlib.util
 
 
-@functools.cache
 def why_unavailable() -> str:
     """Loads the compiled operators into torch.ops.gr_kernels; "" if that worked, else the reason in a few words."""
+    return _why_not_loaded()
+
+
+@functools.cache
+def _why_not_loaded() -> str:
     if importlib.util.find_spec("gr_kernels._C") is None:
         return (
             "gr_kernels was installed without its C++ operators (no C++ compiler was found when it was built)"
@@ -29,7 +33,6 @@ def available() -> bool:
     return not why_unavailable()
 
 
-@functools.cache
 def why_no_cuda() -> str:
     """Like ``why_unavailable``, for the CUDA implementations of the compiled operators."""
     reason = why_unavailable()
@@ -38,3 +41,9 @@ def why_no_cuda() -> str:
     if not getattr(importlib.import_module("gr_kernels._C"), "cuda", 0):
         return "gr_kernels was installed without its CUDA operators (no CUDA toolkit like torch's when it was built)"
     return ""
+
+
+# torch.compile calls them instead of tracing into them, and takes what they say as constants
+# (torch.compiler.assume_constant_result would import the compiler with this module).
+why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+why_no_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -25,13 +26,19 @@ SMALL = [
 
 
 def start(
-    program: str, *arguments: object, folder: Path, processes: int = 1
+    program: str, *arguments: object, folder: Path, processes: int = 1, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """``launch/PROGRAM.py`` in ``folder``, under torchrun when there are several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "launch" / f"{program}.py")]
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [*command, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -236,6 +243,11 @@ REFUSALS = [
         "--out and --users are both 'strangers.txt': give each a file of its own",
     ),
 ]
+
+
+def test_output_that_is_not_utf_8_lacks_signs_but_nothing_else(folder, prepared):
+    done = start("describe", "data/shop", folder=folder, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "users" in done.stdout and "?" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("line", "message"), REFUSALS, ids=[line for line, _ in REFUSALS])

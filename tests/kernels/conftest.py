@@ -36,7 +36,10 @@ def device() -> torch.device:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN (integers: the largest): reading what was never written can't go unseen."""
+    """torch.empty gives NaN (integers: the largest), in C++ scratch too: reading what was never written shows.
+
+    A module asks for it with pytestmark = pytest.mark.usefixtures("poisoned_memory").
+    """
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("error")  # (use_deterministic_algorithms() imports the compiler first)
     yield

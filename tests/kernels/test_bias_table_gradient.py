@@ -7,13 +7,32 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gr_kernels import native
-from gr_kernels.bias_table_gradient import bias_table_gradient
+from gr_kernels.bias_table_gradient import bias_table_gradient, triton_op
 from gr_kernels.dispatch import explain
+from gr_kernels.triton_common import sums_by_entry
+from gr_kernels.triton_common.available import why_unavailable
 from tests.kernels.precision import assert_precise
 
-IMPLEMENTATIONS = ["reference", "cpp", pytest.param("cuda", marks=pytest.mark.gpu)]
+IMPLEMENTATIONS = ["reference", "cpp", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Values, entries, type of the buckets.
+SHAPES = [
+    (0, 5, torch.int64),
+    (1, 1, torch.int32),
+    (1001, 129, torch.int32),
+    (5003, 2, torch.int64),
+    (150, 300, torch.int64),
+    (10, 0, torch.int64),
+]
+# Too many programs for Triton's interpreter.
+LARGE = [
+    (300_000, 129, torch.int64),
+    (300_000, 1, torch.int32),
+    (70_003, 4096, torch.int32),
+    (9_999, 65_536, torch.int64),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +41,19 @@ def uninitialised_memory_is_nan(poisoned_memory: None) -> Iterator[None]:
 
 
 @pytest.fixture
-def place() -> Callable[[str], torch.device]:
+def place(device: torch.device) -> Callable[[str], torch.device]:
+    """The device on which an implementation is tested; the test is skipped where it can't run."""
+
     def place(implementation: str) -> torch.device:
-        reasons = {"reference": "", "cpp": native.why_unavailable(), "cuda": native.why_no_cuda()}
-        if reasons[implementation]:
+        at = device if implementation in ("triton", "cuda") else torch.device("cpu")
+        reasons = {
+            "cpp": native.why_unavailable(),
+            "cuda": native.why_no_cuda(),
+            "triton": why_unavailable(at),
+        }
+        if reasons.get(implementation):
             pytest.skip(reasons[implementation])
-        return torch.device("cuda" if implementation == "cuda" else "cpu")
+        return at
 
     return place
 
@@ -47,21 +73,15 @@ def exact(values: Tensor, buckets: Tensor, entries: int) -> Tensor:
     return sums.index_add(0, buckets[kept].long(), values[kept].double())
 
 
+def sizes_and_implementations() -> Iterator[object]:
+    for shape in SHAPES + LARGE:
+        for implementation in ("reference", "cpp", "triton", "cuda"):
+            on_gpu = implementation == "cuda" or (implementation == "triton" and shape in LARGE)
+            yield pytest.param(*shape, implementation, marks=pytest.mark.gpu if on_gpu else ())
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    ("count", "entries", "index"),
-    [
-        (0, 5, torch.int64),
-        (1, 1, torch.int32),
-        (1001, 129, torch.int32),
-        (300_000, 129, torch.int64),
-        (300_000, 1, torch.int32),
-        (70_003, 4096, torch.int32),
-        (9_999, 65_536, torch.int64),
-        (10, 0, torch.int64),
-    ],
-)
+@pytest.mark.parametrize(("count", "entries", "index", "implementation"), list(sizes_and_implementations()))
 def test_sums(
     count: int,
     entries: int,
@@ -82,7 +102,7 @@ def test_sums(
         :entries
     ]
     assert_precise({"out": found}, {"out": plain}, {"out": exact(values, buckets, entries)})
-    if deterministic:
+    if deterministic or implementation in ("cpp", "triton"):
         again = bias_table_gradient(*arguments, entries, deterministic=True, implementation=implementation)
         assert torch.equal(found, again)
 
@@ -96,6 +116,34 @@ def test_blocks_of_scores_as_they_come(implementation: str, place: Callable[[str
     found = bias_table_gradient(block, bucket_block, 11, implementation=implementation)
     expected = exact(values.to(torch.bfloat16), buckets, 11).float()
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_reads_sixteen_bits(dtype: torch.dtype, place: Callable[[str], torch.device]) -> None:
+    device = place("triton")
+    values, buckets = scores(2500, 3)
+    values = values.to(dtype)
+    found = bias_table_gradient(values.to(device), buckets.to(device), 3, implementation="triton")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu(), exact(values, buckets, 3).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_triton_sums_in_pieces_and_parts(
+    place: Callable[[str], torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More values than are sorted at once, and an entry with most of them; buckets past the table count nowhere."""
+    device = place("triton")
+    values, _ = scores(12_001, 3)
+    buckets = torch.where(torch.arange(12_001) % 10 < 8, 1, torch.arange(12_001) % 5)
+    monkeypatch.setattr(triton_op, "PIECE", 5000)
+    assert sums_by_entry.parts(5000, 3, 1) > 1
+    arguments = values.to(device), buckets.to(device), 3
+    found = bias_table_gradient(*arguments, implementation="triton")
+    inside = buckets < 3
+    assert 0 < int((~inside).sum())
+    expected = exact(values[inside], buckets[inside], 3)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, bias_table_gradient(*arguments, implementation="triton"))
 
 
 def test_bits_do_not_depend_on_threads() -> None:
@@ -112,13 +160,21 @@ def test_bits_do_not_depend_on_threads() -> None:
     assert torch.equal(*found)
 
 
-def test_registration(place: Callable[[str], torch.device]) -> None:
-    place("cpp")
-    values, buckets = scores(100, 7)
-    bias_table_gradient(values, buckets, 7, implementation="cpp")  # loads
-    torch.library.opcheck(torch.ops.gr_kernels.bias_table_gradient, (values, buckets, 7, True))
+@pytest.mark.parametrize("implementation", ["cpp", "triton"])
+def test_registration(implementation: str, place: Callable[[str], torch.device]) -> None:
+    device = place(implementation)
+    values, buckets = (x.to(device) for x in scores(100, 7))
+    choice = {"implementation": implementation}
+    plain = bias_table_gradient(values, buckets, 7, **choice)  # registers
+    ops = torch.ops.gr_kernels
+    operator, more = (
+        (ops.bias_table_gradient, (7, True))
+        if implementation == "cpp"
+        else (ops.bias_table_gradient_triton, (7,))
+    )
+    torch.library.opcheck(operator, (values, buckets, *more))
     call = torch.compile(bias_table_gradient, backend="aot_eager", fullgraph=True)
-    assert torch.equal(call(values, buckets, 7), bias_table_gradient(values, buckets, 7))
+    assert torch.equal(call(values, buckets, 7, **choice), plain)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpp"])
@@ -136,7 +192,22 @@ def test_choice_and_errors() -> None:
         "reference (" if native.why_unavailable() else "cpp ("
     )
     assert explain(bias_table_gradient, values.double(), buckets, 3).startswith("reference (")
+    with pytest.raises(ValueError, match="'triton' can't run here: it takes float32, float16 or bfloat16"):
+        bias_table_gradient(values.double(), buckets, 3, implementation="triton")
     with pytest.raises(ValueError, match="they must be alike"):
         bias_table_gradient(values, buckets[:3], 3)
     with pytest.raises(ValueError, match="int32 or int64 buckets"):
         bias_table_gradient(values, values, 3)
+
+
+def test_choice_on_a_gpu(place: Callable[[str], torch.device]) -> None:
+    """The compiled operator where it was built, else Triton's; asked with tensors that have no memory."""
+    place("triton")
+    with FakeTensorMode():
+        values = torch.empty(10, device="cuda")
+        buckets = torch.empty(10, dtype=torch.int64, device="cuda")
+        chosen = explain(bias_table_gradient, values, buckets, 3)
+    if native.why_no_cuda():
+        assert chosen.startswith("triton (values sorted by bucket; deterministic); cuda can't: ")
+    else:
+        assert chosen.startswith("cuda (")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gr_kernels import native
+from gr_kernels import explain, native
 from gr_kernels.counter_random import (
     derive_key,
     philox,
@@ -127,6 +127,85 @@ def test_floats_and_normals_have_their_moments(implementation: str) -> None:
     assert float(rows.var()) == pytest.approx(variance, rel=0.02)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("draws", [0, 1, 3, 4, 129])
+def test_triton_gives_the_bits_of_the_reference(device: torch.device, draws: int) -> None:
+    # several programs each with 129 draws; coordinates of all 64 bits, of which positions use 32
+    generator = torch.Generator().manual_seed(3)
+    ordinals, positions = torch.randint(-(2**63), 2**63 - 1, (2, 37), generator=generator).to(device)
+
+    def agree(function, *settings, **named) -> torch.Tensor:
+        drawn, expected = (
+            function(KEY, *settings, **named, implementation=way).cpu() for way in ("triton", "reference")
+        )
+        assert drawn.dtype == expected.dtype and torch.equal(drawn, expected)
+        return drawn
+
+    for high in (1, 3883, 2**31 + 7, 2**32):
+        agree(uniform_integers, ordinals, positions, draws, high)
+    agree(uniform_integers, ordinals, positions, draws, 2**31, dtype=torch.int32)
+    agree(uniform_floats, ordinals, positions, draws)
+    agree(uniform_integers, ordinals[::2], positions.int()[::2], draws, 10)
+    agree(uniform_integers, ordinals[:0], positions[:0], draws, 10)
+    # the words are the same, the inverse normal law is the device's
+    if device.type == "cpu":
+        agree(truncated_normal_rows, ordinals, draws, 0.02)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "triton"])
+def test_a_compiler_traces_through(device: torch.device, implementation: str) -> None:
+    if implementation == "cpp":
+        device = torch.device("cpu")
+    ordinals, positions = (x.to(device) for x in coordinates(9))
+
+    def both(ordinals: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        settings = {"implementation": implementation}
+        return (
+            uniform_integers(KEY, ordinals, positions, 5, 100, dtype=torch.int32, **settings) + 1,
+            uniform_floats(KEY, ordinals, positions, 3, **settings) * 2,
+        )
+
+    traced = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=True)
+    for some in (ordinals, ordinals[:4]):
+        for found, expected in zip(traced(some, positions[: len(some)]), both(some, positions[: len(some)])):
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_the_triton_operator_is_a_good_citizen_of_torch(device: torch.device) -> None:
+    ordinals, positions = (x.to(device) for x in coordinates(6))
+    uniform_floats(KEY, ordinals, positions, 1, implementation="triton")  # registers it
+    operator = torch.ops.gr_kernels.counter_draws_triton
+    for dtype in (torch.int64, torch.int32, torch.float32, torch.float64):
+        torch.library.opcheck(operator, (-5, ordinals, positions, 7, 1000, dtype))
+    torch.library.opcheck(operator, (5, ordinals, None, 7, 0, torch.float64))
+
+
+@pytest.mark.gpu
+def test_triton_beyond_two_to_the_31_draws(device: torch.device) -> None:
+    rows, draws = 2**25 + 3, 65  # 9 GB
+    ordinals = torch.arange(rows, device=device)
+    drawn = uniform_integers(KEY, ordinals, ordinals, draws, 3883, dtype=torch.int32)
+    for part in (slice(0, 3), slice(2**31 // draws - 2, 2**31 // draws + 3), slice(rows - 3, rows)):
+        some = ordinals[part]
+        expected = uniform_integers(KEY, some, some, draws, 3883, implementation="reference")
+        assert torch.equal(drawn[part].long(), expected)
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ operators are not built")
+def test_explain_names_the_implementation() -> None:
+    ordinals, positions = coordinates(3)
+    for function, settings in (
+        (uniform_integers, (ordinals, positions, 4, 10)),
+        (uniform_floats, (ordinals, positions, 4)),
+        (truncated_normal_rows, (range(3), 4, 1.0)),
+    ):
+        assert explain(function, KEY, *settings).startswith("cpp (")
+        assert explain(function, KEY, *settings, implementation="reference").startswith("reference (")
+    meta = (x.to("meta") for x in (ordinals, positions))
+    sentence = explain(uniform_integers, KEY, *meta, 4, 10)
+    assert sentence.startswith("reference (") and "triton can't" in sentence and "cpp can't" in sentence
+
+
 def test_threads_change_nothing() -> None:
     ordinals, positions = coordinates(5000)
     before = torch.get_num_threads()
@@ -183,6 +262,12 @@ def test_errors_say_what_is_wrong() -> None:
         uniform_integers(KEY, ordinals, positions, 4, 2**31 + 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="vectors of one length"):
         uniform_integers(KEY, ordinals, positions[:2], 4, 10)
+    with pytest.raises(ValueError, match="on meta: move one"):
+        uniform_integers(KEY, ordinals, positions.to("meta"), 4, 10)
+    with pytest.raises(ValueError, match="'auto' or one of 'cpp', 'triton', 'reference'"):
+        uniform_floats(KEY, ordinals, positions, 4, implementation="cuda")
+    with pytest.raises(ValueError, match="31 bits"):
+        uniform_floats(KEY, ordinals, positions, 2**31, implementation="triton")
     with pytest.raises(ValueError, match="derive_key"):
         uniform_integers(-1, ordinals, positions, 4, 10)
     with pytest.raises(ValueError, match="cut"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -35,14 +34,7 @@ IMPLEMENTATIONS = [
     "reference",
 ]
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """torch.empty gives NaN, in the C++ scratch too: reading what was never written can't go unseen."""
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("error")  # (use_deterministic_algorithms() imports the compiler first)
-    yield
-    torch.set_deterministic_debug_mode(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def test_package_exports_functions() -> None:
@@ -342,6 +334,15 @@ def test_strides_are_taken_as_they_come() -> None:
         assert torch.equal(strided, dense)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_order_of_work_changes_nothing(implementation: str) -> None:
+    case = make_case((9, 0, 20, 3), 2, 8, 8)
+    plain = run(case, torch.float32, implementation, divisor=9.0)
+    ordered = run(case, torch.float32, implementation, divisor=9.0, order=torch.tensor([2, 3, 0, 1]))
+    assert plain.keys() == ordered.keys()
+    assert all(torch.equal(ordered[name], value) for name, value in plain.items())
+
+
 def test_lower_precision_goes_to_the_reference() -> None:
     case = make_case((30, 12), 2, 16, 16, "none")
     q, k, v = case.qkv(case.projection)
@@ -405,6 +406,10 @@ WRONG_CALLS = {
     "bias.key_times must be": wrong(
         bias=RelativeBias(time=torch.zeros(129), query_times=TIMES, key_times=TIMES.float())
     ),
+    r"order must be \(2,\) int64, not \(3,\)": wrong(order=torch.arange(3)),
+    r"order must be \(2,\) int64, not .* torch.int32": wrong(order=torch.arange(2).int()),
+    "order is on meta, but q is on cpu": wrong(order=torch.empty(2, dtype=torch.int64, device="meta")),
+    "order must name each of the 2 sequences once": wrong(order=torch.zeros(2, dtype=torch.int64)),
     "implementation must be 'auto'": wrong(implementation="fast"),
 }
 

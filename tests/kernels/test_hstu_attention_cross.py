@@ -32,10 +32,7 @@ MASKS = {
     "all": AttentionMask(window=6, full_rows=3, contexts=3, targets=TARGETS),
 }
 
-
-@pytest.fixture(autouse=True)
-def poisoned(poisoned_memory: None) -> None:
-    """What was never written is NaN."""
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("dropout", [0.0, DROPOUT])
@@ -185,7 +182,7 @@ def test_problems_survive_flattening() -> None:
     problem = AttentionProblem(
         offsets=case.offsets, max_length=3, divisor=7.0, scale=0.3, activation="softmax", bias=bias,
         mask=AttentionMask(True, 5, 2, 1, torch.tensor([1, 0])), dropout=0.25, dropout_key=2**64 - 3,
-        query_offsets=torch.tensor([0, 1, 2]), deterministic=True,
+        query_offsets=torch.tensor([0, 1, 2]), order=torch.tensor([1, 0]), deterministic=True,
     )  # fmt: skip
     flat = flatten(problem)
     assert all(-(2**63) <= x < 2**63 for x in flat if isinstance(x, int))
@@ -213,7 +210,7 @@ class Call:
             q, k, v, tensors["offsets"], query_offsets=tensors["query_offsets"] if self.cross else None,
             max_length=max_length, divisor=9.0, scale=0.5, mask=mask, dropout=0.2, dropout_key=key,
             bias=RelativeBias(position, time, tensors["query_times"], tensors["key_times"]),
-            implementation=self.implementation,
+            order=tensors["order"], implementation=self.implementation,
         )  # fmt: skip
 
     def inputs(self, lengths: tuple[int, ...]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -225,6 +222,7 @@ class Call:
         tensors = {
             "offsets": case.offsets,
             "targets": torch.tensor([n // 3 for n in lengths]),
+            "order": torch.tensor(lengths).argsort(descending=True),
             "query_times": case.bias.query_times[case.query_rows()],
             "key_times": case.bias.key_times,
             **case.form(),
@@ -278,7 +276,7 @@ def test_operators_are_registered_as_they_behave(activation: str, cross: bool) -
     problem = AttentionProblem(
         offsets=tensors["offsets"], query_offsets=tensors.get("query_offsets"), max_length=9, divisor=3.0,
         activation=activation, mask=AttentionMask(window=4, targets=tensors["targets"]),  # type: ignore[arg-type]
-        bias=RelativeBias(leaves[3], leaves[4], tensors["query_times"], tensors["key_times"]),
+        bias=RelativeBias(leaves[3], leaves[4], tensors["query_times"], tensors["key_times"]), order=tensors["order"],
     )  # fmt: skip
     arguments = (*leaves[:3], *flatten(problem))
     torch.library.opcheck(torch.ops.gr_kernels.hstu_attention_reference.default, arguments)

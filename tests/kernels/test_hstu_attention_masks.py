@@ -36,10 +36,7 @@ MASKS = {
     "all": AttentionMask(window=6, full_rows=3, contexts=3, targets=TARGETS),
 }
 
-
-@pytest.fixture(autouse=True)
-def poisoned(poisoned_memory: None) -> None:
-    """What was never written is NaN."""
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def sees(i: int, j: int, n: int, targets: int, window: int, full_rows: int, contexts: int) -> bool:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -335,6 +339,31 @@ def test_deterministic_runs_are_equal(case: Case, device: torch.device) -> None:
     assert_equal(results(inputs), results(inputs))
 
 
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+def test_any_order_of_work_gives_the_same_bits(activation: str, cross: bool, device: torch.device) -> None:
+    """Longest first, which is what a call without an order finds, and others; the tables' gradients are summed in
+    that order, so their last bits may differ."""
+    case = Case(mask="all", bias="both", activation=activation, cross=cross, deterministic=True)
+    inputs = make_inputs(case).moved(device, torch.float32)
+    plain = results(inputs)
+    for order in ([3, 0, 2, 1], [0, 1, 2, 3], [1, 3, 0, 2]):
+        problem = dataclasses.replace(inputs.problem, order=torch.tensor(order, device=device))
+        found = results(dataclasses.replace(inputs, problem=problem))
+        for name in ("position", "time"):
+            torch.testing.assert_close(found.pop(name), plain[name], rtol=1e-5, atol=1e-6)
+        assert_equal(found, {name: plain[name] for name in found})
+
+
+def test_order_is_not_found_again_when_given(device: torch.device) -> None:
+    inputs = make_inputs(Case()).moved(device, torch.float32)
+    order = torch.tensor([1, 3, 0, 2], device=device)
+    launch = triton_op.Launch(inputs.q, inputs.k, inputs.v, dataclasses.replace(inputs.problem, order=order))
+    assert launch.order is order
+    found = triton_op.Launch(inputs.q, inputs.k, inputs.v, inputs.problem).order
+    assert found is not None and found.tolist() == [3, 0, 2, 1]
+
+
 @pytest.mark.parametrize("activation", ["silu", "softmax"])
 def test_rows_outside_are_never_read(activation: str, device: torch.device) -> None:
     """Sequences that start late and end early in a poisoned batch: same results, zeros outside."""
@@ -415,11 +444,71 @@ def test_strides_are_taken_as_they_come(device: torch.device) -> None:
     assert torch.equal(triton_op.attention(q, k, v, problem), dense)
 
 
+def slices(dtype: torch.dtype, heads: int, width: int) -> list[Tensor]:
+    """v, q and k as the layers have them, behind u in one projection."""
+    projection = torch.empty(10, 4 * heads * width, dtype=dtype)
+    return [x.unflatten(1, (heads, width)) for x in projection.split(heads * width, dim=1)[1:]]
+
+
+def test_addresses_are_known_as_they_are() -> None:
+    """ALIGNED divides every row's address in bytes; FAR is set when 32 bits can't count within a tile."""
+    settings = Settings(ROWS=128, KEYS=64, WIDTH_Q=16, WIDTH_V=16, BLOCK_Q=16, BLOCK_V=16)
+    expected = {
+        (torch.bfloat16, 1, 50): 4,
+        (torch.bfloat16, 2, 25): 2,
+        (torch.bfloat16, 2, 64): 16,
+        (torch.bfloat16, 3, 20): 8,
+        (torch.float32, 1, 50): 8,
+        (torch.float32, 2, 25): 4,
+    }
+    for (dtype, heads, width), aligned in expected.items():
+        found = triton_op.addressed(settings, *slices(dtype, heads, width))
+        assert (found.ALIGNED, found.FAR) == (aligned, False)
+    shifted = torch.empty(20, 2, 64, dtype=torch.bfloat16)[..., 3:]
+    assert triton_op.addressed(settings, shifted).ALIGNED == 2
+    one_row = torch.empty(64, dtype=torch.bfloat16).as_strided((1, 1, 64), (3, 5, 1))
+    assert triton_op.addressed(settings, one_row).ALIGNED == 16  # a stride that is never taken says nothing
+    for stride, far in ((2**24 - 1, False), (2**24, True)):
+        rows = torch.empty(2**24 + 64, device="meta").as_strided((2, 1, 64), (stride, 64, 1))
+        assert triton_op.addressed(settings, rows).FAR is far
+        heads = torch.empty(2**24 + 64, device="meta").as_strided((1, 128, 64), (64, stride, 1))
+        assert triton_op.addressed(settings, heads).FAR is far
+
+
+COUNT_COPIES = """
+import triton
+from benchmarks.kernels import resources
+from gr_kernels.hstu_attention.compile_cases import CASES
+compile, kernels = triton.compile, []
+triton.compile = lambda *a, **k: kernels.append(compile(*a, **k)) or kernels[-1]
+for name in ("forward", "d_q", "d_kv"):
+    case = next(c for c in CASES if c.name == name + ".bf16.d50.short.both" and 90 in c.architectures)
+    resources.compile_case(case, 90)
+print(*(kernel.asm["ptx"].count("cp.async.ca.shared.global") for kernel in kernels))
+"""
+
+
+def test_unaligned_rows_are_copied_ahead_of_their_use(checkout: Path, tmp_path: Path) -> None:
+    """A model's default, heads of 50 in bfloat16: no 16-byte pieces, but keys and values are still pipelined."""
+    from benchmarks.kernels.resources import missing_compiler
+
+    if reason := missing_compiler():
+        pytest.skip(reason)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{checkout}:{checkout / 'kernels'}", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_COPIES], env=environment, cwd=checkout, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    copies = [int(count) for count in done.stdout.split()]
+    assert len(copies) == 3 and min(copies) >= 40, copies
+
+
 def test_operator_traces(device: torch.device) -> None:
     """Schema, fake shapes and autograd registration, as torch.compile uses them."""
     inputs = make_inputs(Case(mask="all", bias="both", lengths=(9, 0, 5, 7))).moved(device, torch.float32)
-    for activation in ("silu", "softmax"):
-        problem = dataclasses.replace(inputs.problem, activation=activation)
+    for activation, order in (("silu", None), ("softmax", torch.tensor([0, 3, 2, 1], device=device))):
+        problem = dataclasses.replace(inputs.problem, activation=activation, order=order)
         q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
         triton_op.attention(q, k, v, problem)  # registers
         operator = torch.ops.gr_kernels.hstu_attention_triton.default

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from gr_kernels.jagged import (
     jagged_to_dense,
     split_jagged,
 )
-from gr_kernels.jagged.positions_and_times import sums
+from gr_kernels.triton_common import sums_by_entry
 from gr_kernels.triton_common.available import why_unavailable
 from tests.kernels.precision import assert_precise
 
@@ -35,10 +35,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Sequences of length 0, 1, odd, and one longer than a tile has rows.
 HISTORY, TARGETS = (3, 0, 1, 70, 0, 17), (2, 5, 0, 1, 0, 33)
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(poisoned_memory: None) -> Iterator[None]:
-    yield
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture
@@ -350,14 +347,46 @@ def test_positions_and_times(
     assert_precise(run(None), run(dtype), run(torch.float64))
 
 
+@pytest.mark.parametrize("implementation", COMPUTING)
+@pytest.mark.parametrize("case", ["front", "back", "targets", "no table"])
+def test_positions_where_every_row_has_a_sequence(
+    case: str, implementation: str, place: Callable[[str], torch.device]
+) -> None:
+    """The same as among rows without one, whose gradients are zero."""
+    device = place(implementation)
+    lengths, width = (5, 0, 1, 21, 0, 8), 7
+    offsets, rows = edges(lengths), sum(lengths)
+    x, d_out = numbers(rows + 3, width), numbers(rows + 3, width, seed=1)
+    table = numbers(max(lengths) + 2, width, seed=2)
+
+    def run(before: int, after: int) -> list[Tensor]:
+        taken = slice(1 - before, 1 + rows + after)
+        x_here, table_here = (t.to(device).requires_grad_() for t in (x[taken], table))
+        out = add_positions_and_times(
+            x_here, (offsets + before).to(device), max_length=max(lengths), scale=1.7,
+            position_PD=None if case == "no table" else table_here,
+            targets_B=torch.tensor([2, 0, 1, 7, 0, 0]).to(device) if case == "targets" else None,
+            count_from="back" if case == "back" else "front", implementation=implementation,
+        )  # fmt: skip
+        wanted = (x_here,) if case == "no table" else (x_here, table_here)
+        return [t.detach().cpu() for t in (out, *torch.autograd.grad(out, wanted, d_out[taken].to(device)))]
+
+    covered, among = run(0, 0), run(1, 2)
+    for around in among[:2]:
+        assert not around[0].any() and not around[-2:].any()
+    assert [torch.equal(a, b[1:-2]) for a, b in zip(covered[:2], among[:2])] == [True, True]
+    for a, b in zip(covered[2:], among[2:]):
+        torch.testing.assert_close(a, b)
+
+
 def test_gradient_of_tables_splits_long_sums(place: Callable[[str], torch.device]) -> None:
     """One entry with most of the rows: summed in parts, the same bits every time."""
     device = place("triton")
-    values, inside = numbers(700, 3), torch.arange(700) % 11 > 0
+    values, inside = numbers(700, 40), torch.arange(700) % 11 > 0
     entry = (torch.arange(700) % 50 == 0).long() * 2 + (torch.arange(700) % 70 == 1).long()
-    assert sums.parts(700, 4, 3) > 1
-    found = [sums.sum_rows_by_entry(*to(device, values, entry, inside), 4).cpu() for _ in range(2)]
-    exact = torch.zeros(4, 3, dtype=torch.float64).index_add(0, entry[inside], values[inside].double())
+    assert sums_by_entry.parts(700, 4, 40) > 1
+    found = [sums_by_entry.sum_rows_by_entry(*to(device, values, entry, inside), 4).cpu() for _ in range(2)]
+    exact = torch.zeros(4, 40, dtype=torch.float64).index_add(0, entry[inside], values[inside].double())
     torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=1e-5)
     assert torch.equal(*found)
 

@@ -31,14 +31,7 @@ WAYS = [
     ),
 ]
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """torch.empty gives NaN: reading what was never written can't go unseen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(autouse=True)
@@ -330,6 +323,17 @@ def test_strided_queries_and_autocast(implementation: str) -> None:
         assert torch.equal(loss(inputs["queries"]), plain)
 
 
+@pytest.mark.parametrize("implementation", [*BOTH, "triton"])
+@pytest.mark.parametrize("name", ["log_partition", "cross_entropy"])
+def test_autocast_leaves_the_gradients_alone(name: str, implementation: str, device: torch.device) -> None:
+    """The inputs' dtype is the products', whatever autocast is on; the table is long enough for several parts."""
+    made = problem_in(9, 300, 16, torch.float32, torch.device("cpu") if implementation == "cpp" else device)
+    plain = results(lambda x: call(name, x, implementation), made)
+    with torch.autocast(made["queries"].device.type, dtype=torch.bfloat16):
+        found = results(lambda x: call(name, x, implementation), made)
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
 def excluding(made: dict[str, Tensor], names: bool) -> dict[str, Any]:
     """Three excluded items a query (-1 and repetitions among them; all items for one query of small tables)."""
     tokens, catalogue = len(made["queries"]), len(made["table"])
@@ -365,6 +369,7 @@ TRITON_CASES = [
     (9, 300, 64, torch.float16, EPS, None),
     (4, 70, 128, torch.bfloat16, None, None),
     (3, 65, 200, torch.float16, None, False),
+    (19, 70, 256, torch.float32, EPS, True),
     (0, 5, 4, torch.float32, None, None),
 ]
 GPU_CASES = [
@@ -373,7 +378,6 @@ GPU_CASES = [
     for dtype in (torch.float32, torch.float16, torch.bfloat16)
     for eps in (None, EPS)
     for names in (None, False, True)
-    if not (dtype == torch.float32 and width > 128)
 ]
 
 
@@ -410,7 +414,7 @@ def test_excluded_items_in_chunks(name: str, names: bool, max_scores: int) -> No
     assert_loss_precise(found, plain, exact)
 
 
-@pytest.mark.parametrize("implementation", ["chunked", "triton"])
+@pytest.mark.parametrize("implementation", ["chunked", "triton", "reference"])
 @pytest.mark.parametrize("wanted", [("queries",), ("queries", "table", "bias")])
 def test_a_query_that_sees_nothing(
     implementation: str, wanted: tuple[str, ...], device: torch.device
@@ -437,6 +441,32 @@ def test_a_query_that_sees_nothing(
     torch.testing.assert_close(found["queries"][1:3], rest["queries"], rtol=1e-5, atol=1e-6)
     if "table" in leaves:
         torch.testing.assert_close(found["table"], rest["table"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [*BOTH, "triton", "reference"])
+@pytest.mark.parametrize("wanted", [("queries",), ("queries", "table", "bias")])
+def test_where_no_item_is_left(implementation: str, wanted: tuple[str, ...], device: torch.device) -> None:
+    """Biases of -inf: an empty sum is -inf and moves nothing, however its gradient is weighed."""
+    made = problem_in(5, 40, 6, torch.float32, torch.device("cpu") if implementation == "cpp" else device)
+    made["bias"][:] = -torch.inf
+    partition = results(lambda x: call("log_partition", x, implementation), made, wanted=wanted)
+    assert bool(partition["out"].isneginf().all())
+    assert all(float(partition[name].abs().max()) == 0 for name in wanted)
+    # nobody can be the target: 0 / 0, as in PyTorch
+    loss = results(lambda x: call("cross_entropy", x, implementation), made, wanted=wanted)
+    assert all(bool(value.isnan().all()) for value in loss.values())
+
+
+@pytest.mark.parametrize("implementation", [*BOTH, "triton", "reference"])
+def test_a_target_without_a_chance(implementation: str, device: torch.device) -> None:
+    """Its loss is infinite, the gradients are those of the others' shares and of its own, 0 - 1."""
+    made = problem_in(5, 40, 6, torch.float32, torch.device("cpu") if implementation == "cpp" else device)
+    made["bias"][made["targets"][0]] = -torch.inf
+    exact = results(lambda x: call("cross_entropy", x, "reference"), made, torch.float64)
+    found = results(lambda x: call("cross_entropy", x, implementation), made)
+    assert float(found["out"]) == torch.inf
+    for name in ("queries", "table", "bias"):
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-5)
 
 
 def test_an_excluded_target_still_counts() -> None:

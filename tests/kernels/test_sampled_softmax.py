@@ -12,7 +12,7 @@ from torch import Tensor
 from gr_kernels import native
 from gr_kernels.dispatch import explain
 from gr_kernels.sampled_softmax import reference, sampled_softmax
-from tests.kernels.loss_problems import EPS, assert_loss_precise, inputs, results
+from tests.kernels.loss_problems import EPS, LEAVES, assert_loss_precise, inputs, results
 from tests.kernels.precision import error
 
 WAYS = ["triton", "scores"]
@@ -27,9 +27,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def nan_in_new_memory(poisoned_memory: None) -> None:
-    pass
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def problem(
@@ -71,6 +69,7 @@ CASES = [
     (20, 90, 64, 70, torch.bfloat16, EPS),
     (18, 40, 33, 129, torch.bfloat16, None),
     (9, 30, 128, 40, torch.float16, EPS),
+    (9, 30, 256, 20, torch.float32, None),
     (0, 5, 4, 3, torch.float32, None),
 ]
 GPU_CASES = [
@@ -82,7 +81,6 @@ GPU_CASES = [
     )
     for dtype in (torch.float32, torch.float16, torch.bfloat16)
     for eps in (None, EPS)
-    if not (dtype == torch.float32 and width > 128)
 ]
 
 
@@ -183,6 +181,44 @@ def test_in_batch_softmax_debiased(way: str, device: torch.device) -> None:
     assert_loss_precise(results(loss, made, None, leaves), plain, exact)
 
 
+@pytest.mark.parametrize("way", ["reference", *WAYS])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_target_without_a_chance(shared: bool, way: str, device: torch.device) -> None:
+    """A bias of -inf: its loss is infinite, the gradients are those of the others' shares and of its own, 0 - 1."""
+    made = problem(5, 12, 6, 4, shared, torch.float32, device)
+    made["targets"][0], made["bias"][7] = 7, -torch.inf
+    exact = results(lambda x: call(x, "reference"), made, torch.float64)
+    found = results(lambda x: call(x, way), made)
+    assert float(found["out"]) == torch.inf
+    for name in ("queries", "table", "bias"):
+        assert bool(found[name].isfinite().all())
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["reference", *WAYS])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+def test_where_nothing_has_a_chance(shared: bool, way: str, device: torch.device) -> None:
+    """0 / 0: the loss and the gradients of the query are NaN."""
+    made = problem(5, 12, 6, 4, shared, torch.float32, device)
+    made["bias"][:] = -torch.inf
+    found = results(lambda x: call(x, way), made)
+    assert bool(found["out"].isnan()) and bool(found["queries"].isnan().all())
+
+
+@pytest.mark.parametrize("way", ["reference", *WAYS])
+@pytest.mark.parametrize("biased", [False, True])
+def test_counts_stand_for_repeated_negatives(way: str, biased: bool, device: torch.device) -> None:
+    made = inputs(25, 10, 8, torch.float32, device)  # targets are among the negatives
+    drawn = torch.tensor([3, 3, 3, 0, 7, 7, 9, 1], device=device)
+    counts = torch.bincount(drawn, minlength=10)
+    repeated, counted = {**made, "negatives": drawn}, {**made, "negatives": torch.arange(10, device=device)}
+    exact = results(lambda x: call(x, "reference", biased), repeated, torch.float64, LEAVES[: 2 + biased])
+    plain = results(lambda x: call(x, "reference", biased), repeated, None, LEAVES[: 2 + biased])
+    found = results(lambda x: call(x, way, biased, counts_K=counts), counted, None, LEAVES[: 2 + biased])
+    assert_loss_precise(found, plain, exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_of_shared_scores(dtype: torch.dtype) -> None:
     made = problem(30, 25, 12, 17, True, dtype, torch.device("cpu"))
@@ -278,6 +314,9 @@ def test_the_choice_and_errors_say_why() -> None:
         sampled_softmax(queries, table, targets, negatives[:4])
     with pytest.raises(ValueError, match="bias must be"):
         sampled_softmax(queries, table, targets, negatives, bias_I=torch.zeros(6))
+    for counts, rows in ((torch.ones(5), negatives), (torch.ones(4), negatives[0])):
+        with pytest.raises(ValueError, match=r"counts must be \(K,\), one of each shared negative"):
+            sampled_softmax(queries, table, targets, rows, counts_K=counts)
     negatives[3, 2] = 20
     with pytest.raises(
         IndexError, match=r"negative row 20 \(query 3, negative 2\) is outside the table of 20"

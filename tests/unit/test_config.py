@@ -91,6 +91,7 @@ def test_the_name_of_a_schedule_is_a_value_like_others(tmp_path):
         ("model.similarity.temperature=0", "config key 'model.similarity.temperature' is 0"),
         ("model.similarity.eps=0", "config key 'model.similarity.eps' is 0"),
         ("train.clip_norm=0", "config key 'train.clip_norm' is 0"),
+        (f"train.seed={2**63}", f"config key 'train.seed' is {2**63}: input should be less than"),
     ],
 )
 def test_values_that_could_not_work_are_refused(override, sentence):
@@ -104,3 +105,9 @@ def test_a_config_that_cannot_be_read(tmp_path):
     for path in (tmp_path, tmp_path / "bytes.yaml"):
         with pytest.raises(UserError, match="cannot be read"):
             configs.load(path)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "", ".hidden", "a\\b"])
+def test_a_runs_name_is_a_folders(name):
+    with pytest.raises(UserError, match=r"run\.name.*without slashes"):
+        configs.load(HSTU, [f"run.name={name!r}"])

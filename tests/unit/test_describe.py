@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.describe import describe, plot, samples, titles
+from gr.data.describe_tables import counts_table
 from gr.data.sequences import Sequences
 from gr.errors import UserError
 
@@ -84,3 +87,9 @@ def test_program(dataset, tmp_path, checkout):
     wrong = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and wrong.stderr.startswith(f"error: no sequence dataset at '{tmp_path}'")
     assert "Traceback" not in wrong.stderr
+
+
+def test_times_in_another_unit_are_doubted(dataset):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(counts_table(dataset, describe(dataset)))  # times 2 to 9: January 1970
+    assert "is the schema's time_unit right?" in console.export_text()

@@ -128,11 +128,12 @@ def test_nothing_half_written_is_left(run, tmp_path):
 
 
 def test_user_ids_from_files(tmp_path):
-    (tmp_path / "ids.txt").write_text("7\n\n ann \n7\n")
-    assert read_user_ids(tmp_path / "ids.txt") == ["7", "ann", "7"]
+    for mark in ("", "\ufeff"):
+        (tmp_path / "ids.txt").write_text(f"{mark}7\n\n ann \n7\n")
+        assert read_user_ids(tmp_path / "ids.txt") == ["7", "ann", "7"]
     table = pa.table({"user_id": [3, 1], "other": ["x", "y"]})
     pq.write_table(table, tmp_path / "ids.parquet")
-    assert read_user_ids(tmp_path / "ids.parquet") == [3, 1]
+    assert read_user_ids(tmp_path / "ids.parquet") == ["3", "1"]
     (tmp_path / "ids.csv").write_text("user_id,n\n007,1\n7,2\n")
     assert read_user_ids(tmp_path / "ids.csv") == ["007", "7"]
     (tmp_path / "ids.csv").write_text("user_id,n\n7,1\n,2\n")
@@ -147,6 +148,13 @@ def test_user_ids_from_files(tmp_path):
     pq.write_table(pa.table({"user_id": [3, None]}), tmp_path / "null.parquet")
     with pytest.raises(UserError, match=r"row 2 of .* has no user_id"):
         read_user_ids(tmp_path / "null.parquet")
+    pq.write_table(pa.table({"user_id": [3.0, 12345678901.0]}), tmp_path / "floats.parquet")
+    assert read_user_ids(tmp_path / "floats.parquet") == ["3", "12345678901"]
+    pq.write_table(pa.table({"user_id": [b"ann"]}), tmp_path / "bytes.parquet")
+    assert read_user_ids(tmp_path / "bytes.parquet") == ["ann"]
+    pq.write_table(pa.table({"user_id": [["a"]]}), tmp_path / "lists.parquet")
+    with pytest.raises(UserError, match=r"user_id of .* is of type list"):
+        read_user_ids(tmp_path / "lists.parquet")
     with pytest.raises(UserError, match="no file"):
         read_user_ids(tmp_path / "missing.txt")
 

@@ -208,6 +208,12 @@ def test_recommending_for_a_list_of_users(data):
         recommendation_requests(data, max_length=3, users=["70", "71", 0, "x"])
 
 
+@pytest.mark.parametrize("time", [1_700_000_000_000, -(10**30)])
+def test_a_time_of_request_in_other_units_is_refused(data, time):
+    with pytest.raises(UserError, match=f"the time of request {time} is not between the years 1740 and 2200"):
+        recommendation_requests(data, max_length=3, time=time)
+
+
 def test_text_ids_and_no_times(tmp_path):
     data = dataset(tmp_path / "text", sequences([[1, 2], [3]], users=np.array(["ann", "7"], object)))
     got = unpack(recommendation_requests(data, max_length=3, users=[7, "ann"]))

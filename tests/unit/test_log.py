@@ -216,6 +216,69 @@ def test_types_of_ids(tmp_path):
     assert read(parquet(tmp_path, u=[1, 2]), user_ids="string")["user"].to_pylist() == ["1", "2"]
 
 
+def test_ids_of_float_columns_are_the_integers_they_were(tmp_path):
+    """pandas makes floats of integers where one is missing."""
+    path = parquet(tmp_path, u=[12345678901.0, 2.0, 1.5])
+    assert read(path, user_ids="string")["user"].to_pylist() == ["12345678901", "2", "1.5"]
+    path = parquet(tmp_path, u=[1.0, float("nan")])
+    assert message(path, user_ids="string") == (
+        f"'{path}', row group 0, row 1, column 'u': the value is missing; {ASIDE}"
+    )
+
+
+def test_types_come_from_files_that_have_them(tmp_path):
+    """Not from an empty file's, which may be anything, nor from a column of nulls."""
+    text = pa.array([], pa.string())
+    pq.write_table(pa.table({"u": text, "i": text, "t": text, "v": text}), tmp_path / "a.parquet")
+    nothing = pa.nulls(1)
+    pq.write_table(pa.table({"u": [1], "i": [2], "t": [3], "v": nothing}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"u": [1], "i": [2], "t": [3], "v": [0.5]}), tmp_path / "c.parquet")
+    table = read(tmp_path, columns={**COLUMNS, "value": "v", "fields": {"v": "v"}})
+    assert table["user"].to_pylist() == [1, 1]
+    assert str(table["value"].to_pylist()) == str(table["field.v"].to_pylist()) == "[nan, 0.5]"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [([1], [2.5], [1.0, 2.5]), ([2.5], [1], [2.5, 1.0]), ([1], ["x"], ["1", "x"]), ([1], [2], [1, 2])],
+)
+def test_fields_have_one_type_in_all_files(tmp_path, first, second, both):
+    for name, values in (("a", first), ("b", second)):
+        pq.write_table(pa.table({"u": [1], "i": [2], "t": [3], "f": values}), tmp_path / f"{name}.parquet")
+    table = read(tmp_path, columns={**COLUMNS, "fields": {"f": "f"}})
+    assert table["field.f"].to_pylist() == both
+
+
+def test_large_integers_are_numbers(tmp_path):
+    path = parquet(tmp_path, v=[20_000_001, 2**60 + 1])
+    columns = {**COLUMNS, "value": "v", "fields": {"v": {"column": "v", "type": "float"}}}
+    table = read(path, columns=columns)
+    assert table["value"].to_pylist() == [20_000_000.0, 2.0**60]
+    assert table["field.v"].to_pylist() == [20_000_001.0, 2.0**60]
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    twice = f"'{tmp_path}/log.%s' has more than one column 'u': give each a name of its own"
+    columns = {"user": "u", "item": "i"}
+    pq.write_table(pa.table([[1], [2], [3]], names=["u", "u", "i"]), tmp_path / "log.parquet")
+    assert message(tmp_path / "log.parquet", columns=columns) == twice % "parquet"
+    assert message(csv(tmp_path, "u,u,i\n1,2,3\n"), columns=columns) == twice % "csv"
+    same = read(csv(tmp_path, "u,x,x\n1,2,3\n"), columns={"user": "u", "item": "u"})
+    assert same.to_pydict() == {"user": [1], "item": [1]}
+
+
+def test_times_beyond_the_resolution_are_bad_rows(tmp_path):
+    pq.write_table(
+        pa.table({"u": [1], "i": [2], "t": pa.array([0], pa.timestamp("ns"))}), tmp_path / "a.parquet"
+    )
+    late = pa.array([253_370_764_800], pa.timestamp("s"))  # the year 9999 has no nanoseconds in 64 bits
+    pq.write_table(pa.table({"u": [1], "i": [2], "t": late}), tmp_path / "b.parquet")
+    assert message(tmp_path) == (
+        f"'{tmp_path}/b.parquet', row group 0, row 0, column 't': datetime.datetime(9999, 1, 1, 0, 0) is not a time "
+        f"from 1678 to 2200; {ASIDE}"
+    )
+
+
 def test_times(tmp_path):
     seconds = csv(tmp_path, "u,i,t\n1,2,10.25\n1,2,11\n")
     reader = LogReader(str(seconds), LogSchema.model_validate({"columns": COLUMNS}))
@@ -273,6 +336,30 @@ def test_globs_folders_order_and_compression(tmp_path):
     assert read(tmp_path)["item"].to_pylist() == [1, 2, 3]
     assert read(tmp_path / "*.csv*")["item"].to_pylist() == [1, 2]
     assert read(f"file://{tmp_path}/b.csv")["item"].to_pylist() == [2]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "bz2", "zstd"])
+def test_compressed_csv(tmp_path, codec):
+    ending = {"gzip": "gz", "bz2": "bz2", "zstd": "zst"}[codec]
+    path = tmp_path / f"log.csv.{ending}"
+    with pa.output_stream(path, codec) as out:
+        out.write(b"u,i,t\n1,2,3\n")
+    assert read(path)["item"].to_pylist() == [2]
+    path.write_bytes(b"u,i,t\n1,2,3\n")
+    assert message(path).startswith(f"cannot read '{path}' as CSV (")
+    with pa.output_stream(path, codec) as out:
+        out.write(b"u,i,t\n" + b"1,2,3\n" * 50_000)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "Truncated" in message(path)
+
+
+def test_a_file_with_brackets_in_its_name_is_no_glob(tmp_path):
+    assert read(csv(tmp_path, "u,i,t\n1,2,3\n", "log [2024].csv"))["item"].to_pylist() == [2]
+
+
+def test_values_of_any_length(tmp_path):
+    path = csv(tmp_path, f"u,i,t\n1,{'x' * 200_000},1\n1,2,bad\n")
+    assert message(path).startswith(f"'{path}', line 3, column 't': 'bad' is not")
 
 
 def test_any_fsspec_filesystem(tmp_path):

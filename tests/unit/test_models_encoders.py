@@ -138,12 +138,12 @@ def test_the_inner_dropout_of_the_feed_forward_layer_is_apart_when_told():
         return encoder.blocks[0].ffn
 
     apart = ffn(ffn_dropout=0.0)
-    kept = apart(x)
-    torch.testing.assert_close(kept[kept != 0], 2 * apart.eval()(x)[kept != 0])
+    kept = apart(x, 1)
+    torch.testing.assert_close(kept[kept != 0], 2 * apart.eval()(x, 1)[kept != 0])
     assert 0.3 < (kept == 0).float().mean() < 0.7
     both = ffn()
-    kept = both(x)
-    assert not torch.allclose(kept[kept != 0], 2 * both.eval()(x)[kept != 0])
+    kept = both(x, 1)
+    assert not torch.allclose(kept[kept != 0], 2 * both.eval()(x, 1)[kept != 0])
 
 
 def test_gru_equals_one_sequence_at_a_time():

@@ -33,6 +33,16 @@ def test_the_gate_of_cpu_is_the_fused_one_without_dropout() -> None:
     torch.testing.assert_close(layer(attended, u, x, 0), fused)
 
 
+def test_the_gate_drops_by_its_key_where_the_operator_is_named() -> None:
+    layer = randomise(GatedOutput(6, 5, 0.5, "reference"))
+    attended, u = (torch.randn(7, 6, generator=generator(seed)) for seed in (0, 1))
+    x = torch.randn(7, 5, generator=generator(2))
+    first, again, other = (layer(attended, u, x, key) for key in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    fused = gated_output(attended, u, x, layer.weight, layer.bias, eps=1e-6, dropout=0.5, dropout_key=1)
+    torch.testing.assert_close(first, fused)
+
+
 def test_the_projection_is_cut_by_widths() -> None:
     layer = randomise(Projection(5, (2, 3, 1, 4), "reference"))
     x = torch.randn(7, 5, generator=generator(0))

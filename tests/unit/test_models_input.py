@@ -1,5 +1,6 @@
 """The input of encoders."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from gr.config import InputSection
 from gr.embeddings.table import LocalTable
 from gr.models.input import ItemInput
+from gr.models.layout import JaggedLayout
 from gr.models.tasks import MASK
 from tests.unit.models_common import LENGTHS, generator, layout, randomise
 
@@ -22,21 +24,45 @@ def build(masks=False, **config):
 @pytest.mark.parametrize("positions", ["none", "xavier_normal", "truncated_normal", "normal"])
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("masks", [False, True])
-def test_items_scaled_plus_positions_from_the_first_action(positions, scale, masks):
+@pytest.mark.parametrize("lengths", [LENGTHS, (0, 0), ()])
+def test_items_scaled_plus_positions_from_the_first_action(positions, scale, masks, lengths):
     model = build(masks, positions=positions, scale=scale, extra_positions=2, dropout=0.0)
-    where = layout()
+    where = layout(lengths)
     tokens = torch.randint(0, ITEMS, (where.rows,), generator=generator())
-    if masks:
+    if masks and len(tokens):
         tokens[[2, 9, 24]] = MASK
     expected = []
-    for t, (token, position) in enumerate(zip(tokens.tolist(), [p for n in LENGTHS for p in range(n)])):
+    for t, (token, position) in enumerate(zip(tokens.tolist(), [p for n in lengths for p in range(n)])):
         item = model.mask if token == MASK else model.table.weight[token]
         x = item * (math.sqrt(DIM) if scale else 1.0)
         expected.append(x if positions == "none" else x + model.positions[position])
         assert where.positions_T[t] == position
-    torch.testing.assert_close(model(tokens, where), torch.stack(expected))
+    found = model(tokens, where)
+    assert found.shape == (len(tokens), DIM)
+    if expected:
+        torch.testing.assert_close(found, torch.stack(expected))
     if positions != "none":
         assert model.positions.shape == (11, DIM)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["auto", "triton", "reference"])
+def test_gpu_equals_cpu(kernels):
+    model, where = build(positions="normal", scale=True, dropout=0.0), layout()
+    tokens = torch.randint(0, ITEMS, (where.rows,), generator=generator())
+    weights = torch.randn(where.rows, DIM, generator=generator(5))
+    found = []
+    for device in ("cpu", "cuda"):
+        table = copy.deepcopy(model.table).to(device)
+        there = ItemInput(model.config, table, 9, False, 0.02, kernels if device == "cuda" else "auto")
+        there.load_state_dict(model.state_dict())
+        there.to(device)
+        offsets = where.offsets_B1.to(device)
+        out = there(tokens.to(device), JaggedLayout(offsets, where.lengths, where.max_length))
+        gradients = torch.autograd.grad((out * weights.to(device)).sum(), (there.positions, table.weight))
+        found.append([out.detach().cpu(), *(g.cpu() for g in gradients)])
+    for on_cpu, on_gpu in zip(*found):
+        torch.testing.assert_close(on_gpu, on_cpu)
 
 
 def test_dropout_in_training_only():

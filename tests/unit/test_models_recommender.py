@@ -84,12 +84,13 @@ def test_empty_batches_give_every_parameter_a_gradient(name, lengths):
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_do_not_look_at_the_target_and_agree_with_topk(name):
     model = randomise(build(name)).train()
+    model.encoder.eval()
     b = batch(items=ITEMS)
     ends = b.offsets_B1[1:][b.offsets_B1.diff() > 0] - 1
     unknown = dataclasses.replace(b, items_T=b.items_T.index_fill(0, ends, UNKNOWN))
     scores = model.scores(unknown)
     assert torch.equal(scores, model.scores(b))  # dropout is off, too
-    assert model.training
+    assert model.training and not model.encoder.training, "modes come back as they were"
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
 

@@ -8,7 +8,6 @@ import torch
 from gr import registry
 from gr.config import SimilaritySection
 from gr.embeddings.table import LocalTable
-from gr.models.objectives import in_batch
 from gr.models.objectives.in_batch import InBatchDebiased
 from gr.models.objectives.negatives import NegativeSampler, popularity
 from gr.models.objectives.pairwise import BCE, BPR
@@ -16,6 +15,7 @@ from gr.models.objectives.sampled_softmax import SampledSoftmax
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import NextItem, Supervision
+from gr_kernels.sampled_softmax import op as sampled_softmax_op
 from tests.unit.models_common import batch, generator, gradients, randomise
 
 ITEMS, DIM, KEY = 12, 5, 77  # few items, so that negatives often hit the target
@@ -126,7 +126,7 @@ def test_pairwise(similarity, supervision, negatives, kind):
 @pytest.mark.parametrize("candidates", ["few", "more than items", "the target alone"])
 @pytest.mark.parametrize("max_scores", [1, 40, 1 << 24])
 def test_in_batch(similarity, supervision, monkeypatch, logq, candidates, max_scores):
-    monkeypatch.setattr(in_batch, "MAX_SCORES", {"cpu": max_scores})
+    monkeypatch.setattr(sampled_softmax_op, "MAX_SCORES", {"cpu": max_scores})
     objective = build(InBatchDebiased.Config(logq=logq), similarity)
     targets = supervision.targets_S
     pool = {

@@ -18,7 +18,7 @@ from gr.config import ComponentConfig, Section
 ROOT = Path(__file__).resolve().parents[2]
 
 # Part of the system -> the parts of ours that it may import. Imports run downwards only.
-KNOWN_TO_ALL = {"gr.config", "gr.batch", "gr.registry", "gr.errors"}
+KNOWN_TO_ALL = {"gr.config", "gr.batch", "gr.registry", "gr.errors", "gr.modes"}
 BOTTOM = {"gr_kernels"}
 LOWER = BOTTOM | {"gr.embeddings", "gr.modality"}
 MAY_IMPORT = {
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "gr.errors": set(),
     "gr.registry": {"gr.errors"},
     "gr.batch": {"gr.errors"},
+    "gr.modes": set(),
     "gr.config": {"gr.errors", "gr.registry"},
     "gr.embeddings": KNOWN_TO_ALL | BOTTOM | {"gr.modality"},
     "gr.modality": KNOWN_TO_ALL | BOTTOM | {"gr.embeddings"},
@@ -145,6 +146,16 @@ def test_waiting_threads_spin_shortly_unless_told_otherwise():
 def test_programs_do_not_hide_the_standard_library():
     hidden = [p.name for p in (ROOT / "launch").rglob("*.py") if p.stem in sys.stdlib_module_names]
     assert not hidden, f"launch/ is first on the path of its programs: rename {hidden}"
+
+
+@pytest.mark.parametrize("program", [p.stem for p in (ROOT / "launch").glob("*.py")])
+def test_programs_say_what_they_do(program):
+    """--help prints the program's own first line and ends well."""
+    file = ROOT / "launch" / f"{program}.py"
+    done = subprocess.run([sys.executable, file, "--help"], capture_output=True, text=True, timeout=60)
+    first = ast.get_docstring(ast.parse(file.read_text())).splitlines()[0]
+    assert done.returncode == 0, done.stderr
+    assert first.split()[0] in done.stdout and "usage:" in done.stdout
 
 
 def test_programs_are_short():

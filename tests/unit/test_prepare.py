@@ -304,8 +304,12 @@ def test_catalogue_errors(tmp_path):
             {"id": [1], "count": [1]},
             f"'{items}' has a column 'count', a name that gr gives: rename it or leave it out of columns",
         ),
+        (
+            pa.table([[1], ["a"], ["b"]], names=["id", "title", "title"]),
+            f"'{items}' has more than one column 'title': give each a name of its own",
+        ),
     ):
-        pq.write_table(pa.table(content), items)
+        pq.write_table(content if isinstance(content, pa.Table) else pa.table(content), items)
         with pytest.raises(UserError) as error:
             prepare(
                 str(tmp_path / "log.parquet"),
@@ -342,12 +346,34 @@ def test_stage_counts_add_up(tmp_path):
     assert stages["dataset"]["users"] == dataset.users
 
 
+def test_a_dataset_without_its_catalogue_is_named(tmp_path):
+    source = write_parquet(tmp_path / "log", random_log(1, text=False))
+    prepare(source, tmp_path / "out")
+    (tmp_path / "out/catalogue.parquet").unlink()
+    with pytest.raises(
+        UserError, match=r"cannot read '.*catalogue\.parquet' \(.*: prepare the dataset again"
+    ):
+        _ = SequenceDataset(tmp_path / "out").catalogue
+
+
 def test_existing_out_and_bad_partitions_are_refused(tmp_path):
     source = write_parquet(tmp_path / "log", random_log(1, text=False))
     prepare(source, tmp_path / "out")
     with pytest.raises(UserError) as error:
         make_source("log", {"columns": COLUMNS}).prepare(source, str(tmp_path / "out"))
     assert str(error.value) == f"'{tmp_path / 'out'}' exists: choose another --out, or say --overwrite"
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "manifest.json").write_text("{}")
+    (home / "letter.txt").write_text("dear")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for kept in (home, home / "letter.txt", tmp_path / "link"):
+        with pytest.raises(
+            UserError, match=r"is not a dataset that could be overwritten: choose another --out"
+        ):
+            make_source("log", {"columns": COLUMNS}).prepare(source, str(kept), overwrite=True)
+    assert (home / "letter.txt").read_text() == "dear"
+    make_source("log", {"columns": COLUMNS}).prepare(source, str(tmp_path / "out"), overwrite=True)
     with pytest.raises(UserError, match="partitions is 3: give a power of two up to 512"):
         prepare(source, tmp_path / "out2", partitions=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "link", "log", "out"]

@@ -53,6 +53,19 @@ def test_schema_file_and_settings(tmp_path):
             {"columns": {"user": "u"}},
             "config key 'columns.item' is missing: set it in the file or as columns.item=VALUE",
         ),
+        (
+            {"csv": {"encoding": "utf8x"}},
+            "config key 'csv.encoding' is 'utf8x': value error, no encoding of that name is known: use utf-8, "
+            "latin-1, ...",
+        ),
+        (
+            {"csv": {"quote": "''"}},
+            "config key 'csv.quote' is \"''\": string should have at most 1 character",
+        ),
+        (
+            {"csv": {"delimiter": "¦"}},
+            "config key 'csv.delimiter' is '¦': value error, only ASCII characters can cut CSV",
+        ),
     ],
 )
 def test_wrong_keys_are_refused(change, message):

@@ -98,11 +98,3 @@ def test_cloze_rates():
     assert alone.float().mean().item() == pytest.approx(0.25, abs=0.087)
     assert hidden(mask_probability=0.2, last_probability=1.0).nonzero()[:, 1].eq(49).all()
     assert hidden(mask_probability=1e-9)[:, -1].all()
-
-
-@pytest.mark.parametrize("task", [NextItem(NextItem.Config()), Cloze(Cloze.Config())])
-def test_attention_dropout_differs_between_steps_and_between_micro_batches(task):
-    b = batch((5, 4, 6, 3))
-    keys = {task.supervise(part, key).layout.dropout_key for part in b.split(9) for key in (1, 2)}
-    assert len(keys) == 4
-    assert task.supervise(b, 1).layout.dropout_key == task.supervise(b, 1).layout.dropout_key

@@ -4,11 +4,16 @@ import json
 import os
 import signal
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from gr import config as configs
+from gr.data.dataset import DatasetWriter
+from gr.data.sequences import Sequences
 from gr.errors import UserError
+from gr.models.recommender import Recommender
 from gr.train import checkpoint, job, reproduction
 from gr.train.folder import RunFolder
 from gr.train.report import final_rows
@@ -51,6 +56,36 @@ def test_a_step_is_saved_once(config, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", lambda *given: saved.append(given[3].step) or real(*given))
     job.run(config("checkpoint.every_steps=5"))
     assert saved == sorted(set(saved)) and {5, 10, 15, 20, 25, 30} <= set(saved)
+
+
+def test_every_micro_batch_drops_differently(config, monkeypatch):
+    """Though the batches' lengths may be the same."""
+    keys, real = [], Recommender.supervise
+    monkeypatch.setattr(
+        Recommender, "supervise", lambda model, *given: keys.append(given[-1]) or real(model, *given)
+    )
+    job.run(config("train.max_steps=4", "train.micro_batch_actions=30"))
+    assert len(keys) > 4 and len(set(keys)) == len(keys)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoder", ["hstu", "sasrec", "transformer"])
+def test_a_step_does_not_wait_for_the_gpu(config, encoder):
+    """From the third step on, when kernels are compiled and caches filled, any waiting operation is an error."""
+    steps = 0
+
+    def after_step(folder):
+        nonlocal steps
+        steps += 1
+        torch.cuda.set_sync_debug_mode("error" if 2 <= steps < 8 else "default")
+
+    rare = ["log.every_steps=99", "eval.every_epochs=99", "checkpoint={every_epochs: 99, every_steps: null}"]
+    short = ["train.max_steps=8", "train.device=cuda", f"model.encoder={{name: {encoder}}}"]
+    try:
+        job.run(config(*rare, *short), on_step=after_step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps == 8
 
 
 def test_the_best_checkpoint_is_there_wherever_it_was_found(config):
@@ -176,3 +211,27 @@ def test_a_table_is_not_rebuilt_from_a_run_that_was_trained_otherwise(tmp_path):
     )
     with pytest.raises(UserError, match=r"was trained with train\.epochs=3, not 101"):
         reproduction._train("ml-1m", row, folder, [], 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.ks=[10]", r"the table of 'ml-1m' shows hr@50: add its k to eval\.ks=\[10\]"),
+        ("eval.splits=[valid]", r"'SASRec' needs split 'test': add it to eval\.splits=\['valid'\]"),
+    ],
+)
+def test_a_table_that_could_not_be_printed_is_refused_before_training(override, message):
+    with pytest.raises(UserError, match=message):
+        reproduction.reproduce("ml-1m", None, rows=["sasrec"], overrides=[override])
+
+
+def test_a_dataset_without_a_training_target_is_refused(tmp_path):
+    writer = DatasetWriter(tmp_path / "data", "short", block_rows=2)
+    users, offsets = np.arange(5), np.arange(0, 18, 3)
+    writer.add(Sequences(users, users, offsets, np.zeros(15, np.int32), np.arange(15)))
+    writer.finish(pa.table({"item_id": [7], "count": [15]}))
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG.format(run=tmp_path / "run", data=tmp_path / "data"))
+    with pytest.raises(UserError, match=r"no user of dataset .* two actions to train on"):
+        job.run(configs.load(file))
+    assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from gr import registry
-from gr.config import Section, validate, merge, parse_override
+from gr.config import Section, merge, parse_override, validate
 from gr.data.dataset import SequenceDataset
 from gr.data.progress import Progress
 

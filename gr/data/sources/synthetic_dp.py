@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from gr.config import POSITIVE
+from gr.config import POSITIVE, SEED
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.hashing import derive
 from gr.data.progress import Progress
@@ -67,7 +67,7 @@ class StreamOptions(Source.Options):
     alpha_max: Annotated[float, Field(ge=1)] = 500.0
     start_fraction: Annotated[float, Field(gt=0, le=1)] = 0.4
     repeats: bool = True
-    seed: int = 1
+    seed: SEED = 1
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,6 @@ from torch import Tensor
 from gr_kernels import native
 
 
-@torch.compiler.assume_constant_result
-def why_no_cpp() -> str:
-    """Why the compiled operator isn't there, "" when it is; a constant of a traced graph."""
-    return native.why_unavailable()
-
-
-@torch.compiler.assume_constant_result
-def why_no_cuda() -> str:
-    """The same for its CUDA implementation."""
-    return native.why_no_cuda()
-
-
 def table_gradient(values: Tensor, buckets: Tensor, entries: int, deterministic: bool) -> Tensor:
     """(entries,) float32 from values of any floating type but float64."""
     values, buckets = values.float().contiguous(), buckets.contiguous()
@@ -28,18 +16,18 @@ def table_gradient(values: Tensor, buckets: Tensor, entries: int, deterministic:
     )
 
 
-def cpp_obstacle(values: Tensor) -> str:
+def cpp_obstacle(values: Tensor, entries: int) -> str:
     """Why a call can't be the C++ operator's, "" when it can."""
     if values.device.type != "cpu":
         return f"the tensors are on {values.device}, not on CPU"
-    return _precision(values) or why_no_cpp()
+    return _precision(values) or native.why_unavailable()
 
 
-def cuda_obstacle(values: Tensor) -> str:
+def cuda_obstacle(values: Tensor, entries: int) -> str:
     """Why a call can't be the CUDA operator's, "" when it can."""
     if values.device.type != "cuda":
         return f"the tensors are on {values.device}, not on an NVIDIA GPU"
-    return _precision(values) or why_no_cuda()
+    return _precision(values) or native.why_no_cuda()
 
 
 def _precision(values: Tensor) -> str:

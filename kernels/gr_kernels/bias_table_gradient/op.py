@@ -5,19 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gr_kernels.bias_table_gradient import compiled, reference
+from gr_kernels.bias_table_gradient import compiled, reference, triton_op
 from gr_kernels.dispatch import Choice, Implementation, choose
 
 _NAME = "bias_table_gradient"
 
 
-def _none(values: Tensor) -> str:
+def _none(values: Tensor, entries: int) -> str:
     return ""
 
 
 IMPLEMENTATIONS = (
     Implementation(
         "cuda", compiled.cuda_obstacle, compiled.table_gradient, "histograms in shared memory", device="cuda"
+    ),
+    Implementation(
+        "triton",
+        triton_op.obstacle,
+        triton_op.table_gradient,
+        "values sorted by bucket; deterministic",
+        device="cuda",
     ),
     Implementation(
         "cpp",
@@ -47,16 +54,17 @@ def bias_table_gradient(
         values: floating, any shape, M numbers: gradients of scores.
         buckets: int32 or int64, of that shape; a negative bucket (of a score that the mask forbids) counts nowhere.
         entries: of the table.
-        deterministic: the same bits every time; None: as torch.are_deterministic_algorithms_enabled() says. (On CPU it
-            always is.)
-        implementation: "auto", or "cuda", "cpp", "reference".
+        deterministic: the same bits every time; None: as torch.are_deterministic_algorithms_enabled() says. ("cpp" and
+            "triton" always give the same.)
+        implementation: "auto", or "cuda", "triton", "cpp", "reference".
 
     Returns:
         (entries,) float32, or float64 for float64 values. A gradient: not differentiable itself.
 
     Raises:
         ValueError: one sentence saying which argument is wrong, or why the asked-for implementation can't run.
-        IndexError: a bucket is not below ``entries``. (On a device it isn't looked for; such values are left out.)
+        IndexError: a bucket is not below ``entries``. (On a device, and in Triton, it isn't looked for: such values are
+            left out.)
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -76,4 +84,4 @@ def _choose(values: Tensor, buckets: Tensor, entries: int, name: str) -> Choice:
         )
     if entries < 0:
         raise ValueError(f"{_NAME}: entries must be at least 0, not {entries}.")
-    return choose(_NAME, IMPLEMENTATIONS, values.device, (values,), name)
+    return choose(_NAME, IMPLEMENTATIONS, values.device, (values, entries), name)

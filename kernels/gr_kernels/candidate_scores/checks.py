@@ -28,9 +28,14 @@ def check_inputs(queries_TD: Tensor, table_ID: Tensor, normalize_eps: float | No
         )
 
 
+def values_are_at_hand(rows: Tensor) -> bool:
+    """Whether there are values to check: on an accelerator a look would wait for it, a traced graph has none."""
+    return not torch.compiler.is_compiling() and rows.device.type == "cpu" and rows.numel() > 0
+
+
 def check_rows(rows: Tensor, catalogue: int, what: str = "candidate") -> None:
-    """IndexError for the first row outside [0, catalogue). On an accelerator this would wait for it: skipped."""
-    if rows.device.type != "cpu" or rows.numel() == 0:
+    """IndexError for the first row outside [0, catalogue), where ``values_are_at_hand``."""
+    if not values_are_at_hand(rows):
         return
     low, high = torch.aminmax(rows)
     if low >= 0 and high < catalogue:

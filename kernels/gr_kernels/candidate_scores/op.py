@@ -68,8 +68,8 @@ def candidate_scores(
     which), or one of them or 'reference' by name; it matters for (T, K) rows alone. Every way gives the same scores
     but for rounding.
 
-    Raises IndexError naming the first row outside the table (on CPU; on an accelerator the device asserts), and
-    ValueError or TypeError for shapes, dtypes and names that do not fit.
+    Raises IndexError naming the first row outside the table (on CPU, outside torch.compile; on an accelerator the
+    device asserts), and ValueError or TypeError for shapes, dtypes and names that do not fit.
     """
     check_inputs(queries_TD, table_ID, normalize_eps)
     if isinstance(rows, Tensor) and rows.dtype not in (torch.int64, torch.int32):

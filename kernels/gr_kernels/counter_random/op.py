@@ -9,40 +9,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gr_kernels import native
-from gr_kernels.counter_random import reference
+from gr_kernels.counter_random import cpp, reference, triton_op
+from gr_kernels.dispatch import Implementation, choose
 
+_LIMITS = {torch.int64: 1 << 32, torch.int32: 1 << 31}  # of `high`
 _ROW_BLOCK_VALUES = 1 << 20  # float64 values in flight while a long range of rows is drawn
 
-
-def _choose(implementation: str, *tensors: Tensor) -> str:
-    if implementation not in ("auto", "reference", "cpp"):
-        raise ValueError(f"implementation must be 'auto', 'reference' or 'cpp', not {implementation!r}")
-    on_cpu = all(t.device.type == "cpu" for t in tensors)
-    if implementation == "auto":
-        return "cpp" if on_cpu and native.available() else "reference"
-    if implementation == "cpp" and not on_cpu:
-        raise ValueError("counter_random: implementation 'cpp' takes CPU tensors; use 'auto' or 'reference'")
-    if implementation == "cpp" and not native.available():
-        raise RuntimeError(f"counter_random: implementation 'cpp' is missing: {native.why_unavailable()}")
-    return implementation
+# In order of preference. Each is a module of uniform_integers, uniform_floats and row_uniforms.
+IMPLEMENTATIONS = (
+    Implementation("cpp", cpp.obstacle, cpp, "compiled, on every thread", device="cpu"),
+    Implementation(
+        "triton", triton_op.obstacle, triton_op, "one pass, each draw written once", device="cuda"
+    ),
+    Implementation("reference", lambda coordinates, draws: "", reference, "plain PyTorch, any device"),
+)
 
 
-def _signed(key: int) -> int:
-    """The int64 with the bits of a 64-bit key: what a C++ operator accepts."""
+def _check_key(key: int) -> None:
     if not 0 <= key < 1 << 64:
         raise ValueError(f"a key is an integer in [0, 2^64), not {key}: make it with derive_key")
-    return key - (1 << 64) if key >= 1 << 63 else key
 
 
-def _check_counters(ordinals_T: Tensor, positions_T: Tensor, draws: int) -> None:
-    if ordinals_T.dim() != 1 or ordinals_T.shape != positions_T.shape:
+def _check(key: int, ordinals_T: Tensor, positions_T: Tensor, draws: int) -> None:
+    vectors = ordinals_T.dim() == 1 and positions_T.dim() == 1
+    if not vectors or ordinals_T.numel() != positions_T.numel():
         raise ValueError(
             "ordinals and positions must be vectors of one length, not "
             f"{tuple(ordinals_T.shape)} and {tuple(positions_T.shape)}"
         )
+    if ordinals_T.device != positions_T.device:
+        raise ValueError(
+            f"ordinals are on {ordinals_T.device} and positions on {positions_T.device}: move one to the other's device"
+        )
     if draws < 0:
         raise ValueError(f"draws must not be negative, got {draws}")
+    _check_key(key)
 
 
 def uniform_integers(
@@ -60,20 +61,19 @@ def uniform_integers(
     ordinals_T: (T,) integers (64 bits used); positions_T: (T,) integers (low 32 bits used); high in [1, 2^32].
     Draw d is ``(word * high) >> 32`` of word d%4 of Philox4x32-10 at counter (position, d//4, ordinal low,
     ordinal high): a bias of at most high / 2^32 in relative frequency. dtype: int64, or int32 for high <= 2^31.
+    implementation: 'auto', 'cpp', 'triton', 'reference'; gr_kernels.explain tells what 'auto' takes.
 
-    Returns (T, draws). Raises ValueError for a high, dtype, shape or implementation outside the above.
+    Returns (T, draws) on the tensors' device. Raises ValueError for a high, dtype, shape or implementation outside
+    the above.
     """
-    _check_counters(ordinals_T, positions_T, draws)
-    limits = {torch.int64: 1 << 32, torch.int32: 1 << 31}
-    if dtype not in limits:
+    _check(key, ordinals_T, positions_T, draws)
+    if dtype not in _LIMITS:
         raise ValueError(f"uniform_integers gives torch.int64 or torch.int32, not {dtype}")
-    if not 1 <= high <= limits[dtype]:
-        raise ValueError(f"high must lie in [1, {limits[dtype]}] for {dtype}, got {high}")
-    signed = _signed(key)
-    if _choose(implementation, ordinals_T, positions_T) == "reference":
-        return reference.uniform_integers(key, ordinals_T, positions_T, draws, high).to(dtype)
-    return torch.ops.gr_kernels.counter_integers(
-        signed, ordinals_T.long(), positions_T.long(), draws, high, dtype == torch.int32
+    if not 1 <= high <= _LIMITS[dtype]:
+        raise ValueError(f"high must lie in [1, {_LIMITS[dtype]}] for {dtype}, got {high}")
+    way = choose("uniform_integers", IMPLEMENTATIONS, ordinals_T.device, (ordinals_T, draws), implementation)
+    return way.implementation.run.uniform_integers(  # type: ignore[no-any-return]
+        key, ordinals_T, positions_T, draws, high, dtype
     )
 
 
@@ -81,11 +81,11 @@ def uniform_floats(
     key: int, ordinals_T: Tensor, positions_T: Tensor, draws: int, *, implementation: str = "auto"
 ) -> Tensor:
     """Uniform float32 in [0, 1) on a grid of 2^-24; counters as in ``uniform_integers``. Returns (T, draws)."""
-    _check_counters(ordinals_T, positions_T, draws)
-    signed = _signed(key)
-    if _choose(implementation, ordinals_T, positions_T) == "reference":
-        return reference.uniform_floats(key, ordinals_T, positions_T, draws)
-    return torch.ops.gr_kernels.counter_floats(signed, ordinals_T.long(), positions_T.long(), draws)
+    _check(key, ordinals_T, positions_T, draws)
+    way = choose("uniform_floats", IMPLEMENTATIONS, ordinals_T.device, (ordinals_T, draws), implementation)
+    return way.implementation.run.uniform_floats(  # type: ignore[no-any-return]
+        key, ordinals_T, positions_T, draws
+    )
 
 
 def truncated_normal_rows(
@@ -112,16 +112,11 @@ def truncated_normal_rows(
         rows = torch.arange(rows.start, rows.stop, rows.step, dtype=torch.int64)
     if rows.dim() != 1:
         raise ValueError(f"rows must be a vector, not of shape {tuple(rows.shape)}")
-    signed = _signed(key)
-    native_words = _choose(implementation, rows) == "cpp"
-    rows = rows.long()
+    _check_key(key)
+    way = choose("truncated_normal_rows", IMPLEMENTATIONS, rows.device, (rows, width), implementation)
     out = torch.empty(rows.shape[0], width, dtype=torch.float32, device=rows.device)
     block = max(1, _ROW_BLOCK_VALUES // max(1, width))
     for start in range(0, rows.shape[0], block):
-        some = rows[start : start + block]
-        if native_words:
-            uniforms = torch.ops.gr_kernels.counter_row_uniforms(signed, some, width)
-        else:
-            uniforms = reference.row_uniforms(key, some, width)
+        uniforms = way.implementation.run.row_uniforms(key, rows[start : start + block], width)
         out[start : start + block] = reference.truncated_normal(uniforms, std, cut)
     return out

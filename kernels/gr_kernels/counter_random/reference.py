@@ -49,11 +49,13 @@ def draw_words(key: int, ordinals_T: Tensor, positions_T: Tensor, draws: int) ->
     return torch.stack([w.expand(shape) for w in words], dim=-1).flatten(1)[:, :draws]
 
 
-def uniform_integers(key: int, ordinals_T: Tensor, positions_T: Tensor, draws: int, high: int) -> Tensor:
-    """(T, draws) int64 in [0, high): (word * high) >> 32."""
+def uniform_integers(
+    key: int, ordinals_T: Tensor, positions_T: Tensor, draws: int, high: int, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """(T, draws) integers in [0, high): (word * high) >> 32."""
     words = draw_words(key, ordinals_T, positions_T, draws)
     # the product in two halves of 16 bits, which no high up to 2^32 can overflow
-    return ((words >> 16) * high + (((words & 0xFFFF) * high) >> 16)) >> 16
+    return (((words >> 16) * high + (((words & 0xFFFF) * high) >> 16)) >> 16).to(dtype)
 
 
 def uniform_floats(key: int, ordinals_T: Tensor, positions_T: Tensor, draws: int) -> Tensor:

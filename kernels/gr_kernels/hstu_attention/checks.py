@@ -1,8 +1,8 @@
 """What a call must satisfy before an implementation sees it: one sentence says what is wrong.
 
-Numbers that lie on a device (offsets, targets) are trusted, since reading them would wait for it; so are those of a
-graph being traced. (Sentences are only put together when they are needed: formatting a length that a traced graph
-leaves open would fix it.)
+Numbers that lie on a device (offsets, targets, order) are trusted, since reading them would wait for it; so are those
+of a graph being traced. (Sentences are only put together when they are needed: formatting a length that a traced
+graph leaves open would fix it.)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def check(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem
     _check_settings(problem)
     _check_offsets(problem, q_THQ.device)
     _check_targets(problem.mask, problem.offsets.shape[0] - 1, q_THQ.device)
+    _check_order(problem.order, problem.offsets.shape[0] - 1, q_THQ.device)
     if q_THQ.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_rows(problem, q_THQ.shape[0], k_SHQ.shape[0])
     _check_bias(problem.bias, q_THQ, k_SHQ, problem.max_length, problem.mask)
@@ -86,6 +87,14 @@ def _check_targets(mask: AttentionMask, sequences: int, device: torch.device) ->
     _check_device("mask.targets", targets, device)
 
 
+def _check_order(order: Tensor | None, sequences: int, device: torch.device) -> None:
+    if order is None:
+        return
+    if order.dim() != 1 or order.shape[0] != sequences or order.dtype != torch.int64:
+        raise _wrong(f"order must be ({sequences},) int64, not {tuple(order.shape)} {order.dtype}")
+    _check_device("order", order, device)
+
+
 def _check_rows(problem: AttentionProblem, queries: int, keys: int) -> None:
     cross = problem.query_offsets
     lengths = _lengths("offsets", problem.offsets, keys, "q" if cross is None else "k")
@@ -100,6 +109,8 @@ def _check_rows(problem: AttentionProblem, queries: int, keys: int) -> None:
         for sequence, (t, n) in enumerate(zip(problem.mask.targets.tolist(), lengths)):
             if not 0 <= t <= n:
                 raise _wrong(f"sequence {sequence} has {n} rows, of which {t} can't be targets")
+    if problem.order is not None and sorted(problem.order.tolist()) != list(range(len(lengths))):
+        raise _wrong(f"order must name each of the {len(lengths)} sequences once")
 
 
 def _lengths(name: str, offsets: Tensor, rows: int, of: str) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 from gr_kernels.hstu_attention import tiles, triton_kernel
 from gr_kernels.hstu_attention.settings import Settings
 from gr_kernels.triton_common.compile_case import CompileCase
+from gr_kernels.triton_common.sizes import power_of_two
 
 _KERNELS: dict[tiles.Pass, Any] = {
     "forward": triton_kernel.forward_kernel,
@@ -45,6 +46,11 @@ _SPILLS = {
     "tables.bf16.d64.both.sm_80": 336,
     "tables.bf16.d128.both.sm_80": 512,
     "tables.bf16.d256.both.sm_80": 6728,
+    "tables.bf16.d50.short.both.sm_80": 416,
+    "tables.bf16.d25.short.both.sm_80": 432,
+    "d_q.bf16.d50.softmax.sm_80": 28,
+    "d_kv.bf16.d64x128.position.sm_80": 16,
+    "d_kv.bf16.d50.atomic.sm_80": 380,
 }
 
 
@@ -62,25 +68,34 @@ def _absent(settings: Settings) -> set[str]:
 def _case(
     which: tiles.Pass,
     dtype: str,
-    width: int,
+    widths: int | tuple[int, int],
     hot: bool,
     label: str = "",
     longest: int = 4096,
+    aligned: int = 16,
     **flags: Any,
 ) -> list[CompileCase]:
-    """A pass for heads of one width, for both architectures; flags are Settings'."""
+    """A pass for heads of one width, or of one for queries and keys and one for values, for both architectures.
+
+    aligned: by how many bytes q, k, v and all strides are divisible, at most 16; flags are Settings'.
+    """
     kernel = _KERNELS[which]
+    width_q, width_v = (widths, widths) if isinstance(widths, int) else widths
+    block_q, block_v = (max(16, power_of_two(width)) for width in (width_q, width_v))
     biased = flags.get("POSITION", False) or flags.get("TIME", False)
-    tile = tiles.choose(which, width, _BYTES[dtype], longest, biased, flags.get("SOFTMAX", False))
+    ragged = (width_q, width_v) != (block_q, block_v)
+    softmax = flags.get("SOFTMAX", False)
+    tile = tiles.choose(which, max(block_q, block_v), _BYTES[dtype], longest, biased, softmax, ragged)
     settings = Settings(
         ROWS=tile.rows,
         KEYS=tile.keys,
-        WIDTH_Q=width,
-        WIDTH_V=width,
-        BLOCK_Q=width,
-        BLOCK_V=width,
+        WIDTH_Q=width_q,
+        WIDTH_V=width_v,
+        BLOCK_Q=block_q,
+        BLOCK_V=block_v,
         FAST=dtype != "fp32",
         ORDERED=True,
+        ALIGNED=aligned,
         **flags,
     )
     absent = _absent(settings)
@@ -90,7 +105,9 @@ def _case(
     signature |= {name: f"*{dtype}" for name in signature if name in _NUMBERS}
     if settings.ATOMIC:
         signature["d_q"] = "*fp32"
-    name = ".".join(filter(None, (which, dtype, f"d{width}", label)))
+    strides = tuple(each for each in signature if each.endswith(("_row", "_head")))
+    named = f"d{width_q}" if width_q == width_v else f"d{width_q}x{width_v}"
+    name = ".".join(filter(None, (which, dtype, named, label)))
     return [
         CompileCase(
             name=name,
@@ -101,11 +118,56 @@ def _case(
             num_stages=tile.stages,
             hot=hot,
             spill_budget=_SPILLS.get(f"{name}.sm_{architecture}", 0),
-            divisible_by_16=tuple(each for each in signature if each.endswith(("_row", "_head"))),
+            divisible_by_16=strides if aligned == 16 else (),
             architectures=(architecture,),
+            unaligned=() if aligned == 16 else ("q", "k", "v"),
         )
         for architecture in (80, 90)
     ]
+
+
+def _delta(dtype: str, width: int) -> CompileCase:
+    """The sums that softmax's backward starts with."""
+    tile = tiles.choose("forward", width, _BYTES[dtype], 4096, False, True)
+    return CompileCase(
+        name=f"delta.{dtype}.d{width}",
+        kernel=triton_kernel.delta_kernel,
+        signature={
+            **dict.fromkeys(("out", "d_out"), f"*{dtype}"),
+            "delta": "*fp32",
+            **dict.fromkeys(("out_row", "out_head"), "i32"),
+            "rows": "i64",
+        },
+        constexprs={
+            "S": Settings(
+                ROWS=tile.rows,
+                KEYS=tile.keys,
+                WIDTH_Q=width,
+                WIDTH_V=width,
+                BLOCK_Q=width,
+                BLOCK_V=width,
+                SOFTMAX=True,
+                ALIGNED=16,
+            )
+        },
+        num_warps=4,
+        num_stages=3,
+        hot=False,
+        divisible_by_16=("out_row", "out_head"),
+    )
+
+
+def _zero_outside(dtype: str) -> CompileCase:
+    return CompileCase(
+        name=f"zero_outside.{dtype}",
+        kernel=triton_kernel.zero_outside_kernel,
+        signature={"x": f"*{dtype}", "offsets": "*i64", "sequences": "i32", "rows": "i64", "width": "i32"},
+        constexprs={},
+        num_warps=4,
+        num_stages=3,
+        hot=False,
+        divisible_by_16=("width",),
+    )
 
 
 def _cases() -> list[CompileCase]:
@@ -131,6 +193,20 @@ def _cases() -> list[CompileCase]:
         if tiles.atomic(width, biased=False):
             cases.extend(_case("d_kv", "bf16", width, True, "atomic", ATOMIC=True))
         cases.extend(_case("tables", "bf16", width, True, "both", **both))
+    # The models' default: one head of width 50 out of a projection to 4 x 50 columns, histories of 200. And two of 25.
+    for which in (*_PASSES, "tables"):
+        cases.extend(_case(which, "bf16", 50, True, "short.both", longest=200, aligned=4, **both))
+        cases.extend(_case(which, "bf16", 25, True, "short.both", longest=200, aligned=2, **both))
+    for which in _PASSES:
+        cases.extend(_case(which, "bf16", 50, True, "softmax", longest=200, aligned=4, SOFTMAX=True))
+        cases.extend(_case(which, "bf16", 50, True, "long.both", aligned=4, **both))
+        for widths in (16, 32):
+            cases.extend(_case(which, "bf16", widths, True, "both", **both))
+        for pair in ((64, 128), (32, 64)):
+            cases.extend(_case(which, "bf16", pair, True, "position", POSITION=True))
+    cases.extend(_case("d_kv", "bf16", 50, True, "atomic", aligned=4, ATOMIC=True))
+    cases.extend((_delta("bf16", 64), _delta("bf16", 256), _delta("fp32", 256)))
+    cases.extend((_zero_outside("bf16"), _zero_outside("fp32")))
     cases.extend(_case("tables", "bf16", 256, False, "both", **both))
     cases.extend(_case("tables", "fp32", 64, False, "both", **both))
     return cases

@@ -45,6 +45,7 @@ def hstu_attention(
     dropout: float = 0.0,
     dropout_key: int = 0,
     query_offsets: Tensor | None = None,
+    order: Tensor | None = None,
     deterministic: bool | None = None,
     implementation: str = "auto",
 ) -> Tensor:
@@ -73,6 +74,9 @@ def hstu_attention(
         query_offsets: (B + 1,) int64: the cross form, for incremental inference. Rows query_offsets[b] to
             query_offsets[b + 1] of q (and of bias.query_times) are the last rows of sequence b, whose keys and values
             are all there; the result is what these rows get when the whole sequence is computed.
+        order: (B,) int64: sequences in the order in which their work should start, e.g. longest first; any permutation
+            gives the same results (the bias tables' gradients are summed in this order, so their last bits may
+            differ). None: computed when needed, in every call; a model of many layers does better to pass it.
         deterministic: equal calls give equal bits, gradients included. None: as
             torch.are_deterministic_algorithms_enabled() says.
         implementation: "auto", or the name of one ("triton", "cpp", "reference").
@@ -94,6 +98,7 @@ def hstu_attention(
         dropout=dropout,
         dropout_key=dropout_key,
         query_offsets=query_offsets,
+        order=order,
         deterministic=torch.are_deterministic_algorithms_enabled()
         if deterministic is None
         else deterministic,

@@ -61,6 +61,8 @@ class AttentionProblem:
     dropout_key: int = 0
     # (B + 1,) int64: the query rows of each sequence, its last ones; None: all of them, the same rows as the keys
     query_offsets: Tensor | None = None
+    # (B,) int64: the sequences as their work should start, e.g. longest first; any permutation gives the same results
+    order: Tensor | None = None
     deterministic: bool = False  # equal calls give equal bits, gradients included
 
     @property

@@ -15,18 +15,19 @@ from torch import Tensor
 from gr_kernels.hstu_attention.problem import AttentionMask, AttentionProblem, RelativeBias, TimeBuckets
 
 # max_length and dropout_key change from batch to batch and step to step: as SymInt they need no new graph.
-_INPUTS = (
+INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? query_offsets, Tensor? targets, Tensor? position, "
-    "Tensor? time, Tensor? query_times, Tensor? key_times, str bucket_kind, float bucket_width, SymInt max_length, "
-    "float scale, float divisor, bool softmax, bool causal, int window, int full_rows, int contexts, float dropout, "
-    "SymInt dropout_key, bool deterministic"
+    "Tensor? time, Tensor? query_times, Tensor? key_times, Tensor? order, str bucket_kind, float bucket_width, "
+    "SymInt max_length, float scale, float divisor, bool softmax, bool causal, int window, int full_rows, "
+    "int contexts, float dropout, SymInt dropout_key, bool deterministic"
 )
-FORWARD = f"({_INPUTS}) -> Tensor"
+FORWARD = f"({INPUTS}) -> Tensor"
 BACKWARD = (
-    f"(Tensor d_out, {_INPUTS}) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_position, Tensor d_time)"
+    f"(Tensor d_out, {INPUTS}) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_position, Tensor d_time)"
 )
-_TENSORS = 10  # how many of the inputs are tensors; they come first
-_POSITION, _TIME = 6, 7  # which of them are the tables
+TENSORS = 11  # how many of the inputs are tensors; they come first
+POSITION, TIME = 6, 7  # which of them are the tables
+SOFTMAX = 16  # which of the inputs is `softmax`
 
 Forward = Callable[[Tensor, Tensor, Tensor, AttentionProblem], Tensor]
 # (d_out, q, k, v, problem) -> gradients of q, k, v, bias.position, bias.time (None for an absent table)
@@ -46,6 +47,7 @@ def flatten(problem: AttentionProblem) -> tuple[Any, ...]:
         bias.time,
         bias.query_times if timed else None,
         bias.key_times if timed else None,
+        problem.order,
         bias.buckets.kind,
         bias.buckets.width,
         problem.max_length,
@@ -70,6 +72,7 @@ def unflatten(
     time: Tensor | None,
     query_times: Tensor | None,
     key_times: Tensor | None,
+    order: Tensor | None,
     bucket_kind: Any,
     bucket_width: float,
     max_length: int,
@@ -97,6 +100,7 @@ def unflatten(
         bias=RelativeBias(position, time, query_times, key_times, buckets),
         dropout=dropout,
         dropout_key=dropout_key + 2**64 if dropout_key < 0 else dropout_key,
+        order=order,
         deterministic=deterministic,
     )
 
@@ -127,12 +131,12 @@ def register(name: str, forward: Forward, backward: Backward) -> None:
     def differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         d_q, d_k, d_v, d_position, d_time = operator(d_out.contiguous(), *tensors, *ctx.settings)
-        gradients: list[Tensor | None] = [None] * (_TENSORS + len(ctx.settings))
+        gradients: list[Tensor | None] = [None] * (TENSORS + len(ctx.settings))
         gradients[:3] = d_q, d_k, d_v
-        if tensors[_POSITION] is not None:
-            gradients[_POSITION] = d_position
-        if tensors[_TIME] is not None:
-            gradients[_TIME] = d_time
+        if tensors[POSITION] is not None:
+            gradients[POSITION] = d_position
+        if tensors[TIME] is not None:
+            gradients[TIME] = d_time
         return tuple(gradients)
 
     def refuse(ctx: Any, *d_gradients: Tensor) -> None:
@@ -147,11 +151,11 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> Tensor:
 
 
 def _fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    tables = flat[_POSITION - 3 : _TIME - 2]
+    tables = flat[POSITION - 3 : TIME - 2]
     absent_or_like = (q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in tables)
     return (*(x.new_empty(x.shape) for x in (q, k, v)), *absent_or_like)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS])
-    ctx.settings = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.settings = inputs[TENSORS:]

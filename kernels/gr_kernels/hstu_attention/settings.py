@@ -14,6 +14,9 @@ class Settings:
     POSITION, TIME: which tables the bias has; SQRT: buckets of the root, not of the logarithm. SOFTMAX: instead of
     SiLU. FAST: tanh.approx. PRECISION: of float32 products. ORDERED: sequences come in a given order.
     ATOMIC: the pass over keys adds up the gradient of the queries as well.
+    FAR: a tile's rows, or the heads, are 2^31 numbers apart or more: addresses take 64 bits, and more registers.
+    ALIGNED: every row of q, k, v and the other tensors of rows starts at a multiple of so many bytes, at most 16; 0:
+    as far as Triton finds out by itself.
     """
 
     ROWS: int
@@ -36,6 +39,8 @@ class Settings:
     PRECISION: str = "ieee"
     ORDERED: bool = False
     ATOMIC: bool = False
+    FAR: bool = False
+    ALIGNED: int = 0
 
     @property
     def UNIT(self) -> float:

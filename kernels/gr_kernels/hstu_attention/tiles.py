@@ -27,13 +27,15 @@ def choose(
     longest: int,
     biased: bool,
     softmax: bool,
+    ragged: bool = False,
     interpreting: bool = False,
 ) -> Tile:
     """The tile of a pass.
 
     width: of the heads, a power of two (the wider of keys and values). bytes_each: a number's. longest: rows of the
     longest sequence. biased: whether scores have a bias, whose addresses take registers. softmax: whether the
-    backward reads each row's sums of softmax.
+    backward reads each row's sums of softmax. ragged: whether a head's width is no power of two, so that its rows come
+    in pieces smaller than 16 bytes, whose addresses take registers.
 
     Chosen so that, compiled for sm_90, nothing spills to memory and every product is a wgmma, which takes 64 rows of
     its left operand (rows of scores in "forward" and "d_q", keys in "d_kv") and 4 warps; 8 warps halve the registers
@@ -48,14 +50,16 @@ def choose(
         return Tile(side, side, 8 if width > 128 else 4, 1)
     if which == "tables":
         # The tile of scores is kept in registers several times over (its sum over heads, bias, buckets), whatever the
-        # width; rows of keys and values pass by.
-        return Tile(64, 64, 8, 2 if width <= 128 else 1)
+        # width; rows of keys and values pass by, one head's ahead of the last one's use where registers allow it.
+        return Tile(64, 64, 8, 1 if width > 128 or ragged else 2)
     if which == "d_kv":
         # Two accumulators as wide as a head: 64 keys by 8 warps. Rows stream by, fewer at a time where they are wide.
-        rows = 16 if width > 128 else 32 if width > 64 and (biased or softmax) else 64
+        narrow = (width > 64 and (biased or softmax)) or (ragged and biased)
+        rows = 16 if width > 128 else 32 if narrow else 64
         return Tile(rows, 64, 8, 3 if width <= 64 else 2)
     if width <= 64 and longest <= SHORT:
-        return Tile(64, 64, 8 if biased else 4, 3)
+        keys = 32 if ragged and biased and which == "d_q" else 64
+        return Tile(64, keys, 8 if biased else 4, 3)
     if width <= 128:
         narrow = biased and (which == "d_q" or width > 64)
         return Tile(128, 32 if narrow else 64, 8, 3 if which == "forward" or width <= 64 else 2)

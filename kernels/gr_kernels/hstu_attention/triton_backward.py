@@ -16,6 +16,7 @@ import triton.language as tl
 from gr_kernels.hstu_attention.triton_mask import allowed, count_blocks, key_blocks, nth_block, row_blocks
 from gr_kernels.hstu_attention.triton_scores import (
     CHANGING,
+    head_rows,
     load_rows,
     load_sequence,
     row_pointers,
@@ -30,9 +31,9 @@ from gr_kernels.triton_common.random import kept
 @triton.jit
 def delta_kernel(out, d_out, delta, out_row, out_head, rows: tl.int64, S: tl.constexpr):
     """delta[head, row] = d_out · out, (heads, rows) float32, of contiguous tensors of one shape; for softmax."""
-    first, head = tl.program_id(0) * S.ROWS, tl.program_id(1)
-    a = load_rows(out + head * out_head, first, rows, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, True)
-    b = load_rows(d_out + head * out_head, first, rows, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, True)
+    first, head = tl.program_id(0).to(tl.int64) * S.ROWS, tl.program_id(1).to(tl.int64)
+    a = load_rows(out + head * out_head, first, rows, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, S, True)
+    b = load_rows(d_out + head * out_head, first, rows, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, S, True)
     i = first + tl.arange(0, S.ROWS)
     tl.store(delta + head * rows + i, tl.sum(a.to(tl.float32) * b.to(tl.float32), 1), mask=i < rows)
 
@@ -78,8 +79,8 @@ def row_gradients(
     n = sequence[0]
     first = block * S.KEYS
     j = first + tl.arange(0, S.KEYS)
-    k = load_rows(k_base, first, n, k_row, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, MASKED)
-    v = load_rows(v_base, first, n, v_row, S.KEYS, S.WIDTH_V, S.BLOCK_V, MASKED)
+    k = load_rows(k_base, first, n, k_row, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, S, MASKED)
+    v = load_rows(v_base, first, n, v_row, S.KEYS, S.WIDTH_V, S.BLOCK_V, S, MASKED)
     key_time = 0
     if S.TIME:
         key_time = tl.load(key_times + j, mask=j < n, other=0)[None, :]
@@ -118,11 +119,11 @@ def load_row_block(
     i = o + first + tl.arange(0, S.ROWS)
     of_batch = query_begin - o + i
     q_base, d_out_base = (
-        q + query_begin * q_row + head * q_head,
-        d_out + query_begin * out_row + head * out_head,
+        head_rows(q, query_begin, q_row, head, q_head, S.FAR),
+        head_rows(d_out, query_begin, out_row, head, out_head, S.FAR),
     )
-    q_tile = load_rows(q_base, first, n - o, q_row, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, True)
-    d_out_tile = load_rows(d_out_base, first, n - o, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, True)
+    q_tile = load_rows(q_base, first, n - o, q_row, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, S, True)
+    d_out_tile = load_rows(d_out_base, first, n - o, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, S, True)
     query_time, lse_i, delta_i = 0, 0, 0
     if S.TIME:
         query_time = tl.load(query_times + of_batch, mask=i < n, other=0)[:, None]
@@ -194,9 +195,9 @@ def d_q_kernel(
     if S.TIME:
         key_times += key_begin
     keys = (
-        k + key_begin * k_row + head * k_head,
+        head_rows(k, key_begin, k_row, head, k_head, S.FAR),
         k_row,
-        v + key_begin * v_row + head * v_head,
+        head_rows(v, key_begin, v_row, head, v_head, S.FAR),
         v_row,
         key_times,
     )
@@ -217,8 +218,8 @@ def d_q_kernel(
         )
         sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision=S.PRECISION)
 
-    base = d_q + query_begin * d_q_row + head * d_q_head
-    store_rows(base, first, n - o, d_q_row, sums * score_scale, S.ROWS, S.WIDTH_Q, S.BLOCK_Q)
+    base = head_rows(d_q, query_begin, d_q_row, head, d_q_head, S.FAR)
+    store_rows(base, first, n - o, d_q_row, sums * score_scale, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, S)
 
 
 @triton.jit
@@ -234,8 +235,8 @@ def _collect(
     first = block * S.ROWS
     r = first + tl.arange(0, S.ROWS)
     i, j = o + r, first_key + tl.arange(0, S.KEYS)
-    q = load_rows(q_base, first, n - o, q_row, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, MASKED)
-    d_out = load_rows(d_out_base, first, n - o, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, MASKED)
+    q = load_rows(q_base, first, n - o, q_row, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, S, MASKED)
+    d_out = load_rows(d_out_base, first, n - o, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, S, MASKED)
     query_time, lse_i, delta_i = 0, 0, 0
     if S.TIME:
         query_time = tl.load(query_times + r, mask=i < n, other=0)[None, :]
@@ -260,7 +261,7 @@ def _collect(
     d_k = tl.dot(ds, q, d_k, input_precision=S.PRECISION)
     if S.ATOMIC:
         d_q = tl.dot(tl.trans(ds), k, input_precision=S.PRECISION)
-        pointers = row_pointers(d_q_base, first, S.BLOCK_Q, S.ROWS, S.BLOCK_Q)
+        pointers = row_pointers(d_q_base, first, S.BLOCK_Q, S.ROWS, S.BLOCK_Q, False, 0)
         if MASKED:
             tl.atomic_add(pointers, d_q, mask=(i < n)[:, None], sem="relaxed")
         else:
@@ -334,10 +335,26 @@ def d_kv_kernel(
     numbers = (window, full_rows, contexts)
     j = first + tl.arange(0, S.KEYS)
     k_tile = load_rows(
-        k + key_begin * k_row + head * k_head, first, n, k_row, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, True
+        head_rows(k, key_begin, k_row, head, k_head, S.FAR),
+        first,
+        n,
+        k_row,
+        S.KEYS,
+        S.WIDTH_Q,
+        S.BLOCK_Q,
+        S,
+        True,
     )
     v_tile = load_rows(
-        v + key_begin * v_row + head * v_head, first, n, v_row, S.KEYS, S.WIDTH_V, S.BLOCK_V, True
+        head_rows(v, key_begin, v_row, head, v_head, S.FAR),
+        first,
+        n,
+        v_row,
+        S.KEYS,
+        S.WIDTH_V,
+        S.BLOCK_V,
+        S,
+        True,
     )
     key_time = 0
     if S.TIME:
@@ -350,9 +367,9 @@ def d_kv_kernel(
     if S.ATOMIC:
         d_q_base = d_q + (head * rows + query_begin) * S.BLOCK_Q
     rows_of_pair = (
-        q + query_begin * q_row + head * q_head,
+        head_rows(q, query_begin, q_row, head, q_head, S.FAR),
         q_row,
-        d_out + query_begin * out_row + head * out_head,
+        head_rows(d_out, query_begin, out_row, head, out_head, S.FAR),
         out_row,
         lse,
         delta,
@@ -388,6 +405,7 @@ def d_kv_kernel(
             False,
         )
 
-    k_base, v_base = d_k + key_begin * d_k_row + head * d_k_head, d_v + key_begin * d_v_row + head * d_v_head
-    store_rows(k_base, first, n, d_k_row, k_sums * score_scale, S.KEYS, S.WIDTH_Q, S.BLOCK_Q)
-    store_rows(v_base, first, n, d_v_row, v_sums * weight_scale, S.KEYS, S.WIDTH_V, S.BLOCK_V)
+    k_base = head_rows(d_k, key_begin, d_k_row, head, d_k_head, S.FAR)
+    v_base = head_rows(d_v, key_begin, d_v_row, head, d_v_head, S.FAR)
+    store_rows(k_base, first, n, d_k_row, k_sums * score_scale, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, S)
+    store_rows(v_base, first, n, d_v_row, v_sums * weight_scale, S.KEYS, S.WIDTH_V, S.BLOCK_V, S)

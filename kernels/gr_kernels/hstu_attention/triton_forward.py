@@ -11,6 +11,7 @@ import triton.language as tl
 from gr_kernels.hstu_attention.triton_mask import allowed, count_blocks, key_blocks, nth_block
 from gr_kernels.hstu_attention.triton_scores import (
     CHANGING,
+    head_rows,
     load_rows,
     load_sequence,
     scores,
@@ -32,7 +33,7 @@ def _attend(
     n = sequence[0]
     first = block * S.KEYS
     j = first + tl.arange(0, S.KEYS)
-    k = load_rows(k_base, first, n, k_row, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, MASKED)
+    k = load_rows(k_base, first, n, k_row, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, S, MASKED)
     products = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
     key_time = 0
     if S.TIME:
@@ -56,7 +57,7 @@ def _attend(
     if S.DROPOUT:
         key_low, key_high, drop_last = dropout
         weights = tl.where(kept(key_low, key_high, counter, head, first, drop_last, S.KEYS), weights, 0.0)
-    v = load_rows(v_base, first, n, v_row, S.KEYS, S.WIDTH_V, S.BLOCK_V, MASKED)
+    v = load_rows(v_base, first, n, v_row, S.KEYS, S.WIDTH_V, S.BLOCK_V, S, MASKED)
     sums = tl.dot(weights.to(v.dtype), v, sums, input_precision=S.PRECISION)
     return sums, top, total
 
@@ -121,13 +122,21 @@ def forward_kernel(
         query_time = tl.load(query_times + query_begin - o + i, mask=i < n, other=0)[:, None]
         key_times += key_begin
     q_tile = load_rows(
-        q + query_begin * q_row + head * q_head, first, n - o, q_row, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, True
+        head_rows(q, query_begin, q_row, head, q_head, S.FAR),
+        first,
+        n - o,
+        q_row,
+        S.ROWS,
+        S.WIDTH_Q,
+        S.BLOCK_Q,
+        S,
+        True,
     )
     rows_of_block = (q_tile, i, query_time, (key_begin + i).to(tl.uint32), head)
     keys = (
-        k + key_begin * k_row + head * k_head,
+        head_rows(k, key_begin, k_row, head, k_head, S.FAR),
         k_row,
-        v + key_begin * v_row + head * v_head,
+        head_rows(v, key_begin, v_row, head, v_head, S.FAR),
         v_row,
         key_times,
     )
@@ -173,7 +182,7 @@ def forward_kernel(
         sums = sums / total[:, None]
         tl.store(lse + head * rows + query_begin - o + i, top + tl.log(total), mask=i < n)
     store_rows(
-        out + query_begin * out_row + head * out_head,
+        head_rows(out, query_begin, out_row, head, out_head, S.FAR),
         first,
         n - o,
         out_row,
@@ -181,4 +190,5 @@ def forward_kernel(
         S.ROWS,
         S.WIDTH_V,
         S.BLOCK_V,
+        S,
     )

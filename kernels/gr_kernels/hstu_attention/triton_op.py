@@ -110,14 +110,20 @@ class Launch:
 
     @functools.cached_property
     def order(self) -> Tensor | None:
-        """Sequences from the longest on, so that the last to start are short."""
+        """The caller's order of the sequences, else from the longest on, so that the last to start are short."""
         if self.sequences < 2:
             return None
+        if self.problem.order is not None:
+            return self.problem.order
         return self.problem.offsets.diff().argsort(descending=True, stable=True)
 
     @functools.cached_property
     def width(self) -> int:
         return max(_block(self.q.shape[2]), _block(self.v.shape[2]))
+
+    @functools.cached_property
+    def ragged(self) -> bool:
+        return any(x.shape[2] != _block(x.shape[2]) for x in (self.q, self.v))
 
     @functools.cached_property
     def biased(self) -> bool:
@@ -131,7 +137,9 @@ class Launch:
     def tile(self, which: tiles.Pass) -> tiles.Tile:
         bytes_each, longest = self.q.element_size(), max(self.longest)
         softmax = self.problem.activation == "softmax"
-        return tiles.choose(which, self.width, bytes_each, longest, self.biased, softmax, interpreting())
+        return tiles.choose(
+            which, self.width, bytes_each, longest, self.biased, softmax, self.ragged, interpreting()
+        )
 
     def settings(self, tile: tiles.Tile, atomic: bool = False) -> Settings:
         problem = self.problem
@@ -208,6 +216,9 @@ class Launch:
             return
         named = {**self.arguments, **own}
         arguments = {name: named[name] for name in kernel.arg_names if name != "S"}
+        # d_out has the strides of out; what d_q is added up in has none (it is in the kernel's own order)
+        of_rows = [x for name, x in arguments.items() if name == "d_out" or f"{name}_row" in arguments]
+        settings = addressed(settings, *of_rows)
         kernel[(programs,)](**arguments, S=settings, num_warps=tile.warps, num_stages=tile.stages)
 
     def walk(self, blocks: int) -> dict[str, int]:
@@ -219,6 +230,20 @@ class Launch:
 
     def pieces(self, blocks: int) -> int:
         return self.sequences * self.q.shape[1] * blocks
+
+
+def addressed(settings: Settings, *tensors: Tensor) -> Settings:
+    """The settings with what holds for the addresses in (rows, heads, width) tensors.
+
+    Triton knows of a pointer whether 16 divides it, and of a stride whether 16 does (in numbers): a model of width 50
+    would load number after number, each waited for. Two bfloat16 at a time are enough to load ahead of use.
+    """
+    bytes_of, reach = [16], [0]
+    for x in tensors:
+        row, head = (stride if size > 1 else 0 for stride, size in zip(x.stride()[:2], x.shape))
+        bytes_of += [x.data_ptr(), row * x.element_size(), head * x.element_size()]
+        reach += [max(settings.ROWS, settings.KEYS) * row, x.shape[1] * head]
+    return replace(settings, ALIGNED=math.gcd(*bytes_of), FAR=max(reach) >= 2**31)
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
@@ -248,6 +273,7 @@ def _dense(problem: AttentionProblem) -> AttentionProblem:
         problem,
         offsets=problem.offsets.contiguous(),
         query_offsets=dense(problem.query_offsets),
+        order=dense(problem.order),
         mask=replace(mask, targets=dense(mask.targets)),
         bias=RelativeBias(**tables, buckets=bias.buckets),
     )
@@ -327,7 +353,7 @@ def _run_delta(launch: Launch, out: Tensor, given: Mapping[str, Any]) -> None:
     from gr_kernels.hstu_attention import triton_kernel
 
     rows, heads = out.shape[:2]
-    settings = launch.settings(launch.tile("forward"))
+    settings = addressed(launch.settings(launch.tile("forward")), out, given["d_out"])
     if rows and heads:
         grid = (-(-rows // settings.ROWS), heads)
         triton_kernel.delta_kernel[grid](
@@ -373,15 +399,12 @@ def _table_gradients(launch: Launch, given: Mapping[str, Any]) -> tuple[Tensor |
     return d_position, d_time
 
 
-_INPUTS = schema.FORWARD.removeprefix("(").removesuffix(") -> Tensor")
-_FORWARD = f"({_INPUTS}) -> (Tensor out, Tensor lse)"
+_FORWARD = f"({schema.INPUTS}) -> (Tensor out, Tensor lse)"
 _BACKWARD = (
-    f"(Tensor d_out, Tensor? out, Tensor? lse, {_INPUTS}) "
+    f"(Tensor d_out, Tensor? out, Tensor? lse, {schema.INPUTS}) "
     "-> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_position, Tensor d_time)"
 )
-_TENSORS = 10  # how many of the inputs are tensors; they come first
-_POSITION, _TIME = 6, 7
-_SOFTMAX = 15
+_AFTER_QKV = 3  # the operators' arguments that `flatten` gives come after q, k and v
 
 
 @functools.cache
@@ -414,23 +437,23 @@ def _register() -> None:
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    shape = (q.shape[1], q.shape[0]) if flat[_SOFTMAX - 3] else (0,)
+    shape = (q.shape[1], q.shape[0]) if flat[schema.SOFTMAX - _AFTER_QKV] else (0,)
     return v.new_empty((q.shape[0], *v.shape[1:])), q.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_backward(
     d_out: Tensor, out: Any, lse: Any, q: Tensor, k: Tensor, v: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
-    tables = flat[_POSITION - 3 : _TIME - 2]
+    tables = flat[schema.POSITION - _AFTER_QKV : schema.TIME + 1 - _AFTER_QKV]
     absent_or_like = (q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in tables)
     return (*(x.new_empty(x.shape) for x in (q, k, v)), *absent_or_like)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    kept = output if inputs[_SOFTMAX] else (None, None)
-    ctx.save_for_backward(*inputs[:_TENSORS], *kept)
-    ctx.settings = inputs[_TENSORS:]
+    kept = output if inputs[schema.SOFTMAX] else (None, None)
+    ctx.save_for_backward(*inputs[: schema.TENSORS], *kept)
+    ctx.settings = inputs[schema.TENSORS :]
 
 
 def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
@@ -439,12 +462,12 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
         d_out.contiguous(), out, lse, *tensors, *ctx.settings
     )
     d_q, d_k, d_v, d_position, d_time = found
-    gradients: list[Tensor | None] = [None] * (_TENSORS + len(ctx.settings))
+    gradients: list[Tensor | None] = [None] * (schema.TENSORS + len(ctx.settings))
     gradients[:3] = d_q, d_k, d_v
-    if tensors[_POSITION] is not None:
-        gradients[_POSITION] = d_position
-    if tensors[_TIME] is not None:
-        gradients[_TIME] = d_time
+    if tensors[schema.POSITION] is not None:
+        gradients[schema.POSITION] = d_position
+    if tensors[schema.TIME] is not None:
+        gradients[schema.TIME] = d_time
     return tuple(gradients)
 
 

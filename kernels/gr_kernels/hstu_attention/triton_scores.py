@@ -57,10 +57,27 @@ def load_sequence(b, offsets, query_offsets, targets, contexts, S: tl.constexpr)
 
 
 @triton.jit
-def row_pointers(base, first, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(ROWS, BLOCK) pointers to rows from `first` on. The tile's start is 64-bit, within a tile 32 bits are enough."""
+def head_rows(base, row, row_stride, head, head_stride, FAR: tl.constexpr):
+    """The pointer to a row of the batch, which is 64-bit, in one head."""
+    if FAR:
+        head = tl.cast(head, tl.int64)
+    return base + row * row_stride + head * head_stride
+
+
+@triton.jit
+def row_pointers(
+    base, first, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, FAR: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """(ROWS, BLOCK) pointers to rows from `first` on. The tile's start is 64-bit; within a tile 32 bits, which are
+    cheaper, are enough unless FAR."""
     start = base + tl.cast(first, tl.int64) * stride
-    return start + (tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK)[None, :])
+    row = tl.arange(0, ROWS)[:, None]
+    if FAR:
+        row = row.to(tl.int64)
+    pointers = start + (row * stride + tl.arange(0, BLOCK)[None, :])
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, [1, ALIGNED])
+    return pointers
 
 
 @triton.jit
@@ -72,10 +89,11 @@ def load_rows(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    S: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """(ROWS, BLOCK): rows [first, first + ROWS), zero from column WIDTH on and, when MASKED, from row `end` on."""
-    pointers = row_pointers(base, first, stride, ROWS, BLOCK)
+    pointers = row_pointers(base, first, stride, ROWS, BLOCK, S.FAR, S.ALIGNED)
     if MASKED:
         there = (first + tl.arange(0, ROWS) < end)[:, None]
         if WIDTH != BLOCK:
@@ -89,10 +107,20 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(base, first, end, stride, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store_rows(
+    base,
+    first,
+    end,
+    stride,
+    tile,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    S: tl.constexpr,
+):
     """Stores rows [first, min(first + ROWS, end)) of a (ROWS, BLOCK) tile, WIDTH columns of them."""
     there = (first + tl.arange(0, ROWS) < end)[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
-    pointers = row_pointers(base, first, stride, ROWS, BLOCK)
+    pointers = row_pointers(base, first, stride, ROWS, BLOCK, S.FAR, S.ALIGNED)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=there)
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from gr_kernels.hstu_attention.triton_backward import load_row_block, score_gradient, weights_and_slope
 from gr_kernels.hstu_attention.triton_mask import allowed, key_blocks
-from gr_kernels.hstu_attention.triton_scores import CHANGING, load_rows, load_sequence, time_bucket
+from gr_kernels.hstu_attention.triton_scores import CHANGING, head_rows, load_rows, load_sequence, time_bucket
 from gr_kernels.triton_common.gather import gather
 from gr_kernels.triton_common.random import kept
 
@@ -165,9 +165,10 @@ def table_gradients_kernel(
                     loaded[5],
                     loaded[6],
                 )
-                k_base, v_base = k + key_begin * k_row + head * k_head, v + key_begin * v_row + head * v_head
-                k_tile = load_rows(k_base, first_key, n, k_row, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, True)
-                v_tile = load_rows(v_base, first_key, n, v_row, S.KEYS, S.WIDTH_V, S.BLOCK_V, True)
+                k_base = head_rows(k, key_begin, k_row, head, k_head, S.FAR)
+                v_base = head_rows(v, key_begin, v_row, head, v_head, S.FAR)
+                k_tile = load_rows(k_base, first_key, n, k_row, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, S, True)
+                v_tile = load_rows(v_base, first_key, n, v_row, S.KEYS, S.WIDTH_V, S.BLOCK_V, S, True)
                 products = tl.dot(q_tile, tl.trans(k_tile), input_precision=S.PRECISION)
                 slope = weights_and_slope(products * (scale * S.UNIT) + bias, lse_i, seen, S, True)[1]
                 d_weights = tl.dot(d_out_tile, tl.trans(v_tile), input_precision=S.PRECISION)

@@ -8,11 +8,11 @@ from gr_kernels.jagged.concat_split import triton_kernel as concat_split
 from gr_kernels.jagged.dense import triton_kernel as dense
 from gr_kernels.jagged.dropout import triton_kernel as dropout
 from gr_kernels.jagged.dropout.triton_op import tile as dropout_tile
-from gr_kernels.jagged.positions_and_times import sums, triton_kernel as positions_and_times
+from gr_kernels.jagged.positions_and_times import triton_kernel as positions_and_times
 from gr_kernels.jagged.positions_and_times.triton_op import add_tile
 from gr_kernels.jagged.tiles import WARPS, search_steps, tile
+from gr_kernels.triton_common import sums_by_entry, sums_by_entry_kernel
 from gr_kernels.triton_common.compile_case import CompileCase
-from gr_kernels.triton_common.sizes import power_of_two
 
 SEQUENCES = 128
 BUCKETS = 129
@@ -65,8 +65,9 @@ def _additions(dtype: str, width: int) -> list[CompileCase]:
         "STEPS": search_steps(SEQUENCES + 1), "BUCKET_STEPS": search_steps(BUCKETS - 1),
         "BLOCK_R": t.rows, "BLOCK_C": t.columns,
     }  # fmt: skip
-    split = sums.parts(1 << 17, BUCKETS, width)
-    blocks = {"SPLITS": split, "BLOCK_R": sums.BLOCK_ROWS, "BLOCK_C": min(power_of_two(width), sums.COLUMNS)}
+    tile_rows, columns = sums_by_entry.block(width)
+    split = sums_by_entry.parts(1 << 17, BUCKETS, width)
+    blocks = {"SPLITS": split, "BLOCK_R": tile_rows, "BLOCK_C": columns}
     return [
         _case(
             f"add_rows.{dtype}.d{width}", positions_and_times.add_rows,
@@ -74,7 +75,7 @@ def _additions(dtype: str, width: int) -> list[CompileCase]:
             ("width", "x_stride"),
         ),
         _case(
-            f"sum_rows_by_entry.{dtype}.d{width}", positions_and_times.sum_rows_by_entry,
+            f"sum_rows_by_entry.{dtype}.d{width}", sums_by_entry_kernel.sum_rows_by_entry,
             f"*{dtype} *i64 *i64 *fp32 i32 i32", blocks,
         ),
     ]  # fmt: skip

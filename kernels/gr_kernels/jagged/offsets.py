@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def check_offsets(
@@ -43,16 +44,31 @@ def check_offsets(
         )
 
 
+def covers_all_rows(offsets_B1: Tensor, rows: int) -> bool:
+    """Whether every row is known to be in a sequence: CPU offsets are looked at, others and traced ones can't be."""
+    if offsets_B1.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return int(offsets_B1[0]) == 0 and int(offsets_B1[-1]) == rows
+
+
+def places_in_cover(offsets_B1: Tensor, rows: int) -> Tensor:
+    """(T,) int64: each row's place in its sequence, from 0, where every row has a sequence."""
+    start_T = torch.repeat_interleave(offsets_B1[:-1], offsets_B1.diff(), output_size=rows)
+    return torch.arange(rows, device=offsets_B1.device).sub_(start_T)
+
+
 def places_of_rows(offsets_B1: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each of ``rows`` rows: its sequence, its place in it from 0, and whether it has one. int64, int64, bool.
 
     The sequence and place of a row outside every sequence are some valid numbers without meaning.
     """
-    row_T = torch.arange(rows, device=offsets_B1.device)
-    sequence_T = torch.searchsorted(offsets_B1, row_T, right=True) - 1
-    inside_T = (row_T >= offsets_B1[0]) & (row_T < offsets_B1[-1])
-    sequence_T = sequence_T.clamp(0, max(offsets_B1.shape[0] - 2, 0))
-    return sequence_T, row_T - offsets_B1[sequence_T], inside_T
+    sequences = offsets_B1.shape[0] - 1
+    # the rows before and after all sequences are stretches of their own: with them every row is in one
+    edges = F.pad(F.pad(offsets_B1, (1, 0)), (0, 1), value=rows)
+    stretch = torch.arange(sequences + 2, device=offsets_B1.device)
+    stretch_T = torch.repeat_interleave(stretch, edges.diff(), output_size=rows)
+    inside_T = (stretch_T > 0) & (stretch_T <= sequences)
+    return (stretch_T - 1).clamp_(0, max(sequences - 1, 0)), places_in_cover(edges, rows), inside_T
 
 
 def take_rows(x: Tensor, index: Tensor, inside: Tensor, fill: float = 0.0) -> Tensor:

@@ -27,8 +27,12 @@ def tile(width: int, item_bytes: int) -> Tile:
 
 
 def search_steps(count: int) -> int:
-    """Halvings after which one of the answers 0 to ``count`` is left."""
-    return count.bit_length()
+    """Halvings after which one of the answers 0 to ``count`` is left, up to a multiple of 8.
+
+    It is a constexpr, and ``count`` changes with every batch: one kernel serves batches of up to 254 sequences, another
+    those of up to 65,534. A halving that isn't needed loads nothing.
+    """
+    return 8 * -(-count.bit_length() // 8)
 
 
 # A row is moved as integers of the size of its numbers, whatever they are.

@@ -10,7 +10,7 @@ import triton.language as tl
 def upper_bound(table_ptr, count, x, STEPS: tl.constexpr):
     """How many of the ``count`` ascending int64 entries of a table are <= x (a block): int64.
 
-    STEPS halvings reach any answer from 0 to count where 2^STEPS > count.
+    STEPS halvings reach any answer from 0 to count where 2^STEPS > count; those beyond load nothing.
     """
     low = tl.zeros_like(x).to(tl.int64)
     high = low + count

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gr_kernels.log_partition.logits import full_precision
 from gr_kernels.log_partition.problem import Problem
 
 _CPU_BLOCK = 1 << 19  # logits of a chunk on CPU: a few MB, which stay in cache between the passes over them
@@ -36,15 +37,15 @@ class _LogPartition(torch.autograd.Function):
         ctx.problem = problem
         want_queries, want_table, want_bias = ctx.needs_input_grad[:3]
         queries_alone = want_queries and not (want_table or want_bias)
-        log_sums_T = _accumulator(queries_TD, queries_TD.shape[0])
+        log_sums_T = accumulator(queries_TD, queries_TD.shape[0])
         grad_queries_TD = torch.empty_like(queries_TD) if queries_alone else None
-        with _full_precision(queries_TD):
-            for chunk in _chunks(queries_TD, table_ID, problem.max_scores):
+        with full_precision(queries_TD):
+            for chunk in chunks(queries_TD, table_ID, problem.max_scores):
                 logits_CI = _logits(problem, chunk)
-                peaks_C, sums_C = _exponentiate(logits_CI, problem)
+                peaks_C, sums_C = _exponentiate(logits_CI)
                 log_sums_T[chunk] = peaks_C + sums_C.log()
                 if grad_queries_TD is not None:
-                    shares_CI = logits_CI.div_(_divisors(sums_C, problem)[:, None])
+                    shares_CI = logits_CI.div_(_divisors(sums_C)[:, None])
                     grad_queries_TD[chunk] = shares_CI.to(table_ID.dtype) @ table_ID * problem.scale
         if queries_alone:
             ctx.save_for_backward(grad_queries_TD)
@@ -62,12 +63,12 @@ class _LogPartition(torch.autograd.Function):
             return (grad_queries_TD * grad_T[:, None]).to(grad_queries_TD.dtype), None, None, None
         queries_TD, table_ID, bias_I = ctx.saved_tensors
         problem = replace(ctx.problem, queries=queries_TD, table=table_ID, bias=bias_I)
-        gradients = _Gradients(ctx.needs_input_grad, problem)
-        with _full_precision(queries_TD):
-            for chunk in _chunks(queries_TD, table_ID, problem.max_scores):
+        gradients = Gradients(ctx.needs_input_grad, problem)
+        with full_precision(queries_TD):
+            for chunk in chunks(queries_TD, table_ID, problem.max_scores):
                 logits_CI = _logits(problem, chunk)
-                _, sums_C = _exponentiate(logits_CI, problem)
-                factors_C = grad_T[chunk] / _divisors(sums_C, problem)
+                _, sums_C = _exponentiate(logits_CI)
+                factors_C = grad_T[chunk] / _divisors(sums_C)
                 gradients.add(chunk, logits_CI.mul_(factors_C[:, None]))
         return *gradients.results(), None
 
@@ -78,15 +79,15 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, queries_TD: Tensor, table_ID: Tensor, bias_I: Tensor | None, problem: Problem
     ) -> Tensor:
         assert problem.targets is not None
-        losses_T = _accumulator(queries_TD, queries_TD.shape[0])
+        losses_T = accumulator(queries_TD, queries_TD.shape[0])
         weights = None if problem.weights is None else problem.weights.to(losses_T.dtype)
-        gradients = _Gradients(ctx.needs_input_grad, problem) if any(ctx.needs_input_grad[:3]) else None
-        with _full_precision(queries_TD):
-            for chunk in _chunks(queries_TD, table_ID, problem.max_scores):
+        gradients = Gradients(ctx.needs_input_grad, problem) if any(ctx.needs_input_grad[:3]) else None
+        with full_precision(queries_TD):
+            for chunk in chunks(queries_TD, table_ID, problem.max_scores):
                 logits_CI = _logits(problem, chunk)
                 targets_C1 = problem.targets[chunk, None].long()
                 label_C = logits_CI.gather(1, targets_C1).squeeze(1)
-                peaks_C, sums_C = _exponentiate(logits_CI, problem)
+                peaks_C, sums_C = _exponentiate(logits_CI)
                 losses_T[chunk] = (peaks_C - label_C) + sums_C.log()
                 if gradients is None:
                     continue
@@ -105,18 +106,18 @@ class _CrossEntropy(torch.autograd.Function):
         return *(None if g is None else (g * grad).to(g.dtype) for g in ctx.saved_tensors), None
 
 
-class _Gradients:
+class Gradients:
     """Sums the gradients of queries, table and bias from chunks of logit gradients."""
 
     def __init__(self, wanted: tuple[bool, ...], problem: Problem) -> None:
         self.inputs_TD, self.table_ID, self.scale = problem.queries, problem.table, problem.scale
         self.queries_TD = torch.empty_like(self.inputs_TD) if wanted[0] else None
         # float32 sums for 16-bit inputs: hundreds of chunks are added up here
-        self.sums_ID = _accumulator(self.table_ID, *self.table_ID.shape).zero_() if wanted[1] else None
+        self.sums_ID = accumulator(self.table_ID, *self.table_ID.shape).zero_() if wanted[1] else None
         self.bias_I = None
         if problem.bias is not None and wanted[2]:
             bias = problem.bias
-            self.bias_I, self.bias_dtype = _accumulator(bias, bias.shape[0]).zero_(), bias.dtype
+            self.bias_I, self.bias_dtype = accumulator(bias, bias.shape[0]).zero_(), bias.dtype
 
     def add(self, chunk: slice, grad_CI: Tensor) -> None:
         """Takes the gradient of the logits of one chunk of queries (and may not be given it again)."""
@@ -146,35 +147,29 @@ def _logits(problem: Problem, chunk: slice) -> Tensor:
     return problem.exclude(logits_CI if problem.bias is None else logits_CI.add_(problem.bias), chunk)
 
 
-def _exponentiate(logits_CI: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def _exponentiate(logits_CI: Tensor) -> tuple[Tensor, Tensor]:
     """Turns the logits into exp(logit - row's largest), in place; returns the largest and the sums, (C,) each.
 
     Shares are exponentials over their sum, not exp(logit - log-sum-exp): the latter, a number of the size of the
     logits, would bring its rounding into every share.
     """
     peaks_C = logits_CI.amax(dim=1)
-    if problem.excluded is not None:  # all may be: the sum is empty then, exp(-inf - 0) = 0
-        peaks_C = peaks_C.masked_fill_(peaks_C == -torch.inf, 0.0)
+    peaks_C = peaks_C.masked_fill_(peaks_C == -torch.inf, 0.0)  # an empty sum: exp(-inf - 0) = 0
     logits_CI.sub_(peaks_C[:, None]).exp_()
     return peaks_C, logits_CI.sum(dim=1)
 
 
-def _divisors(sums_C: Tensor, problem: Problem) -> Tensor:
+def _divisors(sums_C: Tensor) -> Tensor:
     """The sums, but for empty ones, whose terms are 0 whatever divides them."""
-    return sums_C if problem.excluded is None else sums_C.masked_fill(sums_C == 0, 1.0)
+    return sums_C.masked_fill(sums_C == 0, 1.0)
 
 
-def _accumulator(like: Tensor, *shape: int) -> Tensor:
+def accumulator(like: Tensor, *shape: int) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _full_precision(like: Tensor) -> torch.autocast:
-    """The inputs' own dtype is the precision of the GEMMs: autocast would round the logits to 16 bits."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
-def _chunks(queries_TD: Tensor, table_ID: Tensor, max_scores: int) -> list[slice]:
+def chunks(queries_TD: Tensor, table_ID: Tensor, max_scores: int) -> list[slice]:
     count, catalogue = queries_TD.shape[0], max(1, table_ID.shape[0])
     limit = (
         min(max_scores, max(_CPU_BLOCK, 64 * catalogue)) if queries_TD.device.type == "cpu" else max_scores

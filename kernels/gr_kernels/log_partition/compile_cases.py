@@ -32,6 +32,8 @@ _SPILLS = {
     ("fp32", 50, 80): 512,
     ("fp32", 128, 80): 4096,
     ("fp32", 128, 90): 640,
+    ("fp32", 256, 80): 512,
+    ("fp32", 256, 90): 512,
 }
 # optional arguments that a form leaves out
 _FORMS: dict[str, tuple[str, ...]] = {
@@ -54,6 +56,7 @@ def _cases() -> Iterator[CompileCase]:
         ("fp16", 64, "plain"),
         ("fp32", 50, "plain"),
         ("fp32", 128, "full"),
+        ("fp32", 256, "full"),
     ):
         for kernel in ("partial_sums", "table_gradient"):
             for architecture in (80, 90):

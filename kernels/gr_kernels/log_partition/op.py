@@ -54,11 +54,12 @@ def log_partition(
     queries_TD: (T, D); table_ID: (I, D), of the same float dtype; scale: 1 / temperature; normalize_eps: divide
     each e_i by max(|e_i|, eps); bias_I: (I,) added to the logits: a learned bias, -log q_i where the table is a
     sample (logQ correction), -inf to leave an item out for everybody. excluded_TX: (T, X) integers, items that one
-    query doesn't see, -1 for none, repeated ones count once; where all are excluded the sum is empty: -inf, without
-    gradients. names_I: (I,) integers below 2^31, what excluded_TX calls the table's rows (default: 0 to I - 1), for
-    tables that hold an item several times. Differentiable once in queries, table and bias. implementation: 'auto',
-    'cpp' (float32 on CPU, nothing excluded), 'triton', 'chunked', 'reference'; gr_kernels.explain tells what 'auto'
-    takes. max_scores: the most logits 'chunked' holds at once (the others' tiles are their own, see README.md).
+    query doesn't see, -1 for none, repeated ones count once; where all are excluded (or have a bias of -inf) the
+    sum is empty: -inf, which moves nothing. names_I: (I,) integers below 2^31, what excluded_TX calls the table's
+    rows (default: 0 to I - 1), for tables that hold an item several times. Differentiable once in queries, table
+    and bias. implementation: 'auto', 'cpp' (float32 on CPU, nothing excluded), 'triton', 'chunked', 'reference';
+    gr_kernels.explain tells what 'auto' takes. max_scores: the most logits 'chunked' holds at once (the others'
+    tiles are their own, see README.md).
 
     'cpp' and 'chunked': one GEMM of T x I x D forward. Backward forms the logits again (3 more GEMMs), because the
     upstream gradient weighs the rows of the table's gradient; where the table and bias need none, the queries'

@@ -11,21 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr_kernels.candidate_scores import check_inputs
+from gr_kernels.candidate_scores import values_are_at_hand
+from gr_kernels.log_partition.logits import Logits, check_logits
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Logits scale * q_t . e_i + bias_i of all table rows that query t sees, with what is summed over them."""
+@dataclass(frozen=True, kw_only=True)
+class Problem(Logits):
+    """The logits of all table rows that query t sees, with what is summed over them."""
 
-    queries: Tensor
-    table: Tensor
-    scale: float
-    normalize_eps: float | None
-    bias: Tensor | None
     excluded: Tensor | None
     names: Tensor | None
-    max_scores: int
     targets: Tensor | None = None
     weights: Tensor | None = None
 
@@ -35,13 +30,6 @@ class Problem:
             return self
         table_ID = F.normalize(self.table, dim=-1, eps=self.normalize_eps)
         return replace(self, table=table_ID, normalize_eps=None)
-
-    def heeding_no_grad(self) -> Problem:
-        """Detached inputs where no gradient is recorded: a Function would still see that they require one."""
-        if torch.is_grad_enabled():
-            return self
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, queries=self.queries.detach(), table=self.table.detach(), bias=bias)
 
     def keeping_targets(self) -> Problem:
         """A target is always seen: where it is among the excluded, -1 (nobody's name) takes its place."""
@@ -66,14 +54,10 @@ class Problem:
 
 def check(problem: Problem) -> None:
     """Raises ValueError, TypeError or IndexError, in one sentence, for arguments that don't fit."""
-    queries, table, bias = problem.queries, problem.table, problem.bias
-    check_inputs(queries, table, problem.normalize_eps)
+    queries, table = problem.queries, problem.table
+    check_logits(problem)
     if table.shape[0] == 0:
         raise ValueError("the table has no rows: there is nothing to sum over")
-    if bias is not None and bias.shape != table.shape[:1]:
-        raise ValueError(f"bias must be ({table.shape[0]},), one value a table row, not {tuple(bias.shape)}")
-    if problem.max_scores < 1:
-        raise ValueError(f"max_scores must be at least 1, got {problem.max_scores}")
     _check_excluded(problem)
     if problem.targets is not None:
         _check_targets(problem.targets, problem.weights, queries.shape[0], table.shape[0])
@@ -92,8 +76,8 @@ def _check_excluded(problem: Problem) -> None:
             f"excluded must be ({problem.queries.shape[0]}, X) integers, not {tuple(excluded.shape)} "
             f"of {excluded.dtype}"
         )
-    if names is not None or excluded.device.type != "cpu" or excluded.numel() == 0:
-        return  # on an accelerator a look at the values would wait for it
+    if names is not None or not values_are_at_hand(excluded):
+        return
     if int(excluded.max()) >= table.shape[0]:
         query, x = (excluded >= table.shape[0]).nonzero()[0].tolist()
         raise IndexError(
@@ -109,7 +93,7 @@ def _check_targets(targets: Tensor, weights: Tensor | None, count: int, catalogu
         )
     if weights is not None and weights.shape != (count,):
         raise ValueError(f"weights must be ({count},), not {tuple(weights.shape)}")
-    if targets.device.type != "cpu" or count == 0:
+    if not values_are_at_hand(targets):
         return
     bad = ((targets < 0) | (targets >= catalogue)).nonzero()
     if len(bad):

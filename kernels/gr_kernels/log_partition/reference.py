@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr_kernels.log_partition.logits import full_precision
 from gr_kernels.log_partition.problem import Problem
 
 
@@ -29,8 +30,15 @@ def log_partition(
     normalize_eps: float | None = None,
     bias_I: Tensor | None = None,
 ) -> Tensor:
-    """(T,) log of the sum of exp(logits) over the catalogue."""
-    return torch.logsumexp(logits(queries_TD, table_ID, scale, normalize_eps, bias_I), dim=1)
+    """(T,) log of the sum of exp(logits) over the catalogue; -inf, which moves nothing, where all of them are -inf."""
+    return _log_sum_exp(logits(queries_TD, table_ID, scale, normalize_eps, bias_I))
+
+
+def _log_sum_exp(logits_TI: Tensor) -> Tensor:
+    """(T,); an empty sum's gradient would be 0 / 0."""
+    empty_T = (logits_TI == -torch.inf).all(dim=1)
+    sums_T = torch.logsumexp(logits_TI.masked_fill(empty_T[:, None], 0.0), dim=1)
+    return sums_T.masked_fill(empty_T, -torch.inf)
 
 
 def cross_entropy(
@@ -51,15 +59,17 @@ def cross_entropy(
 
 def log_partition_of(problem: Problem) -> Tensor:
     """``log_partition`` without what each query excludes."""
-    return torch.logsumexp(_seen_logits(problem), dim=1)
+    with full_precision(problem.queries):
+        return _log_sum_exp(_seen_logits(problem))
 
 
 def cross_entropy_of(problem: Problem) -> Tensor:
     """``cross_entropy`` without what each query excludes, its target apart."""
     assert problem.targets is not None
-    losses_T = F.cross_entropy(
-        _seen_logits(problem.keeping_targets()), problem.targets.long(), reduction="none"
-    )
+    with full_precision(problem.queries):
+        losses_T = F.cross_entropy(
+            _seen_logits(problem.keeping_targets()), problem.targets.long(), reduction="none"
+        )
     return (losses_T if problem.weights is None else losses_T * problem.weights).sum()
 
 

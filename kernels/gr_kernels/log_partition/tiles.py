@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gr_kernels.triton_common.sizes import power_of_two
 
-WIDEST = {16: 256, 32: 128}  # by the bits of a number
+WIDEST = 256
 MOST_SPLITS = 8
 
 
@@ -37,7 +37,10 @@ def tiles(width: int, bits: int, capability: int, gradient: bool) -> Tiles:
     """
     padded = max(16, power_of_two(width))
     if bits == 32:
-        # each product is three of tf32, whose pieces take registers beside the accumulators: small tiles
+        # each product is three of tf32, whose pieces, of the held rows too, take registers beside the accumulators:
+        # small tiles
+        if padded > 128:
+            return Tiles(padded, 16, 32, 8, 2)
         return Tiles(padded, 64, 32 if padded <= 64 else 16, 8, 2)
     if padded <= 64:
         # an exponential takes as long as its logit's products: few enough registers (128) for two programs to share

@@ -4,6 +4,9 @@
 streams the queries. Logits exist a tile at a time, in base 2: y = z log2(e), so that exp z = exp2 y is one special-
 function operation. Every program owns what it writes: no atomics, the same bits in every run.
 
+T changes from batch to batch, and so does I where the table is the batch's own candidates: Triton doesn't specialise on
+them (it would compile again for 1 and for multiples of 16). Rows lie at multiples of D, a constexpr, whatever they are.
+
 Shapes: T queries, I table rows, D width, X excluded names of a query, S splits of the table.
 """
 
@@ -28,7 +31,7 @@ def _column_terms(table_rows, inside, inverse, bias, scale2):
     return length * scale2, offset, length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "I", "tiles_per_split"])
 def partial_sums(
     queries,  # (T, D)
     table,  # (I, D)
@@ -102,7 +105,7 @@ def partial_sums(
         tl.store(means + out * D + held, mean, mask=(t < T)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "I"])
 def table_gradient(
     queries,  # (T, D)
     table,  # (I, D)

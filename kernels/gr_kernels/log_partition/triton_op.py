@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gr_kernels.log_partition.logits import full_precision
 from gr_kernels.log_partition.problem import Problem
 from gr_kernels.log_partition.tiles import WIDEST, splits, tiles
 from gr_kernels.triton_common.available import interpreting, on, why_unavailable
@@ -24,9 +25,8 @@ def obstacle(problem: Problem) -> str:
     """The reason, in a few words, why the kernels can't take this call; "" when they can."""
     if problem.queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 or bfloat16, not {problem.queries.dtype}"
-    widest = WIDEST[8 * problem.queries.element_size()]
-    if problem.queries.shape[1] > widest:
-        return f"{problem.queries.dtype} rows wider than {widest} don't fit into its tiles"
+    if problem.queries.shape[1] > WIDEST:
+        return f"rows wider than {WIDEST} don't fit into its tiles"
     if problem.excluded is not None and problem.excluded.shape[1] > MOST_EXCLUDED:
         return f"it takes at most {MOST_EXCLUDED} excluded names of a query, not {problem.excluded.shape[1]}"
     if problem.table.shape[0] >= 1 << 31:
@@ -111,17 +111,17 @@ def _forward(
                 num_stages=use.num_stages,
             )
     peaks_T = peaks_ST.amax(0)
-    # a query that sees no row at all: exp2(-inf - 0) = 0, an empty sum
-    empty_T = peaks_T == -math.inf
-    base_T = peaks_T if excluded is None else peaks_T.masked_fill(empty_T, 0.0)
+    empty_T = peaks_T == -math.inf  # a query that sees no row at all: exp2(-inf - 0) = 0, an empty sum
+    base_T = peaks_T.masked_fill(empty_T, 0.0)
     shares_ST = torch.exp2(peaks_ST - base_T)
     sums_T = (sums_ST * shares_ST).sum(0)
     values_T = base_T / _LOG2_E + sums_T.log()
+    # what divides the terms, all 0, of an empty sum: it moves nothing; as a loss of its target it is 0 / 0
+    sums_T = sums_T.masked_fill(empty_T, 1.0 if targets is None else math.nan)
     means_TD = queries.new_empty(0, width, dtype=torch.float32)
     if means_STD is not None:
-        # where nothing is seen, 0 / tiny rather than 0 / 0
-        tiny = 0.0 if excluded is None else torch.finfo(torch.float32).tiny
-        means_TD = torch.einsum("st,std->td", shares_ST, means_STD) / sums_T.clamp_min(tiny)[:, None]
+        with full_precision(queries):
+            means_TD = torch.einsum("st,std->td", shares_ST, means_STD) / sums_T[:, None]
     if targets is not None:
         label_TD = table[targets].float()
         if inverse is not None:
@@ -132,9 +132,12 @@ def _forward(
         values_T = (base_T / _LOG2_E - label_T) + sums_T.log()
         if want_means:
             means_TD -= label_TD
-    if excluded is not None:  # backward, exp2(-inf - inf) = 0
-        peaks_T, sums_T = peaks_T.masked_fill(empty_T, math.inf), sums_T.masked_fill(empty_T, 1.0)
-    return values_T, peaks_T, sums_T, means_TD
+    return (
+        values_T,
+        peaks_T.masked_fill(empty_T, math.inf),
+        sums_T,
+        means_TD,
+    )  # backward, exp2(-inf - inf) = 0
 
 
 @_forward.register_fake

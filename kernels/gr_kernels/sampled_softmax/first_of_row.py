@@ -19,8 +19,8 @@ def cross_entropy_of_first(
 ) -> Tensor:
     """Sum over t of ``w_t (log(exp l_t0 + sum_{k > 0, row_tk != target_t} exp l_tk) - l_t0)``: a scalar.
 
-    logits: (T, 1 + K), the target's score first.  rows: the item rows that the scores are of, (T, 1 + K) or
-    (1, 1 + K) for candidates that all share; column 0 is not read.  targets_T1: of the dtype of ``rows``.
+    logits: (T, 1 + K), the target's score first.  rows: (T, 1 + K), the item rows that the scores are of; column 0 is
+    not read.  targets_T1: of the dtype of ``rows``.
     The gradient of the logits is formed in the forward pass.  Differentiable once.
     """
     return _CrossEntropyOfFirst.apply(logits, rows, targets_T1, weights_T)

@@ -37,6 +37,7 @@ def sampled_softmax(
     negatives: Tensor,
     *,
     weights_T: Tensor | None = None,
+    counts_K: Tensor | None = None,
     scale: float = 1.0,
     normalize_eps: float | None = None,
     bias_I: Tensor | None = None,
@@ -47,17 +48,18 @@ def sampled_softmax(
 
     queries_TD: (T, D); table_ID: (I, D), of the same float dtype; targets_T: (T,) int64 or int32 rows. negatives:
     (T, K) rows drawn for each query, or (K,) that all share; one that is the query's target counts nothing, one drawn
-    twice counts twice. weights_T: (T,) constants (1 where None). scale: 1 / temperature; normalize_eps: divide each
-    e_i by max(|e_i|, eps). bias_I: (I,) added to an item's logits, the target's too: a learned bias, -log q_i where
-    q_i is the chance of drawing item i (logQ correction; Bengio and Senecal 2008), or their sum. Differentiable once
-    in queries, table (a dense gradient) and bias; what 'triton' computes is deterministic.
+    twice counts twice. counts_K: (K,) constants, how often each shared negative counts (1 where None; 0: not at all),
+    for rows listed once. weights_T: (T,) constants (1 where None). scale: 1 / temperature; normalize_eps: divide
+    each e_i by max(|e_i|, eps). bias_I: (I,) added to an item's logits, the target's too: a learned bias, -log q_i
+    where q_i is the chance of drawing item i (logQ correction; Bengio and Senecal 2008), or their sum. Differentiable
+    once in queries, table (a dense gradient) and bias; what 'triton' computes is deterministic.
 
-    The in-batch softmax, debiased (Yi et al., RecSys 2019), is this with the batch's targets as shared negatives and
-    bias_I = -log p_I: see README.md.
+    The in-batch softmax, debiased (Yi et al., RecSys 2019), is this with the batch's targets as shared negatives, or
+    all items with their counts, and bias_I = -log p_I: see README.md.
 
     implementation: 'auto', 'triton', 'scores', 'reference'; gr_kernels.explain tells what 'auto' takes. max_scores:
-    the most scores 'scores' holds at once with shared negatives (default: 2^21 on CPU, 2^26 on CUDA); beyond, chunks
-    of queries are scored again in the backward pass.
+    the most scores 'scores' forms at once with shared negatives (default: 2^21 on CPU, 2^26 on CUDA), a chunk of
+    queries after the other.
 
     Returns a float32 scalar (float64 for float64 inputs). Raises IndexError (on CPU) for the first row outside the
     table, ValueError or TypeError for inputs that don't fit.
@@ -71,6 +73,7 @@ def sampled_softmax(
         scale=scale,
         normalize_eps=normalize_eps,
         bias=bias_I,
+        counts=counts_K,
         max_scores=MAX_SCORES.get(queries_TD.device.type, 1 << 24) if max_scores is None else max_scores,
     )
     check(problem)

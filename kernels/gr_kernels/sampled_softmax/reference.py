@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr_kernels.log_partition.logits import full_precision
 from gr_kernels.sampled_softmax.problem import Problem
 
 
@@ -20,8 +21,9 @@ def losses(
     scale: float = 1.0,
     normalize_eps: float | None = None,
     bias_I: Tensor | None = None,
+    counts_K: Tensor | None = None,
 ) -> Tensor:
-    """(T,) log(exp z_y + sum_{k: r_k != y} exp z_k) - z_y, z = scale * q . e + bias."""
+    """(T,) log(exp z_y + sum_{k: r_k != y} n_k exp z_k) - z_y, z = scale * q . e + bias."""
     rows_TK = negatives.long().expand(len(targets_T), -1) if negatives.dim() == 1 else negatives.long()
     rows_TC = torch.cat([targets_T.long()[:, None], rows_TK], dim=1)
     candidates_TCD = F.embedding(rows_TC, table_ID)
@@ -30,6 +32,8 @@ def losses(
     logits_TC = scale * torch.einsum("td,tcd->tc", queries_TD, candidates_TCD)
     if bias_I is not None:
         logits_TC = logits_TC + bias_I[rows_TC]
+    if counts_K is not None:
+        logits_TC = logits_TC + F.pad(counts_K.to(logits_TC.dtype).log(), (1, 0))
     collides_TC = rows_TC == targets_T[:, None]
     collides_TC[:, 0] = False
     logits_TC = logits_TC.masked_fill(collides_TC, -torch.inf)
@@ -37,8 +41,8 @@ def losses(
 
 
 def loss(problem: Problem) -> Tensor:
-    return problem.total(
-        losses(
+    with full_precision(problem.queries):
+        losses_T = losses(
             problem.queries,
             problem.table,
             problem.targets,
@@ -46,5 +50,6 @@ def loss(problem: Problem) -> Tensor:
             problem.scale,
             problem.normalize_eps,
             problem.bias,
-        ).to(torch.promote_types(problem.queries.dtype, torch.float32))
-    )
+            problem.counts,
+        )
+    return problem.total(losses_T.to(torch.promote_types(problem.queries.dtype, torch.float32)))

@@ -1,6 +1,6 @@
 """Any device and dtype: the candidates' scores (on CPU of the C++ operator), then the cross-entropy of the first.
 
-Shapes: T queries, K negatives, I table rows, D width, C queries of a chunk.
+Shapes: T queries, K negatives, C = 1 + K candidates, I table rows, D width.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from gr_kernels.candidate_scores import candidate_scores
+from gr_kernels.log_partition.logits import full_precision
 from gr_kernels.sampled_softmax.first_of_row import cross_entropy_of_first
 from gr_kernels.sampled_softmax.problem import Problem
+from gr_kernels.sampled_softmax.shared_chunks import shared_loss
 
 
 def loss(problem: Problem) -> Tensor:
     """The sum of the losses: a scalar."""
-    with torch.autocast(problem.queries.device.type, enabled=False):
+    with full_precision(problem.queries):
         return _shared(problem) if problem.shared else _own(problem)
 
 
@@ -34,45 +35,12 @@ def _own(problem: Problem) -> Tensor:
 
 
 def _shared(problem: Problem) -> Tensor:
-    """A chunk of queries at a time, its scores formed again in the backward pass, where they are too many."""
     rows_KD, labels_TD = gathered(problem)
-    count, negatives = len(problem.targets), len(problem.negatives)
-    step = max(1, problem.max_scores // max(1, negatives))
-    if count <= step:
-        return _shared_chunk(problem, slice(None), problem.queries, rows_KD, labels_TD)
-    total = problem.queries.new_zeros((), dtype=torch.promote_types(problem.queries.dtype, torch.float32))
-    for start in range(0, count, step):
-        chunk = slice(start, start + step)
-        total = total + checkpoint(
-            _shared_chunk,
-            problem,
-            chunk,
-            problem.queries[chunk],
-            rows_KD,
-            labels_TD[chunk],
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-    return total
-
-
-def _shared_chunk(
-    problem: Problem, chunk: slice, queries_CD: Tensor, rows_KD: Tensor, labels_CD: Tensor
-) -> Tensor:
-    scaled_CD = queries_CD * problem.scale
-    label_C1 = (_full(scaled_CD) * _full(labels_CD)).sum(1, keepdim=True)
-    scores_CK = _full(scaled_CD @ rows_KD.t())
-    targets_C, negatives_K = problem.targets[chunk].long(), problem.negatives.long()
-    if problem.bias is not None:
-        label_C1 = label_C1 + problem.bias[targets_C, None]
-        scores_CK = scores_CK + problem.bias[negatives_K]
-    weights_C = None if problem.weights is None else problem.weights[chunk]
-    return cross_entropy_of_first(
-        torch.cat([label_C1, scores_CK], dim=1),
-        F.pad(negatives_K, (1, 0))[None],
-        targets_C[:, None],
-        weights_C,
-    )
+    bias_T = None if problem.bias is None else problem.bias[problem.targets]
+    if len(problem.negatives) == 0:
+        logits_T = (_full(problem.queries) * _full(labels_TD)).sum(1) * problem.scale
+        return problem.total((logits_T if bias_T is None else logits_T + bias_T) * 0.0)
+    return shared_loss(problem, rows_KD, labels_TD, bias_T)
 
 
 def gathered(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -42,9 +42,10 @@ def own_negatives(
     logit = tl.sum(q * label, 0) * scale2
     if bias is not None:
         logit += tl.load(bias + target).to(tl.float32) * 1.4426950408889634
-    peak = logit
-    total = logit * 0.0 + 1.0  # the target's own share; NaN where its logit isn't finite
-    mean = label
+    # finite, so that a target whose bias is -inf has no share rather than a NaN; its loss is +inf
+    peak = tl.maximum(logit, -1e38)
+    total = tl.exp2(logit - peak)  # NaN where the logit is NaN or +inf
+    mean = label * total
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         row = tl.load(negatives + t * K + k, mask=k < K, other=0).to(tl.int64)

@@ -28,9 +28,9 @@ def obstacle(problem: Problem) -> str:
     queries = problem.queries
     if queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 or bfloat16, not {queries.dtype}"
-    widest = WIDEST[8 * queries.element_size()] if problem.shared else _WIDEST
+    widest = WIDEST if problem.shared else _WIDEST
     if queries.shape[1] > widest:
-        return f"{queries.dtype} rows wider than {widest} don't fit into its tiles"
+        return f"rows wider than {widest} don't fit into its tiles"
     return why_unavailable(queries.device)
 
 
@@ -47,17 +47,15 @@ def _shared(problem: Problem) -> Tensor:
     rows_KD, labels_TD = gathered(problem)
     negatives_K, targets_T = problem.negatives, problem.targets
     label_T = (problem.queries.float() * labels_TD.float()).sum(1) * problem.scale
-    bias_K = None
     if problem.bias is not None:
         label_T = label_T + problem.bias[targets_T]
-        bias_K = problem.bias[negatives_K]
     if len(negatives_K) == 0:
         return label_T * 0.0
     partition_T = log_partition(
         problem.queries,
         rows_KD,
         scale=problem.scale,
-        bias_I=bias_K,
+        bias_I=problem.negative_bias(),
         excluded_TX=targets_T[:, None],
         names_I=negatives_K,
         implementation="triton",

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import subprocess
 from typing import Any
 
 import torch
@@ -30,16 +31,31 @@ def _installed() -> bool:
 @functools.cache
 def _too_small(index: int | None) -> str:
     """Tensor cores that multiply bfloat16 came with compute capability 8.0; tiles are made for an A100's memory."""
-    from triton.runtime import driver
-
     index = torch.cuda.current_device() if index is None else index
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"the GPU's compute capability is {major}.{minor}, below 8.0"
-    shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    try:
+        from triton.runtime import driver
+
+        # Triton's first look at a GPU compiles a piece of C, which it needs for every launch
+        shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    except Exception as error:  # no compiler, no Python.h, no libcuda: each fails in a way of its own
+        return (
+            "Triton can't build its launcher, for which it needs a C compiler and Python's headers at run time "
+            f"({_in_brief(error)})"
+        )
     if shared < LEAST_SHARED:
         return f"a block of this GPU has {shared:,} bytes of shared memory, fewer than {LEAST_SHARED:,}"
     return ""
+
+
+def _in_brief(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):  # its message is the whole command line
+        program = error.cmd if isinstance(error.cmd, str) else error.cmd[0]
+        return f"{program} failed with status {error.returncode}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -50,8 +66,8 @@ def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def why_unavailable(device: torch.device) -> str:
     """In a few words why Triton kernels can't run on tensors of ``device``; "" when they can.
 
-    They can on NVIDIA GPUs of compute capability 8.0 and later with an A100's shared memory, and in Triton's
-    interpreter, which is for tests.
+    They can on NVIDIA GPUs of compute capability 8.0 and later with an A100's shared memory, where Triton finds a C
+    compiler to build its launcher with, and in Triton's interpreter, which is for tests.
     """
     if not _installed():
         return "triton isn't installed"

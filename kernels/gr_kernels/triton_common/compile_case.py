@@ -20,7 +20,7 @@ class CompileCase:
     hot: a kernel that must run its products as wgmma on sm_90: mma.sync there fails the check.
     spill_budget: bytes of registers that may spill to memory.
     divisible_by_16: integer arguments that are multiples of 16 in this case (Triton specialises on it); pointers
-        always are.
+        always are, but for those named in `unaligned`.
     architectures: the compute capabilities that this case would run on.
     """
 
@@ -34,3 +34,4 @@ class CompileCase:
     spill_budget: int = 0
     divisible_by_16: tuple[str, ...] = ()
     architectures: tuple[int, ...] = (80, 90)
+    unaligned: tuple[str, ...] = ()

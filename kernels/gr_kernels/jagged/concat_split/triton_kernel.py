@@ -2,6 +2,9 @@
 
 Part p has sequence b in rows offsets[b] to offsets[b + 1]. ``before`` holds the sum of the offsets of the parts before
 p (so that before[b + 1] - before[b] of their rows precede those of p in sequence b), ``joined`` that of all parts.
+
+The numbers of rows and of sequences change from batch to batch: Triton doesn't specialise on them (it would compile
+again for 1 and for multiples of 16), but on the width it does, for wide loads.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import triton.language as tl
 from gr_kernels.jagged.triton_rows import copy_rows, find_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sequences"])
 def concat_part(
     part_ptr, out_ptr, part_offsets_ptr, before_ptr, joined_ptr, rows, sequences, width,
     FIRST: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -32,7 +35,7 @@ def concat_part(
     copy_rows(part_ptr, begin + place, out_ptr, row, taken, written, tl.zeros([], tl.int32), width, BLOCK_C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sequences"])
 def split_part(
     joined_rows_ptr, part_ptr, part_offsets_ptr, before_ptr, joined_ptr, rows, sequences, width,
     FIRST: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -1,4 +1,7 @@
-"""Triton kernels of jagged to padded and back: a program a tile of the rows written."""
+"""Triton kernels of jagged to padded and back: a program a tile of the rows written.
+
+Triton doesn't specialise on what changes from batch to batch, all sizes but the width.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import triton.language as tl
 from gr_kernels.jagged.triton_rows import copy_rows, find_rows
 
 
-@triton.jit(do_not_specialize=["fill", "rows"])
+@triton.jit(do_not_specialize=["fill", "rows", "places"])
 def to_dense(
     x_ptr, dense_ptr, offsets_ptr, fill: tl.int64, rows, places, width,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -24,7 +27,7 @@ def to_dense(
     copy_rows(x_ptr, begin + place, dense_ptr, row, taken, written, fill, width, BLOCK_C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sequences", "places"])
 def to_jagged(
     dense_ptr, out_ptr, offsets_ptr, rows, sequences, places, width,
     STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr_kernels.jagged.offsets import places_of_rows
+from gr_kernels.jagged.offsets import covers_all_rows, places_in_cover, places_of_rows
 from gr_kernels.jagged.positions_and_times.bucket_op import bucket
 from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
 
@@ -21,6 +21,8 @@ def position_entries(
     sequence_T, place_T, inside_T = places_of_rows(offsets_B1, rows)
     if offsets_B1.shape[0] == 1:  # no sequence: nothing to ask about lengths
         return torch.zeros_like(place_T), inside_T
+    if targets_B is None and count_from == "front":
+        return torch.where(inside_T, place_T, 0), inside_T
     history_B = offsets_B1.diff()
     if targets_B is not None:
         history_B = history_B - targets_B
@@ -33,12 +35,22 @@ def position_entries(
 
 def add_positions_and_times(x_TD: Tensor, call: Call) -> Tensor:
     """(T, D): computed in float32 at least, rounded once; zeros in rows of no sequence."""
-    wide = x_TD.dtype if x_TD.dtype in (torch.float32, torch.float64) else torch.float32
-    entry_T, inside_T = position_entries(call.offsets, call.targets, x_TD.shape[0], call.count_from)
-    sum_TD = x_TD.to(wide) * call.scale
-    if call.position is not None:
-        sum_TD = sum_TD + F.embedding(entry_T, call.position).to(wide)
+    rows, inside_T = x_TD.shape[0], None
+    covered = covers_all_rows(call.offsets, rows)
+    if covered and call.targets is None and call.count_from == "front":  # training on a CPU: the least work
+        entry_T = places_in_cover(call.offsets, rows)
+    else:
+        entry_T, inside_T = position_entries(call.offsets, call.targets, rows, call.count_from)
+    sum_TD = x_TD if x_TD.dtype in (torch.float32, torch.float64) else x_TD.float()
+    if call.position is None:
+        sum_TD = sum_TD * call.scale
+    else:
+        position_TD = F.embedding(entry_T, call.position).to(sum_TD.dtype)
+        sum_TD = torch.add(position_TD, sum_TD, alpha=call.scale)
     if call.time is not None:
         assert call.time_differences is not None
-        sum_TD = sum_TD + F.embedding(bucket(call.time_differences, call.buckets), call.time).to(wide)
-    return sum_TD.masked_fill(~inside_T[:, None], 0.0).to(x_TD.dtype)
+        time_TD = F.embedding(bucket(call.time_differences, call.buckets), call.time)
+        sum_TD = sum_TD + time_TD.to(sum_TD.dtype)
+    if inside_T is not None and not covered:
+        sum_TD = sum_TD.masked_fill(~inside_T[:, None], 0.0)
+    return sum_TD.to(x_TD.dtype)

@@ -1,4 +1,4 @@
-"""Triton kernels: x scale + position[entry] + time[bucket]; sums of rows by entry, which are the tables' gradients."""
+"""Triton kernel: x scale + position[entry] + time[bucket]."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from gr_kernels.jagged.triton_rows import find_rows, upper_bound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sequences"])  # they change from batch to batch
 def add_rows(
     x_ptr, out_ptr, offsets_ptr, targets_ptr, position_ptr, time_ptr, differences_ptr, thresholds_ptr,
     scale, rows, sequences, thresholds, width, x_stride,
@@ -45,28 +45,3 @@ def add_rows(
             total += tl.load(at, mask=read, other=0.0).to(tl.float32)
         out_at = out_ptr + row[:, None] * width + column[None, :]
         tl.store(out_at, total.to(x.dtype), mask=(row < rows)[:, None] & here)
-
-
-@triton.jit
-def sum_rows_by_entry(
-    values_ptr, order_ptr, starts_ptr, sums_ptr, entries, width, SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """sums[s, e] = the s-th of SPLITS parts of the sum of the rows of entry e: rows order[starts[e]] up to
-    order[starts[e + 1]]. A program an entry, part and stretch of columns; the order of every sum is fixed."""
-    entry = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    start = tl.load(starts_ptr + entry)
-    count = tl.load(starts_ptr + entry + 1) - start
-    begin = start + count * part // SPLITS
-    end = start + count * (part + 1) // SPLITS
-    here = column < width
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(begin, end, BLOCK_R):
-        at = first + tl.arange(0, BLOCK_R)
-        row = tl.load(order_ptr + at, mask=at < end, other=0)
-        mask = (at < end)[:, None] & here[None, :]
-        value = tl.load(values_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0)
-        total += tl.sum(value.to(tl.float32), 0)
-    tl.store(sums_ptr + (part * entries + entry) * width + column, total, mask=here)

@@ -15,9 +15,9 @@ from gr_kernels.hstu_attention.buckets import TimeBuckets
 from gr_kernels.jagged.positions_and_times import bucket_op
 from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
 from gr_kernels.jagged.positions_and_times.reference import position_entries
-from gr_kernels.jagged.positions_and_times.sums import sum_rows_by_entry
 from gr_kernels.jagged.tiles import WARPS, Tile, search_steps, tile
 from gr_kernels.triton_common.available import on, why_unavailable
+from gr_kernels.triton_common.sums_by_entry import sum_rows_by_entry
 
 Kind = Literal["log", "sqrt"]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,0 +1,67 @@
+"""The table gradient in Triton, as a torch operator: values sorted by bucket, and the sum of each bucket's.
+
+M values. The values are rows of one number to `sum_rows_by_entry`, which embedding tables' gradients are made with.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from gr_kernels.triton_common.available import why_unavailable
+from gr_kernels.triton_common.sums_by_entry import sum_rows_by_entry
+
+# Values sorted at once: they keep a large GPU busy, and take about 30 bytes each for as long.
+PIECE = 1 << 24
+_MOST_ENTRIES = 2**31
+
+
+def _why_not(device: torch.device) -> str:
+    reason = why_unavailable(device)
+    if not reason:
+        _register()
+    return reason
+
+
+# torch.compile calls it instead of tracing into it (torch.compiler.assume_constant_result would import the compiler).
+_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def obstacle(values: Tensor, entries: int) -> str:
+    """Why this call can't be Triton's, "" when it can."""
+    if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 or bfloat16, not {values.dtype}"
+    if entries >= _MOST_ENTRIES:
+        return f"it counts entries in 31 bits, and there are {entries:,}"
+    return _why_not(values.device)
+
+
+def table_gradient(values: Tensor, buckets: Tensor, entries: int, deterministic: bool) -> Tensor:
+    """(entries,) float32, the same bits every time, asked for or not."""
+    return torch.ops.gr_kernels.bias_table_gradient_triton(  # type: ignore[no-any-return]
+        values, buckets, entries
+    )
+
+
+def _run(values: Tensor, buckets: Tensor, entries: int) -> Tensor:
+    sums = values.new_zeros(entries, dtype=torch.float32)
+    for value_M, bucket_M in zip(
+        values.reshape(-1).split(PIECE), buckets.reshape(-1).split(PIECE), strict=True
+    ):
+        inside_M = (bucket_M >= 0) & (bucket_M < entries)
+        sums += sum_rows_by_entry(value_M[:, None], bucket_M, inside_M, entries)[:, 0]
+    return sums
+
+
+@functools.cache
+def _register() -> None:
+    """Defines the operator, once, on first use."""
+    operator = torch.library.custom_op(
+        "gr_kernels::bias_table_gradient_triton",
+        _run,
+        mutates_args=(),
+        schema="(Tensor values, Tensor buckets, int entries) -> Tensor",
+    )
+    operator.register_fake(lambda values, buckets, entries: values.new_empty(entries, dtype=torch.float32))

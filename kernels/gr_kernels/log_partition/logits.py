@@ -1,0 +1,48 @@
+"""The logits that losses over a table's rows have in common.
+
+Shapes: T queries, I table rows, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from gr_kernels.candidate_scores import check_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logits:
+    """scale * q_t . e_i + bias_i.  max_scores: the most of them to be held at once."""
+
+    queries: Tensor  # (T, D)
+    table: Tensor  # (I, D)
+    scale: float
+    normalize_eps: float | None
+    bias: Tensor | None  # (I,)
+    max_scores: int
+
+    def heeding_no_grad(self) -> Self:
+        """Detached inputs where no gradient is recorded: a Function would still see that they require one."""
+        if torch.is_grad_enabled():
+            return self
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, queries=self.queries.detach(), table=self.table.detach(), bias=bias)
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """The inputs' own dtype is the precision of the GEMMs: autocast would round the logits to 16 bits."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def check_logits(logits: Logits) -> None:
+    """Raises ValueError or TypeError, in one sentence, for arguments that don't fit."""
+    check_inputs(logits.queries, logits.table, logits.normalize_eps)
+    rows, bias = logits.table.shape[0], logits.bias
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias must be ({rows},), one value a table row, not {tuple(bias.shape)}")
+    if logits.max_scores < 1:
+        raise ValueError(f"max_scores must be at least 1, got {logits.max_scores}")
