@@ -6,7 +6,10 @@ import functools
 import importlib
 import importlib.util
 
+from gr_kernels.tracing import constant_when_traced
 
+
+@constant_when_traced
 def why_unavailable() -> str:
     """Loads the compiled operators into torch.ops.gr_kernels; "" if that worked, else the reason in a few words."""
     return _why_not_loaded()
@@ -33,6 +36,7 @@ def available() -> bool:
     return not why_unavailable()
 
 
+@constant_when_traced
 def why_no_cuda() -> str:
     """Like ``why_unavailable``, for the CUDA implementations of the compiled operators."""
     reason = why_unavailable()
@@ -41,9 +45,3 @@ def why_no_cuda() -> str:
     if not getattr(importlib.import_module("gr_kernels._C"), "cuda", 0):
         return "gr_kernels was installed without its CUDA operators (no CUDA toolkit like torch's when it was built)"
     return ""
-
-
-# torch.compile calls them instead of tracing into them, and takes what they say as constants
-# (torch.compiler.assume_constant_result would import the compiler with this module).
-why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-why_no_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]

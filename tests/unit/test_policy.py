@@ -128,6 +128,13 @@ def test_import_is_light(package):
     assert done.stdout.split() == [], f"import {package} brings in {done.stdout}"
 
 
+def test_a_job_does_not_bring_in_the_compiler():
+    """It takes longer to import than all of gr."""
+    code = "import sys, gr.train.job, gr.models.hstu, gr.models.objectives; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
 def test_waiting_threads_spin_shortly_unless_told_otherwise():
     code = "import os, gr; print(os.environ.get('GOMP_SPINCOUNT'))"
     base = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from gr_kernels.tracing import constant_when_traced
 from gr_kernels.triton_common.available import why_unavailable
 from gr_kernels.triton_common.sums_by_entry import sum_rows_by_entry
 
@@ -18,15 +19,12 @@ PIECE = 1 << 24
 _MOST_ENTRIES = 2**31
 
 
+@constant_when_traced
 def _why_not(device: torch.device) -> str:
     reason = why_unavailable(device)
     if not reason:
         _register()
     return reason
-
-
-# torch.compile calls it instead of tracing into it (torch.compiler.assume_constant_result would import the compiler).
-_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def obstacle(values: Tensor, entries: int) -> str:

@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 
 from gr_kernels.counter_random.keys import signed
+from gr_kernels.tracing import constant_when_traced
 from gr_kernels.triton_common.available import on, why_unavailable
 
 BLOCKS, WARPS = 256, 4  # of four draws each, a program: two calls of Philox a thread
 _MOST_DRAWS = 2**31
 
 
+@constant_when_traced
 def _why_not(device: torch.device) -> str:
     reason = why_unavailable(device)
     if not reason:
         _register()
     return reason
-
-
-# torch.compile calls it instead of tracing into it (torch.compiler.assume_constant_result would import the compiler).
-_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def obstacle(coordinates: Tensor, draws: int) -> str:

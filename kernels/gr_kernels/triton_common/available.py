@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gr_kernels.tracing import constant_when_traced
+
 LEAST_SHARED = 166_912  # bytes a block: an A100's
 
 
@@ -63,6 +65,7 @@ def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
+@constant_when_traced
 def why_unavailable(device: torch.device) -> str:
     """In a few words why Triton kernels can't run on tensors of ``device``; "" when they can.
 
@@ -78,7 +81,3 @@ def why_unavailable(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it is for NVIDIA GPUs, not {device}"
     return _too_small(device.index)
-
-
-# torch.compile calls it instead of tracing into it (torch.compiler.assume_constant_result would import the compiler).
-why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gr_kernels import native
+from gr_kernels.tracing import constant_when_traced
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def why_no_cpp() -> str:
     """ "" once the operators are loaded and differentiable, else why they aren't."""
     reason = native.why_unavailable()
@@ -21,7 +22,7 @@ def why_no_cpp() -> str:
     return reason
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def why_no_cuda() -> str:
     """The same for their CUDA implementations."""
     reason = native.why_no_cuda()

@@ -12,10 +12,11 @@ from torch import Tensor
 from gr_kernels.jagged.concat_split.compiled import register_gradients
 from gr_kernels.jagged.concat_split.reference import joined_offsets
 from gr_kernels.jagged.tiles import INTEGERS, WARPS, search_steps, tile
+from gr_kernels.tracing import constant_when_traced
 from gr_kernels.triton_common.available import on, why_unavailable
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _why_not(device: torch.device) -> str:
     reason = why_unavailable(device)
     if not reason:

@@ -5,16 +5,16 @@ T rows (sum of lengths), C columns.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gr_kernels.dispatch import Choice, Implementation, choose
 from gr_kernels.jagged.dropout import operators, reference, triton_op
+from gr_kernels.tracing import constant_when_traced
 
 _NAME = "jagged_dropout"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _register_reference() -> str:
     operators.register("reference", reference.dropout)
     return ""

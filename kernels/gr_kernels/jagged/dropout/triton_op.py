@@ -10,11 +10,12 @@ from torch import Tensor
 from gr_kernels.jagged.dropout import operators
 from gr_kernels.jagged.dropout.reference import drop_below, keep_scale
 from gr_kernels.jagged.tiles import WARPS, Tile
+from gr_kernels.tracing import constant_when_traced
 from gr_kernels.triton_common.available import on, why_unavailable
 from gr_kernels.triton_common.sizes import power_of_two
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _why_not(device: torch.device) -> str:
     reason = why_unavailable(device)
     if not reason:

@@ -13,11 +13,12 @@ from gr_kernels.hstu_attention.buckets import TimeBuckets
 from gr_kernels.jagged.offsets import check_offsets
 from gr_kernels.jagged.positions_and_times import bucket_op, reference, triton_op
 from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
+from gr_kernels.tracing import constant_when_traced
 
 _NAME = "add_positions_and_times"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _register_buckets() -> str:
     bucket_op.register()
     return ""

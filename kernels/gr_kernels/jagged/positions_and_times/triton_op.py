@@ -16,6 +16,7 @@ from gr_kernels.jagged.positions_and_times import bucket_op
 from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
 from gr_kernels.jagged.positions_and_times.reference import position_entries
 from gr_kernels.jagged.tiles import WARPS, Tile, search_steps, tile
+from gr_kernels.tracing import constant_when_traced
 from gr_kernels.triton_common.available import on, why_unavailable
 from gr_kernels.triton_common.sums_by_entry import sum_rows_by_entry
 
@@ -27,7 +28,7 @@ _ARGUMENTS = (
 )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _why_not(device: torch.device) -> str:
     reason = why_unavailable(device)
     if not reason:

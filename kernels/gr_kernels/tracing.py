@@ -1,0 +1,18 @@
+"""What torch.compile calls instead of tracing into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant_when_traced(function: Function) -> Function:
+    """``function`` is called while torch.compile traces, and what it returns is a constant of the compiled code.
+
+    For what asks about the machine or registers operators. As torch.compiler.assume_constant_result, which would
+    import the compiler, and with it seconds, with every module that says so.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
