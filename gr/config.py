@@ -111,11 +111,8 @@ class SimilaritySection(Section):
 
 
 class ModelSection(Section):
-    """table_std, table_cut: an item's row starts from N(0, table_std^2) cut at +-table_cut deviations."""
-
     dim: POSITIVE = 50
     table_std: Annotated[float, Field(ge=0)] = 0.02
-    table_cut: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     task: component(registry.TASKS, "model.task") = Field(  # type: ignore[valid-type]
         default_factory=lambda: {"name": "next_item"}, validate_default=True
     )

@@ -2,13 +2,15 @@
 
     python benchmarks/kernels/suite.py --device cuda [--steps tests hstu_attention ...]
 
-Steps that are named alone are redone and the rest of the folder stays, so that a report can be made in pieces. Ends
-with 0 when every step passed, 1 when one failed, 2 when the machine can't do it.
+Steps that are named alone are redone and the rest of the folder stays, so that a report can be made in pieces; with
+"!tests-every-combination" all are but that one, the last and by far the longest. Ends with 0 when every step passed,
+1 when one failed, 2 when the machine can't do it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 PYTHON = "python"
 RUN = ("benchmarks/kernels/run.py",)
 NO_TESTS = 5  # how pytest ends then
+EVERY_COMBINATION = "tests/kernels/test_hstu_attention_triton.py::test_every_combination"
+# Those that are no step of their own.
+OTHER_SLOW_TESTS = "not test_every_combination and not test_kernels_compile_within_their_resources"
 SECONDS = {"cuda": 2.0, "cpu": 20.0}  # of timing a shape
 
 
@@ -56,11 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     folder = options.out.resolve() if options.out else RESULTS / name_of(options.device)
     steps = plan(options.device, folder, options.seconds or SECONDS[options.device])
-    names = [step.name for step in steps]
-    for name in options.steps or ():
-        if name not in names:
-            raise UserError(f"--steps {name}: no such step; {nearest(name, names)}")
-    steps = [step for step in steps if step.name in (options.steps or names)]
+    steps = chosen(steps, options.steps or ())
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "steps.json"
     done: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
@@ -72,6 +74,16 @@ def main(arguments: list[str] | None = None) -> int:
         markdown.write(folder, options.device, done)
     print(f"report: {folder / markdown.REPORT}")
     return 1 if any(done[step.name]["status"].startswith("failed") for step in steps) else 0
+
+
+def chosen(steps: list[Step], asked: Sequence[str]) -> list[Step]:
+    """The steps of these names, or all but those of names with an exclamation mark; all when none is named."""
+    names = [step.name for step in steps]
+    for name in asked:
+        if name.removeprefix("!") not in names:
+            raise UserError(f"--steps {name}: no such step; {nearest(name.removeprefix('!'), names)}")
+    wanted = [name for name in asked if not name.startswith("!")] or names
+    return [step for step in steps if step.name in wanted and f"!{step.name}" not in asked]
 
 
 def name_of(device: str) -> str:
@@ -94,10 +106,11 @@ def plan(device: str, folder: Path, seconds: float) -> list[Step]:
         return [benchmark(name) for name in operators.NAMES]
     compiled = ("full-n4096-d64-h4-*", "full-n4096-d128-h4-*-none-*", "ml-1m-n200-d64-*")
     return [
-        _tests("tests", "tests/kernels"),
-        _tests("tests-gpu", "-m", "gpu", "tests", "--ignore=tests/kernels"),
+        _tests("tests", "-m", "not slow", "tests/kernels"),
+        _tests("tests-gpu", "-m", "gpu and not slow", "tests", "--ignore=tests/kernels"),
         *(Step(name, command, sanitizer.ENVIRONMENT) for name, command in sanitizer.steps(PYTHON, RUN, out)),
         Step("resources", (PYTHON, "benchmarks/kernels/resources.py")),
+        _tests("tests-slow", "-m", "slow", "-k", OTHER_SLOW_TESTS, "tests"),
         benchmark("hstu_attention", "", "--shapes", "full-*-none-*"),
         benchmark("hstu_attention", "bias", "--shapes", "full-n1024-d64-h4-*", "full-n4096-d64-h4-*"),
         benchmark("hstu_attention", "jagged", "--shapes", "ml-1m-*", "uniform-*"),
@@ -106,11 +119,19 @@ def plan(device: str, folder: Path, seconds: float) -> list[Step]:
         benchmark(
             "hstu_attention", "compiled", "--shapes", *compiled, "--against", "flex", "compiled", "sdpa-flash"
         ),
+        _tests("tests-every-combination", *_in_parallel(), EVERY_COMBINATION),
     ]
 
 
 def _tests(name: str, *arguments: str) -> Step:
     return Step(name, (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments))
+
+
+def _in_parallel() -> tuple[str, ...]:
+    """pytest's options to use every core, where pytest-xdist is installed: the work is the compiler's."""
+    if importlib.util.find_spec("xdist") is None:
+        return ()
+    return ("-n", str(os.cpu_count() or 1), "--dist", "worksteal")
 
 
 def carry_out(step: Step, folder: Path) -> dict[str, Any]:

@@ -72,27 +72,18 @@ class Table(Protocol):
 class LocalTable(nn.Module):
     """A table held whole by one process, float32.
 
-    Starts from N(0, std^2) cut at +-``cut`` std; the value at (row, column) depends on (seed, name, row, column) alone.
+    Starts from N(0, std^2) cut at +-2 std; the value at (row, column) depends on (seed, name, row, column) alone.
     ``kernels``: the implementation of the operators that have one of that name ("auto": each chooses).
     """
 
     initialises_itself = True
 
-    def __init__(
-        self,
-        name: str,
-        rows: int,
-        dim: int,
-        std: float,
-        seed: int,
-        cut: float = 2.0,
-        kernels: str = "auto",
-    ) -> None:
+    def __init__(self, name: str, rows: int, dim: int, std: float, seed: int, kernels: str = "auto") -> None:
         super().__init__()
         self.name, self.rows, self.dim = name, rows, dim
         self.kernels = kernels
         self.weight = nn.Parameter(
-            truncated_normal_rows(derive_key(seed, "table", name), range(rows), dim, std, cut)
+            truncated_normal_rows(derive_key(seed, "table", name), range(rows), dim, std)
         )
 
     def lookup(self, rows: Tensor) -> Tensor:

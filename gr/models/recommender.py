@@ -37,9 +37,7 @@ class Recommender(nn.Module):
         self.task = registry.resolve(registry.TASKS, model.task.name, "model.task")(model.task)
         max_length = config.data.max_length + self.task.extra_inputs
 
-        self.table = LocalTable(
-            "items", items, model.dim, model.table_std, seed, cut=model.table_cut, kernels=kernels
-        )
+        self.table = LocalTable("items", items, model.dim, model.table_std, seed, kernels)
         self.input = ItemInput(model.input, self.table, max_length, self.task.masks, model.table_std, kernels)
         encoder = registry.resolve(registry.ENCODERS, model.encoder.name, "model.encoder")
         self.encoder = encoder(model.encoder, model.dim, max_length, kernels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -372,6 +373,10 @@ def test_the_plan_of_the_gpu_report_names_shapes_and_peers_that_exist() -> None:
     assert not any(str(suite.ROOT) in word for step in steps for word in step.command)
     names = [step.name for step in steps]
     assert {"tests", "resources", *operators.NAMES} <= set(names) and len(names) == len(set(names))
+    file, _, test = suite.EVERY_COMBINATION.partition("::")
+    assert names[-1] == "tests-every-combination" and steps[-1].command[-1] == suite.EVERY_COMBINATION
+    assert f"\ndef {test}(" in (suite.ROOT / file).read_text()
+    assert "not slow" in steps[0].command and "-n" not in steps[0].command
     for step in steps:
         if suite.RUN[0] in step.command:
             options = run._parser().parse_args(step.command[step.command.index(suite.RUN[0]) + 1 :])
@@ -418,6 +423,28 @@ def test_the_gpu_report_without_a_gpu_says_what_it_needs(capsys: pytest.CaptureF
     assert suite.main(["--device", "cuda"]) == 2
     error = capsys.readouterr().err
     assert "needs an NVIDIA GPU" in error and error.count("\n") == 1
+
+
+def test_steps_are_chosen_or_left_out() -> None:
+    steps = [suite.Step(name, ()) for name in ("a", "b", "c")]
+
+    def names(*asked: str) -> list[str]:
+        return [step.name for step in suite.chosen(steps, asked)]
+
+    assert names() == ["a", "b", "c"] and names("c", "a") == ["a", "c"]
+    assert names("!b") == ["a", "c"] and names("!a", "!c") == ["b"] and names("a", "b", "!b") == ["a"]
+    for unknown in ("d", "!d"):
+        with pytest.raises(UserError, match="no such step"):
+            names(unknown)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_every_combination_runs_in_parallel_where_it_can(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: object() if installed else None)
+    command = suite.plan("cuda", suite.RESULTS / "gpu", 1.0)[-1].command
+    assert (f"-n {os.cpu_count()}" in " ".join(command)) == installed
 
 
 def test_steps_are_carried_out_and_what_is_missing_is_said(tmp_path: Path) -> None:

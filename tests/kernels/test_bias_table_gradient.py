@@ -35,9 +35,7 @@ LARGE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(poisoned_memory: None) -> Iterator[None]:
-    yield
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ float32 is: the gathered einsum, or the product with the whole table, whichever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,13 +25,7 @@ EPS = 1e-6
 ULP = 2.0**-23
 
 
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """torch.empty gives NaN, in C++ too: reading what was never written can't go unseen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def problem(

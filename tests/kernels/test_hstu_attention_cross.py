@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,6 +206,8 @@ class Call:
     masked: bool
     cross: bool
     implementation: str
+    activation: str = "silu"
+    device: str = "cpu"
 
     def __call__(self, leaves: list[Tensor], tensors: dict[str, Tensor], max_length: int, key: int) -> Tensor:
         q, k, v, position, time = leaves
@@ -210,7 +217,7 @@ class Call:
             q, k, v, tensors["offsets"], query_offsets=tensors["query_offsets"] if self.cross else None,
             max_length=max_length, divisor=9.0, scale=0.5, mask=mask, dropout=0.2, dropout_key=key,
             bias=RelativeBias(position, time, tensors["query_times"], tensors["key_times"]),
-            order=tensors["order"], implementation=self.implementation,
+            order=tensors["order"], activation=self.activation, implementation=self.implementation,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def inputs(self, lengths: tuple[int, ...]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -227,7 +234,9 @@ class Call:
             "key_times": case.bias.key_times,
             **case.form(),
         }
-        return [x.detach().clone().requires_grad_() for x in leaves if x is not None], tensors
+        at_device = {name: x.to(self.device) for name, x in tensors.items()}
+        copies = [x.detach().to(self.device, copy=True) for x in leaves if x is not None]
+        return [x.requires_grad_() for x in copies], at_device
 
 
 def results(function: Any, leaves: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -236,19 +245,67 @@ def results(function: Any, leaves: list[Tensor], *rest: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("masked", "cross", "implementation"),
-    [(True, False, "reference"), (False, True, "reference"), (False, False, "auto")],
+    ("masked", "cross", "implementation", "activation"),
+    [
+        (True, False, "reference", "silu"),
+        (False, True, "reference", "softmax"),
+        (False, False, "auto", "silu"),
+        (True, False, "triton", "silu"),
+        (False, True, "triton", "softmax"),
+    ],
 )
-def test_compiles_to_one_graph(masked: bool, cross: bool, implementation: str) -> None:
+def test_compiles_to_one_graph(
+    masked: bool, cross: bool, implementation: str, activation: str, request: pytest.FixtureRequest
+) -> None:
     """torch.compile without a break, forward and backward, with other lengths, rows and keys at every call."""
     torch._dynamo.reset()
-    eager = Call(make_case(), masked, cross, implementation)
+    place = str(request.getfixturevalue("device")) if implementation == "triton" else "cpu"
+    eager = Call(make_case(), masked, cross, implementation, activation, place)
     compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
     for lengths, key in (((5, 0, 9), 3), ((20, 1, 2), 2**63 + 5), ((4, 17, 9), 2**64 - 1)):
         leaves, tensors = eager.inputs(lengths)
         arguments = (leaves, tensors, max(lengths), key)
         for found, expected in zip(results(compiled, *arguments), results(eager, *arguments)):
             assert torch.equal(found, expected)
+
+
+FIRST_USE = """
+import sys
+import torch
+from gr_kernels import RelativeBias, hstu_attention
+
+for implementation, device in zip(sys.argv[1::2], sys.argv[2::2]):
+    offsets = torch.tensor([0, 3, 8], device=device)
+    times = torch.arange(8, device=device) ** 5
+
+    def attend(x, position, time):
+        return hstu_attention(x, x, x, offsets, max_length=5, divisor=5.0, implementation=implementation,
+                              bias=RelativeBias(position, time, times, times))
+
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in ((8, 2, 16), (5,), (129,))]
+    results = []
+    for function in (torch.compile(attend, fullgraph=True, backend="aot_eager"), attend):
+        out = function(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(map(torch.equal, *results)), implementation
+    print(implementation)
+"""
+
+
+def test_compiles_before_anything_ran(checkout: Path, request: pytest.FixtureRequest) -> None:
+    """In a fresh process torch.compile meets every implementation first: its operators are registered while it
+    traces."""
+    calls = ["reference", "cpu"]
+    if native.available():
+        calls += ["cpp", "cpu"]
+    if importlib.util.find_spec("triton") is not None:
+        calls += ["triton", str(request.getfixturevalue("device"))]
+    environment = os.environ | {"PYTHONPATH": f"{checkout}:{checkout / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_USE, *calls], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == calls[::2]
 
 
 def test_exports() -> None:
@@ -261,7 +318,8 @@ def test_exports() -> None:
 
     leaves, tensors = attend.inputs((20, 1, 2))
     program = torch.export.export(Attention(), (leaves, tensors))
-    operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    operators = [str(target) for target in called if isinstance(target, torch._ops.OpOverload)]
     assert operators == ["gr_kernels.hstu_attention_reference.default"]
     assert torch.equal(program.module()(leaves, tensors), attend(leaves, tensors, 20, 5))
 
@@ -285,7 +343,7 @@ def test_operators_are_registered_as_they_behave(activation: str, cross: bool) -
     if not cross:
         torch.library.opcheck(
             torch.ops.gr_kernels.hstu_attention_reference_backward.default,
-            (torch.randn(14, 2, 4), q, k, v, *flatten(bare)),
+            (torch.randn(14, 2, 4), None, None, q, k, v, *flatten(bare)),
         )
 
 

@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 def with_tile(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int) -> None:
     """The interpreter's time is mostly spent per tile, so long sequences get large ones there."""
     if interpreting():
-        monkeypatch.setattr(tiles, "choose", lambda *_: tiles.Tile(rows, keys, 4, 1))
+        monkeypatch.setattr(tiles, "choose", lambda *_, **settings: tiles.Tile(rows, keys, 4, 1))
 
 
 def numbers(*shape: int, seed: int) -> Tensor:

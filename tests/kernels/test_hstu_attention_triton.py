@@ -1,7 +1,8 @@
 """The Triton attention against the float64 specification, gradients included: on a GPU where there is one, else in
 Triton's interpreter with small tiles.
 
-Every pair of (mask, dtype, bias, activation, dropout, cross form, deterministic or not, widths) is in CASES.
+Every pair of (mask, dtype, bias, activation, dropout, cross form, deterministic or not, widths) is in CASES. All
+combinations are in test_every_combination, for which a GPU's kernels are compiled some 20,000 times.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LENGTHS = (21, 0, 1, 41)
 TARGETS = (4, 0, 1, 17)
 QUERIES = (21, 0, 1, 13)  # of each sequence, in the cross form
+# A GPU's tiles are 64 and 128 rows: sequences of several, which end inside one.
+LONG: dict[str, Any] = {"lengths": (300, 0, 1, 129), "queries": (300, 0, 1, 70)}
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {},
     "full": {"causal": False},
@@ -91,8 +94,8 @@ class Case:
         return self.mask != "full" or self.bias in ("none", "time", "sqrt")
 
 
-def pairwise() -> list[Case]:
-    """Cases in which every pair of values of two options occurs, found greedily."""
+def pairwise(**sizes: Any) -> list[Case]:
+    """Cases of these sizes in which every pair of values of two options occurs, found greedily."""
     generator = random.Random(0)
     pairs = {
         ((a, x), (b, y))
@@ -109,14 +112,14 @@ def pairwise() -> list[Case]:
             values = {name: generator.choice(some) for name, some in OPTIONS.items()} | {a: x, b: y}
             covered = pairs & set(itertools.combinations(values.items(), 2))
             if Case(**values).possible and (best is None or len(covered) > best[0]):
-                best = (len(covered), Case(**values, seed=len(cases)), covered)
+                best = (len(covered), Case(**values, seed=len(cases), **sizes), covered)
         assert best is not None
         cases.append(best[1])
         pairs -= best[2]
     return cases
 
 
-CASES = pairwise()
+CASES = pairwise(**(LONG if torch.cuda.is_available() else {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,24 +272,32 @@ def test_matches_specification(case: Case, device: torch.device) -> None:
     check(case, device)
 
 
-def everything() -> list[Case]:
-    """All combinations, in longer sequences, with the heads that models have."""
-    options = OPTIONS | {"widths": ((25, 25), (64, 64), (128, 128), (256, 256), (64, 32))}
-    cases = [
-        Case(**dict(zip(options, values)), seed=n)
-        for n, values in enumerate(itertools.product(*options.values()))
-    ]
-    lengths = {"lengths": (300, 0, 1, 129), "queries": (300, 0, 1, 70)}
-    return [dataclasses.replace(case, **lengths) for case in cases if case.possible]
+PIECES = [
+    pytest.param(mask, bias, dtype, id=f"{mask}-{bias}-{str(dtype).removeprefix('torch.')}")
+    for mask, bias, dtype in itertools.product(*(OPTIONS[name] for name in ("mask", "bias", "dtype")))
+    if Case(mask=mask, bias=bias).possible
+]
+
+
+def combinations(mask: str, bias: str, dtype: torch.dtype) -> Iterator[Case]:
+    """All of a piece, with the heads that models have. What differs in being deterministic or not alone follows one
+    another, on the same inputs: it shares most kernels."""
+    names = ("activation", "dropout", "cross")
+    widths = ((25, 25), (64, 64), (128, 128), (256, 256), (64, 32))
+    every = itertools.product(*(OPTIONS[name] for name in names), widths)
+    for seed, (*values, width) in enumerate(every):
+        case = Case(mask, dtype, bias, **dict(zip(names, values)), widths=width, seed=seed, **LONG)
+        for deterministic in OPTIONS["deterministic"]:
+            yield dataclasses.replace(case, deterministic=deterministic)
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", MASKS)
-def test_every_combination(mask: str, device: torch.device) -> None:
-    for case in everything():
-        if case.mask == mask:
-            check(case, device)
+@pytest.mark.parametrize(("mask", "bias", "dtype"), PIECES)
+def test_every_combination(mask: str, bias: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Hours of compiling in one process; cut into pieces that share no kernel, for several (pytest -n)."""
+    for case in combinations(mask, bias, dtype):
+        check(case, device)
 
 
 @pytest.mark.parametrize("activation", ["silu", "softmax"])
@@ -473,6 +484,22 @@ def test_addresses_are_known_as_they_are() -> None:
         assert triton_op.addressed(settings, rows).FAR is far
         heads = torch.empty(2**24 + 64, device="meta").as_strided((1, 128, 64), (64, stride, 1))
         assert triton_op.addressed(settings, heads).FAR is far
+
+
+def test_sums_of_d_q_need_no_far_addresses(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are (heads, rows, width) and addressed from a 64-bit start: their strides make no kernel FAR."""
+    looked_at: list[Tensor] = []
+
+    def spy(settings: Settings, *tensors: Tensor) -> Settings:
+        looked_at.extend(tensors)
+        return addressed(settings, *tensors)
+
+    addressed = triton_op.addressed
+    monkeypatch.setattr(triton_op, "addressed", spy)
+    inputs = make_inputs(Case(seed=1)).moved(device, torch.float32)
+    assert triton_op.Launch(inputs.q, inputs.k, inputs.v, inputs.problem).atomic
+    results(inputs)
+    assert looked_at and {x.shape[:2] for x in looked_at} == {(sum(LENGTHS), 2)}
 
 
 COUNT_COPIES = """

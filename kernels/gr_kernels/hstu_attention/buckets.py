@@ -50,6 +50,12 @@ class TimeBuckets:
         return cells.bucket(dt)
 
 
+@functools.lru_cache(maxsize=64)
+def device_thresholds(buckets: TimeBuckets, device: torch.device) -> Tensor:
+    """``buckets.thresholds()`` on a device, copied there once. (For kernels: a traced graph would keep a constant.)"""
+    return buckets.thresholds().to(device)
+
+
 @functools.cache
 def _thresholds(kind: str, count: int, width: float) -> tuple[int, ...]:
     exact = Context(prec=60)

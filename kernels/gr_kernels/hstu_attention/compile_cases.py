@@ -29,28 +29,49 @@ _TYPES = {
     "rows": "i64",
 }
 
-# Bytes spilled, where any are. On sm_90 nothing that is hot spills: width 256 does, and every feature at once. The
-# tiles are sm_90's; on sm_80, whose products need more registers, some cases spill a little.
+# Bytes spilled, where any are. On sm_90 nothing that is hot spills: width 256 does, every feature at once at width 128,
+# and a little what few models ask for (the root's buckets in float16; the table gradients under dropout, rows in pieces
+# of 4 bytes). The tiles are sm_90's; on sm_80, whose products need more registers, more spills.
 _SPILLS = {
+    "forward.bf16.d128.everything.sm_90": 40,
+    "forward.bf16.d256.everything.sm_90": 172,
+    "forward.fp32.d256.everything.sm_90": 32,
+    "d_q.bf16.d128.everything.sm_90": 36,
+    "d_q.bf16.d256.everything.sm_90": 560,
     "d_kv.bf16.d256.sm_90": 168,
+    "d_kv.bf16.d256.everything.sm_90": 376,
+    "d_kv.fp16.d64.both.sqrt.sm_90": 128,
     "tables.bf16.d256.both.sm_90": 72,
-    "forward.bf16.d64.everything.sm_90": 16,
-    "d_kv.bf16.d64.everything.sm_90": 244,
-    "forward.bf16.d64.everything.sm_80": 48,
-    "d_kv.bf16.d64.everything.sm_80": 2564,
+    "tables.bf16.d32x256.both.sm_90": 48,
+    "tables.bf16.d50.short.both.dropout.sm_90": 264,
+    "forward.bf16.d128.dropout.sm_80": 16,
+    "forward.bf16.d256.everything.sm_80": 10364,
+    "d_q.bf16.d50.softmax.sm_80": 28,
+    "d_q.bf16.d64.dropout.sm_80": 444,
     "d_q.bf16.d128.sm_80": 76,
     "d_q.bf16.d128.softmax.sm_80": 112,
+    "d_q.bf16.d128.everything.sm_80": 564,
+    "d_q.bf16.d256.everything.sm_80": 36,
+    "d_kv.bf16.d50.atomic.sm_80": 380,
+    "d_kv.bf16.d50.short.both.dropout.sm_80": 56,
     "d_kv.bf16.d64.position.sm_80": 12,
     "d_kv.bf16.d64.both.sm_80": 44,
+    "d_kv.bf16.d64.both.dropout.sm_80": 16,
     "d_kv.bf16.d64.short.both.sm_80": 44,
+    "d_kv.bf16.d64.dropout.sm_80": 1812,
+    "d_kv.bf16.d64.atomic.dropout.sm_80": 1980,
+    "d_kv.bf16.d64.everything.sm_80": 260,
+    "d_kv.bf16.d64x128.position.sm_80": 16,
+    "d_kv.bf16.d128.everything.sm_80": 180,
+    "d_kv.bf16.d256.everything.sm_80": 644,
+    "d_kv.fp16.d64.both.sqrt.sm_80": 44,
     "tables.bf16.d64.both.sm_80": 336,
     "tables.bf16.d128.both.sm_80": 512,
     "tables.bf16.d256.both.sm_80": 6728,
+    "tables.bf16.d32x256.both.sm_80": 3616,
     "tables.bf16.d50.short.both.sm_80": 416,
+    "tables.bf16.d50.short.both.dropout.sm_80": 704,
     "tables.bf16.d25.short.both.sm_80": 432,
-    "d_q.bf16.d50.softmax.sm_80": 28,
-    "d_kv.bf16.d64x128.position.sm_80": 16,
-    "d_kv.bf16.d50.atomic.sm_80": 380,
 }
 
 
@@ -82,10 +103,16 @@ def _case(
     kernel = _KERNELS[which]
     width_q, width_v = (widths, widths) if isinstance(widths, int) else widths
     block_q, block_v = (max(16, power_of_two(width)) for width in (width_q, width_v))
-    biased = flags.get("POSITION", False) or flags.get("TIME", False)
-    ragged = (width_q, width_v) != (block_q, block_v)
-    softmax = flags.get("SOFTMAX", False)
-    tile = tiles.choose(which, max(block_q, block_v), _BYTES[dtype], longest, biased, softmax, ragged)
+    tile = tiles.choose(
+        which,
+        max(block_q, block_v),
+        _BYTES[dtype],
+        longest,
+        biased=flags.get("POSITION", False) or flags.get("TIME", False),
+        softmax=flags.get("SOFTMAX", False),
+        dropout=flags.get("DROPOUT", False),
+        ragged=(width_q, width_v) != (block_q, block_v),
+    )
     settings = Settings(
         ROWS=tile.rows,
         KEYS=tile.keys,
@@ -128,7 +155,7 @@ def _case(
 
 def _delta(dtype: str, width: int) -> CompileCase:
     """The sums that softmax's backward starts with."""
-    tile = tiles.choose("forward", width, _BYTES[dtype], 4096, False, True)
+    tile = tiles.choose("forward", width, _BYTES[dtype], 4096, biased=False, softmax=True)
     return CompileCase(
         name=f"delta.{dtype}.d{width}",
         kernel=triton_kernel.delta_kernel,
@@ -173,6 +200,7 @@ def _zero_outside(dtype: str) -> CompileCase:
 def _cases() -> list[CompileCase]:
     both = {"POSITION": True, "TIME": True}
     mask = {"TARGETS": True, "WINDOW": True, "CONTEXTS": True}
+    everything = {**both, **mask, "SOFTMAX": True, "DROPOUT": True, "CROSS": True}
     cases: list[CompileCase] = []
     for which in _PASSES:
         for width in (64, 128):
@@ -183,20 +211,28 @@ def _cases() -> list[CompileCase]:
         cases.extend(_case(which, "bf16", 64, True, "short", longest=200))
         cases.extend(_case(which, "bf16", 64, True, "short.both", longest=200, **both))
         cases.extend(_case(which, "bf16", 64, True, "masks", **mask))
-        everything = {**both, **mask, "SOFTMAX": True, "DROPOUT": True, "CROSS": True}
-        cases.extend(_case(which, "bf16", 64, False, "everything", **everything))
+        for width in (64, 128, 256):
+            cases.extend(_case(which, "bf16", width, False, "everything", **everything))
+        for width in (64, 128):
+            cases.extend(_case(which, "bf16", width, True, "dropout", DROPOUT=True))
+        cases.extend(_case(which, "bf16", 64, True, "both.dropout", **both, DROPOUT=True))
         cases.extend(_case(which, "bf16", 256, False))
         cases.extend(_case(which, "fp16", 64, False))
         cases.extend(_case(which, "fp32", 64, False))
         cases.extend(_case(which, "fp32", 256, False))
     for width in (64, 128):
-        if tiles.atomic(width, biased=False):
-            cases.extend(_case("d_kv", "bf16", width, True, "atomic", ATOMIC=True))
+        cases.extend(_case("d_kv", "bf16", width, True, "atomic", ATOMIC=True))
+        # 32 rows by 128 keep to the registers there, and d_q's 32 rows are an mma.sync: one product in five.
+        cases.extend(_case("d_kv", "bf16", width, width == 64, "atomic.softmax", ATOMIC=True, SOFTMAX=True))
+        cases.extend(_case("d_kv", "bf16", width, width == 64, "atomic.dropout", ATOMIC=True, DROPOUT=True))
         cases.extend(_case("tables", "bf16", width, True, "both", **both))
     # The models' default: one head of width 50 out of a projection to 4 x 50 columns, histories of 200. And two of 25.
     for which in (*_PASSES, "tables"):
         cases.extend(_case(which, "bf16", 50, True, "short.both", longest=200, aligned=4, **both))
         cases.extend(_case(which, "bf16", 25, True, "short.both", longest=200, aligned=2, **both))
+        dropped = {**both, "DROPOUT": True}
+        hot = which != "tables"  # its registers don't suffice
+        cases.extend(_case(which, "bf16", 50, hot, "short.both.dropout", longest=200, aligned=4, **dropped))
     for which in _PASSES:
         cases.extend(_case(which, "bf16", 50, True, "softmax", longest=200, aligned=4, SOFTMAX=True))
         cases.extend(_case(which, "bf16", 50, True, "long.both", aligned=4, **both))
@@ -208,7 +244,10 @@ def _cases() -> list[CompileCase]:
     cases.extend((_delta("bf16", 64), _delta("bf16", 256), _delta("fp32", 256)))
     cases.extend((_zero_outside("bf16"), _zero_outside("fp32")))
     cases.extend(_case("tables", "bf16", 256, False, "both", **both))
+    cases.extend(_case("tables", "bf16", (32, 256), False, "both", **both))
     cases.extend(_case("tables", "fp32", 64, False, "both", **both))
+    cases.extend(_case("d_kv", "fp16", 64, False, "both.sqrt", SQRT=True, **both))
+    cases.extend(_case("forward", "fp32", 256, False, "everything", **everything))
     return cases
 
 

@@ -1,11 +1,20 @@
-"""The compiled CPU attention (csrc/hstu_attention_cpu.cpp): which calls it takes."""
+"""The compiled CPU attention (csrc/hstu_attention_cpu.cpp): which calls it takes, and what makes its operators trace
+and differentiate. The compiled code is loaded on first use.
+
+T rows in the batch, H heads, Q query/key width per head, V value width per head.
+"""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gr_kernels.hstu_attention.problem import AttentionProblem
+from gr_kernels import native
+from gr_kernels.hstu_attention.problem import AttentionProblem, TimeBuckets
+from gr_kernels.tracing import constant_when_traced
 
 
 def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> str:
@@ -26,13 +35,94 @@ def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProb
             return f"its masks are the causal and the full one, without {name}"
     if problem.query_offsets is not None:
         return "its queries and keys are the same rows, without query_offsets"
-    from gr_kernels.hstu_attention import cpp_op  # loads the compiled code: on first use, not before
-
-    return cpp_op.WHY_UNAVAILABLE
+    return native.why_unavailable()
 
 
-def attention(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> Tensor:
+def attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: AttentionProblem) -> Tensor:
     """hstu_attention() for a validated call without obstacle."""
-    from gr_kernels.hstu_attention import cpp_op
+    _register()
+    bias, buckets = problem.bias, problem.bias.buckets
+    timed = bias.time is not None
+    # The key is a constant of a traced graph: without dropout it is always the same.
+    key = problem.dropout_key if problem.dropout else 0
+    out_THV = torch.ops.gr_kernels.hstu_attention(
+        _rows(q_THQ),
+        _rows(k_THQ),
+        _rows(v_THV),
+        problem.offsets.contiguous(),
+        None if bias.position is None else bias.position.contiguous(),
+        bias.time.contiguous() if bias.time is not None else None,
+        bias.query_times.contiguous() if timed and bias.query_times is not None else None,
+        bias.key_times.contiguous() if timed and bias.key_times is not None else None,
+        torch.ops.gr_kernels.time_thresholds(buckets.kind, buckets.count, buckets.width) if timed else None,
+        problem.scale,
+        problem.divisor,
+        problem.activation == "softmax",
+        problem.mask.causal,
+        problem.dropout,
+        key - 2**64 if key >= 2**63 else key,
+    )
+    return out_THV  # type: ignore[no-any-return]
 
-    return cpp_op.attention(q_THQ, k_SHQ, v_SHV, problem)
+
+def _rows(x_THD: Tensor) -> Tensor:
+    """The kernels take any row and head stride, but neighbouring numbers must be neighbours."""
+    return x_THD if x_THD.stride(-1) == 1 or x_THD.shape[-1] == 1 else x_THD.contiguous()
+
+
+def _thresholds(kind: Any, count: int, width: float) -> Tensor:
+    return TimeBuckets(kind, count, width).thresholds()
+
+
+def _fake_thresholds(kind: str, count: int, width: float) -> Tensor:
+    return torch.empty(count - 1, dtype=torch.int64)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def _fake_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    tables = (q.new_empty((0,)) if table is None else q.new_empty(table.shape) for table in rest[:2])
+    return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *tables)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors, ctx.settings = inputs[:9], inputs[9:]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    d_q, d_k, d_v, d_position, d_time = torch.ops.gr_kernels.hstu_attention_backward(
+        d_out.contiguous(), *tensors, *ctx.settings
+    )
+    position, time = tensors[4:6]
+    return (
+        d_q,
+        d_k,
+        d_v,
+        None,
+        None if position is None else d_position,
+        None if time is None else d_time,
+        *(None for _ in range(3 + len(ctx.settings))),
+    )
+
+
+@constant_when_traced
+def _register() -> None:
+    _define()
+
+
+@functools.cache
+def _define() -> None:
+    """What the compiled operators need to trace and to differentiate; once."""
+    # A traced graph can't compute the thresholds' decimals, but it can call an operator that does.
+    torch.library.define("gr_kernels::time_thresholds", "(str kind, int count, float width) -> Tensor")
+    torch.library.impl("gr_kernels::time_thresholds", "default", _thresholds)
+    torch.library.register_fake("gr_kernels::time_thresholds", _fake_thresholds)
+    torch.library.register_fake("gr_kernels::hstu_attention", _fake_forward)
+    torch.library.register_fake("gr_kernels::hstu_attention_backward", _fake_backward)
+    torch.library.register_autograd("gr_kernels::hstu_attention", _backward, setup_context=_keep_for_backward)

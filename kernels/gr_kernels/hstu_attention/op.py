@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels.dispatch import Implementation, choose
-from gr_kernels.hstu_attention import cpp, reference, triton_op
+from gr_kernels.hstu_attention import cpp, reference_op, triton_op
 from gr_kernels.hstu_attention.checks import check
 from gr_kernels.hstu_attention.problem import (
     Activation,
@@ -25,7 +25,7 @@ IMPLEMENTATIONS = (
     ),
     Implementation("cpp", cpp.obstacle, cpp.attention, "compiled, float32 on CPU", device="cpu"),
     Implementation(
-        "reference", reference.obstacle, reference.attention, "plain PyTorch, any device and precision"
+        "reference", reference_op.obstacle, reference_op.attention, "plain PyTorch, any device and precision"
     ),
 )
 

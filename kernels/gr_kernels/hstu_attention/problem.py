@@ -16,6 +16,8 @@ from gr_kernels.hstu_attention.buckets import TimeBuckets as TimeBuckets
 from gr_kernels.hstu_attention.mask import AttentionMask as AttentionMask
 
 Activation = Literal["silu", "softmax"]
+# of q, k, v, bias.position and bias.time; None for an absent table
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 _PAPERS_BUCKETS = TimeBuckets()
 _CAUSAL = AttentionMask()
 

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from gr_kernels.counter_random import philox
 from gr_kernels.hstu_attention.mask import AttentionMask, allowed
-from gr_kernels.hstu_attention.problem import AttentionProblem
-from gr_kernels.hstu_attention.schema import Gradients
+from gr_kernels.hstu_attention.problem import AttentionProblem, Gradients
 
 # Scores of a block: on CPU few enough that its half dozen tensors stay near the cache, elsewhere enough to fill a GPU.
 BLOCK_SCORES = 2**19
@@ -32,18 +31,6 @@ CAUSAL_PARTS = 2  # and at most this part of them, since earlier rows do without
 # the sequences, or few enough that starting another block would take longer.
 PADDING = 1.35
 SMALL_BLOCK_SCORES = 2**17
-
-
-def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> str:
-    """The reference takes every call."""
-    return ""
-
-
-def attention(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> Tensor:
-    """hstu_attention() for a validated call: (T, H, V) in q's dtype; differentiable once."""
-    from gr_kernels.hstu_attention import reference_op  # registers its operators: on first use, not before
-
-    return reference_op.attention(q_THQ, k_SHQ, v_SHV, problem)
 
 
 def forward(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> Tensor:

@@ -27,6 +27,7 @@ def choose(
     longest: int,
     biased: bool,
     softmax: bool,
+    dropout: bool = False,
     ragged: bool = False,
     interpreting: bool = False,
 ) -> Tile:
@@ -34,8 +35,9 @@ def choose(
 
     width: of the heads, a power of two (the wider of keys and values). bytes_each: a number's. longest: rows of the
     longest sequence. biased: whether scores have a bias, whose addresses take registers. softmax: whether the
-    backward reads each row's sums of softmax. ragged: whether a head's width is no power of two, so that its rows come
-    in pieces smaller than 16 bytes, whose addresses take registers.
+    backward reads each row's sums of softmax. dropout: whether weights are dropped; a tile's random words are in
+    registers at once. ragged: whether a head's width is no power of two, so that its rows come in pieces smaller than
+    16 bytes, whose addresses take registers.
 
     Chosen so that, compiled for sm_90, nothing spills to memory and every product is a wgmma, which takes 64 rows of
     its left operand (rows of scores in "forward" and "d_q", keys in "d_kv") and 4 warps; 8 warps halve the registers
@@ -52,21 +54,24 @@ def choose(
         # The tile of scores is kept in registers several times over (its sum over heads, bias, buckets), whatever the
         # width; rows of keys and values pass by, one head's ahead of the last one's use where registers allow it.
         return Tile(64, 64, 8, 1 if width > 128 or ragged else 2)
+    wide = width > 64
     if which == "d_kv":
         # Two accumulators as wide as a head: 64 keys by 8 warps. Rows stream by, fewer at a time where they are wide.
-        narrow = (width > 64 and (biased or softmax)) or (ragged and biased)
+        narrow = (wide and (biased or softmax or dropout)) or (biased and (ragged or dropout))
         rows = 16 if width > 128 else 32 if narrow else 64
         return Tile(rows, 64, 8, 3 if width <= 64 else 2)
     if width <= 64 and longest <= SHORT:
-        keys = 32 if ragged and biased and which == "d_q" else 64
-        return Tile(64, keys, 8 if biased else 4, 3)
+        narrow = (dropout and (biased or ragged)) or (biased and ragged and which == "d_q")
+        return Tile(64, 32 if narrow else 64, 8 if biased else 4, 3)
     if width <= 128:
-        narrow = biased and (which == "d_q" or width > 64)
+        narrow = (biased and (wide or dropout or which == "d_q")) or (dropout and wide and which == "d_q")
         return Tile(128, 32 if narrow else 64, 8, 3 if which == "forward" or width <= 64 else 2)
     return Tile(128 if which == "forward" else 64, 32, 8, 2)
 
 
 def atomic(width: int, biased: bool) -> bool:
     """Whether the fast backward adds d_q up atomically in d_kv, 5 products a tile of scores, or is the deterministic
-    one, 7 products: beside a bias, or wider accumulators, there are no registers for it (344 B spill)."""
+    one, 7 products: beside a bias, or wider accumulators, there are no registers for it (344 B spill).
+
+    Where d_kv takes 32 rows, their part of d_q is an mma.sync: slow, but less than two products more (unmeasured)."""
     return width <= 128 and not biased

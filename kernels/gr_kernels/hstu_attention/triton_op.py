@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from gr_kernels.hstu_attention import schema, tiles
-from gr_kernels.hstu_attention.problem import AttentionProblem, RelativeBias, TimeBuckets
+from gr_kernels.hstu_attention.buckets import device_thresholds
+from gr_kernels.hstu_attention.problem import AttentionProblem, Gradients, RelativeBias
 from gr_kernels.hstu_attention.settings import Settings
+from gr_kernels.tracing import constant_when_traced
 from gr_kernels.triton_common.available import interpreting, on, why_unavailable
 from gr_kernels.triton_common.sizes import power_of_two
 
@@ -55,9 +57,9 @@ def attention(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionPro
     return out_THV  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(maxsize=64)
-def _thresholds(buckets: TimeBuckets, device: torch.device) -> Tensor:
-    return buckets.thresholds().to(device)
+@constant_when_traced
+def _register() -> None:
+    schema.register("hstu_attention_triton", forward, backward, softmax_gives_lse=True)
 
 
 def _block(width: int) -> int:
@@ -67,9 +69,10 @@ def _block(width: int) -> int:
 def _margin(per_unit: float, last: int) -> float:
     """How far a bucket number computed in float32 can be from the exact one, in buckets; see time_bucket.
 
-    |dt| as float32 is at most 2^-23 off, relatively, lg2.approx 2^-22 absolutely (and where the logarithm is small
-    |dt| is a small, exact integer), sqrt.approx 2^-22 relatively, the product 2^-24: with x at most `last` where it
-    matters (above it is clipped), the sum is below (per_unit + last) 2^-21. Twice that, and never half a bucket.
+    |dt| as float32 is at most 2^-23 off relatively, and so its logarithm 1.5 x 2^-23 absolutely. lg2.approx is 2^-22
+    off, relatively outside (0.5, 2) and absolutely inside; sqrt.approx 2^-22 relatively; the product 2^-24, like its
+    factor per_unit. With a number of at most `last` where it matters (above it is clipped), the sum is below
+    (per_unit + last) 2^-21. Twice that, and never half a bucket.
     """
     return min(2.0**-20 * (per_unit + last + 1), 0.45)
 
@@ -135,10 +138,16 @@ class Launch:
         return tiles.atomic(self.width, self.biased)
 
     def tile(self, which: tiles.Pass) -> tiles.Tile:
-        bytes_each, longest = self.q.element_size(), max(self.longest)
-        softmax = self.problem.activation == "softmax"
         return tiles.choose(
-            which, self.width, bytes_each, longest, self.biased, softmax, self.ragged, interpreting()
+            which,
+            self.width,
+            self.q.element_size(),
+            max(self.longest),
+            biased=self.biased,
+            softmax=self.problem.activation == "softmax",
+            dropout=self.problem.dropout > 0,
+            ragged=self.ragged,
+            interpreting=interpreting(),
         )
 
     def settings(self, tile: tiles.Tile, atomic: bool = False) -> Settings:
@@ -188,7 +197,7 @@ class Launch:
             "time": bias.time,
             "query_times": bias.query_times if timed else None,
             "key_times": bias.key_times if timed else None,
-            "thresholds": _thresholds(bias.buckets, self.q.device) if timed else None,
+            "thresholds": device_thresholds(bias.buckets, self.q.device) if timed else None,
             "sequences": self.sequences,
             "heads": self.q.shape[1],
             "rows": self.q.shape[0],
@@ -289,19 +298,20 @@ def _zero_outside(x: Tensor, offsets: Tensor) -> None:
         triton_kernel.zero_outside_kernel[grid](x, offsets, offsets.shape[0] - 1, rows, width, num_warps=4)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
     """(out, lse): (T, H, V), and for softmax (H, T) float32, the log of each row's sum of exponentials."""
     from gr_kernels.hstu_attention import triton_kernel
 
     launch = _launch(q, k, v, problem)
-    out = v.new_empty((q.shape[0], *v.shape[1:]))
-    softmax = problem.activation == "softmax"
-    lse = torch.empty((q.shape[1], q.shape[0]) if softmax else (0,), dtype=torch.float32, device=q.device)
+    out, lse = v.new_empty((q.shape[0], *v.shape[1:])), None
+    if problem.activation == "softmax":
+        lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     tile = launch.tile("forward")
     blocks = -(-launch.longest[0] // tile.rows)
-    own = {"out": out, "lse": lse if softmax else None, **_strides(out=out), **launch.walk(blocks)}
-    _zero_outside(out, launch.query_offsets)
-    launch.run(triton_kernel.forward_kernel, launch.settings(tile), tile, launch.pieces(blocks), own)
+    own = {"out": out, "lse": lse, **_strides(out=out), **launch.walk(blocks)}
+    with on(q):
+        _zero_outside(out, launch.query_offsets)
+        launch.run(triton_kernel.forward_kernel, launch.settings(tile), tile, launch.pieces(blocks), own)
     return out, lse
 
 
@@ -313,8 +323,21 @@ def backward(
     k: Tensor,
     v: Tensor,
     problem: AttentionProblem,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of q, k, v, bias.position and bias.time (None where absent); out and lse are softmax's alone."""
+    with on(q):
+        return _backward(d_out, out, lse, q, k, v, problem)
+
+
+def _backward(
+    d_out: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+) -> Gradients:
     from gr_kernels.hstu_attention import triton_kernel
 
     launch = _launch(q, k, v, problem)
@@ -352,8 +375,19 @@ def backward(
 def _run_delta(launch: Launch, out: Tensor, given: Mapping[str, Any]) -> None:
     from gr_kernels.hstu_attention import triton_kernel
 
-    rows, heads = out.shape[:2]
-    settings = addressed(launch.settings(launch.tile("forward")), out, given["d_out"])
+    rows, heads, width = out.shape
+    tile, block = launch.tile("forward"), _block(width)
+    # only what the kernel looks at: it is the same for every mask and bias
+    settings = Settings(
+        ROWS=tile.rows,
+        KEYS=tile.keys,
+        WIDTH_Q=width,
+        WIDTH_V=width,
+        BLOCK_Q=block,
+        BLOCK_V=block,
+        SOFTMAX=True,
+    )
+    settings = addressed(settings, out, given["d_out"])
     if rows and heads:
         grid = (-(-rows // settings.ROWS), heads)
         triton_kernel.delta_kernel[grid](
@@ -397,81 +431,3 @@ def _table_gradients(launch: Launch, given: Mapping[str, Any]) -> tuple[Tensor |
     if bias.time is not None:
         d_time = (time_sums.sum(0) * launch.score_scale).to(bias.time.dtype)
     return d_position, d_time
-
-
-_FORWARD = f"({schema.INPUTS}) -> (Tensor out, Tensor lse)"
-_BACKWARD = (
-    f"(Tensor d_out, Tensor? out, Tensor? lse, {schema.INPUTS}) "
-    "-> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_position, Tensor d_time)"
-)
-_AFTER_QKV = 3  # the operators' arguments that `flatten` gives come after q, k and v
-
-
-@functools.cache
-def _register() -> None:
-    """Defines gr_kernels::hstu_attention_triton and its backward; once, on first use.
-
-    As schema.register does, but for the second output: softmax keeps out and lse for its backward.
-    """
-    name, backward_name = "gr_kernels::hstu_attention_triton", "gr_kernels::hstu_attention_triton_backward"
-    torch.library.define(name, _FORWARD)
-    torch.library.define(backward_name, _BACKWARD)
-
-    def run_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-        with on(q):
-            return forward(q, k, v, schema.unflatten(*flat))
-
-    def run_backward(
-        d_out: Tensor, out: Tensor | None, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *flat: Any
-    ) -> tuple[Tensor, ...]:
-        with on(q):
-            *gradients, d_position, d_time = backward(d_out, out, lse, q, k, v, schema.unflatten(*flat))
-        return (*gradients, *(q.new_empty((0,)) if x is None else x for x in (d_position, d_time)))
-
-    torch.library.impl(name, "default", run_forward)
-    torch.library.impl(backward_name, "default", run_backward)
-    torch.library.register_fake(name, _fake_forward)
-    torch.library.register_fake(backward_name, _fake_backward)
-    torch.library.register_autograd(name, _differentiate, setup_context=_keep_for_backward)
-    torch.library.register_autograd(backward_name, _refuse)
-
-
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    shape = (q.shape[1], q.shape[0]) if flat[schema.SOFTMAX - _AFTER_QKV] else (0,)
-    return v.new_empty((q.shape[0], *v.shape[1:])), q.new_empty(shape, dtype=torch.float32)
-
-
-def _fake_backward(
-    d_out: Tensor, out: Any, lse: Any, q: Tensor, k: Tensor, v: Tensor, *flat: Any
-) -> tuple[Tensor, ...]:
-    tables = flat[schema.POSITION - _AFTER_QKV : schema.TIME + 1 - _AFTER_QKV]
-    absent_or_like = (q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in tables)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), *absent_or_like)
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    kept = output if inputs[schema.SOFTMAX] else (None, None)
-    ctx.save_for_backward(*inputs[: schema.TENSORS], *kept)
-    ctx.settings = inputs[schema.TENSORS :]
-
-
-def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    found = torch.ops.gr_kernels.hstu_attention_triton_backward(
-        d_out.contiguous(), out, lse, *tensors, *ctx.settings
-    )
-    d_q, d_k, d_v, d_position, d_time = found
-    gradients: list[Tensor | None] = [None] * (schema.TENSORS + len(ctx.settings))
-    gradients[:3] = d_q, d_k, d_v
-    if tensors[schema.POSITION] is not None:
-        gradients[schema.POSITION] = d_position
-    if tensors[schema.TIME] is not None:
-        gradients[schema.TIME] = d_time
-    return tuple(gradients)
-
-
-def _refuse(ctx: Any, *d_gradients: Tensor) -> None:
-    raise RuntimeError(
-        "gr_kernels::hstu_attention_triton is differentiable once, and its gradient was differentiated."
-    )

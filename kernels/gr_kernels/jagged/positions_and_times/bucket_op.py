@@ -8,13 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gr_kernels.hstu_attention.buckets import TimeBuckets
-
-
-@functools.cache
-def device_thresholds(buckets: TimeBuckets, device: torch.device) -> Tensor:
-    """``buckets.thresholds()`` on a device, copied there once."""
-    return buckets.thresholds().to(device)
+from gr_kernels.hstu_attention.buckets import TimeBuckets, device_thresholds
 
 
 def bucket(differences_T: Tensor, buckets: TimeBuckets) -> Tensor:
