@@ -10,21 +10,12 @@ import functools
 import torch
 from torch import Tensor
 
-from gr_kernels.tracing import constant_when_traced
-from gr_kernels.triton_common.available import why_unavailable
+from gr_kernels.triton_common.available import registering
 from gr_kernels.triton_common.sums_by_entry import sum_rows_by_entry
 
 # Values sorted at once: they keep a large GPU busy, and take about 30 bytes each for as long.
 PIECE = 1 << 24
 _MOST_ENTRIES = 2**31
-
-
-@constant_when_traced
-def _why_not(device: torch.device) -> str:
-    reason = why_unavailable(device)
-    if not reason:
-        _register()
-    return reason
 
 
 def obstacle(values: Tensor, entries: int) -> str:
@@ -63,3 +54,6 @@ def _register() -> None:
         schema="(Tensor values, Tensor buckets, int entries) -> Tensor",
     )
     operator.register_fake(lambda values, buckets, entries: values.new_empty(entries, dtype=torch.float32))
+
+
+_why_not = registering(_register)

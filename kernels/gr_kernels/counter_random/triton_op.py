@@ -11,19 +11,10 @@ import torch
 from torch import Tensor
 
 from gr_kernels.counter_random.keys import signed
-from gr_kernels.tracing import constant_when_traced
-from gr_kernels.triton_common.available import on, why_unavailable
+from gr_kernels.triton_common.available import on, registering
 
 BLOCKS, WARPS = 256, 4  # of four draws each, a program: two calls of Philox a thread
 _MOST_DRAWS = 2**31
-
-
-@constant_when_traced
-def _why_not(device: torch.device) -> str:
-    reason = why_unavailable(device)
-    if not reason:
-        _register()
-    return reason
 
 
 def obstacle(coordinates: Tensor, draws: int) -> str:
@@ -93,3 +84,6 @@ def _register() -> None:
     operator.register_fake(
         lambda key, ordinals, positions, draws, high, dtype: _output(ordinals, draws, dtype)
     )
+
+
+_why_not = registering(_register)

@@ -6,7 +6,6 @@ Shapes: T queries, I table rows, D width, X excluded names of a query, S splits 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from gr_kernels.log_partition.logits import full_precision
 from gr_kernels.log_partition.problem import Problem
 from gr_kernels.log_partition.tiles import WIDEST, splits, tiles
+from gr_kernels.log_partition.triton_autograd import register_autograd, table_gradient_fake
 from gr_kernels.triton_common.available import interpreting, on, why_unavailable
 
 MOST_EXCLUDED = 16  # compared one after the other with every logit
@@ -220,66 +220,8 @@ def _table_gradient(
     return grad_table, grad_bias
 
 
-@_table_gradient.register_fake
-def _table_gradient_fake(
-    grad: Tensor,
-    queries: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    excluded: Tensor | None,
-    names: Tensor | None,
-    peaks: Tensor,
-    sums: Tensor,
-    scale: float,
-    normalize_eps: float | None,
-    want_table: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    catalogue, width = table.shape
-    return (
-        table.new_empty(catalogue if want_table else 0, width),
-        table.new_empty(catalogue if want_bias else 0, dtype=torch.float32),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, table, bias, targets, excluded, names, ctx.scale, ctx.normalize_eps, _ = inputs
-    _, peaks, sums, means = output
-    ctx.save_for_backward(queries, table, bias, targets, excluded, names, peaks, sums, means)
-    ctx.mark_non_differentiable(peaks, sums, means)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    queries, table, bias, targets, excluded, names, peaks, sums, means = ctx.saved_tensors
-    grad_T = grads[0]
-    want_queries, want_table, want_bias = ctx.needs_input_grad[:3]
-    grad_queries = grad_table = grad_bias = None
-    if want_queries:
-        grad_queries = (means * (grad_T * ctx.scale)[:, None]).to(queries.dtype)
-    if want_table or want_bias:
-        table_ID, bias_I = torch.ops.gr_kernels.log_partition_triton_table_gradient(
-            grad_T,
-            queries,
-            table,
-            bias,
-            targets,
-            excluded,
-            names,
-            peaks,
-            sums,
-            ctx.scale,
-            ctx.normalize_eps,
-            want_table,
-            want_bias,
-        )
-        grad_table = table_ID if want_table else None
-        grad_bias = bias_I.to(bias.dtype) if want_bias else None
-    return grad_queries, grad_table, grad_bias, None, None, None, None, None, None
-
-
-torch.library.register_autograd("gr_kernels::log_partition_triton", _backward, setup_context=_save)
+_table_gradient.register_fake(table_gradient_fake)
+register_autograd("log_partition_triton")
 
 
 def _inverse_norms(table: Tensor, normalize_eps: float | None) -> Tensor | None:

@@ -12,16 +12,7 @@ from torch import Tensor
 from gr_kernels.jagged.concat_split.compiled import register_gradients
 from gr_kernels.jagged.concat_split.reference import joined_offsets
 from gr_kernels.jagged.tiles import INTEGERS, WARPS, search_steps, tile
-from gr_kernels.tracing import constant_when_traced
-from gr_kernels.triton_common.available import on, why_unavailable
-
-
-@constant_when_traced
-def _why_not(device: torch.device) -> str:
-    reason = why_unavailable(device)
-    if not reason:
-        _register()
-    return reason
+from gr_kernels.triton_common.available import on, registering
 
 
 def obstacle(tensor: Tensor, parts: int) -> str:
@@ -99,3 +90,6 @@ def _register() -> None:
         full_name = f"gr_kernels::jagged_{name}_triton"
         torch.library.custom_op(full_name, run, mutates_args=(), schema=schema).register_fake(fake)
     register_gradients("gr_kernels::jagged_concat_triton", "gr_kernels::jagged_split_triton")
+
+
+_why_not = registering(_register)

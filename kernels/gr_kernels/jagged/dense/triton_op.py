@@ -10,16 +10,7 @@ from torch import Tensor
 
 from gr_kernels.jagged.concat_split.triton_op import as_integers
 from gr_kernels.jagged.tiles import INTEGERS, WARPS, search_steps, tile
-from gr_kernels.tracing import constant_when_traced
-from gr_kernels.triton_common.available import on, why_unavailable
-
-
-@constant_when_traced
-def _why_not(device: torch.device) -> str:
-    reason = why_unavailable(device)
-    if not reason:
-        _register()
-    return reason
+from gr_kernels.triton_common.available import on, registering
 
 
 def obstacle(x: Tensor) -> str:
@@ -117,3 +108,6 @@ def _register() -> None:
         operator = torch.library.custom_op(f"gr_kernels::{name}", run, mutates_args=(), schema=schema)
         operator.register_fake(fake)
         operator.register_autograd(backward, setup_context=keep)
+
+
+_why_not = registering(_register)

@@ -10,17 +10,8 @@ from torch import Tensor
 from gr_kernels.jagged.dropout import operators
 from gr_kernels.jagged.dropout.reference import drop_below, keep_scale
 from gr_kernels.jagged.tiles import WARPS, Tile
-from gr_kernels.tracing import constant_when_traced
-from gr_kernels.triton_common.available import on, why_unavailable
+from gr_kernels.triton_common.available import on, registering
 from gr_kernels.triton_common.sizes import power_of_two
-
-
-@constant_when_traced
-def _why_not(device: torch.device) -> str:
-    reason = why_unavailable(device)
-    if not reason:
-        operators.register("triton", _dropout)
-    return reason
 
 
 def obstacle(x: Tensor) -> str:
@@ -56,3 +47,6 @@ def _dropout(x: Tensor, probability: float, key: int) -> Tensor:
                 BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
             )  # fmt: skip
     return out
+
+
+_why_not = registering(lambda: operators.register("triton", _dropout))

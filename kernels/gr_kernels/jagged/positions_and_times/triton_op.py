@@ -16,8 +16,7 @@ from gr_kernels.jagged.positions_and_times import bucket_op
 from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
 from gr_kernels.jagged.positions_and_times.reference import position_entries
 from gr_kernels.jagged.tiles import WARPS, Tile, search_steps, tile
-from gr_kernels.tracing import constant_when_traced
-from gr_kernels.triton_common.available import on, why_unavailable
+from gr_kernels.triton_common.available import on, registering
 from gr_kernels.triton_common.sums_by_entry import sum_rows_by_entry
 
 Kind = Literal["log", "sqrt"]
@@ -26,15 +25,6 @@ _ARGUMENTS = (
     "Tensor offsets, Tensor? targets, Tensor? position, Tensor? time, Tensor? differences, str bucket_kind, "
     "int bucket_count, float bucket_width, float scale, bool from_back"
 )
-
-
-@constant_when_traced
-def _why_not(device: torch.device) -> str:
-    reason = why_unavailable(device)
-    if not reason:
-        bucket_op.register()
-        _register()
-    return reason
 
 
 def obstacle(x_TD: Tensor, call: Call) -> str:
@@ -157,7 +147,8 @@ def _backward(ctx: Any, d_out_TD: Tensor) -> tuple[Tensor | None, ...]:
 
 @functools.cache
 def _register() -> None:
-    """Defines the operators, once, on first use."""
+    """Defines the operators, and that of the buckets, once, on first use."""
+    bucket_op.register()
     forward = torch.library.custom_op(
         "gr_kernels::add_positions_and_times_triton",
         _add,
@@ -173,3 +164,6 @@ def _register() -> None:
     forward.register_fake(_add_fake)
     backward.register_fake(_backward_fake)
     forward.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+_why_not = registering(_register)
