@@ -38,10 +38,10 @@ OBJECTIVES = {
 }
 
 BASELINES = {
-    "popularity": "gr.models.baselines:Popularity",
-    "last_item": "gr.models.baselines:LastItem",
-    "item_knn": "gr.models.baselines:ItemKNN",
-    "oracle": "gr.data.sources.synthetic_dp:Oracle",
+    "popularity": "gr.eval.baselines:Popularity",
+    "last_item": "gr.eval.baselines:LastItem",
+    "item_knn": "gr.eval.baselines:ItemKNN",
+    "oracle": "gr.data.making.sources.synthetic_dp:Oracle",
 }
 
 OPTIMIZERS = {
@@ -50,12 +50,12 @@ OPTIMIZERS = {
 }
 
 DATASETS = {
-    "ml-1m": "gr.data.sources.movielens:ML1M",
-    "ml-20m": "gr.data.sources.movielens:ML20M",
-    "amazon-books": "gr.data.sources.amazon:AmazonBooks",
-    "amazon-beauty": "gr.data.sources.amazon:AmazonBeauty",
-    "synthetic-dp": "gr.data.sources.synthetic_dp:SyntheticDP",
-    "log": "gr.data.sources.log:ActionLog",
+    "ml-1m": "gr.data.making.sources.movielens:ML1M",
+    "ml-20m": "gr.data.making.sources.movielens:ML20M",
+    "amazon-books": "gr.data.making.sources.amazon:AmazonBooks",
+    "amazon-beauty": "gr.data.making.sources.amazon:AmazonBeauty",
+    "synthetic-dp": "gr.data.making.sources.synthetic_dp:SyntheticDP",
+    "log": "gr.data.making.sources.log:ActionLog",
 }
 
 

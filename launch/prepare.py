@@ -17,10 +17,10 @@ from gr import registry
 from gr.config import read_yaml
 from gr.data.dataset import SequenceDataset
 from gr.data.describe_tables import preparation_tables
-from gr.data.files import output_folder
-from gr.data.progress import default_progress
-from gr.data.sources.base import make_source
+from gr.data.making.files import output_folder
+from gr.data.making.sources.base import make_source
 from gr.errors import UserError, program
+from gr.progress import default_progress
 
 
 def report(dataset: SequenceDataset, seconds: float) -> None:

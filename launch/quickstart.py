@@ -52,8 +52,8 @@ def main() -> int:
 
 def prepare(path: str) -> None:
     """Generate the stream unless it is there already."""
-    from gr.data.progress import default_progress
-    from gr.data.sources.base import make_source
+    from gr.data.making.sources.base import make_source
+    from gr.progress import default_progress
 
     if (Path(path) / "manifest.json").is_file():
         print(f"data: {path} is there already", flush=True)

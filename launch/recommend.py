@@ -50,10 +50,10 @@ def main() -> int:
             everywhere=True,
         )
 
-    from gr.data.files import output_files
-    from gr.data.progress import default_progress
+    from gr.data.making.files import output_files
+    from gr.processes import processes
+    from gr.progress import default_progress
     from gr.train.folder import RunFolder
-    from gr.train.parallel import processes
     from gr.train.recommend import read_user_ids, recommend, write_item_vectors
     from gr.train.runs import open_run
 

@@ -16,8 +16,8 @@ from gr.errors import program
 
 @program
 def main() -> int:
-    from gr.train.published import print_table, read_table, save_table, table_names
-    from gr.train.reproduction import reproduce
+    from gr.train.reproduction.reproduce import reproduce
+    from gr.train.reproduction.table import print_table, read_table, save_table, table_names
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "data_prepare.json"
 
 CHILD = """
 import json, resource, sys, time
-from gr.data.sources.base import make_source
+from gr.data.making.sources.base import make_source
 source, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 start = time.perf_counter()
 dataset = make_source("log", options).prepare(source, out)
@@ -49,7 +49,7 @@ print(json.dumps({
 """
 IMPORT_ONLY = """
 import resource
-import gr.data.sources.log
+import gr.data.making.sources.log
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gr.batch import UNKNOWN, SequenceBatch
 from gr.data.collate import collate
-from gr.data.convert import YEAR_2200
+from gr.data.making.convert import YEAR_2200
 from gr.data.dataset import SequenceDataset
 from gr.data.hashing import derive, mix64
 from gr.data.sequences import Sequences

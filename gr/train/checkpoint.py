@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gr.errors import UserError
+from gr.processes import Parallel
 from gr.train.cursor import Cursor
 from gr.train.folder import sync
 from gr.train.optimizers import counts_steps_in_groups
-from gr.train.parallel import Parallel
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")

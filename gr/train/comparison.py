@@ -9,13 +9,13 @@ from functools import partial
 
 from gr import config as configs, registry
 from gr.config import RunConfig
-from gr.data.files import output_file
-from gr.data.progress import Progress, default_progress
+from gr.data.making.files import output_file
 from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
+from gr.processes import processes
+from gr.progress import Progress, default_progress
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
-from gr.train.parallel import processes
 from gr.train.runs import open_run
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gr.config import RunConfig
+from gr.processes import processes
 from gr.train.cursor import Cursor
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
@@ -18,7 +19,6 @@ from gr.train.job import build
 from gr.train.kernels import advice_on_kernels
 from gr.train.log import clock
 from gr.train.memory import advice_when_out_of_memory, peak_bytes
-from gr.train.parallel import processes
 from gr.train.trainer import Trainer
 
 TIMED_STEPS = 3

@@ -22,6 +22,7 @@ from gr.data.popularity import training_counts
 from gr.data.split import Split
 from gr.errors import UserError
 from gr.models.recommender import Recommender
+from gr.processes import Parallel, processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.environment import record
@@ -29,7 +30,6 @@ from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
 from gr.train.kernels import advice_on_kernels, check_kernels
 from gr.train.memory import advice_when_out_of_memory
-from gr.train.parallel import Parallel, processes
 from gr.train.plots import plot_run
 from gr.train.selection import check_selection, selection_metric
 from gr.train.trainer import Trainer

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr.data.convert import is_number, is_text, to_ids
+from gr.data.making.convert import is_number, is_text, to_ids
 from gr.data.requests import Exclude, recommendation_requests
 from gr.errors import UserError
 from gr.models.recommender import Recommender

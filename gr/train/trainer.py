@@ -21,6 +21,7 @@ from gr.errors import UserError
 from gr.models.recommender import Recommender
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
+from gr.processes import Parallel
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.evaluation import Evaluation
@@ -29,7 +30,6 @@ from gr.train.host_copy import HostCopy
 from gr.train.log import MetricsLog, StepProgress
 from gr.train.memory import give_back_freed_memory
 from gr.train.optimizers import set_rate
-from gr.train.parallel import Parallel
 from gr.train.schedule import rate_factor
 from gr.train.selection import selection_metric
 from gr.train.stopping import StopSignal

@@ -19,9 +19,9 @@ from gr.data.requests import requests
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
-from gr.models.baselines import ItemKNN
+from gr.eval.baselines import ItemKNN
+from gr.processes import processes
 from gr.train.evaluation import Evaluation
-from gr.train.parallel import processes
 
 ITEMS, USERS = 40, 61
 CASES: dict = {"all": {}, "subset": {"max_users": 17, "exclude": "all"}}

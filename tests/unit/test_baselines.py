@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gr.batch import SequenceBatch
-from gr.models.baselines import ItemKNN, LastItem, Popularity
+from gr.eval.baselines import ItemKNN, LastItem, Popularity
 
 torch.set_num_threads(1)
 

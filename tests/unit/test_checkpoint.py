@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from gr.errors import UserError
+from gr.processes import Parallel
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
-from gr.train.parallel import Parallel
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from gr.data import csv_files
-from gr.data.csv_files import line_of, read_csv
-from gr.data.files import find_files
-from gr.data.schema import Csv
-from gr.data.sources.base import make_source
+from gr.data.making import csv_files
+from gr.data.making.csv_files import line_of, read_csv
+from gr.data.making.files import find_files
+from gr.data.making.schema import Csv
+from gr.data.making.sources.base import make_source
 from gr.errors import UserError
 
 FORM = Csv(delimiter="::", names=["user", "item", "time"])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gr.data.download import Published, download, obtain
-from gr.data.progress import Progress
+from gr.data.making.download import Published, download, obtain
 from gr.errors import UserError
+from gr.progress import Progress
 
 CONTENT = bytes(range(256)) * 40_000  # 10 MB, several blocks
 MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gr.data.log import LogReader
-from gr.data.quarantine import Quarantine
-from gr.data.schema import LogSchema
-from gr.data.sources.base import make_source
+from gr.data.making.log import LogReader
+from gr.data.making.quarantine import Quarantine
+from gr.data.making.schema import LogSchema
+from gr.data.making.sources.base import make_source
 from gr.errors import UserError
 
 COLUMNS = {"user": "u", "item": "i", "time": "t"}

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from gr import config as configs
-from gr.data.sources.synthetic_dp import Oracle, StreamOptions, SyntheticDP
+from gr.data.making.sources.synthetic_dp import Oracle, StreamOptions, SyntheticDP
 from gr.errors import UserError
-from gr.train import job, reproduction
-from gr.train.paired import Mean, paired, to_json
-from gr.train.published import PublishedTable
+from gr.train import job
+from gr.train.reproduction import reproduce as reproduction
+from gr.train.reproduction.paired import Mean, paired, to_json
+from gr.train.reproduction.table import PublishedTable
 from gr.train.runs import open_run
 
 STREAM = {"records": 600, "length": 12, "items": 60, "categories": 6, "alpha_max": 20, "repeats": False}

@@ -18,7 +18,15 @@ from gr.config import ComponentConfig, Section
 ROOT = Path(__file__).resolve().parents[2]
 
 # Part of the system -> the parts of ours that it may import. Imports run downwards only.
-KNOWN_TO_ALL = {"gr.config", "gr.batch", "gr.registry", "gr.errors", "gr.modes"}
+KNOWN_TO_ALL = {
+    "gr.config",
+    "gr.batch",
+    "gr.registry",
+    "gr.errors",
+    "gr.modes",
+    "gr.processes",
+    "gr.progress",
+}
 BOTTOM = {"gr_kernels"}
 LOWER = BOTTOM | {"gr.embeddings", "gr.modality"}
 MAY_IMPORT = {
@@ -27,6 +35,8 @@ MAY_IMPORT = {
     "gr.registry": {"gr.errors"},
     "gr.batch": {"gr.errors"},
     "gr.modes": set(),
+    "gr.progress": set(),
+    "gr.processes": {"gr.errors"},
     "gr.config": {"gr.errors", "gr.registry"},
     "gr.embeddings": KNOWN_TO_ALL | BOTTOM | {"gr.modality"},
     "gr.modality": KNOWN_TO_ALL | BOTTOM | {"gr.embeddings"},

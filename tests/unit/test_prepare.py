@@ -15,8 +15,8 @@ import pytest
 
 from gr.data.dataset import SequenceDataset
 from gr.data.hashing import hash_ids
-from gr.data.partitions import choose_bits, group
-from gr.data.sources.base import make_source
+from gr.data.making.partitions import choose_bits, group
+from gr.data.making.sources.base import make_source
 from gr.errors import UserError
 
 COLUMNS = {"user": "u", "item": "i", "time": "t", "value": "v", "action_type": "a", "fields": {"device": "d"}}

@@ -7,8 +7,8 @@ import re
 
 from rich.console import Console
 
-from gr.data import progress
-from gr.data.progress import BarProgress, PlainProgress, clock
+from gr import progress
+from gr.progress import BarProgress, PlainProgress, clock
 
 
 def test_clock():

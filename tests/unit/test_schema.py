@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gr.config import read_yaml
-from gr.data.sources.base import make_source
+from gr.data.making.sources.base import make_source
 from gr.errors import UserError
 
 SCHEMA = """

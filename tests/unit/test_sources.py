@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from gr.data.sources.base import make_source
+from gr.data.making.sources.base import make_source
 from gr.errors import UserError
 
 

@@ -11,7 +11,7 @@ import torch
 
 from gr.batch import SequenceBatch
 from gr.data.dataset import SequenceDataset
-from gr.data.sources.synthetic_dp import Generator, Oracle, StreamOptions as Options, SyntheticDP
+from gr.data.making.sources.synthetic_dp import Generator, Oracle, StreamOptions as Options, SyntheticDP
 from gr.errors import UserError
 
 SMALL = {"records": 3000, "length": 12, "items": 120, "categories": 6, "alpha_max": 20.0, "seed": 3}

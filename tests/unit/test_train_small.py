@@ -14,9 +14,10 @@ from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
 from gr.errors import UserError
 from gr.models.recommender import Recommender
-from gr.train import checkpoint, job, reproduction
+from gr.train import checkpoint, job
 from gr.train.folder import RunFolder
 from gr.train.report import final_rows
+from gr.train.reproduction import reproduce as reproduction
 from gr.train.runs import find_checkpoint
 from tests.end_to_end.tiny import CONFIG, make_dataset
 

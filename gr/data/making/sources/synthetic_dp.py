@@ -28,9 +28,9 @@ from pydantic import Field
 from gr.config import POSITIVE, SEED
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.hashing import derive
-from gr.data.progress import Progress
+from gr.progress import Progress
 from gr.data.sequences import Sequences
-from gr.data.sources.base import QUIET, Source
+from gr.data.making.sources.base import QUIET, Source
 from gr.errors import UserError
 
 if TYPE_CHECKING:

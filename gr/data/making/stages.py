@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gr.data.partitions import Grouped
+from gr.data.making.partitions import Grouped
 
 
 @dataclass(frozen=True)

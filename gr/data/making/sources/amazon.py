@@ -8,13 +8,13 @@ from typing import Literal
 
 import pyarrow as pa
 
-from gr.data.catalogue import catalogue_table
-from gr.data.download import Published
-from gr.data.log import LogReader
-from gr.data.prepare import Actions, Described
-from gr.data.quarantine import Quarantine
-from gr.data.schema import Columns, Csv, Filter, LogSchema
-from gr.data.sources.published import PublishedSource
+from gr.data.making.described import catalogue_table
+from gr.data.making.download import Published
+from gr.data.making.log import LogReader
+from gr.data.making.prepare import Actions, Described
+from gr.data.making.quarantine import Quarantine
+from gr.data.making.schema import Columns, Csv, Filter, LogSchema
+from gr.data.making.sources.published import PublishedSource
 from gr.errors import UserError
 
 

@@ -26,15 +26,15 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from gr.data.catalogue import join
+from gr.data.making.described import join
 from gr.data.dataset import BLOCK_ROWS, DatasetWriter, SequenceDataset
-from gr.data.ids import IdCodes, numbering
-from gr.data.partitions import Grouped, PartitionStore, choose_bits, duplicates, group, grouped_before
-from gr.data.progress import Progress
-from gr.data.quarantine import Quarantine
-from gr.data.schema import Preparation
+from gr.data.making.ids import IdCodes, numbering
+from gr.data.making.partitions import Grouped, PartitionStore, choose_bits, duplicates, group, grouped_before
+from gr.progress import Progress
+from gr.data.making.quarantine import Quarantine
+from gr.data.making.schema import Preparation
 from gr.data.sequences import Sequences
-from gr.data.stages import Counts, StageCount
+from gr.data.making.stages import Counts, StageCount
 from gr.errors import UserError
 
 # working bytes of a partition's action while it is sorted and written, measured (benchmarks/data/prepare.py)
@@ -46,7 +46,7 @@ Described = Callable[[bool], pa.Table]
 
 
 class Actions(Protocol):
-    """A log as preparing sees it: :class:`gr.data.log.LogReader`, or a source with a format of its own."""
+    """A log as preparing sees it: :class:`gr.data.making.log.LogReader`, or a source with a format of its own."""
 
     rows_read: int
     estimated_rows: int
@@ -58,7 +58,7 @@ class Actions(Protocol):
     def ticks_per_second(self) -> int: ...
 
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
-        """Checked tables (see gr.data.log) in the log's order."""
+        """Checked tables (see gr.data.making.log) in the log's order."""
 
 
 def prepare(

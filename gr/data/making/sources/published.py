@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from gr.data.dataset import SequenceDataset
-from gr.data.download import Published, obtain
-from gr.data.prepare import Actions, Described, prepare
-from gr.data.progress import Progress
-from gr.data.schema import Preparation
-from gr.data.sources.base import QUIET, Source
+from gr.data.making.download import Published, obtain
+from gr.data.making.prepare import Actions, Described, prepare
+from gr.progress import Progress
+from gr.data.making.schema import Preparation
+from gr.data.making.sources.base import QUIET, Source
 
 
 class PublishedSource(Source):

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 import fsspec
 
-from gr.data.progress import Progress
+from gr.progress import Progress
 from gr.errors import UserError
 
 BLOCK = 2**20

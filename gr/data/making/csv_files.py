@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as arrow_csv
 
-from gr.data.files import DataFile, require_column
-from gr.data.schema import Csv
+from gr.data.making.files import DataFile, require_column
+from gr.data.making.schema import Csv
 from gr.errors import UserError
 
 BLOCK_BYTES = 2**23

@@ -16,7 +16,7 @@ from gr.config import Section, read_yaml
 from gr.errors import UserError, nearest
 from gr.train.selection import best_validation
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Row(Section):

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data.schema import TICKS_PER_SECOND
+from gr.data.making.schema import TICKS_PER_SECOND
 
 # text that ends in an offset from UTC: 2024-01-31T12:30:00Z, 2024-01-31 12:30:00.25+02:00
 WITH_OFFSET = r":\d{2}(\.\d+)?(Z|[+-]\d{2}(:?\d{2})?)$"

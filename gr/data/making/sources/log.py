@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gr.data.catalogue import read_catalogue
+from gr.data.making.described import read_catalogue
 from gr.data.dataset import SequenceDataset
-from gr.data.log import LogReader
-from gr.data.prepare import prepare
-from gr.data.progress import Progress
-from gr.data.schema import LogSchema, Preparation
-from gr.data.sources.base import QUIET, Source
+from gr.data.making.log import LogReader
+from gr.data.making.prepare import prepare
+from gr.progress import Progress
+from gr.data.making.schema import LogSchema, Preparation
+from gr.data.making.sources.base import QUIET, Source
 from gr.errors import UserError
 
 

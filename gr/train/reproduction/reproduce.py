@@ -19,8 +19,8 @@ from gr.errors import UserError, nearest
 from gr.train import checkpoint
 from gr.train.folder import RunFolder
 from gr.train.job import differences, within
-from gr.train.paired import paired, print_paired, to_json
-from gr.train.published import ROOT, Measured, PublishedTable, Row, read_table
+from gr.train.reproduction.paired import paired, print_paired, to_json
+from gr.train.reproduction.table import ROOT, Measured, PublishedTable, Row, read_table
 
 NOT_THE_RESULT = (
     *("run", "checkpoint", "log", "data.path", "data.prefetch"),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from gr import registry
 from gr.config import Section, merge, parse_override, validate
 from gr.data.dataset import SequenceDataset
-from gr.data.progress import Progress
+from gr.progress import Progress
 
 QUIET = Progress()
 

@@ -7,12 +7,12 @@ from typing import Literal
 
 import pyarrow as pa
 
-from gr.data.catalogue import catalogue_table, read_catalogue
-from gr.data.download import Published
-from gr.data.log import LogReader
-from gr.data.prepare import Actions, Described
-from gr.data.schema import CatalogueSchema, Columns, Csv, LogSchema
-from gr.data.sources.published import PublishedSource
+from gr.data.making.described import catalogue_table, read_catalogue
+from gr.data.making.download import Published
+from gr.data.making.log import LogReader
+from gr.data.making.prepare import Actions, Described
+from gr.data.making.schema import CatalogueSchema, Columns, Csv, LogSchema
+from gr.data.making.sources.published import PublishedSource
 from gr.errors import UserError
 
 SITE = "https://grouplens.org/datasets/movielens"

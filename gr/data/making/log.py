@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gr.data import convert
-from gr.data.convert import Converted
-from gr.data.csv_files import SAMPLE_BYTES, CsvStream, csv_columns, line_of, read_csv
-from gr.data.files import COMPRESSED, DataFile, find_files, require_column
-from gr.data.quarantine import BadRow, Quarantine, refuse
-from gr.data.schema import TICKS_PER_SECOND, FieldColumn, IdType, LogSchema, TimeUnit
+from gr.data.making import convert
+from gr.data.making.convert import Converted
+from gr.data.making.csv_files import SAMPLE_BYTES, CsvStream, csv_columns, line_of, read_csv
+from gr.data.making.files import COMPRESSED, DataFile, find_files, require_column
+from gr.data.making.quarantine import BadRow, Quarantine, refuse
+from gr.data.making.schema import TICKS_PER_SECOND, FieldColumn, IdType, LogSchema, TimeUnit
 from gr.errors import UserError
 
 Locate = Callable[[int], tuple[int | None, int]]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data.convert import plain, to_ids
-from gr.data.csv_files import csv_columns, read_csv
-from gr.data.files import find_files, require_column
-from gr.data.schema import CatalogueSchema
+from gr.data.making.convert import plain, to_ids
+from gr.data.making.csv_files import csv_columns, read_csv
+from gr.data.making.files import find_files, require_column
+from gr.data.making.schema import CatalogueSchema
 from gr.errors import UserError
 
 RESERVED = ("item_id", "count")

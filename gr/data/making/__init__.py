@@ -1,0 +1,1 @@
+"""Action log -> sequence dataset: reading, checking, converting, numbering, partitions, sources."""
