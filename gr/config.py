@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,19 +40,38 @@ class Section(BaseModel):
 
 
 class ComponentConfig(Section):
-    """Base of the configs that components bring; ``name`` is the key in the registry's table."""
+    """Base of the configs that components bring; ``name`` is the key in the registry's table.
+
+    A component has its config as a class inside it, called Config, and takes it as its first argument.  The name
+    is looked up once, when the config is validated: from then on the config makes its component.
+    """
 
     name: str
 
+    @classmethod
+    def component(cls) -> type:
+        """The class that this config is written in."""
+        found: Any = import_module(cls.__module__)
+        for part in cls.__qualname__.split(".")[:-1]:
+            found = getattr(found, part)
+        return found
 
-def component(table: dict[str, str], path: str) -> Any:
-    """The type of a key whose value is a component's config: looked up by ``name`` in ``table`` when validated."""
+    def build(self, *args: Any, **runtime: Any) -> Any:
+        """The component that this config describes; the arguments are what only the running program knows."""
+        return self.component()(self, *args, **runtime)
+
+
+def component(table: dict[str, str], path: str, default: str | None = None) -> Any:
+    """The type of a key whose value is a component's config: looked up by ``name`` in ``table`` when validated;
+    ``default`` is the name of a mapping without one."""
 
     def parse(value: Any) -> Any:
         if isinstance(value, ComponentConfig):
             return value
         if isinstance(value, str):
             value = {"name": value}
+        if isinstance(value, Mapping) and "name" not in value and default is not None:
+            value = {"name": default, **value}
         if not isinstance(value, Mapping) or "name" not in value:
             raise UserError(f"'{path}' needs a name: {nearest('', table)}")
         component_class = registry.resolve(table, str(value["name"]), f"{path}.name")
@@ -110,17 +130,6 @@ class SimilaritySection(Section):
     item_bias: bool = False
 
 
-class ModelSection(Section):
-    dim: POSITIVE = 50
-    table_std: Annotated[float, Field(ge=0)] = 0.02
-    task: component(registry.TASKS, "model.task") = Field(  # type: ignore[valid-type]
-        default_factory=lambda: {"name": "next_item"}, validate_default=True
-    )
-    input: InputSection = InputSection()
-    encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
-    similarity: SimilaritySection = SimilaritySection()
-
-
 class ParameterGroup(Section):
     """Parameters whose name matches ``match`` (a regular expression, searched) train with these values instead."""
 
@@ -159,6 +168,9 @@ class TrainSection(Section):
     threads: POSITIVE | None = None
     deterministic: bool = True
     kernels: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
+    engine: component(registry.ENGINES, "train.engine") = Field(  # type: ignore[valid-type]
+        default_factory=lambda: {"name": "ddp"}, validate_default=True
+    )
     early_stopping: EarlyStopping | None = None
 
 
@@ -198,11 +210,11 @@ class RunConfig(Section):
 
     run: RunSection = RunSection()
     data: DataSection
-    model: ModelSection
-    objective: component(registry.OBJECTIVES, "objective")  # type: ignore[valid-type]
+    model: component(registry.MODELS, "model", default="retrieval")  # type: ignore[valid-type]
+    objective: component(registry.OBJECTIVES, "objective") | None = None  # type: ignore[valid-type]
     optimizer: component(registry.OPTIMIZERS, "optimizer")  # type: ignore[valid-type]
     schedule: ScheduleSection = ScheduleSection()
-    train: TrainSection = TrainSection()
+    train: TrainSection = Field(default_factory=TrainSection)  # made when needed: its engine is looked up
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()

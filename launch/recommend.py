@@ -51,9 +51,9 @@ def main() -> int:
         )
 
     from gr.data.making.files import output_files
-    from gr.processes import processes
     from gr.progress import default_progress
     from gr.train.folder import RunFolder
+    from gr.train.job import running
     from gr.train.recommend import read_user_ids, recommend, write_item_vectors
     from gr.train.runs import open_run
 
@@ -61,9 +61,9 @@ def main() -> int:
     output_files({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
     users = None if options.users == "all" else list(dict.fromkeys(read_user_ids(options.users)))
     config = configs.load(RunFolder.existing(options.run).config)
-    with processes(config.train.device, config.train.threads) as parallel:
-        run = open_run(options.run, options.checkpoint, parallel.device)
-        total = run.dataset.users if users is None else len(users)
+    with running(config) as processes:
+        run = open_run(options.run, options.checkpoint, processes)
+        total = run.data.dataset.users if users is None else len(users)
         with default_progress().stage("recommending", total, "users") as stage:
             wanted = {name: getattr(options, name) for name in ("k", "exclude", "time", "user_vectors")}
             count = recommend(run, options.out, users=users, advance=stage.advance, **wanted)

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from gr.errors import UserError
 from gr.models.layout import JaggedLayout
-from gr_kernels.dispatch import known_or_auto
 from gr_kernels.hstu_attention import AttentionMask, hstu_attention
-from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
 
 
 class Encoder(Protocol):
@@ -27,11 +25,6 @@ class Encoder(Protocol):
     def __call__(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor: ...
 
 
-def attention_kernel(kernels: str) -> str:
-    """The attention's implementation for the config key train.kernels: ``kernels`` where it has one, else auto."""
-    return known_or_auto(kernels, IMPLEMENTATIONS)
-
-
 def softmax_attention(
     q_THQ: Tensor,
     k_THQ: Tensor,
@@ -41,7 +34,6 @@ def softmax_attention(
     causal: bool,
     dropout: float,
     dropout_key: int,
-    implementation: str,
 ) -> Tensor:
     """Scaled dot-product attention inside each sequence, (T, H, V): softmax(q . k / sqrt(Q)) v."""
     return hstu_attention(
@@ -57,7 +49,6 @@ def softmax_attention(
         dropout=dropout,
         dropout_key=dropout_key,
         order=layout.start_order_B,
-        implementation=implementation,
     )
 
 

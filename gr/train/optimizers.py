@@ -1,8 +1,13 @@
-"""Optimisers by name; a name fixes the maths, whichever implementation carries it out."""
+"""Optimisers by name; a name fixes the maths, whichever implementation carries it out.
+
+``dense(named)`` makes torch's optimiser of parameters with dense gradients, ``of_rows(table)`` the one of a table that
+keeps its rows to itself.  One that can't be had is a UserError, never another one.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,6 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from gr.config import ComponentConfig, ParameterGroup
+from gr.embeddings.row_updates import AllRows, Named, Rows, RowUpdate, SeenRows
 from gr.errors import UserError
 
 RATE = Annotated[float, Field(gt=0)]
@@ -34,11 +40,13 @@ class AdamW:
     def __init__(self, config: Config):
         self.config = config
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        config = self.config
-        groups = parameter_groups(model, config.groups, config.lr, config.weight_decay)
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def dense(self, named: Named) -> torch.optim.Optimizer:
+        config, named = self.config, list(named)
+        groups = parameter_groups(named, config.groups, config.lr, config.weight_decay)
         settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-        on_gpu = all(p.is_cuda for p in model.parameters())
+        on_gpu = all(p.is_cuda for _, p in named)
         if (
             config.implementation != "torch"
             and (fused := _apex_adam())
@@ -50,6 +58,9 @@ class AdamW:
                 "optimizer.implementation is apex, and NVIDIA's apex cannot be imported: use torch"
             )
         return torch.optim.AdamW(groups, fused=True, **settings)
+
+    def of_rows(self, table: Rows) -> RowUpdate:
+        return AllRows(table, self.dense, self.moments)
 
 
 class SGD:
@@ -65,18 +76,32 @@ class SGD:
     def __init__(self, config: Config):
         self.config = config
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+    @property
+    def moments(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self.config.momentum else ()
+
+    def dense(self, named: Named) -> torch.optim.Optimizer:
         config = self.config
-        groups = parameter_groups(model, config.groups, config.lr, config.weight_decay)
+        groups = parameter_groups(list(named), config.groups, config.lr, config.weight_decay)
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+    def of_rows(self, table: Rows) -> RowUpdate:
+        config = self.config
+        decays = config.weight_decay or any(rule.weight_decay for rule in config.groups)
+        if config.momentum or decays:
+            return AllRows(table, self.dense, self.moments)
+        columns = {f"tables.{table.name}.weight": table.weight_ID, f"tables.{table.name}.bias": table.bias_I}
+        named = [(name, nn.Parameter(v, requires_grad=False)) for name, v in columns.items() if v is not None]
+        return SeenRows(table, parameter_groups(named, config.groups, config.lr, config.weight_decay))
 
 
 def parameter_groups(
-    model: nn.Module, rules: list[ParameterGroup], lr: float, weight_decay: float
+    named: Sequence[tuple[str, nn.Parameter]], rules: list[ParameterGroup], lr: float, weight_decay: float
 ) -> list[dict]:
-    """One group a rule (the first that matches a name takes it) and one for the rest; ``base_lr`` stays unscheduled.
+    """One group a rule (the first that matches a name takes it) and one for the rest; ``base_lr`` stays unscheduled,
+    ``names`` are the parameters'.
 
-    UserError: a rule is no regular expression, or takes no parameter.
+    UserError: a rule is no regular expression.
     """
     for rule in rules:
         try:
@@ -85,31 +110,39 @@ def parameter_groups(
             raise UserError(
                 f"optimizer.groups match '{rule.match}' is no regular expression ({error})"
             ) from None
-    members: list[list[nn.Parameter]] = [[] for _ in range(len(rules) + 1)]
-    for name, parameter in model.named_parameters():
+    members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(len(rules) + 1)]
+    for name, parameter in named:
         index = next((i for i, rule in enumerate(rules) if re.search(rule.match, name)), len(rules))
-        members[index].append(parameter)
-    for rule, parameters in zip(rules, members, strict=False):
-        if not parameters:
-            names = ", ".join(name for name, _ in model.named_parameters())
-            raise UserError(
-                f"optimizer.groups match '{rule.match}' fits no parameter, or none that an earlier rule leaves: "
-                f"names are {names}"
-            )
+        members[index].append((name, parameter))
     groups = []
-    for rule, parameters in zip([*rules, ParameterGroup(match="")], members, strict=True):
+    for rule, taken in zip([*rules, ParameterGroup(match="")], members, strict=True):
         rate = lr if rule.lr is None else rule.lr
         decay = weight_decay if rule.weight_decay is None else rule.weight_decay
-        if parameters:
-            groups.append({"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay})
+        if taken:
+            names, parameters = map(list, zip(*taken, strict=True))
+            groups.append(
+                {"params": parameters, "names": names, "lr": rate, "base_lr": rate, "weight_decay": decay}
+            )
     return groups
 
 
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Scale every group's base rate by ``factor``; returns the first group's rate."""
-    for group in optimizer.param_groups:
+def check_rules(rules: Sequence[ParameterGroup], names: Sequence[str]) -> None:
+    """Refuse a rule that takes none of the parameters ``names``, or none that an earlier rule leaves."""
+    left = list(names)
+    for rule in rules:
+        taken = [name for name in left if re.search(rule.match, name)]
+        if not taken:
+            raise UserError(
+                f"optimizer.groups match '{rule.match}' fits no parameter, or none that an earlier rule leaves: "
+                f"names are {', '.join(names)}"
+            )
+        left = [name for name in left if name not in taken]
+
+
+def set_rate(param_groups: Sequence[dict[str, Any]], factor: float) -> None:
+    """Scale every group's base rate by ``factor``."""
+    for group in param_groups:
         group["lr"] = group["base_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
 
 
 def counts_steps_in_groups(optimizer: torch.optim.Optimizer) -> bool:

@@ -86,6 +86,11 @@ def preferring(name: str) -> Iterator[None]:
         _PREFERENCE.name = before
 
 
+def preferred() -> str:
+    """The name given to preferring(), "auto" outside of it."""
+    return _PREFERENCE.name
+
+
 def known_or_auto(name: str, implementations: Sequence[Implementation]) -> str:
     """``name`` where an operator has an implementation of that name, else "auto": one setting for many operators."""
     return name if name in {candidate.name for candidate in implementations} else "auto"

@@ -60,7 +60,7 @@ class Measured:
         if not chosen_only:
             self.last.append(tests[max(tests)])
             self.digests.append([r["data_digest"] for r in rows if r["kind"] == "train"][-1])
-        if (best := best_validation(rows)) is not None:
+        if (best := best_validation(rows, "ndcg@10")) is not None:
             self.chosen.append(tests[best["step"]])
         self.baselines.update(
             {r["name"]: r for r in rows if r["kind"] == "baseline" and r["split"] == "test"}
