@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,9 +40,25 @@ class Section(BaseModel):
 
 
 class ComponentConfig(Section):
-    """Base of the configs that components bring; ``name`` is the key in the registry's table."""
+    """Base of the configs that components bring; ``name`` is the key in the registry's table.
+
+    A component has its config as a class inside it, called Config, and takes it as its first argument.  The name
+    is looked up once, when the config is validated: from then on the config makes its component.
+    """
 
     name: str
+
+    @classmethod
+    def component(cls) -> type:
+        """The class that this config is written in."""
+        found: Any = import_module(cls.__module__)
+        for part in cls.__qualname__.split(".")[:-1]:
+            found = getattr(found, part)
+        return found
+
+    def build(self, *args: Any, **runtime: Any) -> Any:
+        """The component that this config describes; the arguments are what only the running program knows."""
+        return self.component()(self, *args, **runtime)
 
 
 def component(table: dict[str, str], path: str) -> Any:

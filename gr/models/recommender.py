@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gr import registry
 from gr.batch import SequenceBatch
 from gr.config import RunConfig
 from gr.embeddings.table import Excluded, LocalTable
@@ -34,16 +33,14 @@ class Recommender(nn.Module):
             raise UserError("the dataset's catalogue is empty: prepare it again from a log with items")
         model, kernels, seed = config.model, config.train.kernels, config.train.seed
         self.items = items
-        self.task = registry.resolve(registry.TASKS, model.task.name, "model.task")(model.task)
+        self.task = model.task.build()
         max_length = config.data.max_length + self.task.extra_inputs
 
         self.table = LocalTable("items", items, model.dim, model.table_std, seed, kernels)
         self.input = ItemInput(model.input, self.table, max_length, self.task.masks, model.table_std, kernels)
-        encoder = registry.resolve(registry.ENCODERS, model.encoder.name, "model.encoder")
-        self.encoder = encoder(model.encoder, model.dim, max_length, kernels)
+        self.encoder = model.encoder.build(model.dim, max_length, kernels)
         self.similarity = Similarity(model.similarity, self.table)
-        objective = registry.resolve(registry.OBJECTIVES, config.objective.name, "objective")
-        self.objective = objective(config.objective, self.similarity, items, item_counts)
+        self.objective = config.objective.build(self.similarity, items, item_counts)
         initialise(self, seed)
 
     @property

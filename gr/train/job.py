@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import deterministic
 
-from gr import config as configs, registry
+from gr import config as configs
 from gr.config import RunConfig
 from gr.data.dataset import SequenceDataset
 from gr.data.loader import TrainingBatches
@@ -156,9 +156,7 @@ def build(config: RunConfig, parallel: Parallel) -> Parts:
         split.check(name)
     counts = torch.from_numpy(training_counts(dataset, split))
     model = build_model(config, dataset, counts).to(parallel.device)
-    optimizer = registry.resolve(registry.OPTIMIZERS, config.optimizer.name, "optimizer")(
-        config.optimizer
-    ).build(model)
+    optimizer = config.optimizer.build().build(model)
     order = Order(
         fingerprint=dataset.manifest.fingerprint,
         seed=config.train.seed,
@@ -201,7 +199,7 @@ def _has_target(dataset: SequenceDataset, split: Split) -> bool:
 
 
 def build_split(config: RunConfig) -> Split:
-    return registry.resolve(registry.SPLITS, config.data.split.name, "data.split")(config.data.split)
+    return config.data.split.build()
 
 
 def build_model(config: RunConfig, dataset: SequenceDataset, item_counts: torch.Tensor) -> Recommender:

@@ -189,7 +189,7 @@ def test_every_registered_name_resolves(table, name):
     entry = registry.resolve(TABLES[table], name, table.lower())
     assert isinstance(entry, type)
     if table in COMPONENTS:
-        assert issubclass(entry.Config, ComponentConfig)
+        assert issubclass(entry.Config, ComponentConfig) and entry.Config.component() is entry
         assert entry.Config.model_fields["name"].default == name or name in str(
             entry.Config.model_fields["name"]
         )
