@@ -144,6 +144,8 @@ def saved_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolde
 
 def build(config: RunConfig, parallel: Parallel) -> Parts:
     """Dataset, split, model, optimiser and batches of a config, on this process's device."""
+    if parallel.is_main:
+        configs.warn_of_idle_keys(config)
     check_selection(config)
     check_kernels(config, parallel.device)
     if config.train.deterministic:

@@ -38,6 +38,9 @@ class SampledSoftmax(nn.Module):
         sampling: Literal["uniform", "popularity"] = "uniform"
         logq: bool = False
 
+        def idle(self) -> dict[str, str]:
+            return {"logq": "sampling is uniform"} if self.sampling == "uniform" else {}
+
     def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
         super().__init__()
         self.config = config
