@@ -77,9 +77,19 @@ DATASETS = {
 }
 
 
-def resolve(table: dict[str, str], name: str, what: str) -> Any:
-    """The object that ``name`` stands for in ``table``; ``what`` names the table in the error."""
+def check(table: dict[str, str], name: str, what: str) -> None:
+    """Refuse a name that ``table`` does not have; ``what`` names the table in the error."""
     if name not in table:
         raise UserError(f"unknown {what} '{name}': {nearest(name, table)}")
+
+
+def resolve(table: dict[str, str], name: str, what: str) -> Any:
+    """The object that ``name`` stands for in ``table``; ``what`` names the table in the error."""
+    check(table, name, what)
     module, attribute = table[name].split(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("gr", ""):
+            raise
+        raise UserError(f"{what} '{name}' needs the package '{error.name}': install it") from error

@@ -14,7 +14,6 @@ from pathlib import Path
 from rich.console import Console
 
 from gr import registry
-from gr.config import read_yaml
 from gr.data.dataset import SequenceDataset
 from gr.data.describe_tables import preparation_tables
 from gr.data.making.files import output_folder
@@ -57,9 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     output_folder(args.out)
     if args.schema and not Path(args.schema).exists():
         raise UserError(f"no schema file '{args.schema}': docs/your-own-data.md shows one")
-    given = read_yaml(args.schema) if args.schema else {}
     start = time.monotonic()
-    source = make_source(args.name, given, args.set)
+    source = make_source(args.name, args.schema or {}, args.set)
     dataset = source.prepare(args.source, args.out, overwrite=args.overwrite, progress=default_progress())
     report(dataset, time.monotonic() - start)
 

@@ -44,6 +44,7 @@ def main() -> int:
         raise
     if options.print_config:
         if main_rank:
+            configs.warn_of_idle_keys(config)
             print(configs.to_yaml(config), end="")
         return 0
 

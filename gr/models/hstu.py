@@ -58,6 +58,9 @@ class HSTU(nn.Module):
         relative_time: bool = True
         divisor: Annotated[float, Field(gt=0)] | None = None
 
+        def idle(self) -> dict[str, str]:
+            return {"divisor": "activation is softmax"} if self.activation == "softmax" else {}
+
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
         self.uses_times = config.relative_time

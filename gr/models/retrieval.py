@@ -41,13 +41,9 @@ class Retrieval(Model):
 
         name: Literal["retrieval"] = "retrieval"
         dim: POSITIVE = 50
-        table: component(registry.TABLES, "model.table") = Field(  # type: ignore[valid-type]
-            default_factory=lambda: {"name": "local"}, validate_default=True
-        )
+        table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
         table_std: Annotated[float, Field(ge=0)] = 0.02
-        task: component(registry.TASKS, "model.task") = Field(  # type: ignore[valid-type]
-            default_factory=lambda: {"name": "next_item"}, validate_default=True
-        )
+        task: component(registry.TASKS, "model.task", default="next_item")  # type: ignore[valid-type]
         input: InputSection = InputSection()
         encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
         similarity: SimilaritySection = SimilaritySection()

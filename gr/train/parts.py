@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gr import registry
-from gr.config import RunConfig
+from gr.config import RunConfig, warn_of_idle_keys
 from gr.data.dataset import SequenceDataset
 from gr.data.loader import TrainingBatches
 from gr.data.order import Order
@@ -57,9 +57,9 @@ class Parts:
 
 def build(config: RunConfig, processes: Processes) -> Parts:
     """Everything that ``config`` describes, on this process's device; refuses what can't train or be evaluated."""
+    if processes.is_main:
+        warn_of_idle_keys(config)
     data = open_data(config)
-    for name in config.eval.splits:
-        data.split.check(name)
     model = build_model(config, data, processes)
     metrics = registry.resolve(registry.METRICS, model.judged_by, "metric family").names_of(config.eval)
     check_selection(config, metrics)

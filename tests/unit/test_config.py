@@ -1,10 +1,11 @@
 """Configs: what is accepted, and the one sentence that says what is not."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 
-from gr import config as configs
+from gr import config as configs, registry
 from gr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,3 +112,19 @@ def test_a_config_that_cannot_be_read(tmp_path):
 def test_a_runs_name_is_a_folders(name):
     with pytest.raises(UserError, match=r"run\.name.*without slashes"):
         configs.load(HSTU, [f"run.name={name!r}"])
+
+
+def test_a_components_config_builds_it_also_as_a_copy_and_in_another_process():
+    config = configs.load(HSTU, ["data.split.holdout=2"])
+    encoder = config.model.encoder.build(config.model.dim, config.data.max_length)
+    assert type(encoder) is registry.resolve(registry.ENCODERS, "hstu", "encoder")
+    assert len(encoder.layers) == 2 and encoder.uses_times
+    wider = config.model.encoder.model_copy(update={"heads": 3})
+    reloaded = configs.from_dict(configs.to_dict(config))
+    sent = pickle.loads(pickle.dumps(config))
+    assert wider.build(50, 10).layers[0].config.heads == 3
+    for one in (config, reloaded, sent):
+        assert one == config
+        assert type(one.data.split.build()).__name__ == "LeaveOneOut"
+        assert one.data.split.build().names == ("valid", "test")
+    assert type(configs.load(HSTU, ["optimizer=sgd"]).optimizer.build()).__name__ == "SGD"

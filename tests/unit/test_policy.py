@@ -37,7 +37,10 @@ MAY_IMPORT = {
     "gr.modes": set(),
     "gr.progress": set(),
     "gr.processes": {"gr.errors"},
-    "gr.config": {"gr.errors", "gr.registry"},
+    "gr.yaml12": {"gr.errors"},
+    "gr.sections": {"gr.errors", "gr.registry"},
+    "gr.overlay": {"gr.errors", "gr.sections", "gr.yaml12"},
+    "gr.config": {"gr.errors", "gr.registry", "gr.sections", "gr.overlay", "gr.yaml12"},
     "gr.embeddings": KNOWN_TO_ALL | BOTTOM | {"gr.modality"},
     "gr.modality": KNOWN_TO_ALL | BOTTOM | {"gr.embeddings"},
     "gr.data": KNOWN_TO_ALL | LOWER,
@@ -189,7 +192,7 @@ def test_every_registered_name_resolves(table, name):
     entry = registry.resolve(TABLES[table], name, table.lower())
     assert isinstance(entry, type)
     if table in COMPONENTS:
-        assert issubclass(entry.Config, ComponentConfig)
+        assert issubclass(entry.Config, ComponentConfig) and entry.Config.component() is entry
         assert entry.Config.model_fields["name"].default == name or name in str(
             entry.Config.model_fields["name"]
         )

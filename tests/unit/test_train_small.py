@@ -218,7 +218,7 @@ def test_a_table_is_not_rebuilt_from_a_run_that_was_trained_otherwise(tmp_path):
     ("override", "message"),
     [
         ("eval.ks=[10]", r"the table of 'ml-1m' shows hr@50: add its k to eval\.ks=\[10\]"),
-        ("eval.splits=[valid]", r"'SASRec' needs split 'test': add it to eval\.splits=\['valid'\]"),
+        ("eval.splits=[]", r"'SASRec' needs split 'test': add it to eval\.splits=\[\]"),
     ],
 )
 def test_a_table_that_could_not_be_printed_is_refused_before_training(override, message):

@@ -22,6 +22,7 @@ class FieldColumn(Section):
     """An extra column of the actions.  ``type`` auto: the files' own (integer if it is one in all of them, float if
     it is a number in all of them, else string), string in CSV."""
 
+    shorthand = "column"
     column: str
     type: Literal["auto", "integer", "float", "string"] = "auto"
 

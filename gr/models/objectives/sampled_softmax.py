@@ -37,6 +37,9 @@ class SampledSoftmax(Objective):
         sampling: Literal["uniform", "popularity"] = "uniform"
         logq: bool = False
 
+        def idle(self) -> dict[str, str]:
+            return {"logq": "sampling is uniform"} if self.sampling == "uniform" else {}
+
     def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
         super().__init__(similarity)
         self.config = config

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gr.config import Section, read_yaml
+from gr.config import Section, read_yaml, validate
 from gr.errors import UserError, nearest
 from gr.train.selection import best_validation
 
@@ -75,7 +75,7 @@ def read_table(dataset: str) -> PublishedTable:
     file = ROOT / "configs" / dataset / "table.yaml"
     if not file.is_file():
         raise UserError(f"no published table for '{dataset}': {nearest(dataset, table_names())}")
-    return PublishedTable.model_validate(read_yaml(file))
+    return validate(PublishedTable, read_yaml(file, PublishedTable), "")
 
 
 def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
