@@ -26,6 +26,7 @@ from pydantic import (
 
 from gr import registry
 from gr.errors import UserError, nearest
+from gr.shipped import find_config
 
 POSITIVE = Annotated[int, Field(gt=0)]
 FRACTION = Annotated[float, Field(ge=0, lt=1)]
@@ -209,8 +210,9 @@ class RunConfig(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in the YAML file ``path``, with what it extends and dotted ``overrides`` (``key.key=value``)."""
-    raw = read_yaml(path)
+    """The config in the YAML file ``path``, or of that name among those that come with gr (``ml-1m/hstu``), with what
+    it extends and dotted ``overrides`` (``key.key=value``)."""
+    raw = read_yaml(find_config(path))
     for override in overrides:
         raw = merge(raw, parse_override(override))
     return from_dict(raw)
@@ -238,7 +240,8 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML mapping with its ``extends:`` (paths relative to the file) merged under it."""
+    """A YAML mapping with its ``extends:`` (paths relative to the file, or names of configs that come with gr) merged
+    under it."""
     file = Path(path).resolve()
     if file in _seen:
         raise UserError(
@@ -247,7 +250,7 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         raw = yaml.load(file.read_text(), Loader=_Loader) or {}  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
-        raise UserError(f"no config file '{path}': configs/ has the ones that come with gr") from None
+        raise UserError(f"there is no file '{path}': give a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): give a YAML file") from None
     except yaml.YAMLError as error:
@@ -257,7 +260,7 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     bases = raw.pop("extends", [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = merge(merged, read_yaml(file.parent / base, (*_seen, file)))
+        merged = merge(merged, read_yaml(find_config(base, file.parent), (*_seen, file)))
     return merge(merged, raw)
 
 

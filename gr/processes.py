@@ -131,7 +131,7 @@ def processes(device: str = "auto", threads: int | None = None) -> Iterator[Para
 def _device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "train.device is cuda, and torch sees no GPU: use train.device=cpu, or see launch/doctor.py"
+            "train.device is cuda, and torch sees no GPU: use train.device=cpu, or ask python -m gr doctor"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

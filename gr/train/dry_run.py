@@ -12,12 +12,13 @@ from rich.table import Table
 
 from gr.config import RunConfig
 from gr.processes import processes
+from gr.progress import clock
 from gr.train.cursor import Cursor
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
 from gr.train.job import build
 from gr.train.kernels import advice_on_kernels
-from gr.train.log import clock
+from gr.train.log import StepProgress
 from gr.train.memory import advice_when_out_of_memory, peak_bytes
 from gr.train.trainer import Trainer
 
@@ -44,7 +45,7 @@ def dry_run(config: RunConfig) -> None:
                 Cursor(parts.dataset.manifest.generation),
             )
             trainer.progress.close()
-            trainer.progress.active = False
+            trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
             seconds, losses, shapes = [], [], []
             for batch in islice(parts.batches.epoch(0), TIMED_STEPS):
                 started = time.perf_counter()

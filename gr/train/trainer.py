@@ -71,17 +71,20 @@ class Trainer:
                 return True
             with StopSignal() as signal:
                 if cursor.metrics_rows == 0:
-                    self.run_baselines()
+                    with self.progress.pause():
+                        self.run_baselines()
                 for batch in self._remaining():
                     stop = self.step(batch, stop=bool(signal.received))
                     epoch_ends = batch.index + 1 == self.batches.per_epoch
                     if self._evaluation_due(epoch_ends):
-                        self.run_evaluations()
+                        with self.progress.pause():
+                            self.run_evaluations()
                     if epoch_ends:
                         cursor.next_epoch()
                     cursor.finished = self._finished()
                     if stop or self._checkpoint_due(epoch_ends):
-                        self.save()
+                        with self.progress.pause():
+                            self.save()
                     if stop:
                         return cursor.finished
             if not cursor.finished:  # there was nothing to do
