@@ -30,6 +30,7 @@ from gr.sections import (
     idle_keys,
     validate,
 )
+from gr.shipped import find_config
 
 __all__ = [
     "COUNT",
@@ -201,7 +202,7 @@ class RunConfig(Section):
     optimizer: component(registry.OPTIMIZERS, "optimizer")  # type: ignore[valid-type]
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = Field(
-        default_factory=lambda: TrainSection()  # made when needed: its engine is looked up
+        default_factory=lambda: TrainSection.model_validate({})  # made when needed: its engine is looked up
     )
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -216,8 +217,9 @@ class RunConfig(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in the YAML file ``path``, with what it extends and dotted ``overrides`` (``key.key=value``)."""
-    return from_dict(overridden(read_yaml(path, RunConfig), overrides, RunConfig))
+    """The config in the YAML file ``path``, or of that name among those that come with gr (``ml-1m/hstu``), with what
+    it extends and dotted ``overrides`` (``key.key=value``)."""
+    return from_dict(overridden(read_yaml(find_config(path), RunConfig), overrides, RunConfig))
 
 
 def from_dict(raw: Mapping[str, Any]) -> RunConfig:
@@ -270,7 +272,7 @@ def _read(
         raw = _mapping(file, shown, above)
         merged: dict[str, Any] = {}
         for base in _bases(raw.pop("extends", []), shown):
-            below = _read(file.parent / base, base, schema, (*above, file), known)
+            below = _read(find_config(base, file.parent), base, schema, (*above, file), known)
             merged = merge(merged, below, schema)
         known[file] = merge(merged, raw, schema)
     return known[file]

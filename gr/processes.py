@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.errors import UserError
+from gr.launcher import Launched, launched
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
@@ -159,9 +160,12 @@ def processes(device: str = "auto", threads: int | None = None, context: int = 1
     WORLD_SIZE, ...).  ``context``: how many processes share a sequence.  The number of threads is as it was
     afterwards, and a process group that was made here is gone.
     """
-    started = not dist.is_initialized() and _launched()
-    rank, ranks = _place() if dist.is_initialized() or started else (0, 1)
-    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    joined = dist.is_initialized()
+    rank, ranks, local_rank, local_ranks = launched() if not joined else Launched()
+    if joined:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        local_rank, local_ranks = _place_on_machine(rank, ranks)
+    started = ranks > 1 and not joined
     chosen = _device(device, local_rank)
     if started:
         dist.init_process_group(
@@ -173,9 +177,6 @@ def processes(device: str = "auto", threads: int | None = None, context: int = 1
         )
     previous_threads = torch.get_num_threads()
     try:
-        if ranks > 1 and "LOCAL_WORLD_SIZE" not in os.environ:  # a launcher of the user's own
-            local_rank, local_ranks = _place_on_machine(rank, ranks)
-            chosen = _device(device, local_rank)
         torch.set_num_threads(threads or max(_cores() // local_ranks, 1))
         yield _on_mesh(chosen, rank, ranks, context, Axis(local_rank, local_ranks))
     except RuntimeError as error:
@@ -188,36 +189,6 @@ def processes(device: str = "auto", threads: int | None = None, context: int = 1
         torch.set_num_threads(previous_threads)
         if started:
             dist.destroy_process_group()
-
-
-def _launched() -> bool:
-    """Whether a launcher says that there are several processes; refuses half of its variables."""
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if len(missing) == len(needed) or ("WORLD_SIZE" not in missing and os.environ["WORLD_SIZE"] == "1"):
-        return False
-    if "RANK" in missing and "WORLD_SIZE" in missing:  # an address alone makes no processes
-        return False
-    if missing:
-        raise UserError(
-            f"the environment says {' and '.join(n for n in needed if n not in missing)} but not "
-            f"{' and '.join(missing)}: start with torchrun, or set all of {', '.join(needed)}"
-        )
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not os.environ[name].isdigit():
-            raise UserError(f"the environment's {name} is '{os.environ[name]}', not a number: use torchrun")
-    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
-        raise UserError(
-            f"the environment's RANK is {os.environ['RANK']} of WORLD_SIZE {os.environ['WORLD_SIZE']}: ranks count "
-            "from 0; use torchrun"
-        )
-    return True
-
-
-def _place() -> tuple[int, int]:
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def _place_on_machine(rank: int, ranks: int) -> tuple[int, int]:
@@ -277,7 +248,7 @@ def _cores() -> int:
 def _device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "train.device is cuda, and torch sees no GPU: use train.device=cpu, or see launch/doctor.py"
+            "train.device is cuda, and torch sees no GPU: use train.device=cpu, or ask python -m gr doctor"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

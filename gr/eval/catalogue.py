@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gr.batch import SequenceBatch
-from gr.config import EvalSection
+from gr.config import EvalSection, RunConfig
 from gr.embeddings.ranks import Excluded, target_ranks
 from gr.errors import UserError
 from gr.eval.family import MetricFamily
@@ -37,8 +37,8 @@ class CatalogueMetrics(MetricFamily):
         self.names = self.ranks.names
 
     @staticmethod
-    def names_of(config: EvalSection) -> list[str]:
-        return rank_metric_names(config.ks)
+    def names_of(config: RunConfig) -> list[str]:
+        return rank_metric_names(config.eval.ks)
 
     def add(self, scorer: Any, request: Request) -> None:
         values = {}

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gr.config import RunConfig
+from gr.progress import clock
 from gr.train.cursor import Cursor
 from gr.train.folder import RunFolder
 from gr.train.job import running
-from gr.train.log import clock
+from gr.train.log import StepProgress
 from gr.train.memory import peak_bytes
 from gr.train.parts import build
 from gr.train.trainer import Trainer
@@ -35,7 +36,7 @@ def dry_run(config: RunConfig) -> None:
                 Cursor(parts.data.dataset.manifest.generation),
             )
             trainer.progress.close()
-            trainer.progress.active = False
+            trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
             seconds, losses, shapes = [], [], []
             for batch in islice(parts.batches.epoch(0), TIMED_STEPS):
                 started = time.perf_counter()

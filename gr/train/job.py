@@ -91,7 +91,7 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep =
                 cursor = processes.together(lambda: _load(newest, parts))
                 cursor.finished = cursor.finished and cursor.epoch >= config.train.epochs
             if processes.is_main:
-                _prepare_folder(folder, config, parts, cursor, newest)
+                _prepare_folder(folder, config, cursor, newest)
             cursor = processes.broadcast(cursor)
             return _train(config, parts, folder, cursor, processes, on_step)
 
@@ -143,9 +143,7 @@ def within(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def _prepare_folder(
-    folder: RunFolder, config: RunConfig, parts: Parts, cursor: Cursor, newest: Path | None
-) -> None:
+def _prepare_folder(folder: RunFolder, config: RunConfig, cursor: Cursor, newest: Path | None) -> None:
     """Files and cursor as of the checkpoint that training goes on from."""
     rows = folder.cut_metrics(cursor.metrics_rows)
     if rows < cursor.metrics_rows:
@@ -154,15 +152,15 @@ def _prepare_folder(
             *(folder.metrics, rows, cursor.metrics_rows, newest),
         )
         cursor.metrics_rows = rows
-    _reconsider_best(folder, config, parts, cursor)
+    _reconsider_best(folder, config, cursor)
     folder.rewrite_config(configs.to_yaml(config))
     where = "its end" if cursor.finished else f"epoch {cursor.epoch + 1}, step {cursor.step}"
     print(f"resuming '{folder.path}' at {where}", flush=True)
 
 
-def _reconsider_best(folder: RunFolder, config: RunConfig, parts: Parts, cursor: Cursor) -> None:
+def _reconsider_best(folder: RunFolder, config: RunConfig, cursor: Cursor) -> None:
     """The best validation so far, where the metric or the protocol that chooses it has changed."""
-    metric = selection_metric(config, parts.metrics)
+    metric = selection_metric(config)
     now = {"metric": metric, "exclude": config.eval.exclude}
     before = {key: cursor.best.get(key) for key in now}
     if not cursor.best or before == now:

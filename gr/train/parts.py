@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gr import registry
 from gr.config import RunConfig, warn_of_idle_keys
 from gr.data.dataset import SequenceDataset
 from gr.data.loader import TrainingBatches
@@ -45,24 +44,22 @@ class Data:
 
 @dataclass(frozen=True)
 class Parts:
-    """All of a training run but its folder.  ``metrics``: the names of what an evaluation gives."""
+    """All of a training run but its folder."""
 
     data: Data
     model: Model
     engine: Engine
     batches: TrainingBatches
     evaluation: Evaluation
-    metrics: list[str]
 
 
 def build(config: RunConfig, processes: Processes) -> Parts:
     """Everything that ``config`` describes, on this process's device; refuses what can't train or be evaluated."""
     if processes.is_main:
         warn_of_idle_keys(config)
+    check_selection(config)
     data = open_data(config)
     model = build_model(config, data, processes)
-    metrics = registry.resolve(registry.METRICS, model.judged_by, "metric family").names_of(config.eval)
-    check_selection(config, metrics)
     engine = config.train.engine.build(
         model,
         config.optimizer.build(),
@@ -73,7 +70,7 @@ def build(config: RunConfig, processes: Processes) -> Parts:
     evaluation = Evaluation(
         data.dataset, data.split, config, data.catalogue, judged_by=model.judged_by, processes=processes
     )
-    return Parts(data, model, engine, build_batches(config, data, processes), evaluation, metrics)
+    return Parts(data, model, engine, build_batches(config, data, processes), evaluation)
 
 
 def open_data(config: RunConfig) -> Data:

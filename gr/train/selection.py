@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gr import registry
 from gr.config import RunConfig
 from gr.errors import UserError, nearest
 
@@ -14,25 +15,31 @@ PROTOCOL = ("exclude", "of_users")
 LOWER_IS_BETTER = ("log_loss", "ne")
 
 
-def selection_metric(config: RunConfig, metrics: Iterable[str]) -> str:
-    """The validation metric that chooses: early stopping's, or the first of the model's ``metrics`` that is one of
-    ndcg@10, mrr, auc."""
+def metric_names(config: RunConfig) -> list[str]:
+    """What an evaluation of the config's model gives."""
+    judged_by = config.model.component().judged_by  # type: ignore[attr-defined]
+    return registry.resolve(registry.METRICS, judged_by, "metric family").names_of(config)
+
+
+def selection_metric(config: RunConfig) -> str:
+    """The validation metric that chooses: early stopping's, or the first of the model's that is one of ndcg@10, mrr,
+    auc."""
     if config.train.early_stopping is not None:
         return config.train.early_stopping.metric
-    known = list(metrics)
+    known = metric_names(config)
     preferred = [name for want in ("ndcg@10", "mrr", "auc") for name in known if name.split("/")[0] == want]
     return (preferred or known)[0]
 
 
-def check_selection(config: RunConfig, metrics: Iterable[str]) -> None:
-    """Refuse an early stopping that could never look at its metric, one of the model's ``metrics``."""
+def check_selection(config: RunConfig) -> None:
+    """Refuse an early stopping that could never look at its metric."""
     if config.train.early_stopping is None:
         return
     if "valid" not in config.eval.splits:
         raise UserError(
             "train.early_stopping looks at split 'valid': add it to eval.splits, or stop by train.epochs"
         )
-    metric, names = config.train.early_stopping.metric, set(metrics)
+    metric, names = config.train.early_stopping.metric, set(metric_names(config))
     if metric not in names:
         raise UserError(
             f"train.early_stopping.metric '{metric}' is not evaluated ({nearest(metric, names)}): "

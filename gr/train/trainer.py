@@ -49,7 +49,7 @@ class Trainer:
         self.config, self.processes, self.folder, self.cursor = config, processes, folder, cursor
         self.model, self.engine = parts.model, parts.engine
         self.batches, self.evaluation = parts.batches, parts.evaluation
-        self.selection = selection_metric(config, parts.metrics)
+        self.selection = selection_metric(config)
         self.on_step = on_step
         self.total_steps = config.train.epochs * parts.batches.per_epoch
         if config.train.max_steps is not None:
@@ -67,17 +67,20 @@ class Trainer:
                 return True
             with StopSignal() as signal:
                 if cursor.metrics_rows == 0:
-                    self.run_baselines()
+                    with self.progress.pause():
+                        self.run_baselines()
                 for batch in self._remaining():
                     stop = self.step(batch, stop=bool(signal.received))
                     epoch_ends = batch.index + 1 == self.batches.per_epoch
                     if self._evaluation_due(epoch_ends):
-                        self.run_evaluations()
+                        with self.progress.pause():
+                            self.run_evaluations()
                     if epoch_ends:
                         cursor.next_epoch()
                     cursor.finished = self._finished()
                     if stop or self._checkpoint_due(epoch_ends):
-                        self.save()
+                        with self.progress.pause():
+                            self.save()
                     if stop:
                         return cursor.finished
             if not cursor.finished:  # there was nothing to do
