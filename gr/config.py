@@ -287,7 +287,7 @@ def _mapping(file: Path, shown: str, above: Sequence[Path]) -> dict[str, Any]:
         if above:
             raise UserError(f"'{above[-1]}' extends '{shown}', and there is no such file: paths are relative "
                             "to the file that says so") from None  # fmt: skip
-        raise UserError(f"no config file '{shown}': configs/ has the ones that come with gr") from None
+        raise UserError(f"no config file '{shown}': give a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read ({error}): give a YAML file in UTF-8") from None
     raw = yaml12.load(text, where)
