@@ -53,16 +53,16 @@ class Axis:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def gather(self, rows_S: Tensor) -> Tensor:
-        """All processes' 1-D int64 rows, rank after rank, on this one's device."""
+    def gather(self, rows: Tensor) -> Tensor:
+        """All processes' ``rows`` (n, ...), n as each has them, rank after rank, on this one's device."""
         if self.size == 1:
-            return rows_S
-        own = [len(rows_S) if rank == self.rank else 0 for rank in range(self.size)]
+            return rows
+        own = [len(rows) if rank == self.rank else 0 for rank in range(self.size)]
         counts = self.sum(own, dtype=torch.int64)
         # to one length, and without a look at the rows: a device isn't waited for
-        padded_S = F.pad(rows_S, (0, max(counts) - len(rows_S)))
-        parts = [torch.empty_like(padded_S) for _ in counts]
-        dist.all_gather(parts, padded_S, group=self.group)
+        padded = F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, max(counts) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def exchange(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[int]]:

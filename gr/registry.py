@@ -65,6 +65,8 @@ BASELINES = {
 OPTIMIZERS = {
     "adamw": "gr.train.optimizers:AdamW",
     "sgd": "gr.train.optimizers:SGD",
+    "lazy_adam": "gr.train.optimizers:LazyAdam",
+    "rowwise_adagrad": "gr.train.optimizers:RowwiseAdagrad",
 }
 
 DATASETS = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,15 +20,12 @@ import torch
 from torch import Tensor
 
 from gr.config import ComponentConfig
-from gr.embeddings.row_updates import RowGradients
+from gr.embeddings.row_updates import CHUNK_NUMBERS, Gradient, Piece, SparseGradient
 from gr.embeddings.scoring import Scoring
-from gr.embeddings.table import Table, TableSpec
-from gr.embeddings.view import Numbering, View, gradient_of
+from gr.embeddings.table import Table, TableSpec, leaves, local_gradients, matrix
+from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
 from gr.processes import Processes
-from gr_kernels.candidate_scores import candidate_scores
-
-CHUNK_NUMBERS = 1 << 22  # values of a chunk of rows that are touched at once: 16 MiB
 
 
 class MappedTable(Table):
@@ -38,9 +35,6 @@ class MappedTable(Table):
     class Config(ComponentConfig):
         name: Literal["mapped"] = "mapped"
         folder: str | None = None
-
-    whole = False
-    dense = False
 
     def __init__(self, config: Config, spec: TableSpec, processes: Processes) -> None:
         self.spec, self.processes = spec, processes
@@ -56,8 +50,9 @@ class MappedTable(Table):
         self._storage: dict[str, Tensor] = {}
         self.weight_ID = self.storage("weight", spec.dim)
         self.bias_I = self.storage("bias", 1)[:, 0] if spec.bias else None
-        for start, stop in self.own_chunks():
-            self.weight_ID[start:stop] = spec.first_rows(start, stop)
+        own = self.pieces()[0]
+        for start, stop in own.chunks():
+            own.values_RC[start:stop] = spec.first_rows(own.row0 + start, own.row0 + stop)
         processes.barrier()
 
     def storage(self, name: str, width: int) -> Tensor:
@@ -72,9 +67,6 @@ class MappedTable(Table):
             self._storage[name] = mapped.view(self.rows, width)
         return self._storage[name]
 
-    def columns(self) -> dict[str, Tensor]:
-        return {"weight": self.weight_ID} | ({} if self.bias_I is None else {"bias": self.bias_I})
-
     # -- whose rows -----------------------------------------------------------------------------------------------
 
     @property
@@ -88,38 +80,36 @@ class MappedTable(Table):
         rank = self.processes.world.rank
         return range(self.bounds[rank], self.bounds[rank + 1])
 
-    def own_chunks(self) -> Iterator[tuple[int, int]]:
-        """This process's rows, a chunk at a time."""
-        step = max(CHUNK_NUMBERS // self.dim, 1)
-        for start in range(self.own_rows.start, self.own_rows.stop, step):
-            yield start, min(start + step, self.own_rows.stop)
+    def pieces(self) -> list[Piece]:
+        own = self.own_rows
+        columns = {"weight": self.weight_ID} | ({} if self.bias_I is None else {"bias": self.bias_I})
+        return [
+            Piece(name, own.start, 0, matrix(values)[own.start : own.stop])
+            for name, values in columns.items()
+        ]
+
+    def zeros(self, piece: Piece, moment: str, columns: int) -> Tensor:
+        return self.storage(f"{moment}.{piece.column}", columns)[self.own_rows.start : self.own_rows.stop]
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def view(self, wanted: Sequence[Tensor]) -> View:
         device = self.processes.device
-        numbering = Numbering.of(wanted or [torch.empty(0, dtype=torch.int64, device=device)], self.rows)
+        numbering = Numbering.of(wanted, self.rows, device)
         rows_U = numbering.rows_U.cpu()
-        weight_UD = self.weight_ID.index_select(0, rows_U).to(device).requires_grad_()
-        bias_U = None
-        if self.bias_I is not None:
-            bias_U = self.bias_I.index_select(0, rows_U).to(device).requires_grad_()
-        return View(weight_UD, bias_U, numbering)
+        bias_U = None if self.bias_I is None else self.bias_I.index_select(0, rows_U).to(device)
+        return leaves(self.weight_ID.index_select(0, rows_U).to(device), bias_U, numbering)
 
-    def gather_gradients(self, view: View) -> RowGradients:
-        """The gradients of this process's rows, summed over everybody's views; all processes call this together, and
-        when it returns nobody reads the rows any more."""
+    def gather_gradients(self, view: View) -> list[Gradient]:
         assert view.numbering is not None
         world = self.processes.world
         rows_U = view.numbering.rows_U.cpu()
-        columns = [gradient_of(view.weight_UD)]
-        if view.bias_U is not None:
-            columns.append(gradient_of(view.bias_U)[:, None])
-        ends = torch.searchsorted(rows_U, torch.tensor(self.bounds))
-        counts = ends.diff().tolist()
+        counts = torch.searchsorted(rows_U, torch.tensor(self.bounds)).diff().tolist()
         rows, _ = world.exchange(rows_U, counts)
-        gradients, _ = world.exchange(torch.cat(columns, dim=1).cpu(), counts)
-        return RowGradients.summed(rows, gradients, self.dim)
+        gradients, _ = world.exchange(local_gradients(view).cpu(), counts)
+        total = SparseGradient.summed(rows - self.own_rows.start, gradients)
+        columns = total.values_UC.split([self.dim, 1], dim=1) if self.spec.bias else [total.values_UC]
+        return [SparseGradient(total.rows_U, values_UC) for values_UC in columns]
 
     def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
         raise UserError(
@@ -136,15 +126,6 @@ class MappedTable(Table):
     def biases(self, start: int, stop: int) -> Tensor:
         assert self.bias_I is not None
         return self.bias_I[start:stop].to(self.processes.device)
-
-    def chunk_scores(self, queries_BD: Tensor, start: int, stop: int, scoring: Scoring) -> Tensor:
-        scores_BC = candidate_scores(
-            queries_BD * scoring.scale,
-            self.vectors(start, stop),
-            range(stop - start),
-            normalize_eps=scoring.normalize_eps,
-        )
-        return scores_BC + self.biases(start, stop) if scoring.bias else scores_BC
 
     def chunk_rows(self, queries: int) -> int:
         return min(

@@ -1,165 +1,208 @@
-"""How the rows of a table that keeps them to itself move: its gradients, and the optimisers' maths on them.
+"""How the rows of a table that keeps them to itself move: whose they are, their gradients, the optimisers' maths.
 
-A name of an optimiser fixes which rows move.  ``adamw``, and ``sgd`` with momentum or decay, move every row in every
-step: :class:`AllRows` goes through a process's rows in chunks, and gives each to the very optimiser that moves dense
-parameters.  Plain ``sgd`` leaves rows without a gradient where they are: :class:`SeenRows`.
+A process owns **pieces** of a table: some rows of some columns.  A name of an optimiser fixes which rows move: those of
+``adamw`` all do in every step, those of ``lazy_adam`` where they were seen.  An optimiser of rows goes through its
+pieces in chunks, so that nothing of a table's size is made beside the table and its moments.
 
-Shapes: U rows with a gradient, D width, C rows of a chunk.
+Shapes: R rows and C columns of a piece, U its rows with a gradient, I rows of the table.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Named = Iterable[tuple[str, nn.Parameter]]
-
-
-class Rows(Protocol):
-    """The rows of a table that this process owns."""
-
-    name: str
-    dim: int
-    weight_ID: Tensor
-    bias_I: Tensor | None
-
-    def own_chunks(self) -> Iterator[tuple[int, int]]: ...
-
-    def storage(self, name: str, width: int) -> Tensor: ...
+CHUNK_NUMBERS = 1 << 22  # numbers that are touched at once: 16 MiB
 
 
 @dataclass(frozen=True)
-class RowGradients:
-    """Gradients of the rows that a process owns, each row once: rows_U, int64, ascending; weight_UD; bias_U."""
+class Piece:
+    """Rows ``row0`` ... of a table's ``column`` (weight or bias), and in them the columns ``col0`` ...: values_RC is
+    the table's own memory."""
+
+    column: str
+    row0: int
+    col0: int
+    values_RC: Tensor
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Its rows, counted from 0, (start, stop) a chunk at a time."""
+        rows, columns = self.values_RC.shape
+        step = max(CHUNK_NUMBERS // max(columns, 1), 1)
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
+
+
+class Gradient(ABC):
+    """The gradient of a piece, summed over everybody."""
+
+    factor: Tensor | None = None
+    """Scales it (clipping)."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @abstractmethod
+    def dense(self, start: int, stop: int) -> Tensor:
+        """(stop - start, C): of a range of the piece's rows, zeros included."""
+
+    @abstractmethod
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """(U,) int64 rows of the piece, ascending, and (U, C) their gradients; None where every row has one."""
+
+    @abstractmethod
+    def square_norm(self) -> Tensor:
+        """The sum of the squares of all its numbers, unscaled: a float32 scalar."""
+
+
+@dataclass
+class SparseGradient(Gradient):
+    """Each row once: rows_U, int64, ascending, counted in the piece; values_UC."""
 
     rows_U: Tensor
-    weight_UD: Tensor
-    bias_U: Tensor | None
+    values_UC: Tensor
+    factor: Tensor | None = None
 
     @staticmethod
-    def summed(rows: Tensor, gradients: Tensor, dim: int) -> RowGradients:
-        """From what all processes sent, rank after rank: (n,) rows and (n, D) gradients, or (n, D + 1) with a bias's.
-
-        A row's gradients are added in the order of ranks: the same bits at the same number of them.
-        """
+    def summed(rows: Tensor, values: Tensor) -> SparseGradient:
+        """From what all processes sent, rank after rank: a row's gradients are added in the order of ranks, which
+        gives the same bits at the same number of them."""
         rows_U, place = rows.unique(return_inverse=True)
-        total = gradients.new_zeros(len(rows_U), gradients.shape[1]).index_add_(0, place, gradients)
-        return RowGradients(rows_U, total[:, :dim], total[:, dim] if gradients.shape[1] > dim else None)
+        return SparseGradient(
+            rows_U, values.new_zeros(len(rows_U), values.shape[1]).index_add_(0, place, values)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.values_UC.device
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        return self.rows_U, self.values_UC if self.factor is None else self.values_UC * self.factor
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        first, last = torch.searchsorted(self.rows_U, torch.tensor([start, stop], device=self.rows_U.device))
+        values_UC = self.values_UC[first:last]
+        out = values_UC.new_zeros(stop - start, values_UC.shape[1])
+        out[self.rows_U[first:last] - start] = values_UC if self.factor is None else values_UC * self.factor
+        return out
 
     def square_norm(self) -> Tensor:
-        """The sum of the squares of all numbers: a float32 scalar."""
-        total = self.weight_UD.square().sum()
-        return total if self.bias_U is None else total + self.bias_U.square().sum()
-
-    def scaled(self, factor: Tensor) -> RowGradients:
-        factor = factor.to(self.weight_UD.device)
-        bias_U = None if self.bias_U is None else self.bias_U * factor
-        return replace(self, weight_UD=self.weight_UD * factor, bias_U=bias_U)
+        return self.values_UC.square().sum()
 
 
-class RowUpdate(ABC):
-    """An optimiser of one table's rows.  ``param_groups``: torch's, of which the rates are set."""
+@dataclass(frozen=True)
+class Maths:
+    """An optimiser's update of rows.
 
+    all_rows: whether rows without a gradient move too.  moments: names, each as large as the table; ``row_moments``:
+    names of those that are one number a row.  step(values, gradient, moments, count, lr, weight_decay): moves values in
+    place; all of one shape but row moments, which are (rows, 1).  by_columns: whether columns may be cut.
+    """
+
+    all_rows: bool
+    step: Callable[[Tensor, Tensor, dict[str, Tensor], int, float, float], None]
+    moments: tuple[str, ...] = ()
+    row_moments: tuple[str, ...] = ()
+
+    @property
+    def by_columns(self) -> bool:
+        return not self.row_moments
+
+
+@dataclass
+class RowOptimizer:
+    """One table's optimiser.  param_groups: rate and decay by columns' names, as torch's have them; zeros: makes the
+    memory of a moment beside a piece: (piece, name, columns) -> (R, columns)."""
+
+    table: str
+    pieces: Sequence[Piece]
+    maths: Maths
     param_groups: list[dict[str, Any]]
-    steps: int
-    """Steps so far, where the maths counts them."""
+    zeros: Callable[[Piece, str, int], Tensor]
+    steps: int = 0
+    moments: list[dict[str, Tensor]] = field(init=False)
+    """Of each piece: name -> (R, C), or (R, 1) for one number a row."""
 
-    @abstractmethod
-    def step(self, gradients: RowGradients) -> None:
-        """Move this process's rows."""
-
-    @abstractmethod
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        """column (``weight``, ``bias``) -> moment's name -> the whole table's numbers, in place."""
-
-
-class AllRows(RowUpdate):
-    """Every row moves in every step, by a torch optimiser whose parameters are chunks of the table's own memory."""
-
-    def __init__(
-        self,
-        table: Rows,
-        optimizer: Callable[[Named], torch.optim.Optimizer],
-        moments: Iterable[str],
-    ) -> None:
-        self.columns = {"weight": (table.weight_ID, table.dim)}
-        if table.bias_I is not None:
-            self.columns["bias"] = (table.bias_I, 1)
-        self.chunks = [
-            (
-                start,
-                stop,
-                {name: nn.Parameter(values[start:stop]) for name, (values, _) in self.columns.items()},
-            )
-            for start, stop in table.own_chunks()
+    def __post_init__(self) -> None:
+        self.moments = [
+            {
+                name: self.zeros(
+                    piece, name, 1 if name in self.maths.row_moments else piece.values_RC.shape[1]
+                )
+                for name in (*self.maths.moments, *self.maths.row_moments)
+            }
+            for piece in self.pieces
         ]
-        names = [
-            (f"tables.{table.name}.{column}", parameter)
-            for _, _, parameters in self.chunks
-            for column, parameter in parameters.items()
-        ]
-        self.optimizer = optimizer(names)
-        self.param_groups = self.optimizer.param_groups
-        self._moments: dict[str, dict[str, Tensor]] = {column: {} for column in self.columns}
-        for moment in moments:
-            for column, (values, width) in self.columns.items():
-                self._moments[column][moment] = table.storage(f"{moment}.{column}", width).view(values.shape)
-        for start, stop, parameters in self.chunks:
-            for column, parameter in parameters.items():
-                state = self.optimizer.state[parameter]
-                state["step"] = torch.tensor(0.0)
-                state.update({m: values[start:stop] for m, values in self._moments[column].items()})
 
-    def step(self, gradients: RowGradients) -> None:
-        bounds = torch.searchsorted(gradients.rows_U, torch.tensor([s for s, _, _ in self.chunks] or [0]))
-        ends = [*bounds.tolist()[1:], len(gradients.rows_U)]
-        given = {"weight": gradients.weight_UD, "bias": gradients.bias_U}
-        for (start, _, parameters), first, last in zip(self.chunks, bounds.tolist(), ends, strict=True):
-            for column, parameter in parameters.items():
-                values = given[column]
-                assert values is not None
-                parameter.grad = torch.zeros_like(parameter)
-                parameter.grad[gradients.rows_U[first:last] - start] = values[first:last]
-            self.optimizer.step()
-            self.optimizer.zero_grad()  # to None: the next chunk's step leaves this one where it is
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Gradient]) -> None:
+        """Move the pieces by their gradients, in the same order."""
+        self.steps += 1
+        for piece, gradient, moments in zip(self.pieces, gradients, self.moments, strict=True):
+            group = self._group(piece.column)
+            settings = (self.steps, group["lr"], group["weight_decay"])
+            seen = gradient.rows()
+            if self.maths.all_rows or seen is None:
+                for start, stop in piece.chunks():
+                    here = {name: moment[start:stop] for name, moment in moments.items()}
+                    self.maths.step(piece.values_RC[start:stop], gradient.dense(start, stop), here, *settings)
+                continue
+            rows_U, gradient_UC = seen
+            values_UC = piece.values_RC[rows_U]
+            here = {name: moment[rows_U] for name, moment in moments.items()}
+            self.maths.step(values_UC, gradient_UC, here, *settings)
+            piece.values_RC[rows_U] = values_UC
+            for name, moment in moments.items():
+                moment[rows_U] = here[name]
 
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        return self._moments
-
-    @property  # type: ignore[override]
-    def steps(self) -> int:
-        for _, _, parameters in self.chunks:
-            return int(self.optimizer.state[parameters["weight"]]["step"])
-        return 0
-
-    @steps.setter
-    def steps(self, steps: int) -> None:
-        for _, _, parameters in self.chunks:
-            for parameter in parameters.values():
-                self.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+    def _group(self, column: str) -> dict[str, Any]:
+        name = f"tables.{self.table}.{column}"
+        return next(group for group in self.param_groups if name in group["names"])
 
 
-class SeenRows(RowUpdate):
-    """Plain gradient descent: rows without a gradient stay."""
+def adam(betas: Sequence[float], eps: float, all_rows: bool) -> Maths:
+    """AdamW (Loshchilov and Hutter, 2019) in the order of torch.optim's operations.  ``all_rows=False``: rows without a
+    gradient keep their values and moments, and all rows count the steps of the table."""
+    beta1, beta2 = betas
 
-    steps = 0
+    def step(values, gradient, moments, count, lr, weight_decay):
+        mean, square = moments["exp_avg"], moments["exp_avg_sq"]
+        values.mul_(1 - lr * weight_decay)
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = square.sqrt().div_((1 - beta2**count) ** 0.5).add_(eps)
+        values.addcdiv_(mean, root, value=-lr / (1 - beta1**count))
 
-    def __init__(self, table: Rows, param_groups: list[dict[str, Any]]) -> None:
-        self.table, self.param_groups = table, param_groups
+    return Maths(all_rows, step, ("exp_avg", "exp_avg_sq"))
 
-    def step(self, gradients: RowGradients) -> None:
-        self.table.weight_ID.index_add_(0, gradients.rows_U, gradients.weight_UD, alpha=-self._rate("weight"))
-        if self.table.bias_I is not None and gradients.bias_U is not None:
-            self.table.bias_I.index_add_(0, gradients.rows_U, gradients.bias_U, alpha=-self._rate("bias"))
 
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        return {}
+def descent(momentum: float, decays: bool) -> Maths:
+    """Gradient descent as torch.optim.SGD does it; plain, rows without a gradient stay."""
 
-    def _rate(self, column: str) -> float:
-        name = f"tables.{self.table.name}.{column}"
-        return next(group["lr"] for group in self.param_groups if name in group["names"])
+    def step(values, gradient, moments, count, lr, weight_decay):
+        if weight_decay:
+            gradient = gradient.add(values, alpha=weight_decay)
+        if momentum:
+            gradient = moments["momentum_buffer"].mul_(momentum).add_(gradient)
+        values.add_(gradient, alpha=-lr)
+
+    return Maths(bool(momentum or decays), step, ("momentum_buffer",) if momentum else ())
+
+
+def rowwise_adagrad(eps: float) -> Maths:
+    """h_r <- h_r + mean_c g_rc^2;  w_r <- w_r - lr g_r / (sqrt(h_r) + eps): one number a row (FBGEMM's exact row-wise
+    Adagrad)."""
+
+    def step(values, gradient, moments, count, lr, weight_decay):
+        if weight_decay:
+            gradient = gradient.add(values, alpha=weight_decay)
+        total = moments["sum"].add_(gradient.square().mean(1, keepdim=True))
+        values.addcdiv_(gradient, (total.sqrt() + eps).expand_as(gradient), value=-lr)
+
+    return Maths(False, step, row_moments=("sum",))

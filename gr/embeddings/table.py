@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from gr.embeddings.ranks import Excluded, best_rows, target_ranks
-from gr.embeddings.row_updates import RowGradients
+from gr.embeddings.row_updates import Gradient, Piece
 from gr.embeddings.scoring import Scoring
-from gr.embeddings.view import View
+from gr.embeddings.view import Numbering, View, gradient_of
+from gr_kernels.candidate_scores import candidate_scores
 from gr_kernels.counter_random import derive_key, truncated_normal_rows
 
 MAX_SCORES = 1 << 24
@@ -49,22 +50,23 @@ class TableSpec:
 
 
 class Table(ABC):
-    """The rows of a :class:`TableSpec`, float32."""
+    """The rows of a :class:`TableSpec`, float32.
+
+    whole: a view is the whole table, so that nobody needs to say which rows are wanted.  dense: the gradient is a
+    tensor of the table's size on every process, which the engine adds up and moves as it does any other parameter's;
+    others keep their rows to themselves, in pieces.  replicated: every process has the same pieces.  collective: all
+    processes must ask for views and search the catalogue together, the same number of times.
+    """
 
     spec: TableSpec
-    whole = True
-    """Whether a view is the whole table, so that nobody needs to say which rows are wanted."""
-    dense = True
-    """Whether the gradient is a tensor of the table's size on every process, which the engine adds up and moves as it
-    does any other parameter's.  Others keep their rows to themselves and move them by ``update``."""
+    whole = False
+    dense = False
+    replicated = False
+    collective = False
 
     name = property(lambda self: self.spec.name)
     rows = property(lambda self: self.spec.rows)
     dim = property(lambda self: self.spec.dim)
-
-    @abstractmethod
-    def columns(self) -> dict[str, Tensor]:
-        """``weight`` (I, D), and ``bias`` (I,) where there is one: the table's own memory, to be saved or filled."""
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -80,14 +82,18 @@ class Table(ABC):
         """The sum over t of the cross-entropy of target t against all rows: a float32 scalar, differentiable in the
         queries and in the table."""
 
-    def gather_gradients(self, view: View) -> RowGradients:
-        """The gradients of the rows that this process owns, summed over everybody's views; all processes call this
-        together, and when it returns nobody reads the rows any more.  Only of tables that aren't ``dense``."""
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """What this process owns of the table: its own memory, to be moved, saved or filled."""
+
+    def gather_gradients(self, view: View) -> list[Gradient]:
+        """The gradients of the pieces, summed over everybody's views; all processes call this together, and when it
+        returns nobody reads the rows any more.  Only of tables that aren't ``dense``."""
         raise TypeError(f"{type(self).__name__} has dense gradients")
 
-    def own_chunks(self) -> Iterator[tuple[int, int]]:
-        """The rows that this process owns, (start, stop) a chunk at a time.  Only of tables that aren't ``dense``."""
-        raise TypeError(f"{type(self).__name__} has dense gradients")
+    def zeros(self, piece: Piece, moment: str, columns: int) -> Tensor:
+        """Memory for an optimiser's moment beside a piece: (its rows, columns) float32 zeros."""
+        return torch.zeros(len(piece.values_RC), columns, device=piece.values_RC.device)
 
     # -- the whole catalogue --------------------------------------------------------------------------------------
 
@@ -99,14 +105,20 @@ class Table(ABC):
     def biases(self, start: int, stop: int) -> Tensor:
         """The bias column of rows ``start`` to ``stop``; only of a table that has one."""
 
-    @abstractmethod
     def chunk_scores(self, queries_BD: Tensor, start: int, stop: int, scoring: Scoring) -> Tensor:
         """(B, stop - start) float32 scores of a range of rows."""
+        scores_BC = candidate_scores(
+            queries_BD * scoring.scale,
+            self.vectors(start, stop),
+            range(stop - start),
+            normalize_eps=scoring.normalize_eps,
+        )
+        return scores_BC + self.biases(start, stop) if scoring.bias else scores_BC
 
     @torch.no_grad()
     def scores(self, queries_BD: Tensor, scoring: Scoring) -> Tensor:
         """(B, I) float32 scores of all rows: for catalogues of which that many numbers are no harm."""
-        return self.chunk_scores(queries_BD, 0, self.rows, scoring)
+        return torch.cat([scores for _, scores in self._chunks(queries_BD, scoring)], dim=1)
 
     @torch.no_grad()
     def topk(
@@ -137,3 +149,22 @@ class Table(ABC):
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
             yield start, self.chunk_scores(queries_BD, start, stop, scoring)
+
+
+def local_gradients(view: View) -> Tensor:
+    """(U, D), or (U, D + 1) with the bias's: what backward left at a view."""
+    columns = [gradient_of(view.weight_UD)]
+    if view.bias_U is not None:
+        columns.append(gradient_of(view.bias_U)[:, None])
+    return torch.cat(columns, dim=1)
+
+
+def leaves(weight_UD: Tensor, bias_U: Tensor | None, numbering: Numbering) -> View:
+    """A view of fetched rows, whose gradients will be taken back."""
+    bias_U = None if bias_U is None else bias_U.detach().requires_grad_()
+    return View(weight_UD.detach().requires_grad_(), bias_U, numbering)
+
+
+def matrix(values: Tensor) -> Tensor:
+    """A column of the table as a matrix: (I,) becomes (I, 1), the same memory."""
+    return values if values.dim() == 2 else values[:, None]

@@ -28,13 +28,17 @@ class Numbering:
     position_I: Tensor | None
 
     @staticmethod
-    def of(wanted: Sequence[Tensor], rows: int) -> Numbering:
-        """The numbering of all row numbers in ``wanted`` (tensors of any shape) of a table of ``rows`` rows."""
+    def of(wanted: Sequence[Tensor], rows: int, device: torch.device) -> Numbering:
+        """The numbering of all row numbers in ``wanted`` (tensors of any shape, on ``device``) of a table of ``rows``
+        rows."""
         asked = sum(part.numel() for part in wanted)
         if rows > SPARSE * asked:
-            return Numbering(torch.cat([part.reshape(-1).long() for part in wanted]).unique(), None)
+            flat = [part.reshape(-1).long() for part in wanted]
+            return Numbering(
+                torch.cat([torch.empty(0, dtype=torch.int64, device=device), *flat]).unique(), None
+            )
         # a mark for every row is many times faster than sorting the wanted ones
-        mark_I = torch.zeros(rows, dtype=torch.bool, device=wanted[0].device)
+        mark_I = torch.zeros(rows, dtype=torch.bool, device=device)
         for part in wanted:
             mark_I[part.reshape(-1).long()] = True
         return Numbering(mark_I.nonzero().squeeze(1), mark_I.cumsum(0, dtype=torch.int32) - 1)

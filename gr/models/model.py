@@ -79,7 +79,7 @@ class Model(nn.Module):
     def named_dense(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters with dense gradients, by name: tables that have such, then the module's own."""
         for name, table in self.tables.items():
-            if isinstance(table, nn.Module):
+            if table.dense and isinstance(table, nn.Module):
                 yield from table.named_parameters(prefix=f"tables.{name}")
         yield from self.named_parameters()
 

@@ -1,13 +1,13 @@
 """Optimisers by name; a name fixes the maths, whichever implementation carries it out.
 
-``dense(named)`` makes torch's optimiser of parameters with dense gradients, ``of_rows(table)`` the one of a table that
-keeps its rows to itself.  One that can't be had is a UserError, never another one.
+``dense(named)`` makes torch's optimiser of parameters with dense gradients, ``of_rows()`` the maths of a table that
+keeps its rows to itself; with ``by_rows`` every table does.  One that can't be had is a UserError, never another one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import nn
 
 from gr.config import ComponentConfig, ParameterGroup
-from gr.embeddings.row_updates import AllRows, Named, Rows, RowUpdate, SeenRows
+from gr.embeddings.row_updates import Maths, adam, descent, rowwise_adagrad
 from gr.errors import UserError
 
+Named = Iterable[tuple[str, nn.Parameter]]
 RATE = Annotated[float, Field(gt=0)]
 FACTOR = Annotated[float, Field(ge=0, lt=1)]
 
@@ -40,6 +41,7 @@ class AdamW:
     def __init__(self, config: Config):
         self.config = config
 
+    by_rows = False
     moments = ("exp_avg", "exp_avg_sq")
 
     def dense(self, named: Named) -> torch.optim.Optimizer:
@@ -59,8 +61,8 @@ class AdamW:
             )
         return torch.optim.AdamW(groups, fused=True, **settings)
 
-    def of_rows(self, table: Rows) -> RowUpdate:
-        return AllRows(table, self.dense, self.moments)
+    def of_rows(self) -> Maths:
+        return adam(self.config.betas, self.config.eps, all_rows=True)
 
 
 class SGD:
@@ -76,6 +78,8 @@ class SGD:
     def __init__(self, config: Config):
         self.config = config
 
+    by_rows = False
+
     @property
     def moments(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.config.momentum else ()
@@ -85,14 +89,42 @@ class SGD:
         groups = parameter_groups(list(named), config.groups, config.lr, config.weight_decay)
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
-    def of_rows(self, table: Rows) -> RowUpdate:
+    def of_rows(self) -> Maths:
         config = self.config
-        decays = config.weight_decay or any(rule.weight_decay for rule in config.groups)
-        if config.momentum or decays:
-            return AllRows(table, self.dense, self.moments)
-        columns = {f"tables.{table.name}.weight": table.weight_ID, f"tables.{table.name}.bias": table.bias_I}
-        named = [(name, nn.Parameter(v, requires_grad=False)) for name, v in columns.items() if v is not None]
-        return SeenRows(table, parameter_groups(named, config.groups, config.lr, config.weight_decay))
+        return descent(
+            config.momentum, bool(config.weight_decay or any(r.weight_decay for r in config.groups))
+        )
+
+
+class LazyAdam(AdamW):
+    """AdamW for dense parameters; of tables only the rows seen in a step move, and decay.
+
+    (All rows count the table's steps, so that a row's first update is not the first step's.)
+    """
+
+    class Config(AdamW.Config):
+        name: Literal["lazy_adam"] = "lazy_adam"  # type: ignore[assignment]
+
+    by_rows = True
+
+    def of_rows(self) -> Maths:
+        return adam(self.config.betas, self.config.eps, all_rows=False)
+
+
+class RowwiseAdagrad(AdamW):
+    """AdamW for dense parameters; tables by Adagrad with one number a row, the seen rows alone.
+
+    Rates of tables are set by ``groups`` (``match: ^tables``)."""
+
+    class Config(AdamW.Config):
+        name: Literal["rowwise_adagrad"] = "rowwise_adagrad"  # type: ignore[assignment]
+        table_eps: RATE = 1e-8
+
+    by_rows = True
+    config: Config
+
+    def of_rows(self) -> Maths:
+        return rowwise_adagrad(self.config.table_eps)
 
 
 def parameter_groups(

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gr.embeddings.row_updates import RowGradients, RowUpdate
+from gr.embeddings.local import LocalTable
+from gr.embeddings.row_updates import Gradient, Piece, RowOptimizer
 from gr.embeddings.table import Table
 from gr.models.model import Model
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.train.host_copy import HostCopy
-from gr.train.optimizers import check_rules, counts_steps_in_groups, set_rate
+from gr.train.optimizers import check_rules, counts_steps_in_groups, parameter_groups, set_rate
+from gr.train.slices import Slices
 
 
 class Engine(ABC):
@@ -40,12 +42,16 @@ class Engine(ABC):
         bf16: bool,
     ) -> None:
         self.model, self.processes, self.clip_norm, self.bf16 = model, processes, clip_norm, bf16
+        if optimizer.by_rows:
+            for table in model.tables.values():
+                if isinstance(table, LocalTable):
+                    table.keep_rows()
         self.dense = dict(model.named_dense())
         self.optimizer: torch.optim.Optimizer = optimizer.dense(self.dense.items())
-        self.row_tables: dict[str, Table] = {n: t for n, t in model.tables.items() if not t.dense}
-        self.row_updates: dict[str, RowUpdate] = {n: optimizer.of_rows(t) for n, t in self.row_tables.items()}
         self.moments: tuple[str, ...] = optimizer.moments
-        self._rows: dict[str, RowGradients] = {}
+        self.row_tables: dict[str, Table] = {n: t for n, t in model.tables.items() if not t.dense}
+        self.row_optimizers = {name: _of_rows(optimizer, table) for name, table in self.row_tables.items()}
+        self._gradients: dict[str, list[Gradient]] = {}
         check_rules(optimizer.config.groups, [*self.dense, *self._row_columns()])
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -66,20 +72,20 @@ class Engine(ABC):
                     copy = HostCopy(total)
                 (loss * scale).backward()
         self.exchange()
-        self._rows = {name: table.gather_gradients(views[name]) for name, table in self.row_tables.items()}
+        self._gradients = {n: table.gather_gradients(views[n]) for n, table in self.row_tables.items()}
         return copy
 
     def step(self, rate_factor: float) -> Tensor | None:
         """Move everything by its gradient, clipped; returns the norm before clipping, or None if nothing is."""
-        for groups in (self.optimizer.param_groups, *(u.param_groups for u in self.row_updates.values())):
+        for groups in (self.optimizer.param_groups, *(o.param_groups for o in self.row_optimizers.values())):
             set_rate(groups, rate_factor)
         norm = None if self.clip_norm is None else self._clip(self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for name, gradients in self._rows.items():
-            self.row_updates[name].step(gradients)
-        if self._rows:
-            self._rows = {}
+        for name, gradients in self._gradients.items():
+            self.row_optimizers[name].step(gradients)
+        if self._gradients:
+            self._gradients = {}
             self.processes.barrier()  # nobody reads a row that somebody is still moving
         return norm
 
@@ -92,8 +98,9 @@ class Engine(ABC):
         """Whether every parameter, and every row of this process, is a number."""
         checks = [parameter.isfinite().all() for parameter in self.dense.values()]
         for table in self.row_tables.values():
-            checks += [table.vectors(start, stop).isfinite().all() for start, stop in table.own_chunks()]
-        return bool(torch.stack(checks).all())
+            for piece in table.pieces():
+                checks += [piece.values_RC[start:stop].isfinite().all() for start, stop in piece.chunks()]
+        return bool(torch.stack([check.to(self.processes.device) for check in checks]).all())
 
     # -- what differs between engines -----------------------------------------------------------------------------
 
@@ -120,37 +127,40 @@ class Engine(ABC):
             for moment, value in state.items():
                 if value is not None:
                     tensors[f"optimizer/{moment}/{name}"] = torch.as_tensor(value)
-        for table, update in self.row_updates.items():
-            for column, moments in update.moments().items():
-                name = f"tables.{table}.{column}"
-                tensors |= {f"optimizer/{moment}/{name}": value for moment, value in moments.items()}
-                if moments:
-                    tensors[f"optimizer/step/{name}"] = torch.tensor(float(update.steps))
+        for name, optimizer in self.row_optimizers.items():
+            tensors |= _row_moments(self.row_tables[name], optimizer)
+            tensors |= {
+                f"optimizer/step/tables.{name}.{column}": torch.tensor(float(optimizer.steps))
+                for column in dict.fromkeys(piece.column for piece in optimizer.pieces)
+                if optimizer.moments[0]
+            }
         return tensors
 
     def load(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors to be filled with what a checkpoint has under ``names``: parameters and moments, in place where
         that is possible; :meth:`loaded` then takes in the rest."""
         wanted = parameters(self.model)
+        of_rows: dict[str, Tensor] = {}
+        for name, optimizer in self.row_optimizers.items():
+            of_rows |= _row_moments(self.row_tables[name], optimizer)
         for name in names:
             kind, _, rest = name.partition("/")
             moment, _, owner = rest.partition("/")
             if kind != "optimizer":
                 continue
-            if owner in self.dense:
-                like = self.dense[owner]
-                wanted[name] = torch.zeros(()) if moment == "step" else torch.zeros_like(like, device="cpu")
-            elif moment == "step":
+            if moment == "step":
                 wanted[name] = torch.zeros(())
-            else:
-                table, column = owner.removeprefix("tables.").split(".")
-                wanted[name] = self.row_updates[table].moments()[column][moment]
+            elif owner in self.dense:
+                wanted[name] = torch.zeros_like(self.dense[owner], device="cpu")
+            elif name in of_rows:
+                wanted[name] = of_rows[name]
         return wanted
 
     def lacking(self, tensors: Iterable[str]) -> list[str]:
         """Moments of parameters, as tensors of a checkpoint, that the optimisers count on and ``tensors`` hasn't."""
-        names = [*self.dense, *self._row_columns()]
-        needed = [f"optimizer/{moment}/{name}" for name in names for moment in self.moments]
+        needed = [f"optimizer/{moment}/{name}" for name in self.dense for moment in self.moments]
+        for name, optimizer in self.row_optimizers.items():
+            needed += _row_moments(self.row_tables[name], optimizer)
         return sorted(set(needed) - set(tensors))
 
     def loaded(self, tensors: dict[str, Tensor]) -> None:
@@ -162,7 +172,7 @@ class Engine(ABC):
                 continue
             if owner not in self.dense:
                 if moment == "step":
-                    self.row_updates[owner.removeprefix("tables.").split(".")[0]].steps = int(value)
+                    self.row_optimizers[owner.removeprefix("tables.").split(".")[0]].steps = int(value)
                 continue
             parameter = self.dense[owner]
             group = self._group_of(parameter)
@@ -185,24 +195,64 @@ class Engine(ABC):
     def _clip(self, clip_norm: float) -> Tensor:
         """One norm over dense gradients and those of all rows; all are scaled by min(1, clip_norm / norm)."""
         gradients = [p.grad for p in self.dense.values() if p.grad is not None]
-        if not self._rows:
-            norm = torch.nn.utils.get_total_norm(gradients)
-        else:
-            squares = torch.stack([rows.square_norm() for rows in self._rows.values()]).sum()[None]
-            of_rows = self.processes.world.add_up(squares).sqrt()[0].to(self.processes.device)
-            norm = torch.linalg.vector_norm(torch.stack([torch.nn.utils.get_total_norm(gradients), of_rows]))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._gradients:
+            norm = torch.linalg.vector_norm(torch.stack([norm, self._row_norm()]))
         torch.nn.utils.clip_grads_with_norm_(self.dense.values(), clip_norm, norm)
-        if self._rows:
-            factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # torch's own
-            self._rows = {name: rows.scaled(factor) for name, rows in self._rows.items()}
+        factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # torch's own
+        for pieces in self._gradients.values():
+            for gradient in pieces:
+                gradient.factor = factor.to(gradient.device)
         return norm
+
+    def _row_norm(self) -> Tensor:
+        """Of the gradients of all rows, wherever they are."""
+        owned, copied = torch.zeros(1), torch.zeros(1)
+        for name, pieces in self._gradients.items():
+            squares = torch.stack([gradient.square_norm().cpu() for gradient in pieces]).sum()
+            (copied if self.row_tables[name].replicated else owned).add_(squares)
+        return (self.processes.world.add_up(owned) + copied).sqrt()[0].to(self.processes.device)
+
+
+def _of_rows(optimizer: Any, table: Table) -> RowOptimizer:
+    config = optimizer.config
+    columns = [f"tables.{table.name}.{piece.column}" for piece in table.pieces()]
+    named = [(name, nn.Parameter(torch.empty(0))) for name in dict.fromkeys(columns)]
+    groups = parameter_groups(named, config.groups, config.lr, config.weight_decay)
+    return RowOptimizer(table.name, table.pieces(), optimizer.of_rows(), groups, table.zeros)
 
 
 def parameters(model: Model) -> dict[str, Tensor]:
     """All parameters of a model and its tables as ``model/NAME``, their own memory: to be saved, or filled."""
     tensors: dict[str, Tensor] = {}
     for table in model.tables.values():
-        tensors |= {
-            f"model/tables.{table.name}.{column}": values for column, values in table.columns().items()
-        }
+        pieces = table.pieces()
+        tensors |= _named_slices("model", table, pieces, [piece.values_RC for piece in pieces])
     return tensors | {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _row_moments(table: Table, optimizer: RowOptimizer) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for moment in optimizer.moments[0] if optimizer.moments else ():
+        values = [moments[moment] for moments in optimizer.moments]
+        tensors |= _named_slices(f"optimizer/{moment}", table, list(optimizer.pieces), values)
+    return tensors
+
+
+def _named_slices(
+    prefix: str, table: Table, pieces: Sequence[Piece], values: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """``values`` beside the pieces of a table, as one named tensor a column: (I, D), or (I,) for one number a row."""
+    parts: dict[str, list[tuple[list[int], Tensor]]] = {}
+    wide: dict[str, bool] = {}
+    for piece, beside in zip(pieces, values, strict=True):
+        wide[piece.column] = piece.column == "weight" and beside.shape[1] == piece.values_RC.shape[1]
+        part = ([piece.row0, piece.col0], beside) if wide[piece.column] else ([piece.row0], beside[:, 0])
+        parts.setdefault(piece.column, []).append(part)
+    tensors: dict[str, Tensor] = {}
+    for column, held in parts.items():
+        size = [table.rows, table.dim] if wide[column] else [table.rows]
+        # what every process has is an ordinary tensor: one of them writes it
+        whole = held[0][1] if table.replicated else Slices(size, held)
+        tensors[f"{prefix}/tables.{table.name}.{column}"] = whole
+    return tensors
