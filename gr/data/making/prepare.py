@@ -60,6 +60,12 @@ class Actions(Protocol):
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         """Checked tables (see gr.data.making.log) in the log's order."""
 
+    def remarks(self) -> list[str]:
+        """What to tell the user and was not told before: asked for before and after reading."""
+
+    def facts(self) -> dict[str, Any]:
+        """How the log was read, for the manifest: asked for after reading."""
+
 
 def prepare(
     actions: Actions,
@@ -121,7 +127,9 @@ class _Work:
         self.written_users = self.written_actions = 0
 
     def run(self, provenance: dict[str, Any]) -> SequenceDataset:
+        self.say()
         self.cut()
+        self.say()
         described = self.describe()
         kept = self.apply_policies()
         if described is not None and self.options.items == "listed":
@@ -137,6 +145,7 @@ class _Work:
             catalogue,
             {
                 **provenance,
+                **self.actions.facts(),
                 "stages": [asdict(s) for s in self.stages(len(ids))],
                 "quarantined": dict(sorted(self.quarantine.reasons.items())),
                 "items_not_described": unlisted,
@@ -144,6 +153,10 @@ class _Work:
         )
         self.quarantine.publish(self.out / "quarantine")
         return dataset
+
+    def say(self) -> None:
+        for remark in self.actions.remarks():
+            self.progress.note(remark)
 
     def cut(self) -> None:
         """Read the log into partitions; items and action types become codes."""
