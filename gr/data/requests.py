@@ -22,9 +22,9 @@ from torch import Tensor
 
 from gr.batch import UNKNOWN, SequenceBatch
 from gr.data.collate import collate
-from gr.data.making.convert import YEAR_2200
 from gr.data.dataset import SequenceDataset
 from gr.data.hashing import derive, mix64
+from gr.data.making.times import YEAR_2200
 from gr.data.sequences import Sequences
 from gr.data.split import Split
 from gr.errors import UserError
