@@ -9,8 +9,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gr.config import ModelSection
 from gr.errors import UserError
 from gr.models.layout import JaggedLayout
+from gr.models.tasks import Task
 from gr_kernels.dispatch import known_or_auto
 from gr_kernels.hstu_attention import AttentionMask, hstu_attention
 from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
@@ -19,12 +21,24 @@ from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
 class Encoder(Protocol):
     """(T, D) vectors of jagged sequences -> (T, D).  No row depends on another sequence's rows.
 
-    ``uses_times``: whether the layout must carry times.
+    ``uses_times``: whether the layout must carry times.  ``causal``: whether a row's output depends on that row and
+    earlier ones alone.
     """
 
     uses_times: bool
+    causal: bool
 
     def __call__(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor: ...
+
+
+def check_causal(model: ModelSection, task: Task, encoder: Encoder) -> None:
+    """Refuse an encoder that would see what it has to predict: the loss would fall to zero and nothing be learnt."""
+    if task.needs_causal and not encoder.causal:
+        raise UserError(
+            f"model.task {model.task.name} predicts each action from those before it, and model.encoder "
+            f"{model.encoder.name} sees those behind it too (causal is false): set model.encoder.causal=true, or "
+            "model.task=cloze"
+        )
 
 
 def attention_kernel(kernels: str) -> str:

@@ -12,6 +12,7 @@ from gr.batch import SequenceBatch
 from gr.config import RunConfig
 from gr.embeddings.table import Excluded, LocalTable
 from gr.errors import UserError
+from gr.models.encoder import check_causal
 from gr.models.init import initialise
 from gr.models.input import ItemInput
 from gr.models.similarity import Similarity
@@ -39,6 +40,7 @@ class Recommender(nn.Module):
         self.table = LocalTable("items", items, model.dim, model.table_std, seed, kernels)
         self.input = ItemInput(model.input, self.table, max_length, self.task.masks, model.table_std, kernels)
         self.encoder = model.encoder.build(model.dim, max_length, kernels)
+        check_causal(model, self.task, self.encoder)
         self.similarity = Similarity(model.similarity, self.table)
         self.objective = config.objective.build(self.similarity, items, item_counts)
         initialise(self, seed)
