@@ -28,6 +28,7 @@ from gr.sections import (
     Section,
     component,
     idle_keys,
+    kind_of,
     validate,
 )
 from gr.shipped import find_config
@@ -280,7 +281,7 @@ def _read(
 
 def _mapping(file: Path, shown: str, above: Sequence[Path]) -> dict[str, Any]:
     """What stands in one file."""
-    where = f"'{shown}', which '{above[-1]}' extends," if above else f"'{shown}'"
+    where = f"'{shown}' (which '{above[-1]}' extends)" if above else f"'{shown}'"
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -292,8 +293,7 @@ def _mapping(file: Path, shown: str, above: Sequence[Path]) -> dict[str, Any]:
         raise UserError(f"{where} cannot be read ({error}): give a YAML file in UTF-8") from None
     raw = yaml12.load(text, where)
     if not isinstance(raw, dict):
-        kind = "it is empty" if raw is None else f"not a {type(raw).__name__}"
-        raise UserError(f"{where} must hold a mapping of keys, {kind}")
+        raise UserError(f"{where} must hold a mapping of keys, and holds {kind_of(raw)}")
     return raw
 
 

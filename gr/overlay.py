@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from gr import yaml12
 from gr.errors import UserError
-from gr.sections import Choice, Section, shown
+from gr.sections import Choice, Section, shortened, shown
 
 
 def merge(
@@ -17,7 +17,7 @@ def merge(
     change: Mapping[str, Any],
     schema: Any = None,
     *,
-    complete: bool = True,
+    under: Mapping[str, Any] | None = None,
     path: str = "",
 ) -> dict[str, Any]:
     """``change`` over ``base``: mappings key by key, all else replaced.
@@ -26,24 +26,25 @@ def merge(
     one that is there, keeps its other keys; a change of name drops them, for they belonged to another.  A text is
     short for the one key that the section says (a component's ``name``), over a mapping and under one.
 
-    schema: the type of what is merged (a Section), which says what is a component.  complete: ``base`` is a whole
-    config, in which a component without a name is the default one; else the name is not known yet.
+    schema: the type of what is merged (a Section), which says what is a component.  under: where ``base`` is itself
+    a change, what it is going to be laid over; without it a component of ``base`` that has no name is the default.
     """
     merged = dict(base)
     for key, value in change.items():
         here, place = f"{path}{key}", _place(schema, key)
         old = merged.get(key)
-        section, choice = _section_of(place)
+        section, choice = section_of(place)
         if isinstance(old, Mapping) or isinstance(value, Mapping):
             old, value = _spread(old, section), _spread(value, section)
         if not isinstance(value, Mapping) or old is None:
             merged[key] = value
         elif isinstance(old, Mapping):
-            other = choice is not None and _other(choice, old, value, complete)
-            inside = _inside(place, choice, old, value)
-            merged[key] = (
-                dict(value) if other else merge(old, value, inside, complete=complete, path=f"{here}.")
-            )
+            below = None if under is None else _mapping(_spread(under.get(key), section))
+            if choice is not None and _other(choice, old, value, below):
+                merged[key] = dict(value)
+            else:
+                inside = _inside(place, choice, old, value, below)
+                merged[key] = merge(old, value, inside, under=below, path=f"{here}.")
         elif section is not None:
             raise UserError(f"config key '{here}' is {shown(old)}, and keys of it are set besides: drop one")
         else:
@@ -54,10 +55,16 @@ def merge(
 def overridden(raw: Mapping[str, Any], overrides: Sequence[str], schema: Any) -> dict[str, Any]:
     """``raw`` with dotted ``overrides`` over it.  They are one change: of a component's name and its keys either
     may come first."""
-    change: dict[str, Any] = {}
-    for text in overrides:
-        change = merge(change, parse_override(text), schema, complete=False)
-    return merge(raw, change, schema)
+    changes = [parse_override(text) for text in overrides]
+    laid = dict(raw)
+    for _ in changes:
+        together: dict[str, Any] = {}
+        for change in changes:
+            together = merge(together, change, schema, under=laid)
+        known, laid = laid, merge(raw, together, schema)
+        if laid == known:
+            break  # else a name may have told what was meant by keys before it: once more, knowing it
+    return laid
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def parse_override(text: str) -> dict[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", key):
         raise UserError(f"'{text}' is not an override: write key.key=value, for example train.epochs=3")
-    nested = yaml12.load(value, f"the value of '{text}'")
+    nested = yaml12.load(value, f"the value of '{shortened(text)}'")
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return nested
@@ -94,7 +101,7 @@ def _options(annotation: Any, metadata: tuple = ()) -> Iterator[tuple[Any, tuple
         yield annotation, metadata
 
 
-def _section_of(annotation: Any) -> tuple[type[Section] | None, Choice | None]:
+def section_of(annotation: Any) -> tuple[type[Section] | None, Choice | None]:
     """The section that an annotation allows, and the choice where it is a component's."""
     for option, metadata in _options(annotation):
         if isinstance(option, type) and issubclass(option, Section):
@@ -108,16 +115,28 @@ def _spread(value: Any, section: type[Section] | None) -> Any:
     return value
 
 
-def _other(choice: Choice, old: Mapping[str, Any], value: Mapping[str, Any], complete: bool) -> bool:
-    """Whether ``value`` names another component than ``old`` is."""
-    name = old.get("name", choice.default if complete else None)
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _other(
+    choice: Choice, old: Mapping[str, Any], value: Mapping[str, Any], below: Mapping[str, Any] | None
+) -> bool:
+    """Whether ``value`` names another component than ``old`` is, as far as that is known."""
+    name = old.get("name", choice.default if below is None else None)
     return "name" in value and name is not None and value["name"] != name
 
 
-def _inside(place: Any, choice: Choice | None, old: Mapping[str, Any], value: Mapping[str, Any]) -> Any:
+def _inside(
+    place: Any,
+    choice: Choice | None,
+    old: Mapping[str, Any],
+    value: Mapping[str, Any],
+    below: Mapping[str, Any] | None,
+) -> Any:
     """The type of a section's inside; a component's is its own config, asked for only where it matters."""
     if choice is None:
         return place
-    name = value.get("name", old.get("name", choice.default))
+    name = {"name": choice.default, **(below or {}), **old, **value}["name"]
     nested = any(isinstance(v, Mapping) for v in (*old.values(), *value.values()))
     return choice.config(name) if nested and isinstance(name, str) and name in choice.table else None

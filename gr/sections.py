@@ -115,7 +115,7 @@ def validate(section: type[Section], raw: Any, prefix: str) -> Any:
     """``raw`` as a ``section``; ``prefix`` is the dotted key it stands under.  UserError names the bad key."""
     if not isinstance(raw, Mapping | section):
         what = f"config key '{prefix}'" if prefix else "a config"
-        raise UserError(f"{what} must be a mapping of keys, not {_kind(raw)}")
+        raise UserError(f"{what} must be a mapping of keys, not {kind_of(raw)}")
     try:
         return section.model_validate(dict(raw) if isinstance(raw, Mapping) else raw)
     except ValidationError as error:
@@ -153,6 +153,8 @@ def _sentence(error: ValidationError, section: type[Section], prefix: str) -> st
         return f"unknown config key '{key}': {nearest(location[-1], parent.model_fields)}{more}"
     if first["type"] == "missing":
         return f"config key '{key}' is missing: set it in the file or as {key}=VALUE{more}"
+    if first["type"] == "model_type":
+        return f"config key '{key}' is {shown(first['input'])}: it must be a mapping of keys{more}"
     if first["type"] == "invalid_key" or location[-1:] == ["[key]"]:
         return f"config key '{key.removesuffix('.[key]')}' is no text: put it in quotes{more}"
     message = first["msg"][0].lower() + first["msg"][1:]
@@ -163,14 +165,26 @@ def _sentence(error: ValidationError, section: type[Section], prefix: str) -> st
 def shown(value: Any) -> str:
     """A value in a sentence: not longer than a line."""
     try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = "a number of thousands of digits"
+        return shortened(repr(value))
+    except ValueError:  # Python does not write integers of thousands of digits
+        return "a number of thousands of digits"
+
+
+def shortened(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _kind(value: Any) -> str:
-    return "empty" if value is None else f"a {type(value).__name__}"
+def kind_of(value: Any) -> str:
+    """What a value that should be a mapping is instead, in words."""
+    words = {
+        type(None): "nothing",
+        str: "a text",
+        list: "a list",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
+    return words.get(type(value), f"a {type(value).__name__}")
 
 
 def _section_at(section: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:

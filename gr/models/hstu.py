@@ -63,7 +63,7 @@ class HSTU(nn.Module):
 
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
-        self.uses_times = config.relative_time
+        self.uses_times, self.causal = config.relative_time, True
         self.layers = nn.ModuleList(
             HSTULayer(config, dim, max_length, layer) for layer in range(config.layers)
         )

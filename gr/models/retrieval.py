@@ -20,6 +20,7 @@ from gr.config import POSITIVE, ComponentConfig, InputSection, RunConfig, Simila
 from gr.embeddings.ranks import Excluded
 from gr.embeddings.table import TableSpec
 from gr.errors import UserError
+from gr.models.encoder import check_causal
 from gr.models.init import initialise
 from gr.models.input import ItemInput
 from gr.models.model import Catalogue, Model
@@ -63,6 +64,7 @@ class Retrieval(Model):
         max_length = run.data.max_length + self.task.extra_inputs
         self.input = ItemInput(config.input, config.dim, max_length, self.task.masks, config.table_std)
         self.encoder = config.encoder.build(config.dim, max_length)
+        check_causal(self.task, self.encoder, config.encoder.name)
         self.similarity = Similarity(config.similarity)
         self.objective = run.objective.build(self.similarity, catalogue)
         self.needs = frozenset({"item", "time"} if self.encoder.uses_times else {"item"})

@@ -51,7 +51,7 @@ class SASRec(nn.Module):
 
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
-        self.uses_times = False
+        self.uses_times, self.causal = False, config.causal
         self.blocks = nn.ModuleList(SASRecBlock(config, dim, layer) for layer in range(config.layers))
         self.final_norm = _norm(config, dim) if config.final_norm else nn.Identity()
 

@@ -63,6 +63,7 @@ class NextItem:
 
     extra_inputs = 0
     masks = False
+    needs_causal = True  # row i predicts the action of row i + 1: who sees that row sees the answer
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -114,6 +115,7 @@ class Cloze:
 
     extra_inputs = 1  # the hidden action is itself an input
     masks = True
+    needs_causal = False
 
     def __init__(self, config: Config) -> None:
         self.config = config

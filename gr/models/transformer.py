@@ -48,7 +48,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
         self.config = config
-        self.uses_times = False
+        self.uses_times, self.causal = False, config.causal
         self.input_norm = nn.LayerNorm(dim, eps=EPS) if config.input_norm else None
         self.input_dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config, dim, layer) for layer in range(config.layers))
