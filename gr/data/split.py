@@ -10,14 +10,17 @@ from typing import Literal
 import numpy as np
 
 from gr.config import FRACTION, ComponentConfig
-from gr.data.sequences import Sequences
+from gr.data.sequences import TIME, Sequences
 from gr.errors import UserError
 
 
 class Split:
-    """Interface.  ``names``: the held-out splits that can be evaluated."""
+    """Interface.  ``names``: the held-out splits that can be evaluated.  ``needs``: the columns of actions that it
+    looks at, beside the lengths of sequences."""
 
     names: tuple[str, ...] = ("valid", "test")
+    needs: frozenset[str] = frozenset()
+    config: ComponentConfig
 
     def training_rows(self, users: int) -> int:
         """How many of the dataset's first users take part in training."""
@@ -51,7 +54,7 @@ class LeaveOneOut(Split):
         holdout: Literal[1, 2] = 2
 
     def __init__(self, config: Config):
-        self.holdout = config.holdout
+        self.config, self.holdout = config, config.holdout
         self.names = ("test",) if config.holdout == 1 else ("valid", "test")
 
     def train_stop(self, rows: Sequences) -> np.ndarray:
@@ -71,6 +74,9 @@ class GlobalTime(Split):
         name: Literal["global_time"] = "global_time"
         valid_from: int
         test_from: int
+
+    needs = frozenset({TIME})
+    config: Config
 
     def __init__(self, config: Config):
         if config.valid_from > config.test_from:
@@ -103,6 +109,8 @@ class Records(Split):
         name: Literal["records"] = "records"
         train: FRACTION = 0.9
         valid: FRACTION = 0.0
+
+    config: Config
 
     def __init__(self, config: Config):
         self.config = config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -25,7 +25,8 @@ class Evaluation:
     Keeps what does not change between evaluations: which blocks hold targets, and the items' popularity.
     item_counts: (I,) training actions of each item; counted from the dataset when needed and not given.
     device: where modules score; other scorers work on the CPU.  The users are shared out over the ranks of the
-    process group, where one is initialised.
+    process group, where one is initialised.  columns: of actions that the scorers need beside ``item``; all of
+    numbers without it.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class Evaluation:
         *,
         device: torch.device | str = "cpu",
         item_counts: Tensor | None = None,
+        columns: Iterable[str] | None = None,
     ):
+        self.columns = columns
         self.dataset, self.split, self.config, self.device = dataset, split, config, device
         self._given_counts = item_counts
         self._requests: dict[str, HeldOutRequests] = {}
@@ -98,6 +101,7 @@ class Evaluation:
                 rank=dist.get_rank() if dist.is_initialized() else 0,
                 world=dist.get_world_size() if dist.is_initialized() else 1,
                 max_users=config.max_users,
+                columns=self.columns,
             )
         return self._requests[name]
 

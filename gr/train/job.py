@@ -15,8 +15,8 @@ from torch.utils import deterministic
 
 from gr import config as configs, registry
 from gr.config import RunConfig
+from gr.data.batches import Batches, Plan
 from gr.data.dataset import SequenceDataset
-from gr.data.loader import TrainingBatches
 from gr.data.order import Order
 from gr.data.popularity import training_counts
 from gr.data.split import Split
@@ -37,7 +37,7 @@ from gr.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 CHANGEABLE = (
-    *("eval", "checkpoint", "log", "data.path", "data.prefetch"),
+    *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels"),
 )
@@ -83,7 +83,7 @@ class Parts:
     item_counts: torch.Tensor
     model: Recommender
     optimizer: torch.optim.Optimizer
-    batches: TrainingBatches
+    batches: Batches
 
 
 def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
@@ -167,13 +167,15 @@ def build(config: RunConfig, parallel: Parallel) -> Parts:
         window_blocks=config.data.window_blocks,
         shuffle=config.data.order == "shuffle",
     )
-    batches = TrainingBatches(
+    needs = {"item", *(["time"] if model.encoder.uses_times else [])}
+    plan = Plan(
+        split, order, config.train.global_batch, config.data.max_length, config.data.tail, frozenset(needs)
+    )
+    ingest = registry.resolve(registry.INGEST, config.data.ingest.name, "data.ingest")
+    batches = ingest(
+        config.data.ingest,
         dataset,
-        split,
-        order,
-        global_batch=config.train.global_batch,
-        max_length=config.data.max_length,
-        tail=config.data.tail,
+        plan,
         rank=parallel.rank,
         ranks=parallel.ranks,
         prefetch=config.data.prefetch,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gr.config import RunConfig, to_dict
-from gr.data.loader import GlobalBatch, TrainingBatches
+from gr.data.batches import Batches, GlobalBatch
 from gr.errors import UserError
 from gr.models.recommender import Recommender
 from gr.models.step import StepContext
@@ -44,7 +44,7 @@ class Trainer:
         config: RunConfig,
         model: Recommender,
         optimizer: torch.optim.Optimizer,
-        batches: TrainingBatches,
+        batches: Batches,
         evaluation: Evaluation,
         parallel: Parallel,
         folder: RunFolder,

@@ -6,7 +6,7 @@ A schema file is YAML with the keys of :class:`LogSchema` and :class:`Preparatio
 from __future__ import annotations
 
 import codecs
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -26,6 +26,12 @@ class FieldColumn(Section):
     type: Literal["auto", "integer", "float", "string"] = "auto"
 
 
+def _free(fields: dict[str, Any]) -> dict[str, Any]:
+    if taken := fields.keys() & {"user_id", "item", "time", "type", "value"}:
+        raise ValueError(f"'{min(taken)}' is the name of a column that gr makes: give the field another")
+    return fields
+
+
 class Columns(Section):
     """Names of the log's columns.  Without ``time`` the order is the order in the files."""
 
@@ -34,7 +40,7 @@ class Columns(Section):
     time: str | None = None
     action_type: str | None = None
     value: str | None = None
-    fields: dict[str, FieldColumn | str] = {}
+    fields: Annotated[dict[str, FieldColumn | str], AfterValidator(_free)] = {}
 
 
 def _known_encoding(name: str) -> str:

@@ -23,7 +23,7 @@ from gr.train.reproduction.paired import paired, print_paired, to_json
 from gr.train.reproduction.table import ROOT, Measured, PublishedTable, Row, read_table
 
 NOT_THE_RESULT = (
-    *("run", "checkpoint", "log", "data.path", "data.prefetch"),
+    *("run", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
     *("eval.batch", "eval.max_scores", "eval.buckets"),
     *("train.device", "train.threads", "train.kernels", "train.micro_batch_actions"),
 )
