@@ -27,7 +27,7 @@ from gr.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 CHANGEABLE = (
-    *("eval", "checkpoint", "log", "data.path", "data.prefetch"),
+    *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
 )

@@ -33,6 +33,12 @@ class FieldColumn(Section):
     type: Literal["auto", "integer", "float", "string"] = "auto"
 
 
+def _free(fields: dict[str, Any]) -> dict[str, Any]:
+    if taken := fields.keys() & {"user_id", "item", "time", "type", "value"}:
+        raise ValueError(f"'{min(taken)}' is the name of a column that gr makes: give the field another")
+    return fields
+
+
 class Columns(Section):
     """Names of the log's columns, in the files or in names of folders (``dt=2024-01-31/``).  Without ``time`` the
     order is that of the files, by the numbers in their names, and of the rows in them."""
@@ -42,7 +48,7 @@ class Columns(Section):
     time: str | None = None
     action_type: str | None = None
     value: str | None = None
-    fields: dict[str, FieldColumn | str] = {}
+    fields: Annotated[dict[str, FieldColumn | str], AfterValidator(_free)] = {}
 
 
 def _known_encoding(name: str) -> str:
