@@ -123,6 +123,16 @@ class HeldOutRequests:
     def __iter__(self) -> Iterator[Request]:
         return _requests(self._parts(), self.batch, self.columns)
 
+    def empty(self) -> Request:
+        """A request about nobody, with the columns of the others."""
+        rows, nobody = self.dataset.read_block(0, self._read), np.empty(0, np.int64)
+        part = _Part(
+            samples=_carried(rows, self.columns).take(nobody),
+            excluded=_excluded(rows, nobody, nobody, nobody, self.exclude),
+            history_R=nobody,
+        )
+        return _request(part, self.columns)
+
     @property
     def share(self) -> int | None:
         """Users of this rank; known once a pass is over."""
@@ -134,8 +144,7 @@ class HeldOutRequests:
     def _parts(self) -> Iterator[_Part]:
         count = 0
         subset = self._subset
-        read = None if self.columns is None else {ITEM, USER_ID, *self.columns, *self.split.needs}
-        for rows, who_R, target_R in self._held_out(read):
+        for rows, who_R, target_R in self._held_out(self._read):
             if subset is not None:
                 inside = np.isin(rows.ordinals_R[who_R], subset, assume_unique=True)
                 who_R, target_R = who_R[inside], target_R[inside]
@@ -148,6 +157,10 @@ class HeldOutRequests:
                 excluded=_excluded(rows, who_R, first_R, target_R, self.exclude),
                 history_R=target_R,
             )
+
+    @property
+    def _read(self) -> set[str] | None:
+        return None if self.columns is None else {ITEM, USER_ID, *self.columns, *self.split.needs}
 
     def _held_out(self, columns: Iterable[str] | None) -> Iterator[tuple[Sequences, np.ndarray, np.ndarray]]:
         """Block by block: its rows (with ``columns``), the numbers of those with a target, and the targets' indices."""
