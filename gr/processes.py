@@ -203,9 +203,8 @@ def processes(device: str = "auto", threads: int | None = None, context: int = 1
         ) from error
     finally:
         torch.set_num_threads(previous_threads)
-        if (
-            not joined and dist.is_initialized()
-        ):  # made here, or for a table that can't do without, with one process too
+        # made above, or for a table that can't do without one
+        if not joined and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -6,7 +6,6 @@ import contextlib
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
