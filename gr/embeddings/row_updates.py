@@ -66,8 +66,8 @@ class RowUpdate(ABC):
     """An optimiser of one table's rows.  ``param_groups``: torch's, of which the rates are set."""
 
     param_groups: list[dict[str, Any]]
-    steps: int
-    """Steps so far, where the maths counts them."""
+    steps: int | None
+    """Steps so far; None where the maths doesn't count them."""
 
     @abstractmethod
     def step(self, gradients: RowGradients) -> None:
@@ -86,7 +86,9 @@ class AllRows(RowUpdate):
         table: Rows,
         optimizer: Callable[[Named], torch.optim.Optimizer],
         moments: Iterable[str],
+        counts_steps: bool,
     ) -> None:
+        self.counts_steps = counts_steps
         self.columns = {"weight": (table.weight_ID, table.dim)}
         if table.bias_I is not None:
             self.columns["bias"] = (table.bias_I, 1)
@@ -112,7 +114,8 @@ class AllRows(RowUpdate):
         for start, stop, parameters in self.chunks:
             for column, parameter in parameters.items():
                 state = self.optimizer.state[parameter]
-                state["step"] = torch.tensor(0.0)
+                if counts_steps:
+                    state["step"] = torch.tensor(0.0)
                 state.update({m: values[start:stop] for m, values in self._moments[column].items()})
 
     def step(self, gradients: RowGradients) -> None:
@@ -132,13 +135,17 @@ class AllRows(RowUpdate):
         return self._moments
 
     @property  # type: ignore[override]
-    def steps(self) -> int:
+    def steps(self) -> int | None:
+        if not self.counts_steps:
+            return None
         for _, _, parameters in self.chunks:
             return int(self.optimizer.state[parameters["weight"]]["step"])
         return 0
 
     @steps.setter
-    def steps(self, steps: int) -> None:
+    def steps(self, steps: int | None) -> None:
+        if steps is None:
+            return
         for _, _, parameters in self.chunks:
             for parameter in parameters.values():
                 self.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
@@ -147,7 +154,7 @@ class AllRows(RowUpdate):
 class SeenRows(RowUpdate):
     """Plain gradient descent: rows without a gradient stay."""
 
-    steps = 0
+    steps = None
 
     def __init__(self, table: Rows, param_groups: list[dict[str, Any]]) -> None:
         self.table, self.param_groups = table, param_groups

@@ -60,7 +60,7 @@ class AdamW:
         return torch.optim.AdamW(groups, fused=True, **settings)
 
     def of_rows(self, table: Rows) -> RowUpdate:
-        return AllRows(table, self.dense, self.moments)
+        return AllRows(table, self.dense, self.moments, counts_steps=True)
 
 
 class SGD:
@@ -89,7 +89,7 @@ class SGD:
         config = self.config
         decays = config.weight_decay or any(rule.weight_decay for rule in config.groups)
         if config.momentum or decays:
-            return AllRows(table, self.dense, self.moments)
+            return AllRows(table, self.dense, self.moments, counts_steps=False)
         columns = {f"tables.{table.name}.weight": table.weight_ID, f"tables.{table.name}.bias": table.bias_I}
         named = [(name, nn.Parameter(v, requires_grad=False)) for name, v in columns.items() if v is not None]
         return SeenRows(table, parameter_groups(named, config.groups, config.lr, config.weight_decay))

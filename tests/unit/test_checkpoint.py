@@ -85,6 +85,10 @@ def test_a_model_of_another_shape_is_refused(tmp_path):
             checkpoint.load(path, *model_and_engine(width=4)[: give + 1])
         with pytest.raises(UserError, match=r"has no parameter 'more\.weight'"):
             checkpoint.load(path, *model_and_engine(extra=True)[: give + 1])
+    path = save(tmp_path, 2, model_and_engine(extra=True)[1])
+    for give in (0, 1):
+        with pytest.raises(UserError, match=r"has parameter 'more\.\w+', which this model has not"):
+            checkpoint.load(path, *model_and_engine()[: give + 1])
 
 
 @pytest.mark.parametrize("moment", ["replace", "rmtree"])

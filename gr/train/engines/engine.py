@@ -124,7 +124,7 @@ class Engine(ABC):
             for column, moments in update.moments().items():
                 name = f"tables.{table}.{column}"
                 tensors |= {f"optimizer/{moment}/{name}": value for moment, value in moments.items()}
-                if moments:
+                if update.steps is not None:
                     tensors[f"optimizer/step/{name}"] = torch.tensor(float(update.steps))
         return tensors
 
