@@ -116,7 +116,11 @@ def rows_that_disagree() -> list[dict]:
     ("overrides", "metric", "step"),
     [
         ([], "ndcg@10", 2),
-        (["train.early_stopping={metric: mrr}", "eval.splits=[valid, test]"], "mrr", 3),
+        (
+            ["train.early_stopping={metric: mrr}", "eval.splits=[valid, test]", "data.split.holdout=2"],
+            "mrr",
+            3,
+        ),
         (["eval.ks=[50]"], "mrr", 3),
     ],
 )

@@ -19,10 +19,11 @@ from gr.data.split import LeaveOneOut
 from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
 from gr.eval.tables import buckets_tables, results_table
-from gr.models.recommender import Recommender
 from gr.train.folder import RunFolder
+from gr.train.parts import Catalogue, Data
 from gr.train.recommend import read_user_ids, recommend, write_item_vectors
 from gr.train.runs import OpenRun
+from tests.unit.models_common import retrieval
 
 torch.set_num_threads(1)
 ITEMS, K = 23, 20
@@ -58,18 +59,18 @@ def run(request, tmp_path):
             "train": {"kernels": "reference"},
         }
     )
-    counts = torch.zeros(ITEMS, dtype=torch.int64)
-    model = Recommender(config, ITEMS, counts).eval()
+    model = retrieval(config, ITEMS, torch.zeros(ITEMS, dtype=torch.int64)).eval()
     if biased:
-        torch.nn.init.normal_(model.similarity.bias, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(model.items.bias, generator=torch.Generator().manual_seed(1))
     split = LeaveOneOut(config.data.split)
-    return OpenRun(RunFolder(tmp_path), config, dataset, split, counts, model, step=1, epoch=1)
+    data = Data(dataset, split, Catalogue(dataset, split))
+    return OpenRun(RunFolder(tmp_path), config, data, model, step=1, epoch=1)
 
 
 def expected_lists(run, exclude, k, time=None):
     """Raw user -> (raw items, scores), by sorting all scores."""
     lists = {}
-    for asked in recommendation_requests(run.dataset, max_length=6, exclude=exclude, batch=3, time=time):
+    for asked in recommendation_requests(run.data.dataset, max_length=6, exclude=exclude, batch=3, time=time):
         scores_BI = run.model.scores(asked.batch)
         for i, user in enumerate(asked.users.tolist()):
             gone = asked.exclude_items[asked.exclude_offsets[i] : asked.exclude_offsets[i + 1]]
@@ -120,7 +121,7 @@ def test_nothing_half_written_is_left(run, tmp_path):
         recommend(run, tmp_path / "r.parquet", users=[])
     with pytest.raises(UserError, match="there is no folder"):
         recommend(run, tmp_path / "none" / "r.parquet")
-    run.model.table.weight.data.fill_(torch.nan)
+    run.model.items.weight.data.fill_(torch.nan)
     with pytest.raises(UserError, match="scores items as NaN"):
         recommend(run, tmp_path / "r.parquet")
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
@@ -163,12 +164,22 @@ def test_tables_fit_a_terminal_and_hold_the_figures():
     metrics["mrr"] = 0.0567
     bucket = {"from": 1000, "to": None, "users": 12, **metrics}
     result = EvalResult(
-        "test", 12, metrics, {"history": [{**bucket, "from": 1, "to": 4}, bucket]}, population=99
+        "test",
+        12,
+        metrics,
+        {"history": [{**bucket, "from": 1, "to": 4}, bucket]},
+        population=99,
+        heading="whole catalogue ranked",
     )
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(results_table({"popularity": result, "last_item": result}, "title"))
     for table in buckets_tables(result, "hstu"):
         console.print(table)
     text = console.export_text()
-    assert "…" not in text and "12 users of 99" in text and "1,000 and more" in text and "1 to 4" in text
+    assert (
+        "…" not in text
+        and "12 users of 99, whole catalogue ranked" in text
+        and "1,000 and more" in text
+        and "1 to 4" in text
+    )
     assert text.count("0.1234") == 2 * 12 + 2 * 4 and text.count("0.0567") == 4
