@@ -31,6 +31,7 @@ from gr.sections import (
     kind_of,
     validate,
 )
+from gr.shipped import find_config
 
 __all__ = [
     "COUNT",
@@ -103,15 +104,6 @@ class SimilaritySection(Section):
         return {} if self.normalize else {"eps": "normalize is false"}
 
 
-class ModelSection(Section):
-    dim: POSITIVE = 50
-    table_std: Annotated[float, Field(ge=0)] = 0.02
-    task: component(registry.TASKS, "model.task", default="next_item")  # type: ignore[valid-type]
-    input: InputSection = InputSection()
-    encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
-    similarity: SimilaritySection = SimilaritySection()
-
-
 class ParameterGroup(Section):
     """Parameters whose name matches ``match`` (a regular expression, searched) train with these values instead."""
 
@@ -157,6 +149,7 @@ class TrainSection(Section):
     threads: POSITIVE | None = None
     deterministic: bool = True
     kernels: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
+    engine: component(registry.ENGINES, "train.engine", default="ddp")  # type: ignore[valid-type]
     early_stopping: EarlyStopping | None = None
 
 
@@ -205,11 +198,13 @@ class RunConfig(Section):
 
     run: RunSection = RunSection()
     data: DataSection
-    model: ModelSection
-    objective: component(registry.OBJECTIVES, "objective")  # type: ignore[valid-type]
+    model: component(registry.MODELS, "model", default="retrieval")  # type: ignore[valid-type]
+    objective: component(registry.OBJECTIVES, "objective") | None = None  # type: ignore[valid-type]
     optimizer: component(registry.OPTIMIZERS, "optimizer")  # type: ignore[valid-type]
     schedule: ScheduleSection = ScheduleSection()
-    train: TrainSection = TrainSection()
+    train: TrainSection = Field(
+        default_factory=lambda: TrainSection.model_validate({})  # made when needed: its engine is looked up
+    )
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
@@ -223,8 +218,9 @@ class RunConfig(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in the YAML file ``path``, with what it extends and dotted ``overrides`` (``key.key=value``)."""
-    return from_dict(overridden(read_yaml(path, RunConfig), overrides, RunConfig))
+    """The config in the YAML file ``path``, or of that name among those that come with gr (``ml-1m/hstu``), with what
+    it extends and dotted ``overrides`` (``key.key=value``)."""
+    return from_dict(overridden(read_yaml(find_config(path), RunConfig), overrides, RunConfig))
 
 
 def from_dict(raw: Mapping[str, Any]) -> RunConfig:
@@ -253,7 +249,8 @@ def warn_of_idle_keys(config: RunConfig) -> None:
 
 
 def read_yaml(path: str | Path, schema: type[Section] | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, over what its ``extends:`` names (paths relative to the file).
+    """The mapping in a YAML file, over what its ``extends:`` names (paths relative to the file, or names of configs
+    that come with gr).
 
     schema: what the file describes; ``gr.overlay.merge`` needs it to know a component when it sees one.
     """
@@ -277,7 +274,11 @@ def _read(
         raw = _mapping(file, shown, above)
         merged: dict[str, Any] = {}
         for base in _bases(raw.pop("extends", []), shown):
-            below = _read(file.parent / base, base, schema, (*above, file), known)
+            try:
+                found = find_config(base, file.parent)
+            except UserError as error:
+                raise UserError(f"'{shown}' extends '{base}': {error}") from None
+            below = _read(found, base, schema, (*above, file), known)
             merged = merge(merged, below, schema)
         known[file] = merge(merged, raw, schema)
     return known[file]
@@ -289,10 +290,7 @@ def _mapping(file: Path, shown: str, above: Sequence[Path]) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        if above:
-            raise UserError(f"'{above[-1]}' extends '{shown}', and there is no such file: paths are relative "
-                            "to the file that says so") from None  # fmt: skip
-        raise UserError(f"no config file '{shown}': configs/ has the ones that come with gr") from None
+        raise UserError(f"no config file '{shown}': give a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read ({error}): give a YAML file in UTF-8") from None
     raw = yaml12.load(text, where)

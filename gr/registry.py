@@ -18,6 +18,24 @@ ENCODERS = {
     "gru4rec": "gr.models.gru4rec:GRU4Rec",
 }
 
+MODELS = {
+    "retrieval": "gr.models.retrieval:Retrieval",
+}
+
+TABLES = {
+    "local": "gr.embeddings.local:LocalTable",
+    "mapped": "gr.embeddings.mapped:MappedTable",
+}
+
+ENGINES = {
+    "ddp": "gr.train.engines.ddp:DDP",
+    "all_reduce": "gr.train.engines.all_reduce:AllReduce",
+}
+
+METRICS = {
+    "catalogue": "gr.eval.catalogue:CatalogueMetrics",
+}
+
 SPLITS = {
     "leave_one_out": "gr.data.split:LeaveOneOut",
     "global_time": "gr.data.split:GlobalTime",
@@ -47,6 +65,8 @@ BASELINES = {
 OPTIMIZERS = {
     "adamw": "gr.train.optimizers:AdamW",
     "sgd": "gr.train.optimizers:SGD",
+    "lazy_adam": "gr.train.optimizers:LazyAdam",
+    "rowwise_adagrad": "gr.train.optimizers:RowwiseAdagrad",
 }
 
 DATASETS = {

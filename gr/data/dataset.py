@@ -73,7 +73,7 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise UserError(
             f"no sequence dataset at '{path}' (manifest.json is missing): "
-            "make one with launch/prepare.py, or set data.path to one"
+            "make one with python -m gr prepare, or set data.path to one"
         )
     try:
         raw = json.loads(file.read_text())

@@ -9,13 +9,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gr.config import ModelSection
+from gr.config import ComponentConfig
 from gr.errors import UserError
 from gr.models.layout import JaggedLayout
 from gr.models.tasks import Task
-from gr_kernels.dispatch import known_or_auto
 from gr_kernels.hstu_attention import AttentionMask, hstu_attention
-from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
 
 
 class Encoder(Protocol):
@@ -31,19 +29,14 @@ class Encoder(Protocol):
     def __call__(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor: ...
 
 
-def check_causal(model: ModelSection, task: Task, encoder: Encoder) -> None:
+def check_causal(task: Task, encoder: Encoder, encoder_config: ComponentConfig) -> None:
     """Refuse an encoder that would see what it has to predict: the loss would fall to zero and nothing be learnt."""
     if task.needs_causal and not encoder.causal:
         raise UserError(
-            f"model.task {model.task.name} predicts each action from those before it, and model.encoder "
-            f"{model.encoder.name} sees those behind it too (causal is false): set model.encoder.causal=true, or "
+            f"model.task {task.config.name} predicts each action from those before it, and model.encoder "
+            f"{encoder_config.name} sees those behind it too (causal is false): set model.encoder.causal=true, or "
             "model.task=cloze"
         )
-
-
-def attention_kernel(kernels: str) -> str:
-    """The attention's implementation for the config key train.kernels: ``kernels`` where it has one, else auto."""
-    return known_or_auto(kernels, IMPLEMENTATIONS)
 
 
 def softmax_attention(
@@ -55,7 +48,6 @@ def softmax_attention(
     causal: bool,
     dropout: float,
     dropout_key: int,
-    implementation: str,
 ) -> Tensor:
     """Scaled dot-product attention inside each sequence, (T, H, V): softmax(q . k / sqrt(Q)) v."""
     return hstu_attention(
@@ -71,7 +63,6 @@ def softmax_attention(
         dropout=dropout,
         dropout_key=dropout_key,
         order=layout.start_order_B,
-        implementation=implementation,
     )
 
 

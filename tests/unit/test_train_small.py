@@ -203,17 +203,6 @@ def test_bf16_and_sgd_train(config):
     assert losses[-1] < losses[0]
 
 
-def test_a_table_is_not_rebuilt_from_a_run_that_was_trained_otherwise(tmp_path):
-    row = reproduction.Row(name="HSTU", config="hstu.yaml", published={}, source="")
-    there = configs.load(reproduction.ROOT / "configs/ml-1m/hstu.yaml", ["train.epochs=3"])
-    folder = str(tmp_path / "run")
-    RunFolder.make(
-        configs.override(there, [f"run.dir={folder}", "train.threads=1"]), configs.to_yaml(there), {}
-    )
-    with pytest.raises(UserError, match=r"was trained with train\.epochs=3, not 101"):
-        reproduction._train("ml-1m", row, folder, [], 1)
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

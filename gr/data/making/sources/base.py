@@ -1,4 +1,4 @@
-"""Source: the interface of everything that ``launch/prepare.py NAME`` can make."""
+"""Source: the interface of everything that the program ``prepare NAME`` can make."""
 
 from __future__ import annotations
 
