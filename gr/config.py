@@ -75,6 +75,9 @@ class DataSection(Section):
     window_blocks: POSITIVE = 64
     tail: Literal["keep", "drop"] = "keep"
     prefetch: POSITIVE = 4
+    ingest: component(registry.INGEST, "data.ingest") = Field(  # type: ignore[valid-type]
+        default_factory=lambda: {"name": "arrow"}, validate_default=True
+    )
 
 
 class InputSection(Section):

@@ -42,6 +42,11 @@ SPLITS = {
     "records": "gr.data.split:Records",
 }
 
+INGEST = {
+    "arrow": "gr.data.loader:Arrow",
+    "direct": "gr.data.loader:Direct",
+}
+
 TASKS = {
     "next_item": "gr.models.tasks:NextItem",
     "cloze": "gr.models.tasks:Cloze",

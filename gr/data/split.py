@@ -11,14 +11,17 @@ import numpy as np
 from pydantic import Field
 
 from gr.config import FRACTION, SEED, ComponentConfig
-from gr.data.sequences import Sequences
+from gr.data.sequences import TIME, Sequences
 from gr.errors import UserError, nearest
 
 
 class Split:
-    """Interface.  ``names``: the held-out splits that can be evaluated."""
+    """Interface.  ``names``: the held-out splits that can be evaluated.  ``needs``: the columns of actions that it
+    looks at, beside the lengths of sequences."""
 
     names: tuple[str, ...] = ("valid", "test")
+    needs: frozenset[str] = frozenset()
+    config: ComponentConfig
 
     def training_rows(self, users: int) -> int:
         """How many of the dataset's first users take part in training."""
@@ -55,7 +58,7 @@ class LeaveOneOut(Split):
         holdout: Annotated[int, Field(ge=1, le=2)] = 2
 
     def __init__(self, config: Config):
-        self.holdout = config.holdout
+        self.config, self.holdout = config, config.holdout
         self.names = ("test",) if config.holdout == 1 else ("valid", "test")
 
     def train_stop(self, rows: Sequences) -> np.ndarray:
@@ -75,6 +78,9 @@ class GlobalTime(Split):
         name: Literal["global_time"] = "global_time"
         valid_from: SEED
         test_from: SEED
+
+    needs = frozenset({TIME})
+    config: Config
 
     def __init__(self, config: Config):
         if config.valid_from > config.test_from:
@@ -107,6 +113,8 @@ class Records(Split):
         name: Literal["records"] = "records"
         train: FRACTION = 0.9
         valid: FRACTION = 0.0
+
+    config: Config
 
     def __init__(self, config: Config):
         self.config = config

@@ -9,7 +9,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gr.config import ComponentConfig
 from gr.errors import UserError
 from gr.models.layout import JaggedLayout
 from gr.models.tasks import Task
@@ -29,12 +28,12 @@ class Encoder(Protocol):
     def __call__(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor: ...
 
 
-def check_causal(task: Task, encoder: Encoder, encoder_config: ComponentConfig) -> None:
+def check_causal(task: Task, encoder: Encoder, encoder_name: str) -> None:
     """Refuse an encoder that would see what it has to predict: the loss would fall to zero and nothing be learnt."""
     if task.needs_causal and not encoder.causal:
         raise UserError(
             f"model.task {task.config.name} predicts each action from those before it, and model.encoder "
-            f"{encoder_config.name} sees those behind it too (causal is false): set model.encoder.causal=true, or "
+            f"{encoder_name} sees those behind it too (causal is false): set model.encoder.causal=true, or "
             "model.task=cloze"
         )
 

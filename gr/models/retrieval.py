@@ -64,7 +64,7 @@ class Retrieval(Model):
         max_length = run.data.max_length + self.task.extra_inputs
         self.input = ItemInput(config.input, config.dim, max_length, self.task.masks, config.table_std)
         self.encoder = config.encoder.build(config.dim, max_length)
-        check_causal(self.task, self.encoder, config.encoder)
+        check_causal(self.task, self.encoder, config.encoder.name)
         self.similarity = Similarity(config.similarity)
         self.objective = run.objective.build(self.similarity, catalogue)
         self.needs = frozenset({"item", "time"} if self.encoder.uses_times else {"item"})

@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
         tables.popularity_table(dataset, found),
     ):
         console.print(table)
+    for table in tables.remarks_tables(dataset):
+        console.print(table)
     if args.samples > 0:
         console.print(tables.samples_table(dataset, args.samples, args.actions))
     console.print(tables.health_table(dataset, found))

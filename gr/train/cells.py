@@ -27,7 +27,7 @@ TRAIN = (sys.executable, "-m", "gr.programs.train")
 """A training as a person starts it: by the program's name, in this interpreter."""
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 NOT_THE_RESULT = (
-    *("run", "checkpoint", "log", "data.path", "data.prefetch"),
+    *("run", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
     *("eval.batch", "eval.max_scores", "eval.buckets"),
     *("train.device", "train.threads", "train.kernels", "train.micro_batch_actions"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Evaluation:
 
     Keeps what does not change between evaluations: which blocks hold targets.  judged_by: the metric family.  Modules
     score on the processes' device, other scorers on the CPU; the users are dealt to the data axis.
+    columns: of actions that the scorers need beside ``item``; all of numbers without it.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class Evaluation:
         *,
         judged_by: str = "catalogue",
         processes: Processes | None = None,
+        columns: Iterable[str] | None = None,
     ):
         self.dataset, self.split, self.config, self.catalogue = dataset, split, config, catalogue
         self.processes = processes or Processes(torch.device("cpu"))
-        self.judged_by = judged_by
+        self.judged_by, self.columns = judged_by, columns
         self._requests: dict[str, HeldOutRequests] = {}
 
     def run(self, name: str, scorer: Any, *, advance: Advance | None = None) -> EvalResult:
@@ -97,5 +99,6 @@ class Evaluation:
                 rank=data.rank,
                 world=data.size,
                 max_users=config.max_users,
+                columns=self.columns,
             )
         return self._requests[name]

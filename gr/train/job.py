@@ -27,9 +27,9 @@ from gr.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 CHANGEABLE = (
-    *("eval", "checkpoint", "log", "data.path", "data.prefetch"),
+    *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
-    *("train.device", "train.threads", "train.kernels", "train.engine"),
+    *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gr.config import RunConfig, warn_of_idle_keys
+from gr.data.batches import Batches, Plan
 from gr.data.dataset import SequenceDataset
-from gr.data.loader import TrainingBatches
 from gr.data.order import Order
 from gr.data.popularity import training_counts
 from gr.data.split import Split
@@ -49,7 +49,7 @@ class Parts:
     data: Data
     model: Model
     engine: Engine
-    batches: TrainingBatches
+    batches: Batches
     evaluation: Evaluation
 
 
@@ -68,9 +68,15 @@ def build(config: RunConfig, processes: Processes) -> Parts:
         bf16=config.train.precision == "bf16",
     )
     evaluation = Evaluation(
-        data.dataset, data.split, config, data.catalogue, judged_by=model.judged_by, processes=processes
+        data.dataset,
+        data.split,
+        config,
+        data.catalogue,
+        judged_by=model.judged_by,
+        processes=processes,
+        columns=model.needs,
     )
-    return Parts(data, model, engine, build_batches(config, data, processes), evaluation)
+    return Parts(data, model, engine, build_batches(config, data, model.needs, processes), evaluation)
 
 
 def open_data(config: RunConfig) -> Data:
@@ -92,7 +98,7 @@ def build_model(config: RunConfig, data: Data, processes: Processes) -> Model:
     return model.place(processes.device)
 
 
-def build_batches(config: RunConfig, data: Data, processes: Processes) -> TrainingBatches:
+def build_batches(config: RunConfig, data: Data, needs: frozenset[str], processes: Processes) -> Batches:
     """This process's training batches; refuses a split that leaves none."""
     dataset, split = data.dataset, data.split
     order = Order(
@@ -103,13 +109,10 @@ def build_batches(config: RunConfig, data: Data, processes: Processes) -> Traini
         window_blocks=config.data.window_blocks,
         shuffle=config.data.order == "shuffle",
     )
-    batches = TrainingBatches(
+    plan = Plan(split, order, config.train.global_batch, config.data.max_length, config.data.tail, needs)
+    batches = config.data.ingest.build(
         dataset,
-        split,
-        order,
-        global_batch=config.train.global_batch,
-        max_length=config.data.max_length,
-        tail=config.data.tail,
+        plan,
         rank=processes.data.rank,
         ranks=processes.data.size,
         prefetch=config.data.prefetch,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gr.config import RunConfig, to_dict
-from gr.data.loader import GlobalBatch
+from gr.data.batches import GlobalBatch
 from gr.errors import UserError
 from gr.models.model import Supervised
 from gr.models.step import StepContext

@@ -218,7 +218,7 @@ def test_a_table_that_could_not_be_printed_is_refused_before_training(override, 
 def test_a_dataset_without_a_training_target_is_refused(tmp_path):
     writer = DatasetWriter(tmp_path / "data", "short", block_rows=2)
     users, offsets = np.arange(5), np.arange(0, 18, 3)
-    writer.add(Sequences(users, users, offsets, np.zeros(15, np.int32), np.arange(15)))
+    writer.add(Sequences.of(users, offsets, item=np.zeros(15, np.int32), time=np.arange(15)))
     writer.finish(pa.table({"item_id": [7], "count": [15]}))
     file = tmp_path / "tiny.yaml"
     file.write_text(CONFIG.format(run=tmp_path / "run", data=tmp_path / "data"))
