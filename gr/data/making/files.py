@@ -64,7 +64,7 @@ class DataFile:
         for folder in self.path.split("/")[:-1]:
             name, sign, value = folder.partition("=")
             if sign and name:
-                columns[unquote(name)] = None if value == MISSING_IN_PATH else unquote(value)
+                columns[unquote(name)] = None if value in ("", MISSING_IN_PATH) else unquote(value)
         return columns
 
     def parquet(self) -> pq.ParquetFile:
