@@ -65,7 +65,7 @@ class _Ours:
         lengths = (targets + 1,)
         batch = SequenceBatch(
             offsets_B1=torch.tensor([0, *lengths]),
-            items_T=torch.randint(shape.items, lengths),
+            columns={"item": torch.randint(shape.items, lengths)},
             ordinals_B=torch.zeros(1, dtype=torch.int64),
             lengths=lengths,
         )

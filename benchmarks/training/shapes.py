@@ -87,12 +87,11 @@ def generate(shape: Shape, seed: int = 1) -> Sequences:
     offsets_R1 = np.concatenate([[0], np.cumsum(lengths_R)])
     actions = int(offsets_R1[-1])
     seconds_A = np.cumsum(np.exp(rng.uniform(0, np.log(1e6), actions)).astype(np.int64))
-    return Sequences(
-        users_R=np.arange(shape.users),
-        ordinals_R=np.arange(shape.users),
-        offsets_R1=offsets_R1,
-        items_A=(shape.items * rng.random(actions) ** 2).astype(np.int32),
-        timestamps_A=seconds_A,
+    return Sequences.of(
+        np.arange(shape.users),
+        offsets_R1,
+        item=(shape.items * rng.random(actions) ** 2).astype(np.int32),
+        time=seconds_A,
     )
 
 

@@ -2,20 +2,21 @@
 
     DIR/sequences/part-00000.parquet   a row a user, list columns; one row group a block of ``block_rows`` users
     DIR/catalogue.parquet              a row an item, in row order: item_id, count, then whatever is known of it
-    DIR/manifest.json                  schema version, counts, block digests, fingerprint, provenance
+    DIR/manifest.json                  schema version, counts, columns, digests, fingerprint, provenance
+    DIR/counts/                        what was counted for a split (gr.data.catalogue); made again when it's gone
 
 The layout is canonical: the same actions give the same blocks, digests and fingerprint, whoever wrote them.
 Rows are users sorted by (hash64(id), id), or in the log's own order for a stream (``row_order: stream``).
+DIR may be a URL of anything that fsspec reads; datasets are written to a path of this machine.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,106 +24,43 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.sequences import Sequences
+from gr.data.catalogue import CATALOGUE, Catalogue
+from gr.data.columns import (
+    ColumnInfo,
+    block_digest,
+    canonical,
+    column_digest,
+    described,
+    from_table,
+    to_table,
+)
+from gr.data.folder import Folder, first_line, is_url
+from gr.data.hashing import hash_ids
+from gr.data.manifest import MANIFEST, SCHEMA_VERSION, Block, Manifest, fingerprint, place, read_manifest, to_json
+from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
 from gr.errors import UserError
 
-SCHEMA_VERSION = 1
 BLOCK_ROWS = 1024
-BLOCKS_PER_FILE = 256
-_OPTIONAL = ("timestamps", "action_types", "values")
-
-
-@dataclass(frozen=True)
-class Block:
-    """One row group: the unit of reading and of shuffling."""
-
-    file: str
-    row_group: int
-    rows: int
-    actions: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What manifest.json says.  ``columns``: the optional list columns present; ``provenance``: free for people.
-
-    ``fingerprint``: of the sequences; the order of training hangs on it.  ``generation``: of the sequences and the
-    raw ids that the item rows stand for; a run goes on with the generation that it began with.
-    """
-
-    name: str
-    schema_version: int
-    row_order: str
-    block_rows: int
-    users: int
-    items: int
-    actions: int
-    columns: list[str]
-    fields: list[str]
-    action_type_names: list[str]
-    fingerprint: str
-    generation: str
-    blocks: list[Block]
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the sequence dataset at ``path``; a UserError where there is none that this gr can read."""
-    file = path / "manifest.json"
-    if not file.is_file():
-        raise UserError(
-            f"no sequence dataset at '{path}' (manifest.json is missing): "
-            "make one with launch/prepare.py, or set data.path to one"
-        )
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"'{file}' is damaged, it is not JSON ({error}): prepare the dataset again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise UserError(f"'{file}' is not a manifest that gr wrote: prepare the dataset again")
-    difference = _difference_from_ours(raw)
-    if difference:
-        raise UserError(
-            f"the dataset at '{path}' was prepared by another version of gr (manifest.json: {difference}): "
-            "prepare it again"
-        )
-    return Manifest(**{**raw, "blocks": [Block(**block) for block in raw["blocks"]]})
-
-
-def _difference_from_ours(raw: dict[str, Any]) -> str:
-    """What sets a manifest's keys apart from those of this version, "" when nothing does."""
-    version = raw.get("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        return f"schema version {version}, where this gr reads {SCHEMA_VERSION}"
-    difference = _difference_in_keys(Manifest, raw)
-    if difference:
-        return difference
-    if not isinstance(raw["blocks"], list):
-        return "'blocks' is no list"
-    for number, block in enumerate(raw["blocks"]):
-        difference = _difference_in_keys(Block, block) if isinstance(block, dict) else "no table of keys"
-        if difference:
-            return f"block {number}: {difference}"
-    return ""
-
-
-def _difference_in_keys(kind: type[Manifest] | type[Block], raw: dict[str, Any]) -> str:
-    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    missing = [name for name in needed if name not in raw]
-    unknown = [name for name in raw if name not in {f.name for f in fields(kind)}]
-    parts = (("missing", missing), ("unknown", unknown))
-    return ", ".join(f"{what} {', '.join(map(repr, names))}" for what, names in parts if names)
+FOOTERS = 8
+"""Parquet footers kept: one of a file of 256 blocks takes some 0.3 MiB."""
+COLUMN_OF_LOG = {"time": "columns.time", "type": "columns.action_type", "value": "columns.value"}
 
 
 class SequenceDataset:
-    """A sequence dataset opened for reading; blocks are read when asked for."""
+    """A sequence dataset opened for reading; blocks are read when asked for.
+
+    Opening checks the manifest, and that all files are there.  What is read is checked against the digests that the
+    manifest keeps: a column of a block the first time that this object reads it.
+    """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        self.folder = Folder(path)
+        self.path: Path | str = self.folder.path
+        self.manifest = read_manifest(self.folder)
+        self._columns = {info.name: info for info in self.manifest.columns}
+        self._checked: set[tuple[int, str]] = set()
+        self._footer = lru_cache(FOOTERS)(self._read_footer)
+        self._check_files()
 
     users = property(lambda self: self.manifest.users)
     items = property(lambda self: self.manifest.items)
@@ -130,51 +68,115 @@ class SequenceDataset:
 
     @property
     def has_timestamps(self) -> bool:
-        return "timestamps" in self.manifest.columns
+        return TIME in self._columns
+
+    def column(self, name: str) -> ColumnInfo:
+        """What the manifest says of a column."""
+        return self._columns[name]
 
     def first_ordinal(self, block: int) -> int:
         return block * self.manifest.block_rows
 
-    def read_block(self, block: int) -> Sequences:
-        entry = self.manifest.blocks[block]
-        file = self.path / entry.file
-        try:
-            table = pq.ParquetFile(file).read_row_group(entry.row_group)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(
-                f"cannot read row group {entry.row_group} of '{file}' ({error}): prepare the dataset again"
-            ) from error
-        if table.num_rows != entry.rows:
-            raise UserError(
-                f"row group {entry.row_group} of '{file}' has {table.num_rows} rows, the manifest says {entry.rows}: "
-                "the files were changed after preparing; prepare the dataset again"
-            )
-        return _from_table(table, self.manifest, self.first_ordinal(block))
+    def require(self, columns: Iterable[str], who: str) -> None:
+        """Refuse a dataset without one of the columns that ``who`` needs."""
+        for name in columns:
+            if name not in self._columns:
+                key = COLUMN_OF_LOG.get(name, f"columns.fields.{name}")
+                raise UserError(
+                    f"{who} needs the column '{name}', and dataset '{self.path}' has {', '.join(self._columns)}: "
+                    f"prepare it again with that column mapped ({key} in the schema of the log)"
+                )
 
-    def read_rows(self, start: int, stop: int) -> Sequences:
+    def read_block(self, block: int, columns: Iterable[str] | None = None) -> Sequences:
+        """The rows of a block.  ``columns``: those wanted, of actions or of users, beside ``item``; all without it.
+        Nothing else is read."""
+        names = self._columns if columns is None else {ITEM, *columns}
+        infos = [info for info in self.manifest.columns if info.name in names]
+        if len(infos) < len(names):
+            self.require(names, "what reads it")
+        return from_table(self._read(block, infos), infos, self.first_ordinal(block))
+
+    def read_user_ids(self, block: int) -> np.ndarray:
+        """(rows,) raw ids of a block's users: int64 or str objects."""
+        return self._read(block, [self._columns[USER_ID]]).column(USER_ID).to_numpy()
+
+    def read_rows(self, start: int, stop: int, columns: Iterable[str] | None = None) -> Sequences:
         """Users ``start`` to ``stop`` (exclusive) of the dataset's order."""
         rows = self.manifest.block_rows
         parts = []
         for block in range(start // rows, -(-stop // rows)):
             base = self.first_ordinal(block)
-            whole = self.read_block(block)
-            parts.append(whole.take(np.arange(max(start - base, 0), min(stop - base, len(whole)))))
+            whole = self.read_block(block, columns)
+            parts.append(whole.slice(max(start - base, 0), min(stop - base, len(whole))))
         return Sequences.concatenate(parts)
 
     @cached_property
-    def catalogue(self) -> pa.Table:
-        """The items in row order: ``item_id``, ``count`` (actions in the log), then optional columns."""
-        file = self.path / "catalogue.parquet"
+    def catalogue(self) -> Catalogue:
+        """The items."""
+        return Catalogue(self)
+
+    def _check_files(self) -> None:
+        """All that the manifest names is there, and the catalogue has its rows."""
+        Catalogue(self).check_footer()
         try:
-            return pq.read_table(file)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"cannot read '{file}' ({error}): prepare the dataset again") from error
+            there = self.folder.files("sequences")
+        except OSError:
+            there = set()
+        for file in dict.fromkeys(block.file for block in self.manifest.blocks):
+            if file.removeprefix("sequences/") not in there:
+                raise UserError(f"'{self.folder.of(file)}' is missing: prepare the dataset again")
+
+    def _read(self, block: int, infos: list[ColumnInfo]) -> pa.Table:
+        """Columns of a block, as stored, checked."""
+        entry = self.manifest.blocks[block]
+        where = f"row group {entry.row_group} of '{self.folder.of(entry.file)}'"
+        try:
+            with self.folder.opened(entry.file) as source, pq.ParquetFile(
+                source, metadata=self._footer(entry.file), pre_buffer=self.folder.local is None
+            ) as parquet:
+                table = parquet.read_row_group(entry.row_group, columns=[info.name for info in infos])
+        except (OSError, pa.ArrowException, IndexError) as error:
+            raise UserError(f"cannot read {where} ({first_line(error)}): prepare the dataset again") from error
+        changed = "the files were changed after preparing; prepare the dataset again"
+        if table.num_rows != entry.rows:
+            raise UserError(
+                f"{where} has {table.num_rows} rows, the manifest says {entry.rows}: {changed}"
+            )
+        for info in infos:
+            if info.name not in table.column_names:
+                raise UserError(f"{where} has no column '{info.name}', the manifest says it has: {changed}")
+            if (block, info.name) not in self._checked:
+                self._check(table.column(info.name).combine_chunks(), info, entry, where, changed)
+                self._checked.add((block, info.name))
+        return table
+
+    @staticmethod
+    def _check(column: pa.Array, info: ColumnInfo, entry: Block, where: str, changed: str) -> None:
+        if not same_type(column.type, info.arrow):
+            raise UserError(
+                f"column '{info.name}' in {where} is of type {column.type}, the manifest says {info.arrow}: {changed}"
+            )
+        if column_digest(column) != entry.columns[info.name]:
+            raise UserError(
+                f"column '{info.name}' in {where} does not hold what was written there (its digest differs): {changed}"
+            )
+
+    def _read_footer(self, file: str) -> pq.FileMetaData:
+        with self.folder.opened(file) as source:
+            return pq.read_metadata(source)
+
+
+def same_type(one: pa.DataType, other: pa.DataType) -> bool:
+    """Whether two types are the same but for the names of list elements."""
+    while pa.types.is_list(one) and pa.types.is_list(other):
+        one, other = one.value_type, other.value_type
+    return one == other
 
 
 class DatasetWriter:
     """Writes a sequence dataset; nothing is visible at ``path`` until :meth:`finish`.
 
-    Rows must arrive in the dataset's order.  Memory: one block of pending rows.
+    Rows must arrive in the dataset's order, all with the same columns.  Memory: one block of pending rows.
     """
 
     def __init__(
@@ -187,6 +189,10 @@ class DatasetWriter:
         action_type_names: list[str] | None = None,
         overwrite: bool = False,
     ):
+        if is_url(os.fspath(path)):
+            raise UserError(
+                f"'{path}' is a URL, and a dataset is written to a path of this machine: prepare it there, then copy it"
+            )
         self.path = Path(path)
         if self.path.exists() and not overwrite:
             raise UserError(f"'{self.path}' exists: choose another --out, or say --overwrite")
@@ -204,8 +210,10 @@ class DatasetWriter:
         self._pending_rows = 0
         self._blocks: list[Block] = []
         self._writer: pq.ParquetWriter | None = None
-        self._columns: list[str] = []
-        self._fields: list[str] = []
+        self._columns: list[ColumnInfo] = []
+        self._last_user: tuple[int, Any] | None = None
+        self._sorted = row_order == "hash"
+        self._times: list[int] = []
         self.users = self.actions = 0
 
     def add(self, rows: Sequences) -> None:
@@ -214,8 +222,8 @@ class DatasetWriter:
         self._pending_rows += len(rows)
         while self._pending_rows >= self.block_rows:
             joined = Sequences.concatenate(self._pending)
-            self._write(joined.take(np.arange(self.block_rows)))
-            rest = joined.take(np.arange(self.block_rows, len(joined)))
+            self._write(joined.slice(0, self.block_rows))
+            rest = joined.slice(self.block_rows, len(joined))
             self._pending, self._pending_rows = [rest], len(rest)
 
     def finish(self, catalogue: pa.Table, provenance: dict[str, Any] | None = None) -> SequenceDataset:
@@ -225,12 +233,10 @@ class DatasetWriter:
         if self._writer is None:
             raise UserError(f"no sequence is left to write to '{self.path}': check the filters and the log")
         self._writer.close()
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (self.row_order, self.block_rows, catalogue.num_rows, *(b.digest for b in self._blocks)):
-            digest.update(f"{part};".encode())
-        fingerprint = digest.hexdigest()
-        digest.update("\n".join(map(str, catalogue["item_id"].to_pylist())).encode())
-        pq.write_table(catalogue, self._scratch / "catalogue.parquet")
+        pq.write_table(catalogue, self._scratch / CATALOGUE)
+        stored = pq.read_table(self._scratch / CATALOGUE)  # Parquet doesn't keep every type as it is
+        digests = [block.digest for block in self._blocks]
+        identity = (self.row_order, self.block_rows, catalogue.num_rows, digests)
         manifest = Manifest(
             name=self.name,
             schema_version=SCHEMA_VERSION,
@@ -240,16 +246,17 @@ class DatasetWriter:
             items=catalogue.num_rows,
             actions=self.actions,
             columns=self._columns,
-            fields=self._fields,
+            first_time=min(self._times, default=None),
+            last_time=max(self._times, default=None),
             action_type_names=self.action_type_names,
-            fingerprint=fingerprint,
-            generation=digest.hexdigest(),
-            blocks=self._blocks,
+            catalogue={n: column_digest(stored[n].combine_chunks()) for n in stored.column_names},
+            fingerprint=fingerprint(*identity),
+            generation=fingerprint(*identity, catalogue["item_id"].to_pylist()),
+            blocks=self._blocks if self._sorted else [replace(b, first_hash=None) for b in self._blocks],
+            digest="",
             provenance=provenance or {},
         )
-        (self._scratch / "manifest.json").write_text(
-            json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
-        )
+        (self._scratch / MANIFEST).write_text(to_json(manifest))
         if self.path.exists():
             shutil.rmtree(self.path)
         os.replace(self._scratch, self.path)
@@ -262,79 +269,48 @@ class DatasetWriter:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _write(self, rows: Sequences) -> None:
-        table = _to_table(rows)
-        number, row_group = divmod(len(self._blocks), BLOCKS_PER_FILE)
-        file = f"sequences/part-{number:05d}.parquet"
+        rows = canonical(rows)
+        infos, table = described(rows), to_table(rows)
+        file, row_group = place(len(self._blocks))
+        if not self._blocks:
+            self._columns = infos
+        elif infos != self._columns:
+            raise ValueError(f"rows with the columns {infos} after rows with {self._columns}")
         if row_group == 0:
             if self._writer is not None:
                 self._writer.close()
             self._writer = pq.ParquetWriter(self._scratch / file, table.schema, compression="zstd")
-            self._columns = [c for c in _OPTIONAL if c in table.column_names]
-            self._fields = [c.removeprefix("field.") for c in table.column_names if c.startswith("field.")]
         assert self._writer is not None
         self._writer.write_table(table, row_group_size=len(rows))
+        columns = {name: column_digest(table[name].combine_chunks()) for name in table.column_names}
+        first_hash = self._next_users(rows.users_R)
         actions = len(rows.items_A)
-        self._blocks.append(Block(file, row_group, len(rows), actions, _digest(rows)))
+        self._blocks.append(Block(file, row_group, len(rows), actions, block_digest(rows), columns, first_hash))
         self.users += len(rows)
         self.actions += actions
+        if rows.timestamps_A is not None and actions:
+            self._times += [int(rows.timestamps_A.min()), int(rows.timestamps_A.max())]
+            self._times = [min(self._times), max(self._times)]
+
+    def _next_users(self, users_R: np.ndarray) -> int:
+        """The hash of the first one; notes whether users still come in the order of (hash64(id), id)."""
+        if not self._sorted:
+            return 0
+        hashes_R = hash_ids(users_R)
+        if self._last_user is not None:
+            hash, user = self._last_user
+            hashes, users = np.append(np.uint64(hash), hashes_R), [user, *users_R.tolist()]
+        else:
+            hashes, users = hashes_R, users_R.tolist()
+        ties = np.flatnonzero(hashes[1:] == hashes[:-1]).tolist()
+        self._sorted = bool((hashes[1:] >= hashes[:-1]).all()) and all(users[n] < users[n + 1] for n in ties)
+        self._last_user = int(hashes_R[-1]), users[-1]
+        return int(hashes_R[0])
 
 
 def _replaceable(path: Path) -> bool:
     """Whether nothing but a dataset is lost with the folder."""
     if path.is_symlink() or not path.is_dir():
         return False
-    ours = {"sequences", "catalogue.parquet", "manifest.json", "quarantine"}
+    ours = {"sequences", CATALOGUE, MANIFEST, "quarantine", "counts"}
     return {entry.name for entry in path.iterdir()} <= ours
-
-
-def _to_table(rows: Sequences) -> pa.Table:
-    # rows cut from a larger batch start at a non-zero offset nowhere: Sequences are always compact
-    offsets = pa.array(rows.offsets_R1.astype(np.int32))
-    users = pa.array(rows.users_R.tolist() if rows.users_R.dtype == object else rows.users_R)
-    columns: dict[str, pa.Array] = {
-        "user_id": users,
-        "items": pa.ListArray.from_arrays(offsets, rows.items_A),
-    }
-    for name in _OPTIONAL:
-        if (column := getattr(rows, f"{name}_A")) is not None:
-            columns[name] = pa.ListArray.from_arrays(offsets, column)
-    for name, column in (rows.fields_A or {}).items():
-        columns[f"field.{name}"] = pa.ListArray.from_arrays(
-            offsets, pa.array(column.tolist() if column.dtype == object else column)
-        )
-    return pa.table(columns)
-
-
-def _from_table(table: pa.Table, manifest: Manifest, first_ordinal: int) -> Sequences:
-    def values(name: str) -> np.ndarray:
-        return table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-
-    lists = table.column("items").combine_chunks()
-    offsets = lists.offsets.to_numpy().astype(np.int64)
-    return Sequences(
-        users_R=table.column("user_id").to_numpy(),
-        ordinals_R=np.arange(first_ordinal, first_ordinal + table.num_rows),
-        offsets_R1=offsets - offsets[0],
-        items_A=values("items"),
-        timestamps_A=values("timestamps") if "timestamps" in manifest.columns else None,
-        action_types_A=values("action_types") if "action_types" in manifest.columns else None,
-        values_A=values("values") if "values" in manifest.columns else None,
-        fields_A={name: values(f"field.{name}") for name in manifest.fields} or None,
-    )
-
-
-def _digest(rows: Sequences) -> str:
-    """Digest of a block's content, whatever its encoding on disk: little-endian arrays, ids as text."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update("\n".join(map(str, rows.users_R.tolist())).encode())
-    for array, dtype in (
-        (rows.offsets_R1, "<i8"),
-        (rows.items_A, "<i4"),
-        (rows.timestamps_A, "<i8"),
-        (rows.action_types_A, "<i4"),
-        (rows.values_A, "<f4"),
-    ):
-        digest.update(b"|" if array is None else np.ascontiguousarray(array, dtype=dtype).tobytes())
-    for name, column in sorted((rows.fields_A or {}).items()):
-        digest.update(f"|{name}|{column.tolist()!r}".encode())
-    return digest.hexdigest()

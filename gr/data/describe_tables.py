@@ -32,7 +32,7 @@ def preparation_tables(dataset: SequenceDataset) -> list[Table]:
             table.add_row(stage["stage"], *("" if n is None else f"{n:,}" for n in counts))
         tables.append(table)
     if reasons := provenance.get("quarantined"):
-        title = escape(str(dataset.path / "quarantine"))
+        title = escape(f"{dataset.path}/quarantine")
         table = Table("quarantined because", title=title, title_justify="left")
         table.add_column("rows", justify="right")
         for reason, count in reasons.items():
@@ -70,9 +70,9 @@ def counts_table(dataset: SequenceDataset, found: Description) -> Table:
         doubt = f"\n[yellow]{said}" if (said := found.unit_doubt()) else ""
         table.add_row("times (UTC)", f"{first} to\n{last}{doubt}")
     known = [c for c in dataset.catalogue.column_names if c not in ("item_id", "count")]
-    table.add_row(
-        "columns of the actions", escape(", ".join([*manifest.columns, *manifest.fields]) or "none")
-    )
+    for of in ("actions", "users"):
+        named = ", ".join(f"{c.name} ({c.type})" for c in manifest.columns if c.of == of)
+        table.add_row(f"columns of the {of}", escape(named))
     table.add_row("columns of the catalogue", escape(", ".join(known) or "none"))
     if manifest.action_type_names:
         table.add_row("action types", escape(", ".join(manifest.action_type_names[:20])))

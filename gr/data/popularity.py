@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gr.data.dataset import SequenceDataset
-from gr.data.sequences import Sequences
+from gr.data.sequences import ITEM, Sequences
 from gr.data.split import Split
 
 
@@ -17,7 +17,7 @@ def training_sequences(dataset: SequenceDataset, split: Split) -> Iterator[Seque
     for block in range(len(dataset.manifest.blocks)):
         if left <= 0:
             return
-        rows = dataset.read_block(block)
+        rows = dataset.read_block(block, {ITEM, *split.needs})
         stop_R = split.train_stop(rows)[:left]
         left -= len(rows)
         yield rows.take(np.arange(len(stop_R)), stop=stop_R)

@@ -16,16 +16,15 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from gr.batch import UNKNOWN, SequenceBatch
 from gr.data.collate import collate
 from gr.data.dataset import SequenceDataset
-from gr.data.hashing import derive, mix64
+from gr.data.hashing import derive, hash_ids, mix64
 from gr.data.making.times import YEAR_2200
-from gr.data.sequences import Sequences
+from gr.data.sequences import ITEM, USER_ID, Sequences
 from gr.data.split import Split
 from gr.errors import UserError
 
@@ -75,6 +74,7 @@ def requests(
     rank: int = 0,
     world: int = 1,
     max_users: int | None = None,
+    columns: Iterable[str] | None = None,
 ) -> HeldOutRequests:
     """The requests of ``split``'s held-out actions ``name`` that belong to process ``rank`` of ``world``."""
     return HeldOutRequests(
@@ -87,6 +87,7 @@ def requests(
         rank=rank,
         world=world,
         max_users=max_users,
+        columns=columns if columns is None else frozenset(columns),
     )
 
 
@@ -98,7 +99,8 @@ class HeldOutRequests:
     number of processes.  ``max_users`` keeps that many users, the same ones for a dataset each time (those with the
     smallest keyed hash).  One block and one batch are in memory; after the first pass, blocks without a target are
     not read again.  ``exclude``: ``kept`` takes the ``max_length`` history items the model is shown out of the
-    ranking, ``all`` the whole history's.
+    ranking, ``all`` the whole history's.  ``columns``: those that the batches carry beside ``item``; every one of
+    numbers without it.
     """
 
     dataset: SequenceDataset
@@ -110,6 +112,7 @@ class HeldOutRequests:
     rank: int = 0
     world: int = 1
     max_users: int | None = None
+    columns: frozenset[str] | None = None
     population: int | None = field(default=None, init=False)
     """Users with a target in this split; known once a pass is over."""
 
@@ -118,7 +121,7 @@ class HeldOutRequests:
         self._blocks: Sequence[int] = range(len(self.dataset.manifest.blocks))
 
     def __iter__(self) -> Iterator[Request]:
-        return _requests(self._parts(), self.batch)
+        return _requests(self._parts(), self.batch, self.columns)
 
     @property
     def share(self) -> int | None:
@@ -131,7 +134,8 @@ class HeldOutRequests:
     def _parts(self) -> Iterator[_Part]:
         count = 0
         subset = self._subset
-        for rows, who_R, target_R in self._held_out():
+        read = None if self.columns is None else {ITEM, USER_ID, *self.columns, *self.split.needs}
+        for rows, who_R, target_R in self._held_out(read):
             if subset is not None:
                 inside = np.isin(rows.ordinals_R[who_R], subset, assume_unique=True)
                 who_R, target_R = who_R[inside], target_R[inside]
@@ -140,16 +144,16 @@ class HeldOutRequests:
             who_R, target_R = who_R[mine], target_R[mine]
             first_R = np.maximum(target_R - self.max_length, 0)
             yield _Part(
-                samples=rows.take(who_R, first_R, target_R + 1),
+                samples=_carried(rows, self.columns).take(who_R, first_R, target_R + 1),
                 excluded=_excluded(rows, who_R, first_R, target_R, self.exclude),
                 history_R=target_R,
             )
 
-    def _held_out(self) -> Iterator[tuple[Sequences, np.ndarray, np.ndarray]]:
-        """Block by block: its rows, the numbers of those with a target, and the targets' indices."""
+    def _held_out(self, columns: Iterable[str] | None) -> Iterator[tuple[Sequences, np.ndarray, np.ndarray]]:
+        """Block by block: its rows (with ``columns``), the numbers of those with a target, and the targets' indices."""
         found, population = [], 0
         for block in self._blocks:
-            rows = self.dataset.read_block(block)
+            rows = self.dataset.read_block(block, columns)
             index_R = self.split.target(rows, self.name, self.dataset.users)
             who_R = np.flatnonzero(index_R >= 0)
             if len(who_R):
@@ -165,7 +169,7 @@ class HeldOutRequests:
             return None
         key = np.uint64(derive("evaluation users", self.dataset.manifest.fingerprint))
         kept = np.empty(0, np.int64)
-        for rows, who_R, _ in self._held_out():
+        for rows, who_R, _ in self._held_out({ITEM, *self.split.needs}):
             kept = np.concatenate([kept, rows.ordinals_R[who_R]])
             if len(kept) > self.max_users:
                 order = np.argpartition(mix64(kept.astype(np.uint64) ^ key), self.max_users - 1)
@@ -179,14 +183,16 @@ def recommendation_requests(
     max_length: int,
     exclude: Exclude = "kept",
     batch: int = 256,
-    users: Iterable[Any] | None = None,
+    users: Iterable[Any] | FoundUsers | None = None,
     time: int | None = None,
+    columns: Iterable[str] | None = None,
 ) -> Iterator[Request]:
     """Requests for what comes next: all that is known of each user, then an ``UNKNOWN`` action.
 
     users: raw ids (all users without it), each answered once, in the dataset's order.  An id that the dataset
-    does not know is an error, raised by this call and not by the first request.  time: the time of the request in
-    seconds; without it, the time of the user's last action.
+    does not know is an error, raised by this call and not by the first request; who would rather answer the others
+    gives what :func:`find_users` found.  time: the time of the request in seconds; without it, the time of the
+    user's last action.  columns: those that the batches carry beside ``item``; every one of numbers without it.
     """
     if time is not None and not dataset.has_timestamps:
         raise UserError("a time of request was given, but this dataset has no timestamps: leave it out")
@@ -194,9 +200,12 @@ def recommendation_requests(
         raise UserError(
             f"the time of request {time} is not between the years 1740 and 2200: give it in seconds since 1970"
         )
-    blocks = range(len(dataset.manifest.blocks))
-    wanted = dict.fromkeys(blocks) if users is None else find_users(dataset, users)
-    return _requests(_recommendation_parts(dataset, wanted, max_length, exclude, time), batch)
+    wanted: dict[int, np.ndarray] | dict[int, None] = dict.fromkeys(range(len(dataset.manifest.blocks)))
+    if users is not None:
+        found = users if isinstance(users, FoundUsers) else find_users(dataset, users).refuse_unknown()
+        wanted = found.rows
+    carried = None if columns is None else frozenset(columns)
+    return _requests(_recommendation_parts(dataset, wanted, max_length, exclude, time, carried), batch, carried)
 
 
 def _recommendation_parts(
@@ -205,51 +214,89 @@ def _recommendation_parts(
     max_length: int,
     exclude: Exclude,
     time: int | None,
+    columns: frozenset[str] | None,
 ) -> Iterator[_Part]:
     for block, who in wanted.items():
-        rows = dataset.read_block(block)
+        rows = dataset.read_block(block, None if columns is None else {ITEM, USER_ID, *columns})
         who_R = np.arange(len(rows)) if who is None else who
         history_R = rows.lengths_R[who_R]
         first_R = np.maximum(history_R - max_length, 0)
         yield _Part(
-            samples=_append_unknown(rows.take(who_R, first_R, history_R), time),
+            samples=_carried(rows, columns).take(who_R, first_R, history_R).append_unknown(time),
             excluded=_excluded(rows, who_R, first_R, history_R, exclude),
             history_R=history_R,
         )
 
 
-def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> dict[int, np.ndarray]:
-    """Where users are: block -> their row numbers in it, ascending.  Ids may be written as text; repeats are dropped.
+@dataclass(frozen=True)
+class FoundUsers:
+    """Where users are.
 
-    Reads the id column alone.  Raises UserError when an id is not in the dataset.
+    rows: block -> their row numbers in it, ascending.  unknown: ids that the dataset does not have, as they were
+    given and in that order, each once.  dataset: its path.
     """
-    left = list(dict.fromkeys(ids))
+
+    rows: dict[int, np.ndarray]
+    unknown: list[Any]
+    dataset: str
+
+    @property
+    def users(self) -> int:
+        """How many were found."""
+        return sum(map(len, self.rows.values()))
+
+    def refuse_unknown(self) -> FoundUsers:
+        """Itself, if all were found; else a UserError."""
+        if not self.unknown:
+            return self
+        raise UserError(
+            f"{len(self.unknown)} of {len(self.unknown) + self.users} users are not in the dataset '{self.dataset}', "
+            f"the first is {self.unknown[0]!r}: take them out of the list, or prepare a dataset that has them"
+        )
+
+
+def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> FoundUsers:
+    """Where the users with these raw ids are.  Ids may be written as text; repeats are dropped.
+
+    Users are stored in the order of (hash64(id), id) and the manifest keeps each block's first hash, so that only the
+    blocks that can hold them are asked, for their id column alone; a dataset in another order is read through.
+    """
+    blocks = dataset.manifest.blocks
+    integers = dataset.column(USER_ID).type != "string"
+    given: dict[Any, Any] = {}  # id in the dataset's type -> as it was first written
+    for written in ids:
+        given.setdefault(_as_id(written, integers), written)
+    sought: dict[int, set[Any]] = {}
+    if blocks[0].first_hash is None:
+        sought = dict.fromkeys(range(len(blocks)), set(given))
+    else:
+        candidates = [user for user in given if isinstance(user, int) == integers]
+        hashes = hash_ids(np.array(candidates, np.int64 if integers else object))
+        firsts = np.array([block.first_hash for block in blocks], np.uint64)
+        # users of one hash may lie on both sides of a border: from the last block that begins before it
+        starts = np.maximum(np.searchsorted(firsts, hashes, "left") - 1, 0).tolist()
+        stops = np.searchsorted(firsts, hashes, "right").tolist()
+        for user, start, stop in zip(candidates, starts, stops, strict=True):
+            for number in range(start, stop):
+                sought.setdefault(number, set()).add(user)
     found: dict[int, np.ndarray] = {}
-    sought: set[Any] | None = None
-    integers = False
-    for number, block in enumerate(dataset.manifest.blocks):
-        file = pq.ParquetFile(dataset.path / block.file)
-        known = file.read_row_group(block.row_group, columns=["user_id"]).column("user_id").to_numpy()
-        if sought is None:
-            integers = np.issubdtype(known.dtype, np.integer)
-            sought = {_as_id(i, integers) for i in left}
-        rows = np.flatnonzero([user in sought for user in known.tolist()])
+    for number in sorted(sought):
+        if not given:
+            break
+        users = dataset.read_user_ids(number).tolist()
+        rows = np.flatnonzero([user in sought[number] for user in users])
         if len(rows):
             found[number] = rows
-            sought.difference_update(known[rows].tolist())
-    if sought:
-        first = next(i for i in left if _as_id(i, integers) in sought)
-        raise UserError(
-            f"{len(sought)} of {len(left)} users are not in the dataset '{dataset.path}', the first is {first!r}: "
-            "take them out of the list, or prepare a dataset that has them"
-        )
-    return found
+            for row in rows.tolist():
+                given.pop(users[row], None)
+    return FoundUsers(found, list(given.values()), str(dataset.path))
 
 
 def _as_id(value: Any, integers: bool) -> Any:
-    """``value`` as an id of the dataset's type; text that is no integer stays text, which is found nowhere."""
+    """``value`` as an id of the dataset's type; text that is no 64-bit integer stays text, which is found nowhere."""
     text = str(value)
-    return int(text) if integers and re.fullmatch(r"0|-?[1-9]\d*", text) else text
+    whole = integers and re.fullmatch(r"0|-?[1-9]\d{0,18}", text) is not None
+    return int(text) if whole and -(2**63) <= int(text) < 2**63 else text
 
 
 @dataclass(frozen=True)
@@ -264,8 +311,10 @@ class _Part:
         return len(self.history_R)
 
     def take(self, start: int, stop: int) -> _Part:
-        rows = np.arange(start, min(stop, len(self)))
-        return _Part(self.samples.take(rows), self.excluded.take(rows), self.history_R[rows])
+        stop = min(stop, len(self))
+        return _Part(
+            self.samples.slice(start, stop), self.excluded.slice(start, stop), self.history_R[start:stop]
+        )
 
     @staticmethod
     def concatenate(parts: list[_Part]) -> _Part:
@@ -276,37 +325,19 @@ class _Part:
         )
 
 
+def _carried(rows: Sequences, columns: frozenset[str] | None) -> Sequences:
+    """Without the columns that only the split, or nobody, looks at."""
+    return rows if columns is None else rows.select({ITEM, USER_ID, *columns})
+
+
 def _excluded(
     rows: Sequences, who_R: np.ndarray, first_R: np.ndarray, stop_R: np.ndarray, exclude: Exclude
 ) -> Sequences:
     first = {"none": stop_R, "kept": first_R, "all": np.zeros_like(stop_R)}[exclude]
-    items_only = replace(rows, timestamps_A=None, action_types_A=None, values_A=None, fields_A=None)
-    return items_only.take(who_R, first, stop_R)
+    return rows.select({ITEM}).take(who_R, first, stop_R)
 
 
-def _append_unknown(rows: Sequences, time: int | None) -> Sequences:
-    """Each row with one more action: an unknown item at ``time``, of the type (and time) of the row's last action
-    (0 where the row is empty)."""
-    end = rows.offsets_R1[1:]
-    last = np.where(rows.lengths_R > 0, end, 0)  # in a column that starts with a 0
-
-    def append(column: np.ndarray | None, value: Any = None) -> np.ndarray | None:
-        if column is None:
-            return None
-        return np.insert(column, end, np.insert(column, 0, 0)[last] if value is None else value)
-
-    return replace(
-        rows,
-        offsets_R1=rows.offsets_R1 + np.arange(len(rows) + 1),
-        items_A=np.insert(rows.items_A, end, UNKNOWN),
-        timestamps_A=append(rows.timestamps_A, time),
-        action_types_A=append(rows.action_types_A),
-        values_A=None,
-        fields_A=None,
-    )
-
-
-def _requests(parts: Iterable[_Part], batch: int) -> Iterator[Request]:
+def _requests(parts: Iterable[_Part], batch: int, columns: frozenset[str] | None) -> Iterator[Request]:
     """Parts of any size, joined and cut into requests of ``batch`` users; the last one may be smaller."""
     pending: list[_Part] = []
     count = 0
@@ -317,13 +348,13 @@ def _requests(parts: Iterable[_Part], batch: int) -> Iterator[Request]:
             joined = _Part.concatenate(pending)
             whole = count // batch * batch
             for start in range(0, whole, batch):
-                yield _request(joined.take(start, start + batch))
+                yield _request(joined.take(start, start + batch), columns)
             pending, count = [joined.take(whole, count)], count - whole
     if count:
-        yield _request(_Part.concatenate(pending))
+        yield _request(_Part.concatenate(pending), columns)
 
 
-def _request(part: _Part) -> Request:
+def _request(part: _Part, columns: frozenset[str] | None) -> Request:
     samples = part.samples
     targets_B = samples.items_A[samples.offsets_R1[1:] - 1].astype(np.int64)
     owner_E = np.repeat(np.arange(len(part)), part.excluded.lengths_R)
@@ -331,7 +362,7 @@ def _request(part: _Part) -> Request:
     stays = excluded_E != targets_B[owner_E]
     counts = np.bincount(owner_E[stays], minlength=len(part))
     return Request(
-        batch=collate(samples),
+        batch=collate(samples, columns),
         targets_B=torch.from_numpy(targets_B),
         exclude_offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)),
         exclude_items=torch.from_numpy(excluded_E[stays]),

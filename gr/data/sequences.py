@@ -5,81 +5,173 @@ Shapes: R rows (users), A actions of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from gr.batch import UNKNOWN, Jagged
+
+ITEM, TIME, TYPE, VALUE, USER_ID = "item", "time", "type", "value", "user_id"
+DTYPES = {ITEM: np.int32, TIME: np.int64, TYPE: np.int32, VALUE: np.float32}
+"""Of the columns of actions that every dataset may have; declared fields have their own."""
+
+Column = np.ndarray | Jagged
+Change = Callable[[Column], Column]
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """R users' whole sequences, each in time order.
+    """R users' sequences, each in time order.
 
-    users_R: raw user ids (int64 or str objects).  ordinals_R: int64, rows' numbers in the dataset's order.
-    offsets_R1: int64.  items_A: int32 catalogue rows.
-    timestamps_A: int64 seconds or None.  action_types_A: int32 codes or None.  values_A: float32 or None.
-    fields_A: extra per-action columns by name.
+    offsets_R1: int64.  ordinals_R: int64, rows' numbers in the dataset's order.
+    columns: of actions by name, A each: ``item`` (int32 catalogue rows), perhaps ``time`` (int64 seconds), ``type``
+    (int32 codes), ``value`` (float32), and declared fields (numbers, or str objects); a multi-valued one is
+    :class:`gr.batch.Jagged`, A lists.  user_columns: of users by name, R each: ``user_id``, raw ids (int64 or str
+    objects), and what else is known of users.
     """
 
-    users_R: np.ndarray
-    ordinals_R: np.ndarray
     offsets_R1: np.ndarray
-    items_A: np.ndarray
-    timestamps_A: np.ndarray | None = None
-    action_types_A: np.ndarray | None = None
-    values_A: np.ndarray | None = None
-    fields_A: dict[str, np.ndarray] | None = None
+    ordinals_R: np.ndarray
+    columns: Mapping[str, Column]
+    user_columns: Mapping[str, Column] = field(default_factory=dict)
+
+    @staticmethod
+    def of(users_R: np.ndarray, offsets_R1: np.ndarray, **columns: Column | None) -> Sequences:
+        """The sequences of ``users_R``, numbered from 0; columns that are None are left out."""
+        return Sequences(
+            np.asarray(offsets_R1, np.int64),
+            np.arange(len(users_R)),
+            {name: column for name, column in columns.items() if column is not None},
+            {USER_ID: np.asarray(users_R)},
+        )
 
     def __len__(self) -> int:
-        return len(self.users_R)
+        return len(self.offsets_R1) - 1
 
     @property
     def lengths_R(self) -> np.ndarray:
         return np.diff(self.offsets_R1)
+
+    @property
+    def users_R(self) -> np.ndarray:
+        """Raw ids."""
+        return self.user_columns[USER_ID]  # type: ignore[return-value]
+
+    @property
+    def items_A(self) -> np.ndarray:
+        return self.columns[ITEM]  # type: ignore[return-value]
+
+    @property
+    def timestamps_A(self) -> np.ndarray | None:
+        """None where times are unknown, or were not asked for."""
+        return self.columns.get(TIME)  # type: ignore[return-value]
+
+    def select(self, names: Iterable[str]) -> Sequences:
+        """Only these columns, of actions or of users; one that is not there stays away."""
+        wanted = set(names)
+        return replace(
+            self,
+            columns={name: column for name, column in self.columns.items() if name in wanted},
+            user_columns={name: column for name, column in self.user_columns.items() if name in wanted},
+        )
 
     def take(self, rows: np.ndarray, first: np.ndarray | None = None, stop: np.ndarray | None = None) -> Sequences:
         """The given rows, each cut to its actions ``first[i]:stop[i]`` (counted within the sequence)."""
         base = self.offsets_R1[rows]
         begin = base if first is None else base + first
         end = self.offsets_R1[rows + 1] if stop is None else base + stop
-        lengths = np.maximum(end - begin, 0)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        # action j of the result's row i comes from begin[i] + j: one arange, shifted row by row
-        source = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
+        offsets, source = runs(begin, end)
+        return self._each(lambda column: gather(column, source), lambda column: gather(column, rows), offsets)
 
-        def pick(column):
-            return None if column is None else column[source]
+    def slice(self, start: int, stop: int) -> Sequences:
+        """Rows ``start`` to ``stop`` (exclusive), without copies."""
+        offsets = self.offsets_R1[start : stop + 1]
+        first, last = int(offsets[0]), int(offsets[-1])
+        return self._each(lambda column: column[first:last], lambda column: column[start:stop], offsets - first)
 
-        return Sequences(
-            users_R=self.users_R[rows],
-            ordinals_R=self.ordinals_R[rows],
-            offsets_R1=offsets,
-            items_A=self.items_A[source],
-            timestamps_A=pick(self.timestamps_A),
-            action_types_A=pick(self.action_types_A),
-            values_A=pick(self.values_A),
-            fields_A=None if self.fields_A is None else {k: v[source] for k, v in self.fields_A.items()},
-        )
+    def append_unknown(self, time: int | None) -> Sequences:
+        """Each row with one more action, an unknown item at ``time``.
+
+        What else an action has is as in the row's last one (its time too where ``time`` is None), and 0, "" or an
+        empty list where the row has none.
+        """
+        end, lengths = self.offsets_R1[1:], self.lengths_R
+        offsets = self.offsets_R1 + np.arange(len(self) + 1)
+        new = offsets[1:] - 1  # places of the appended actions
+        # Rows of the result come from these actions; a repeated one stands in for what is to be put in its place.
+        source = np.insert(np.arange(end[-1] if len(end) else 0), end, np.maximum(end - 1, 0))
+        lone = new[lengths == 0]
+
+        def extend(column: Column) -> Column:
+            if isinstance(column, Jagged):
+                counts = np.diff(column.offsets)
+                starts = column.offsets[:-1][source] if len(counts) else np.zeros(len(source), np.int64)
+                counts = counts[source] if len(counts) else np.zeros(len(source), np.int64)
+                counts[lone] = 0
+                return Jagged(*_picked(column.values, starts, starts + counts))
+            blank = "" if column.dtype == object else 0
+            if not len(column):
+                return np.full(len(source), blank, column.dtype)
+            longer = column[source]
+            longer[lone] = blank
+            return longer
+
+        longer = self._each(extend, lambda column: column, offsets)
+        longer.items_A[new] = UNKNOWN
+        if time is not None and TIME in longer.columns:
+            longer.columns[TIME][new] = time  # type: ignore[index]
+        return longer
 
     @staticmethod
     def concatenate(parts: Iterable[Sequences]) -> Sequences:
+        """Parts with the same columns, one after the other."""
         parts = list(parts)
         if len(parts) == 1:
             return parts[0]
-
-        def join(name):
-            columns = [getattr(p, name) for p in parts]
-            return None if columns[0] is None else np.concatenate(columns)
-
         lengths = np.concatenate([p.lengths_R for p in parts])
-        joined = {name: join(name) for name in ("users_R", "ordinals_R", "items_A", "timestamps_A")}
-        extra = parts[0].fields_A
-        fields = None if extra is None else {k: np.concatenate([(p.fields_A or {})[k] for p in parts]) for k in extra}
-        return replace(
-            parts[0],
-            **joined,
+        return Sequences(
             offsets_R1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            action_types_A=join("action_types_A"),
-            values_A=join("values_A"),
-            fields_A=fields,
+            ordinals_R=np.concatenate([p.ordinals_R for p in parts]),
+            columns={name: join([p.columns[name] for p in parts]) for name in parts[0].columns},
+            user_columns={name: join([p.user_columns[name] for p in parts]) for name in parts[0].user_columns},
         )
+
+    def _each(self, of_actions: Change, of_users: Change, offsets_R1: np.ndarray) -> Sequences:
+        """The rows with every column changed: the one place that goes through all of them."""
+        return Sequences(
+            offsets_R1,
+            of_users(self.ordinals_R),  # type: ignore[arg-type]
+            {name: of_actions(column) for name, column in self.columns.items()},
+            {name: of_users(column) for name, column in self.user_columns.items()},
+        )
+
+
+def runs(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets of the runs ``begin[i]:end[i]`` put one after the other, and where each of their elements comes from."""
+    lengths = np.maximum(end - begin, 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    # element j of run i comes from begin[i] + j: one arange, shifted run by run
+    return offsets, np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
+
+
+def gather(column: Column, rows: np.ndarray) -> Column:
+    """The column's values (or lists) at ``rows``."""
+    if isinstance(column, Jagged):
+        return Jagged(*_picked(column.values, column.offsets[rows], column.offsets[rows + 1]))
+    return column[rows]
+
+
+def join(columns: list[Column]) -> Column:
+    """Columns of one name, one after the other."""
+    lists = [column for column in columns if isinstance(column, Jagged)]
+    if not lists:
+        return np.concatenate(columns)  # type: ignore[arg-type]
+    lengths = np.concatenate([np.diff(column.offsets) for column in lists])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Jagged(offsets, np.concatenate([column.values for column in lists]))
+
+
+def _picked(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    offsets, source = runs(begin, end)
+    return offsets, values[source]

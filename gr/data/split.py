@@ -5,19 +5,23 @@ Shapes: R users.  A split answers from lengths and times alone; nothing is copie
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
-from gr.config import FRACTION, ComponentConfig
-from gr.data.sequences import Sequences
-from gr.errors import UserError
+from gr.config import FRACTION, SEED, ComponentConfig
+from gr.data.sequences import TIME, Sequences
+from gr.errors import UserError, nearest
 
 
 class Split:
-    """Interface.  ``names``: the held-out splits that can be evaluated."""
+    """Interface.  ``names``: the held-out splits that can be evaluated.  ``needs``: the columns of actions that it
+    looks at, beside the lengths of sequences."""
 
     names: tuple[str, ...] = ("valid", "test")
+    needs: frozenset[str] = frozenset()
+    config: ComponentConfig
 
     def training_rows(self, users: int) -> int:
         """How many of the dataset's first users take part in training."""
@@ -35,6 +39,9 @@ class Split:
         raise NotImplementedError
 
     def check(self, name: str) -> None:
+        """Refuse a name that is not held out."""
+        if name not in Split.names:
+            raise UserError(f"unknown split '{name}': {nearest(name, Split.names)}")
         if name not in self.names:
             raise UserError(
                 f"split '{name}' is not held out by data.split (held out: {', '.join(self.names)}): "
@@ -48,10 +55,10 @@ class LeaveOneOut(Split):
 
     class Config(ComponentConfig):
         name: Literal["leave_one_out"] = "leave_one_out"
-        holdout: Literal[1, 2] = 2
+        holdout: Annotated[int, Field(ge=1, le=2)] = 2
 
     def __init__(self, config: Config):
-        self.holdout = config.holdout
+        self.config, self.holdout = config, config.holdout
         self.names = ("test",) if config.holdout == 1 else ("valid", "test")
 
     def train_stop(self, rows: Sequences) -> np.ndarray:
@@ -69,8 +76,11 @@ class GlobalTime(Split):
 
     class Config(ComponentConfig):
         name: Literal["global_time"] = "global_time"
-        valid_from: int
-        test_from: int
+        valid_from: SEED
+        test_from: SEED
+
+    needs = frozenset({TIME})
+    config: Config
 
     def __init__(self, config: Config):
         if config.valid_from > config.test_from:
@@ -103,6 +113,8 @@ class Records(Split):
         name: Literal["records"] = "records"
         train: FRACTION = 0.9
         valid: FRACTION = 0.0
+
+    config: Config
 
     def __init__(self, config: Config):
         self.config = config

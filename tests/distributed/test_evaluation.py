@@ -31,11 +31,10 @@ CASES: dict = {"all": {}, "subset": {"max_users": 17, "exclude": "all"}}
 def path(tmp_path_factory):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 30, USERS)
-    rows = Sequences(
-        users_R=np.arange(USERS),
-        ordinals_R=np.arange(USERS),
-        offsets_R1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        items_A=(rng.integers(0, ITEMS, lengths.sum()) * rng.random(lengths.sum())).astype(np.int32),
+    rows = Sequences.of(
+        np.arange(USERS),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        item=(rng.integers(0, ITEMS, lengths.sum()) * rng.random(lengths.sum())).astype(np.int32),
     )
     folder = tmp_path_factory.mktemp("evaluation") / "data"
     writer = DatasetWriter(folder, "test", block_rows=8)
@@ -145,7 +144,7 @@ def test_baselines_do_not_see_held_out_actions(path, tmp_path):
     has_two = rows.lengths_R >= 2
     items[last[has_two] - 2] = ITEMS - 2
     writer = DatasetWriter(tmp_path / "other", "other", block_rows=8)
-    writer.add(Sequences(rows.users_R, rows.ordinals_R, rows.offsets_R1, items))
+    writer.add(Sequences.of(rows.users_R, rows.offsets_R1, item=items))
     other = writer.finish(pa.table({"item_id": np.arange(ITEMS), "count": np.zeros(ITEMS, np.int64)}))
     assert other.manifest.fingerprint != dataset.manifest.fingerprint
     for name in ("popularity", "last_item", "item_knn"):

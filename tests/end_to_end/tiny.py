@@ -44,7 +44,7 @@ def make_dataset(path: Path, users: int = 150, items: int = 60) -> SequenceDatas
     rows = ((starts + place + rng.integers(0, 3, offsets[-1])) % items).astype(np.int32)
     times = 1_000_000 + place * 3600 + rng.integers(0, 3000, offsets[-1])
     writer = DatasetWriter(path, "tiny", block_rows=32)
-    writer.add(Sequences(np.arange(users), np.arange(users), offsets, rows, times))
+    writer.add(Sequences.of(np.arange(users), offsets, item=rows, time=times))
     counts = np.bincount(rows, minlength=items)
     return writer.finish(pa.table({"item_id": np.arange(items), "count": counts}))
 

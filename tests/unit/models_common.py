@@ -29,12 +29,14 @@ def layout(lengths=LENGTHS, seed=0):
 def batch(lengths=LENGTHS, items=40, seed=0, times=True):
     actions = sum(lengths)
     g = generator(seed)
+    columns = {"item": torch.randint(0, items, (actions,), generator=g)}
+    if times:
+        columns["time"] = torch.randint(0, 10**6, (actions,), generator=g).sort().values
     return SequenceBatch(
         offsets_B1=offsets(lengths),
-        items_T=torch.randint(0, items, (actions,), generator=g),
         ordinals_B=torch.arange(len(lengths)) * 7 + 3,
         lengths=tuple(lengths),
-        timestamps_T=torch.randint(0, 10**6, (actions,), generator=g).sort().values if times else None,
+        columns=columns,
     )
 
 

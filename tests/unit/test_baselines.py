@@ -29,7 +29,7 @@ def batch_of(lists) -> SequenceBatch:
     lengths = tuple(map(len, lists))
     return SequenceBatch(
         offsets_B1=torch.tensor([0, *np.cumsum(lengths)]),
-        items_T=torch.tensor([i for row in lists for i in row], dtype=torch.int64),
+        columns={"item": torch.tensor([i for row in lists for i in row], dtype=torch.int64)},
         ordinals_B=torch.arange(len(lists)),
         lengths=lengths,
     )

@@ -17,11 +17,7 @@ from gr.errors import UserError
 def dataset(tmp_path):
     writer = DatasetWriter(tmp_path / "data", "small")
     offsets, items = np.array([0, 2, 3]), np.array([0, 1, 0], dtype=np.int32)
-    writer.add(
-        Sequences(
-            users_R=np.array([5, 6]), ordinals_R=np.arange(2), offsets_R1=offsets, items_A=items, timestamps_A=None
-        )
-    )  # fmt: skip
+    writer.add(Sequences.of(np.array([5, 6]), offsets, item=items))
     return writer.finish(pa.table({"item_id": [7, 8], "count": [2, 1]}))
 
 
@@ -39,7 +35,7 @@ def with_block(change):
         (without("generation"), "missing 'generation'"),
         (lambda raw: {**without("items")(raw), "salt": 1, "pepper": 2}, "missing 'items', unknown 'salt', 'pepper'"),
         (without("schema_version"), "missing 'schema_version'"),
-        (lambda raw: {**raw, "schema_version": 2, "salt": 1}, "schema version 2, where this gr reads 1"),
+        (lambda raw: {**raw, "schema_version": 1, "salt": 1}, "schema version 1, where this gr reads 2"),
         (lambda raw: {**raw, "blocks": 3}, "'blocks' is no list"),
         (with_block(without("digest")), "block 0: missing 'digest'"),
         (with_block(lambda block: {**block, "salt": 1}), "block 0: unknown 'salt'"),

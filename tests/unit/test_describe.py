@@ -25,12 +25,11 @@ def dataset(tmp_path) -> SequenceDataset:
     writer = DatasetWriter(tmp_path / "data", "small", block_rows=2)
     flat = [action for sequence in sequences for action in sequence]
     writer.add(
-        Sequences(
-            users_R=np.array([11, 12, 13]),
-            ordinals_R=np.arange(3),
-            offsets_R1=np.array([0, 4, 5, 8]),
-            items_A=np.array([item for item, _ in flat], dtype=np.int32),
-            timestamps_A=np.array([time for _, time in flat]),
+        Sequences.of(
+            np.array([11, 12, 13]),
+            np.array([0, 4, 5, 8]),
+            item=np.array([item for item, _ in flat], dtype=np.int32),
+            time=np.array([time for _, time in flat]),
         )
     )
     catalogue = {

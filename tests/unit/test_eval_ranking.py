@@ -23,7 +23,7 @@ def batch_of(users: int) -> SequenceBatch:
     """``users`` sequences of two actions, items 0 and 0."""
     return SequenceBatch(
         offsets_B1=torch.arange(users + 1) * 2,
-        items_T=torch.zeros(2 * users, dtype=torch.int64),
+        columns={"item": torch.zeros(2 * users, dtype=torch.int64)},
         ordinals_B=torch.arange(users),
         lengths=(2,) * users,
     )

@@ -32,12 +32,11 @@ ITEMS, K = 23, 20
 def run(request, tmp_path):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 16, 13)
-    rows = Sequences(
-        users_R=np.arange(13) + 100,
-        ordinals_R=np.arange(13),
-        offsets_R1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        items_A=rng.integers(0, ITEMS, lengths.sum()).astype(np.int32),
-        timestamps_A=np.concatenate([np.sort(rng.integers(0, 10**6, n)) for n in lengths]),
+    rows = Sequences.of(
+        np.arange(13) + 100,
+        np.concatenate([[0], np.cumsum(lengths)]),
+        item=rng.integers(0, ITEMS, lengths.sum()).astype(np.int32),
+        time=np.concatenate([np.sort(rng.integers(0, 10**6, n)) for n in lengths]),
     )
     writer = DatasetWriter(tmp_path / "data", "test", block_rows=5)
     writer.add(rows)

@@ -23,13 +23,12 @@ def sequences(lists, users=None, times=None, types=None) -> Sequences:
         return None if rows is None else np.concatenate([np.asarray(r, dtype) for r in rows])
 
     lengths = [len(row) for row in lists]
-    return Sequences(
-        users_R=np.arange(len(lists)) * 10 if users is None else np.array(users),
-        ordinals_R=np.arange(len(lists)),
-        offsets_R1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        items_A=flat(lists, np.int32),
-        timestamps_A=flat(times, np.int64),
-        action_types_A=flat(types, np.int32),
+    return Sequences.of(
+        np.arange(len(lists)) * 10 if users is None else np.array(users),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        item=flat(lists, np.int32),
+        time=flat(times, np.int64),
+        type=flat(types, np.int32),
     )
 
 
@@ -133,7 +132,9 @@ def test_blocks_without_targets_are_read_once(data, monkeypatch):
     reads = []
     read = SequenceDataset.read_block
     monkeypatch.setattr(
-        SequenceDataset, "read_block", lambda self, block: reads.append(block) or read(self, block)
+        SequenceDataset,
+        "read_block",
+        lambda self, block, columns: reads.append(block) or read(self, block, columns),
     )
     first, second = unpack(asked), unpack(asked)
     assert first == second and reads == [0, 1, 2, 2]

@@ -1,7 +1,5 @@
 """The recommender as a whole."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -87,7 +85,7 @@ def test_scores_do_not_look_at_the_target_and_agree_with_topk(name):
     model.encoder.eval()
     b = batch(items=ITEMS)
     ends = b.offsets_B1[1:][b.offsets_B1.diff() > 0] - 1
-    unknown = dataclasses.replace(b, items_T=b.items_T.index_fill(0, ends, UNKNOWN))
+    unknown = b.with_columns(item=b.items_T.index_fill(0, ends, UNKNOWN))
     scores = model.scores(unknown)
     assert torch.equal(scores, model.scores(b))  # dropout is off, too
     assert model.training and not model.encoder.training, "modes come back as they were"
@@ -113,9 +111,7 @@ def test_a_sequence_without_history_has_a_zero_query():
 
 def test_the_time_of_the_request_counts_and_must_be_there():
     model, b = randomise(build()), batch(items=ITEMS)
-    later = dataclasses.replace(
-        b, timestamps_T=b.timestamps_T.index_add(0, b.offsets_B1[1:2] - 1, torch.tensor([9**9]))
-    )
+    later = b.with_columns(time=b.timestamps_T.index_add(0, b.offsets_B1[1:2] - 1, torch.tensor([9**9])))
     moved = (model.scores(b) - model.scores(later)).abs().amax(dim=1) > 1e-6
     assert moved.tolist() == [True] + [False] * (len(LENGTHS) - 1)
     with pytest.raises(UserError, match=r"relative_time=false"):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from gr.data.batches import Plan
 from gr.data.dataset import DatasetWriter
 from gr.data.deal import deal
-from gr.data.loader import TrainingBatches
+from gr.data.loader import Arrow
 from gr.data.order import Order, permute
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
@@ -54,16 +55,15 @@ def dataset(tmp_path_factory):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     items = rng.integers(0, 40, offsets[-1]).astype(np.int32)
     writer = DatasetWriter(tmp_path_factory.mktemp("d") / "set", "t", block_rows=8)
-    writer.add(Sequences(np.arange(57), np.arange(57), offsets, items, np.arange(offsets[-1])))
+    writer.add(Sequences.of(np.arange(57), offsets, item=items, time=np.arange(offsets[-1])))
     return writer.finish(pa.table({"item_id": np.arange(40), "count": np.bincount(items, minlength=40)}))
 
 
-def batches(dataset, rank=0, ranks=1, start=0, epoch=0, tail="keep"):
+def batches(dataset, rank=0, ranks=1, start=0, epoch=0, tail="keep", engine=Arrow):
     order = Order(dataset.manifest.fingerprint, 3, dataset.users, 8, window_blocks=2)
     split = LeaveOneOut(LeaveOneOut.Config())
-    loader = TrainingBatches(
-        dataset, split, order, global_batch=10, max_length=12, rank=rank, ranks=ranks, tail=tail
-    )
+    plan = Plan(split, order, global_batch=10, max_length=12, tail=tail)
+    loader = engine(engine.Config(), dataset, plan, rank=rank, ranks=ranks)
     result = list(loader.epoch(epoch, start))
     assert len(result) == loader.per_epoch - start
     return result

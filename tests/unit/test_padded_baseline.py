@@ -65,7 +65,9 @@ def batches() -> tuple[SequenceBatch, PaddedBatch]:
     items_T = torch.randint(ITEMS, (actions,), generator=generator)
     seconds_T = torch.cat([torch.randint(10**6, (n,), generator=generator).cumsum(0) for n in LENGTHS])
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
-    jagged = SequenceBatch(offsets, items_T, torch.arange(len(LENGTHS)) + 5, LENGTHS, seconds_T)
+    jagged = SequenceBatch(
+        offsets, torch.arange(len(LENGTHS)) + 5, LENGTHS, {"item": items_T, "time": seconds_T}
+    )
     return jagged, pad(list(zip(items_T.split(LENGTHS), seconds_T.split(LENGTHS), strict=True)), LENGTH)
 
 

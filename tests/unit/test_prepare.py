@@ -117,9 +117,9 @@ def check(dataset: SequenceDataset, expected) -> None:
     assert np.diff(rows.offsets_R1).tolist() == [len(s) for _, s in sequences]
     assert rows.items_A.tolist() == [items.index(a.item) for a in actions]
     assert rows.timestamps_A.tolist() == [a.time for a in actions]
-    assert rows.values_A.tolist() == [a.value for a in actions]
-    assert [dataset.manifest.action_type_names[c] for c in rows.action_types_A] == [a.kind for a in actions]
-    assert rows.fields_A["device"].tolist() == [a.device for a in actions]
+    assert rows.columns["value"].tolist() == [a.value for a in actions]
+    assert [dataset.manifest.action_type_names[c] for c in rows.columns["type"]] == [a.kind for a in actions]
+    assert rows.columns["device"].tolist() == [a.device for a in actions]
     assert dataset.manifest.action_type_names == kinds
     assert dataset.catalogue["item_id"].to_pylist() == items
     counts = Counter(a.item for a in actions)

@@ -80,7 +80,7 @@ def test_ml_20m_form(tmp_path):
     dataset = make_source("ml-20m").prepare(str(tmp_path), str(tmp_path / "out"))
     assert dataset.catalogue["title"].to_pylist() == ["American President, The (1995)", "A", "C"]
     rows = dataset.read_rows(0, 1)
-    assert rows.items_A.tolist() == [1, 0] and rows.values_A.tolist() == [0.5, 3.5]
+    assert rows.items_A.tolist() == [1, 0] and rows.columns["value"].tolist() == [0.5, 3.5]
 
 
 def test_amazon_books_counts_items_and_users_once(tmp_path):

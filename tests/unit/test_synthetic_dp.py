@@ -33,7 +33,7 @@ def batch_of(items: np.ndarray, ordinals: np.ndarray, keep: int) -> SequenceBatc
     kept = items[:, -keep:]
     return SequenceBatch(
         offsets_B1=torch.arange(len(kept) + 1) * kept.shape[1],
-        items_T=torch.from_numpy(kept.reshape(-1).astype(np.int64)),
+        columns={"item": torch.from_numpy(kept.reshape(-1).astype(np.int64))},
         ordinals_B=torch.from_numpy(ordinals),
         lengths=(kept.shape[1],) * len(kept),
     )

@@ -1,7 +1,5 @@
 """Tasks: which actions are inputs, which are targets, and what is hidden."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -51,7 +49,7 @@ def test_request_asks_for_the_last_action_of_each_sequence_in_order(task, length
 def test_a_request_does_not_show_its_target(task):
     b = batch()
     ends = b.offsets_B1[1:][b.offsets_B1.diff() > 0] - 1
-    other = dataclasses.replace(b, items_T=b.items_T.index_fill(0, ends, UNKNOWN))
+    other = b.with_columns(item=b.items_T.index_fill(0, ends, UNKNOWN))
     assert torch.equal(task.request(b).tokens_T, task.request(other).tokens_T)
 
 
@@ -69,9 +67,7 @@ def test_cloze_hides_what_it_asks_for_and_nothing_else():
     )  # each sample teaches something
 
     other_items = torch.where(hidden, (b.items_T + 1) % 40, b.items_T)
-    other = Cloze(Cloze.Config(mask_probability=0.3)).supervise(
-        dataclasses.replace(b, items_T=other_items), key=9
-    )
+    other = Cloze(Cloze.Config(mask_probability=0.3)).supervise(b.with_columns(item=other_items), key=9)
     assert torch.equal(other.tokens_T, s.tokens_T)
 
 

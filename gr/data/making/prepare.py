@@ -302,22 +302,15 @@ class _Work:
         return counts
 
     def sequences(self, grouped: Grouped, items_A: np.ndarray, type_codes: np.ndarray) -> Sequences:
-        columns = grouped.columns
-        fields = {n.removeprefix("field."): _numpy(c) for n, c in columns.items() if n.startswith("field.")}
-        users = _numpy(grouped.users_R)
-        return Sequences(
-            users_R=users,
-            ordinals_R=np.arange(len(users)),
-            offsets_R1=grouped.offsets_R1,
-            items_A=items_A,
-            timestamps_A=columns["time"].to_numpy() // self.actions.ticks_per_second
-            if "time" in columns
-            else None,
-            action_types_A=type_codes[columns["action_type"].to_numpy()]
-            if "action_type" in columns
-            else None,
-            values_A=columns["value"].to_numpy() if "value" in columns else None,
-            fields_A=fields or None,
+        columns = {name.removeprefix("field."): _numpy(column) for name, column in grouped.columns.items()}
+        times, types = columns.pop("time", None), columns.pop("action_type", None)
+        columns["item"] = items_A
+        return Sequences.of(
+            _numpy(grouped.users_R),
+            grouped.offsets_R1,
+            time=None if times is None else times // self.actions.ticks_per_second,
+            type=None if types is None else type_codes[types],
+            **columns,
         )
 
     def action_types(self) -> tuple[list[str], np.ndarray]:
@@ -422,23 +415,8 @@ def _chunks(tables: Iterator[pa.Table], chunk_rows: int) -> Iterator[pa.Table]:
 
 def _blocks(rows: Sequences) -> Iterator[Sequences]:
     """Consecutive parts of at most a block's rows, without copies: the writer joins only what it needs."""
-
-    def cut(column: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
-        return None if column is None else column[start:stop]
-
     for first in range(0, len(rows), BLOCK_ROWS):
-        last = min(first + BLOCK_ROWS, len(rows))
-        start, stop = int(rows.offsets_R1[first]), int(rows.offsets_R1[last])
-        yield Sequences(
-            users_R=rows.users_R[first:last],
-            ordinals_R=rows.ordinals_R[first:last],
-            offsets_R1=rows.offsets_R1[first : last + 1] - start,
-            items_A=rows.items_A[start:stop],
-            timestamps_A=cut(rows.timestamps_A, start, stop),
-            action_types_A=cut(rows.action_types_A, start, stop),
-            values_A=cut(rows.values_A, start, stop),
-            fields_A=None if rows.fields_A is None else {k: v[start:stop] for k, v in rows.fields_A.items()},
-        )
+        yield rows.slice(first, min(first + BLOCK_ROWS, len(rows)))
 
 
 def _row_bytes(schema: pa.Schema) -> int:

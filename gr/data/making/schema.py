@@ -28,8 +28,15 @@ class FieldColumn(Section):
     """An extra column of the actions.  ``type`` auto: the files' own (integer if it is one in all of them, float if
     it is a number in all of them, else string), string in CSV; in names of folders integer if all are integers."""
 
+    shorthand = "column"
     column: str
     type: Literal["auto", "integer", "float", "string"] = "auto"
+
+
+def _free(fields: dict[str, Any]) -> dict[str, Any]:
+    if taken := fields.keys() & {"user_id", "item", "time", "type", "value"}:
+        raise ValueError(f"'{min(taken)}' is the name of a column that gr makes: give the field another")
+    return fields
 
 
 class Columns(Section):
@@ -41,7 +48,7 @@ class Columns(Section):
     time: str | None = None
     action_type: str | None = None
     value: str | None = None
-    fields: dict[str, FieldColumn | str] = {}
+    fields: Annotated[dict[str, FieldColumn | str], AfterValidator(_free)] = {}
 
 
 def _known_encoding(name: str) -> str:

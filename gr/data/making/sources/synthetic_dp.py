@@ -227,7 +227,7 @@ class SyntheticDP(Source):
                     items_A = generator.make(records_R, options.length).items_RL.reshape(-1)
                     counts_I += np.bincount(items_A, minlength=options.items)
                     offsets_R1 = np.arange(len(records_R) + 1, dtype=np.int64) * options.length
-                    writer.add(Sequences(records_R, records_R, offsets_R1, items_A))
+                    writer.add(Sequences.of(records_R, offsets_R1, item=items_A))
                     stage.advance(len(items_A))
             catalogue = pa.table(
                 {
