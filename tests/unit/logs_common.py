@@ -40,18 +40,17 @@ class Made:
     def rows(self) -> dict[Any, list[tuple[Any, ...]]]:
         """user -> [(raw item id, time if there is one)]."""
         ids = self.dataset.catalogue["item_id"].to_pylist()
-        found = {}
-        for row in self._lists():
-            times = row.get("timestamps")
-            items = [ids[i] for i in row["items"]]
-            found[row["user_id"]] = list(zip(items, times)) if times is not None else [(i,) for i in items]
-        return found
+        items = {user: [ids[i] for i in rows] for user, rows in self.column("item").items()}
+        if not self.dataset.has_timestamps:
+            return {user: [(i,) for i in rows] for user, rows in items.items()}
+        times = self.column("time")
+        return {user: list(zip(rows, times[user])) for user, rows in items.items()}
 
     def column(self, name: str) -> dict[Any, list[Any]]:
-        return {row["user_id"]: row[name] for row in self._lists()}
-
-    def _lists(self) -> list[dict[str, Any]]:
-        return pq.read_table(self.dataset.path / "sequences").to_pylist()
+        """user -> the values of a column, in the order of the actions."""
+        rows = self.dataset.read_rows(0, self.dataset.users)
+        bounds = zip(rows.offsets_R1, rows.offsets_R1[1:])
+        return {u: rows.columns[name][a:b].tolist() for u, (a, b) in zip(rows.users_R.tolist(), bounds)}
 
     @property
     def facts(self) -> dict[str, Any]:

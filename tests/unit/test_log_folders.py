@@ -79,7 +79,7 @@ def test_folders_as_fields(tmp_path):
     )
     columns = with_fields(dt="dt", hour="hour", n={"column": "hour", "type": "integer"})
     made = make(log, tmp_path / "out", columns=columns)
-    fields = ("field.dt", "field.hour", "field.n")
+    fields = ("dt", "hour", "n")
     assert [made.column(f)[1] for f in fields] == [
         ["2024-01-31", "2024-02-01", ""],
         ["08", "9", "10"],
@@ -106,14 +106,14 @@ def test_types_of_columns_in_names(tmp_path, names, values, ending):
         else:
             write_text(tmp_path / "log", f"u,i,t\n1,{n},{n}\n", f"{name}/p.csv")
     made = make(tmp_path / "log", tmp_path / "out", columns=with_fields(h="h"))
-    assert made.column("field.h") == {1: values}
+    assert made.column("h") == {1: values}
 
 
 def test_folders_as_user_item_time_type_and_value(tmp_path):
     log = hive(tmp_path / "a", "user=8/kind=buy/v=1.5", "user=10/kind=ev%20ent/v=true", u=None)
     columns = {"user": "user", "item": "i", "time": "t", "action_type": "kind", "value": "v"}
     made = make(log, tmp_path / "out", columns=columns)
-    assert made.rows == {8: [(1, NOW)], 10: [(2, NOW)]} and made.column("values") == {8: [1.5], 10: [1.0]}
+    assert made.rows == {8: [(1, NOW)], 10: [(2, NOW)]} and made.column("value") == {8: [1.5], 10: [1.0]}
     assert made.dataset.manifest.action_type_names == ["buy", "ev ent"]
     log = hive(tmp_path / "b", "u=8", "u=008", u=None)  # one that is no plain integer makes all of them text
     assert set(make(log, tmp_path / "out").rows) == {"8", "008"}
@@ -142,10 +142,10 @@ def test_names_and_files_together(tmp_path):
     log = hive(tmp_path / "log", "dt=a")
     write(log, "dt=b/part-0.parquet", i=[2], dt=["own"])
     made = make(log, tmp_path / "out", columns=with_fields(dt="dt"))
-    assert made.column("field.dt") == {1: ["a", "own"]}
+    assert made.column("dt") == {1: ["a", "own"]}
     assert made.said == ["column 'dt' is in the files and in the names of their folders: the files' is read"]
     one = make(log / "dt=a" / "part-0.parquet", tmp_path / "out", columns=with_fields(dt="dt"))
-    assert one.column("field.dt") == {1: ["a"]}
+    assert one.column("dt") == {1: ["a"]}
     write(log, "part-1.parquet", i=[3])
     said = f"'{log}/part-1.parquet' has no column 'dt'"
     assert refusal(log, tmp_path / "no", columns=with_fields(dt="dt")).startswith(said)
