@@ -136,6 +136,14 @@ def test_catalogue_format(tmp_path, name):
     log = write(tmp_path, i=[2, 1])
     made = make(log, tmp_path / "out", catalogue={**form, "format": "csv"})
     assert made.dataset.catalogue["title"].to_pylist() == ["One", "Two"]
+    pq.write_table(pa.table({"id": [1, 2]}), tmp_path / "items.parquet")
+    write_text(tmp_path / "folder", "x", "README")
+    (tmp_path / "items.parquet").rename(tmp_path / "folder" / "items.parquet")
+    made = make(log, tmp_path / "out", catalogue={"path": str(tmp_path / "folder"), "item": "id"})
+    assert made.said == [
+        f"left out of '{tmp_path}/folder', not data by their names: 'README'; set catalogue.format, or name the files "
+        "by a glob, if these are data"
+    ]
     if name != "items.txt":
         assert refusal(log, tmp_path / "no", catalogue=form) == (
             f"'{file}' is neither .parquet nor .csv by its name: set catalogue.format to parquet or csv"

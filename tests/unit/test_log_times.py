@@ -81,6 +81,8 @@ def test_a_number_in_a_finer_unit_names_it(tmp_path):
         assert f"is not before 2200-01-01 in time_unit 's'; set time_unit: {unit} if it is 2023-11-14" in said
     said = refusal(write(tmp_path, t=[NOW * 1e3 + 0.5]), tmp_path / "out")  # with decimals
     assert "set time_unit: ms if it is 2023-11-14 22:13:20" in said
+    said = refusal(write(tmp_path, t=[NOW]), tmp_path / "out", time_unit="ms", earliest="2000-01-01")
+    assert "is before 2000-01-01 in time_unit 'ms'; set time_unit: s if it is 2023-11-14 22:13:20" in said
     said = refusal(write(tmp_path, t=[20240131123000]), tmp_path / "out")
     assert "write times as text like 2024-01-31T12:30:00 with time_unit: iso" in said
 

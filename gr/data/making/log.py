@@ -183,7 +183,10 @@ class LogReader:
             try:
                 return next(
                     parquet.iter_batches(
-                        SAMPLED_ROWS, row_groups=[0] if parquet.num_row_groups else [], columns=names
+                        SAMPLED_ROWS,
+                        row_groups=[0] if parquet.num_row_groups else [],
+                        columns=names,
+                        use_threads=False,
                     ),
                     empty,
                 )
@@ -318,10 +321,9 @@ def _in_stream(stream: CsvStream, start: int, row: int) -> tuple[int | None, int
 
 def _readable(column: pa.Array, row: int) -> Any:
     """The value as text, number or None; times as text, since Python's reach from the year 1 to 9999 only."""
-    value = column.slice(row, 1)
-    if pa.types.is_temporal(value.type):
-        value = pc.cast(value, pa.string())
-    found = value[0].as_py()
+    if pa.types.is_temporal(column.type):
+        return pc.cast(column.slice(row, 1), pa.string())[0].as_py()
+    found = column[row].as_py()
     return found.decode("utf-8", errors="backslashreplace") if isinstance(found, bytes) else found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data.making.convert import Converted, Problem, cast_rows, checked, exact_integers, readable, some
+from gr.data.making.convert import Converted, Problem, cast_rows, checked, exact_integers, plain, readable, some
 from gr.data.making.schema import LAST_DAY, TICKS_PER_SECOND, LogSchema, TimeUnit
 
 DATE = r"^\d{4}-\d{2}-\d{2}"
@@ -128,6 +128,7 @@ class Times:
 
     def read(self, column: pa.Array, file: str) -> Converted:
         """``column`` of ``file`` as ticks (n, int64; null where bad)."""
+        column = plain(column)
         clock, kind = self.clock, column.type
         seen = self.seen.setdefault(file, FileTimes())
         problems: list[Problem]
@@ -225,19 +226,16 @@ class Times:
         first, stop = clock.first * clock.per_second, clock.stop * clock.per_second
         if low < first:
             rows = pc.less(ticks, min(first, INT64[1]))
-            problems += some(
-                rows, f"is before {_day(clock.first)}{unit}", "set earliest if such times are meant"
-            )
+            fix = self._unit_fix(pc.max(pc.filter(ticks, rows)).as_py()) or "set earliest if such times are meant"
+            problems += some(rows, f"is before {_day(clock.first)}{unit}", fix)
         if high >= stop:
             rows = pc.greater_equal(ticks, max(stop, INT64[0]))
-            numbers = pc.filter(ticks, rows)
-            problems += some(
-                rows, f"is not before {_day(clock.stop)}{unit}", self._late_fix(pc.min(numbers).as_py())
-            )
+            fix = self._unit_fix(pc.min(pc.filter(ticks, rows)).as_py()) or "set latest if such times are meant"
+            problems += some(rows, f"is not before {_day(clock.stop)}{unit}", fix)
         return problems
 
-    def _late_fix(self, number: int) -> str:
-        """What to do about a time after the latest: nearly always a number in a finer unit."""
+    def _unit_fix(self, number: int) -> str:
+        """What to do about a time outside of the bounds that would be likely in another unit, else ""."""
         clock = self.clock
         if clock.unit != "iso":
             numeric = not clock.typed and not clock.fractions
@@ -250,7 +248,7 @@ class Times:
                 if clock.typed:
                     return f"write the column as integers with time_unit: {unit} if it holds these"
                 return f"set time_unit: {unit} if it is {when(seconds)}"
-        return "set latest if such times are meant"
+        return ""
 
     def _note(self, ticks: pa.Array, seen: FileTimes, span: pa.Scalar) -> None:
         seen.rows += len(ticks) - ticks.null_count
