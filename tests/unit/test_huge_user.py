@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gr.data.making.partitions import Capped, latest
+from gr.data.making.huge import Capped, latest
 from tests.unit.logs_common import COLUMNS, make, write
 
 

@@ -157,7 +157,9 @@ def test_a_glob_may_name_folders(tmp_path):
     log = hive(tmp_path / "log", "dt=1", "dt=2", "dt=10")
     write_text(log, "broken", "_temporary/part-0.parquet")
     for glob in ("*", "dt=*", "dt=*/*"):
-        assert make(f"{log}/{glob}", tmp_path / "out", columns=with_fields(dt="dt")).column("dt") == {1: [1, 2, 10]}
+        assert make(f"{log}/{glob}", tmp_path / "out", columns=with_fields(dt="dt")).column("dt") == {
+            1: [1, 2, 10]
+        }
     assert make(f"{log}/dt=1*", tmp_path / "out").rows == {1: [(1, NOW), (3, NOW)]}
 
 
