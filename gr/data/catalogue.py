@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.columns import column_digest
+from gr.data.columns import checksum
 from gr.data.folder import first_line
 from gr.errors import UserError, nearest
 
@@ -89,8 +89,8 @@ class Catalogue:
         for name in names:
             if name not in table.column_names:
                 raise self._changed(f"has no column '{name}', the manifest says it has")
-            if column_digest(table[name].combine_chunks()) != self._manifest.catalogue[name]:
-                raise self._changed(f"does not hold in column '{name}' what was written there (its digest differs)")
+            if checksum(table[name].combine_chunks()) != self._manifest.catalogue[name]:
+                raise self._changed(f"does not hold in column '{name}' what was written there (its checksum differs)")
         return {name: table[name] for name in names}
 
     def _unreadable(self, error: Exception) -> UserError:

@@ -29,7 +29,7 @@ from gr.data.columns import (
     ColumnInfo,
     block_digest,
     canonical,
-    column_digest,
+    checksum,
     described,
     from_table,
     to_table,
@@ -49,7 +49,7 @@ COLUMN_OF_LOG = {"time": "columns.time", "type": "columns.action_type", "value":
 class SequenceDataset:
     """A sequence dataset opened for reading; blocks are read when asked for.
 
-    Opening checks the manifest, and that all files are there.  What is read is checked against the digests that the
+    Opening checks the manifest, and that all files are there.  What is read is checked against the checksums that the
     manifest keeps: a column of a block the first time that this object reads it.
     """
 
@@ -156,9 +156,9 @@ class SequenceDataset:
             raise UserError(
                 f"column '{info.name}' in {where} is of type {column.type}, the manifest says {info.arrow}: {changed}"
             )
-        if column_digest(column) != entry.columns[info.name]:
+        if checksum(column) != entry.columns[info.name]:
             raise UserError(
-                f"column '{info.name}' in {where} does not hold what was written there (its digest differs): {changed}"
+                f"column '{info.name}' in {where} does not hold what was written there (its checksum differs): {changed}"
             )
 
     def _read_footer(self, file: str) -> pq.FileMetaData:
@@ -249,7 +249,7 @@ class DatasetWriter:
             first_time=min(self._times, default=None),
             last_time=max(self._times, default=None),
             action_type_names=self.action_type_names,
-            catalogue={n: column_digest(stored[n].combine_chunks()) for n in stored.column_names},
+            catalogue={n: checksum(stored[n].combine_chunks()) for n in stored.column_names},
             fingerprint=fingerprint(*identity),
             generation=fingerprint(*identity, catalogue["item_id"].to_pylist()),
             blocks=self._blocks if self._sorted else [replace(b, first_hash=None) for b in self._blocks],
@@ -282,7 +282,7 @@ class DatasetWriter:
             self._writer = pq.ParquetWriter(self._scratch / file, table.schema, compression="zstd")
         assert self._writer is not None
         self._writer.write_table(table, row_group_size=len(rows))
-        columns = {name: column_digest(table[name].combine_chunks()) for name in table.column_names}
+        columns = {name: checksum(table[name].combine_chunks()) for name in table.column_names}
         first_hash = self._next_users(rows.users_R)
         actions = len(rows.items_A)
         self._blocks.append(Block(file, row_group, len(rows), actions, block_digest(rows), columns, first_hash))

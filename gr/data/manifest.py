@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 class Block:
     """One row group: the unit of reading and of shuffling.
 
-    digest: of all of it (:func:`gr.data.columns.block_digest`).  columns: name -> digest of that column.
+    digest: of all of it (:func:`gr.data.columns.block_digest`).  columns: name -> checksum of that column.
     first_hash: hash64 of its first user's id, where rows are stored in that order, so that a user is found without
     reading all ids; else None.
     """
@@ -44,7 +44,7 @@ class Manifest:
     """What manifest.json says.  ``provenance``: free for people, as is ``name``.
 
     columns: of actions and of users.  first_time, last_time: of all actions, seconds; None without times.
-    catalogue: column -> digest of it.
+    catalogue: column -> checksum of it.
     fingerprint: of the sequences; the order of training hangs on it.  generation: of the sequences and the raw ids
     that the item rows stand for; a run goes on with the generation that it began with.
     digest: of all this but ``name`` and ``provenance``.
@@ -202,7 +202,7 @@ def _contradiction_in_columns(manifest: Manifest) -> str:
         return f"first_time {manifest.first_time} and last_time {manifest.last_time} can't be those of its actions"
     for number, block in enumerate(manifest.blocks):
         if block.columns.keys() != columns.keys():
-            return f"block {number} has digests of other columns"
+            return f"block {number} has checksums of other columns"
     return ""
 
 
