@@ -13,7 +13,8 @@ ARG GR_TORCH_INDEX_URL=
 
 # Layers from what changes seldom to what changes often: torch, the other packages, the operators, gr.
 COPY Makefile pyproject.toml ./
-COPY launch/setup_environment.sh launch/tested_set.txt launch/
+COPY launch/setup_environment.sh launch/
+COPY gr/tested_set.txt gr/
 RUN make .venv/.packages DEVICE=${DEVICE} GR_TORCH_INDEX_URL=${GR_TORCH_INDEX_URL}
 COPY . .
 RUN make setup DEVICE=${DEVICE} && .venv/bin/python launch/doctor.py

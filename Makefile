@@ -23,7 +23,7 @@ $(VENV)/.venv: launch/setup_environment.sh
 	$(STEP) venv $(VENV) $(DEVICE)
 	$(DONE)
 
-$(VENV)/.torch: launch/tested_set.txt | $(VENV)/.venv
+$(VENV)/.torch: gr/tested_set.txt | $(VENV)/.venv
 	$(STEP) torch $(VENV) $(DEVICE)
 	$(DONE)
 

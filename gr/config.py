@@ -8,60 +8,50 @@ nearest valid name.  Components (encoder, objective, optimiser ...) are chosen b
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
+from pydantic import AfterValidator, Field, model_validator
+
+from gr import registry, yaml12
+from gr.errors import UserError
+from gr.overlay import merge, overridden
+from gr.sections import (
+    COUNT,
+    DISTINCT,
+    FRACTION,
+    POSITIVE,
+    SEED,
+    ComponentConfig,
+    Section,
+    component,
+    idle_keys,
+    kind_of,
+    validate,
 )
+from gr.shipped import find_config
 
-from gr import registry
-from gr.errors import UserError, nearest
+__all__ = [
+    "COUNT",
+    "DISTINCT",
+    "FRACTION",
+    "POSITIVE",
+    "SEED",
+    "ComponentConfig",
+    "Section",
+    "component",
+    "merge",
+    "overridden",
+    "validate",
+]  # what components and other readers of YAML need of gr.sections and gr.overlay
 
-POSITIVE = Annotated[int, Field(gt=0)]
-FRACTION = Annotated[float, Field(ge=0, lt=1)]
-SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-
-
-class Section(BaseModel):
-    """A part of the config: immutable, strictly typed, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ComponentConfig(Section):
-    """Base of the configs that components bring; ``name`` is the key in the registry's table."""
-
-    name: str
-
-
-def component(table: dict[str, str], path: str) -> Any:
-    """The type of a key whose value is a component's config: looked up by ``name`` in ``table`` when validated."""
-
-    def parse(value: Any) -> Any:
-        if isinstance(value, ComponentConfig):
-            return value
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or "name" not in value:
-            raise UserError(f"'{path}' needs a name: {nearest('', table)}")
-        component_class = registry.resolve(table, str(value["name"]), f"{path}.name")
-        return validate(component_class.Config, value, path)
-
-    return SerializeAsAny[Annotated[ComponentConfig, BeforeValidator(parse)]]
+log = logging.getLogger(__name__)
 
 
 def _folder_name(name: str) -> str:
-    if not name or name.startswith(".") or "/" in name or "\\" in name:
+    if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
         raise ValueError(
             "a folder's name is needed, without slashes or a dot in front: use run.dir for a path"
         )
@@ -80,9 +70,7 @@ class DataSection(Section):
 
     path: str
     max_length: POSITIVE = 200
-    split: component(registry.SPLITS, "data.split") = Field(  # type: ignore[valid-type]
-        default_factory=lambda: {"name": "leave_one_out"}, validate_default=True
-    )
+    split: component(registry.SPLITS, "data.split", default="leave_one_out")  # type: ignore[valid-type]
     order: Literal["shuffle", "stream"] = "shuffle"
     window_blocks: POSITIVE = 64
     tail: Literal["keep", "drop"] = "keep"
@@ -100,8 +88,11 @@ class InputSection(Section):
 
     scale: bool = True
     positions: Literal["none", "xavier_normal", "truncated_normal", "normal"] = "xavier_normal"
-    extra_positions: Annotated[int, Field(ge=0)] = 0
+    extra_positions: COUNT = 0
     dropout: FRACTION = 0.2
+
+    def idle(self) -> dict[str, str]:
+        return {"extra_positions": "positions is none"} if self.positions == "none" else {}
 
 
 class SimilaritySection(Section):
@@ -112,16 +103,8 @@ class SimilaritySection(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.05
     item_bias: bool = False
 
-
-class ModelSection(Section):
-    dim: POSITIVE = 50
-    table_std: Annotated[float, Field(ge=0)] = 0.02
-    task: component(registry.TASKS, "model.task") = Field(  # type: ignore[valid-type]
-        default_factory=lambda: {"name": "next_item"}, validate_default=True
-    )
-    input: InputSection = InputSection()
-    encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
-    similarity: SimilaritySection = SimilaritySection()
+    def idle(self) -> dict[str, str]:
+        return {} if self.normalize else {"eps": "normalize is false"}
 
 
 class ParameterGroup(Section):
@@ -131,13 +114,20 @@ class ParameterGroup(Section):
     lr: Annotated[float, Field(ge=0)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
 
+    def idle(self) -> dict[str, str]:
+        own = self.lr is not None or self.weight_decay is not None
+        return {} if own else {"match": "the group has neither an lr nor a weight_decay of its own"}
+
 
 class ScheduleSection(Section):
     """Learning rate over steps: linear warm-up, then constant, cosine or linear to ``final_fraction`` of the rate."""
 
     name: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: COUNT = 0
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def idle(self) -> dict[str, str]:
+        return {"final_fraction": "schedule.name is constant"} if self.name == "constant" else {}
 
 
 class EarlyStopping(Section):
@@ -162,6 +152,7 @@ class TrainSection(Section):
     threads: POSITIVE | None = None
     deterministic: bool = True
     kernels: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
+    engine: component(registry.ENGINES, "train.engine", default="ddp")  # type: ignore[valid-type]
     early_stopping: EarlyStopping | None = None
 
 
@@ -178,14 +169,23 @@ class EvalSection(Section):
 
     every_epochs: POSITIVE = 1
     every_steps: POSITIVE | None = None
-    splits: list[str] = ["test"]
-    ks: list[POSITIVE] = [1, 5, 10, 50, 200, 500]
+    splits: Annotated[list[str], DISTINCT] = ["test"]
+    ks: Annotated[list[POSITIVE], DISTINCT] = [1, 5, 10, 50, 200, 500]
     exclude: Literal["none", "kept", "all"] = "kept"
     batch: POSITIVE = 256
     max_scores: POSITIVE = 2**24
     max_users: POSITIVE | None = None
     buckets: bool = True
-    baselines: list[str] = []
+    baselines: Annotated[list[str], DISTINCT] = []
+
+    @model_validator(mode="after")
+    def _known_baselines(self) -> EvalSection:
+        for name in self.baselines:
+            registry.check(registry.BASELINES, name, "baseline (eval.baselines)")
+        return self
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.splits else {"baselines": "eval.splits is empty"}
 
 
 class CheckpointSection(Section):
@@ -201,22 +201,29 @@ class RunConfig(Section):
 
     run: RunSection = RunSection()
     data: DataSection
-    model: ModelSection
-    objective: component(registry.OBJECTIVES, "objective")  # type: ignore[valid-type]
+    model: component(registry.MODELS, "model", default="retrieval")  # type: ignore[valid-type]
+    objective: component(registry.OBJECTIVES, "objective") | None = None  # type: ignore[valid-type]
     optimizer: component(registry.OPTIMIZERS, "optimizer")  # type: ignore[valid-type]
     schedule: ScheduleSection = ScheduleSection()
-    train: TrainSection = TrainSection()
+    train: TrainSection = Field(
+        default_factory=lambda: TrainSection.model_validate({})  # made when needed: its engine is looked up
+    )
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
+    @model_validator(mode="after")
+    def _held_out_splits(self) -> RunConfig:
+        split = self.data.split.build()
+        for name in self.eval.splits:
+            split.check(name)
+        return self
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in the YAML file ``path``, with what it extends and dotted ``overrides`` (``key.key=value``)."""
-    raw = read_yaml(path)
-    for override in overrides:
-        raw = merge(raw, parse_override(override))
-    return from_dict(raw)
+    """The config in the YAML file ``path``, or of that name among those that come with gr (``ml-1m/hstu``), with what
+    it extends and dotted ``overrides`` (``key.key=value``)."""
+    return from_dict(overridden(read_yaml(find_config(path), RunConfig), overrides, RunConfig))
 
 
 def from_dict(raw: Mapping[str, Any]) -> RunConfig:
@@ -226,10 +233,7 @@ def from_dict(raw: Mapping[str, Any]) -> RunConfig:
 
 def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """``config`` with dotted ``overrides`` applied."""
-    raw = to_dict(config)
-    for text in overrides:
-        raw = merge(raw, parse_override(text))
-    return from_dict(raw)
+    return from_dict(overridden(to_dict(config), overrides, RunConfig))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -237,99 +241,70 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return yaml12.dump(to_dict(config))
 
 
-def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML mapping with its ``extends:`` (paths relative to the file) merged under it."""
-    file = Path(path).resolve()
-    if file in _seen:
+def warn_of_idle_keys(config: RunConfig) -> None:
+    """A line for each key that was set and has no effect beside the others.  They are not refused: a file may set
+    one for those that extend it, and an override may take its effect away."""
+    for sentence in idle_keys(config):
+        log.warning(sentence)
+
+
+def read_yaml(path: str | Path, schema: type[Section] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, over what its ``extends:`` names (paths relative to the file).
+
+    schema: what the file describes; ``gr.overlay.merge`` needs it to know a component when it sees one.
+    """
+    return _read(Path(path), str(path), schema, (), {})
+
+
+def _read(
+    path: Path,
+    shown: str,
+    schema: type[Section] | None,
+    above: tuple[Path, ...],
+    known: dict[Path, dict[str, Any]],
+) -> dict[str, Any]:
+    """``above``: the files that extend this one, outermost first.  ``known``: files already read."""
+    file = path.resolve()
+    if file in above:
         raise UserError(
-            f"'{file}' extends itself through {' -> '.join(p.name for p in _seen)}: break the circle"
+            f"'{shown}' extends itself through {' -> '.join(p.name for p in (*above, file))}: break the circle"
         )
+    if file not in known:
+        raw = _mapping(file, shown, above)
+        merged: dict[str, Any] = {}
+        for base in _bases(raw.pop("extends", []), shown):
+            below = _read(find_config(base, file.parent), base, schema, (*above, file), known)
+            merged = merge(merged, below, schema)
+        known[file] = merge(merged, raw, schema)
+    return known[file]
+
+
+def _mapping(file: Path, shown: str, above: Sequence[Path]) -> dict[str, Any]:
+    """What stands in one file."""
+    where = f"'{shown}' (which '{above[-1]}' extends)" if above else f"'{shown}'"
     try:
-        raw = yaml.load(file.read_text(), Loader=_Loader) or {}  # noqa: S506 - a SafeLoader
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"no config file '{path}': configs/ has the ones that come with gr") from None
+        if above:
+            raise UserError(f"'{above[-1]}' extends '{shown}', and there is no such file: paths are relative "
+                            "to the file that says so") from None  # fmt: skip
+        raise UserError(f"no config file '{shown}': give a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where} cannot be read ({error}): give a YAML file in UTF-8") from None
+    raw = yaml12.load(text, where)
     if not isinstance(raw, dict):
-        raise UserError(f"'{path}' must hold a mapping of keys, not a {type(raw).__name__}")
-    bases = raw.pop("extends", [])
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = merge(merged, read_yaml(file.parent / base, (*_seen, file)))
-    return merge(merged, raw)
+        raise UserError(f"{where} must hold a mapping of keys, and holds {kind_of(raw)}")
+    return raw
 
 
-def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """``change`` over ``base``, mappings merged key by key; one that names another component replaces it whole.
-
-    (The names of runs and of schedules are values like others: the rest of their section stays.)"""
-    merged = dict(base)
-    for key, value in change.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            named = key not in ("run", "schedule") and "name" in value and "name" in old
-            other = named and value["name"] != old["name"]
-            merged[key] = dict(value) if other else merge(old, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """``a.b=1`` -> ``{'a': {'b': 1}}``; the value is YAML."""
-    key, sign, value = text.partition("=")
-    if not sign or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise UserError(f"'{text}' is not an override: write key.key=value, for example train.epochs=3")
-    try:
-        nested: Any = yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError:
-        raise UserError(f"the value of '{text}' is not valid YAML: quote it") from None
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return nested
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, as YAML 1.2 does."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def validate(section: type[Section], raw: Any, prefix: str) -> Any:
-    """``raw`` as a ``section``; ``prefix`` is the dotted key it stands under.  UserError names the bad key."""
-    try:
-        return section.model_validate(dict(raw) if isinstance(raw, Mapping) else raw)
-    except ValidationError as error:
-        raise UserError(_sentence(error, section, prefix)) from None
-
-
-def _sentence(error: ValidationError, section: type[Section], prefix: str) -> str:
-    """The first problem of a validation error as one sentence, with the dotted key."""
-    first = error.errors(include_url=False)[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join([*([prefix] if prefix else []), *location])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        parent = _section_at(section, location[:-1])
-        return f"unknown config key '{key}': {nearest(location[-1], parent.model_fields)}{more}"
-    if first["type"] == "missing":
-        return f"config key '{key}' is missing: set it in the file or as {key}=VALUE{more}"
-    return f"config key '{key}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
-
-
-def _section_at(section: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
-    for part in location:
-        if (field := section.model_fields.get(part)) is None:
-            break
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), section)
-    return section
+def _bases(extends: Any, shown: str) -> list[str]:
+    """The paths that ``extends:`` names."""
+    bases = [extends] if isinstance(extends, str) else extends
+    if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
+        raise UserError(f"'{shown}' extends {extends!r}: give the path of a file, or a list of paths")
+    if len(set(bases)) < len(bases):
+        raise UserError(f"'{shown}' extends a file twice ({', '.join(bases)}): once is enough")
+    return bases

@@ -1,7 +1,7 @@
 """Looks at the machine and the environment: what is there, what doesn't fit together, the command that mends it.
 
 Imports nothing but the standard library until a check asks for more, so that it works where packages are missing or
-broken: that is what it is for.  ``launch/doctor.py`` prints its findings.
+broken: that is what it is for.  The program ``doctor`` prints its findings.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ OPTIONAL = {
     "tensorboard": "tensorboard",
 }
 OLDEST_TORCH = ">=2.11"
+TESTED_SET = Path(__file__).with_name("tested_set.txt")
+"""Versions gr is tested with, as constraints for pip."""
 _EXTRAS = {"transformers": "encoders"}  # where the extra isn't named like the package
 
 
@@ -240,7 +242,7 @@ def _packages(tested: Mapping[str, str]) -> Iterator[Finding]:
         )
     for name, module in OPTIONAL.items():
         version = _version(name)
-        fix = _pip(f"-c launch/tested_set.txt -e '.[{_EXTRAS.get(name, name)}]'", "--no-build-isolation")
+        fix = _pip(_extra(_EXTRAS.get(name, name)))
         if version is None:
             yield Finding(name, "absent", "optional", fix)
             continue
@@ -251,6 +253,17 @@ def _packages(tested: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(name, "warning", f"{version}; tested with {tested[name].lstrip('=')}", fix)
         else:
             yield Finding(name, "ok", version)
+
+
+def _extra(name: str) -> str:
+    """What pip is to install for one of gr's extras, wherever gr is: its own list where it is installed."""
+    try:
+        needs = metadata.requires("gr") or []
+    except metadata.PackageNotFoundError:
+        needs = []
+    marked = (need.partition(";") for need in needs)
+    wanted = [need.strip() for need, _, marker in marked if re.search(rf"extra == ['\"]{name}['\"]", marker)]
+    return " ".join(f"'{need}'" for need in wanted) or f"-e '.[{name}]'"
 
 
 def _gr(tested: Mapping[str, str]) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """The error that a user can mend.
 
-Everything raised as :class:`UserError` is one sentence: what is wrong, where, and what to do.  Programs in
-``launch/`` print it without a traceback and exit with status 2.
+Everything raised as :class:`UserError` is one sentence: what is wrong, where, and what to do.  Programs print
+it without a traceback and exit with status 2.
 """
 
 from __future__ import annotations

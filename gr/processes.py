@@ -1,23 +1,30 @@
-"""The processes of a run: one, or as many as torchrun started."""
+"""The processes of a run and their axes: one process, or as many as torchrun (or another launcher) started.
+
+Processes stand on a mesh with two named axes: along ``data`` each has other samples, along ``context`` each has
+another part of the same sequences.  Code asks for the axis that it means, never for a bare rank; ``world`` is all of
+them, for what is done once a run.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import socket
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from gr.errors import UserError
+from gr.launcher import Launched, launched
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
@@ -25,98 +32,153 @@ _LOST = re.compile("connection (closed|reset) by peer|broken pipe", re.IGNORECAS
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """This process among all of the run's."""
+class Axis:
+    """This process's place among the ``size`` processes that differ along one axis."""
 
-    rank: int
-    ranks: int
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def sum(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list:
+        """Element-wise sums over the axis, exchanged between hosts."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=dtype)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """``tensor`` summed over the axis, in place, on its own device."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """All processes' ``rows`` (n, ...), n as each has them, rank after rank, on this one's device."""
+        if self.size == 1:
+            return rows
+        own = [len(rows) if rank == self.rank else 0 for rank in range(self.size)]
+        counts = self.sum(own, dtype=torch.int64)
+        # to one length, and without a look at the rows: a device isn't waited for
+        padded = F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, max(counts) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def exchange(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Send ``counts[r]`` of the leading rows of ``rows`` (n, ...) to each rank r, in order; what came, rank after
+        rank, and how many of each."""
+        if self.size == 1:
+            return rows, list(counts)
+        sent = torch.tensor(counts, dtype=torch.int64)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        arriving = received.tolist()
+        out = rows.new_empty(sum(arriving), *rows.shape[1:])
+        dist.all_to_all_single(out, rows.contiguous(), arriving, list(counts), group=self.group)
+        return out, arriving
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of the run's.  ``nodes``: machines they are on; ``local``: its place on its own."""
+
     device: torch.device
+    world: Axis = field(default_factory=Axis)
+    data: Axis = field(default_factory=Axis)
+    context: Axis = field(default_factory=Axis)
+    local: Axis = field(default_factory=Axis)
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self.world.rank == 0
 
     def barrier(self) -> None:
-        if self.ranks > 1:
+        if self.world.size > 1:
             dist.barrier()
 
-    def sum(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list:
-        """Element-wise sums over all ranks, exchanged on the CPU group."""
-        if self.ranks == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=dtype)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, rows_S: Tensor) -> Tensor:
-        """All ranks' 1-D int64 rows, rank after rank, on this rank's device."""
-        if self.ranks == 1:
-            return rows_S
-        own = [len(rows_S) if rank == self.rank else 0 for rank in range(self.ranks)]
-        counts = self.sum(own, dtype=torch.int64)
-        # to one length, and without a look at the rows: a device isn't waited for
-        padded_S = F.pad(rows_S, (0, max(counts) - len(rows_S)))
-        parts = [torch.empty_like(padded_S) for _ in counts]
-        dist.all_gather(parts, padded_S)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-    def broadcast(self, value: object) -> object:
-        """Rank 0's ``value`` on every rank."""
-        if self.ranks == 1:
+    def broadcast(self, value: T) -> T:
+        """The main process's ``value`` on every process."""
+        if self.world.size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
 
+    def all_equal(self, value: object) -> list[object]:
+        """Everybody's ``value``, by rank, if they differ; an empty list if they don't."""
+        if self.world.size == 1:
+            return []
+        values: list[object] = [None] * self.world.size
+        dist.all_gather_object(values, value)
+        return values if any(other != values[0] for other in values) else []
+
     def together(self, action: Callable[[], T]) -> T:
-        """``action()`` on every rank; where one refuses (UserError) all do, and none goes on alone."""
-        if self.ranks == 1:
+        """``action()`` on every process; where one refuses (UserError) all do, and none goes on alone."""
+        if self.world.size == 1:
             return action()
         result, refusal = None, None
         try:
             result = action()
         except UserError as error:
             refusal = str(error)
-        refusals: list[str | None] = [None] * self.ranks
+        refusals: list[str | None] = [None] * self.world.size
         dist.all_gather_object(refusals, refusal)
         refused = [rank for rank, text in enumerate(refusals) if text is not None]
         if refused:
-            some = len(refused) < self.ranks and refused != [0]
+            some = len(refused) < self.world.size and refused != [0]
             where = f"on rank {', '.join(map(str, refused))}: " if some else ""
             raise UserError(f"{where}{refusals[refused[0]]}", everywhere=True)
         return result  # type: ignore[return-value]
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model whose backward also averages gradients over ranks."""
-        if self.ranks == 1:
-            return model
-        # Looking for unused parameters keeps DDP from rebuilding its buckets after the first step: with other
-        # buckets a ring of three or more ranks adds in another order, and a resumed run would lose its bits.
-        # (Two ranks add a and b either way.)
-        return DistributedDataParallel(
-            model, find_unused_parameters=self.ranks > 2, gradient_as_bucket_view=True
-        )
-
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """Around each micro-batch: gradients are exchanged with the last one alone."""
-        if last or not isinstance(model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return model.no_sync()
+    def check_shared(self, folder: Path, key: str) -> None:
+        """Refuse a ``folder`` that is not the same one for all processes: on machines with disks of their own each
+        would keep a part of every checkpoint, and none could be read."""
+        if self.world.size == 1:
+            return
+        mark = self.broadcast(folder / f".shared-{uuid.uuid4().hex}")
+        if self.is_main:
+            mark.touch()
+        self.barrier()
+        seen = mark.exists()
+        blind = [rank for rank, sees in enumerate(self.all_equal(seen)) if not sees]
+        if self.is_main:
+            mark.unlink()
+        if blind:
+            raise UserError(
+                f"{key} '{folder}' is not the same folder on rank {', '.join(map(str, blind))} as on rank 0: "
+                "put it on a file system that all machines share",
+                everywhere=True,
+            )
 
 
 @contextlib.contextmanager
-def processes(device: str = "auto", threads: int | None = None) -> Iterator[Parallel]:
-    """Join the processes that torchrun started (or be the only one), with this one's device and threads."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(cores // local_ranks, 1))
+def processes(device: str = "auto", threads: int | None = None, context: int = 1) -> Iterator[Processes]:
+    """Join the processes of the run (or be the only one), with this one's device and threads.
+
+    Who they are is known from torch.distributed where it is initialised, else from the launcher's variables (RANK,
+    WORLD_SIZE, ...).  ``context``: how many processes share a sequence.  The number of threads is as it was
+    afterwards, and a process group that was made here is gone.
+    """
+    joined = dist.is_initialized()
+    rank, ranks, local_rank, local_ranks = launched() if not joined else Launched()
+    if joined:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        local_rank, local_ranks = _place_on_machine(rank, ranks)
+    started = ranks > 1 and not joined
     chosen = _device(device, local_rank)
-    started = ranks > 1 and not dist.is_initialized()
     if started:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            store=_store(rank, ranks),
+            rank=rank,
+            world_size=ranks,
+            timeout=TIMEOUT,
+        )
+    previous_threads = torch.get_num_threads()
     try:
-        yield Parallel(rank, ranks, chosen)
+        torch.set_num_threads(threads or max(_cores() // local_ranks, 1))
+        yield _on_mesh(chosen, rank, ranks, context, Axis(local_rank, local_ranks))
     except RuntimeError as error:
         if not started or not _LOST.search(str(error)):
             raise
@@ -124,14 +186,69 @@ def processes(device: str = "auto", threads: int | None = None) -> Iterator[Para
             f"rank {rank} lost the other processes: one of them ended and said why; then go on with --resume"
         ) from error
     finally:
+        torch.set_num_threads(previous_threads)
         if started:
             dist.destroy_process_group()
+
+
+def _place_on_machine(rank: int, ranks: int) -> tuple[int, int]:
+    """(rank, ranks) among the processes of this machine."""
+    machines: list[str] = [""] * ranks
+    dist.all_gather_object(machines, socket.gethostname())
+    here = [other for other, machine in enumerate(machines) if machine == machines[rank]]
+    return here.index(rank), len(here)
+
+
+def _store(rank: int, ranks: int) -> dist.Store | None:
+    """A store of this attempt's own.  torchrun keeps one for all attempts of a job, and gloo would find the addresses
+    of the processes that died in it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            ranks,
+            is_master=rank == 0,
+            timeout=TIMEOUT,
+        )
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        ranks,
+        is_master=False,
+        timeout=TIMEOUT,
+    )
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _on_mesh(device: torch.device, rank: int, ranks: int, context: int, local: Axis) -> Processes:
+    if ranks % context:
+        raise UserError(
+            f"{ranks} processes can't be cut into groups of {context} that share a sequence: start a multiple",
+            everywhere=True,
+        )
+    if ranks == 1:
+        return Processes(device, local=local)
+    world = Axis(rank, ranks, dist.group.WORLD)
+    if context == 1:  # the mesh's axes are everybody and nobody else: no further groups are made
+        return Processes(device, world, world, Axis(), local)
+    mesh = dist.device_mesh.init_device_mesh(
+        device.type, (ranks // context, context), mesh_dim_names=("data", "context")
+    )
+    data, shared = (
+        Axis(mesh.get_local_rank(name), mesh[name].size(), mesh.get_group(name))
+        for name in ("data", "context")
+    )
+    return Processes(device, world, data, shared, local)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "train.device is cuda, and torch sees no GPU: use train.device=cpu, or see launch/doctor.py"
+            "train.device is cuda, and torch sees no GPU: use train.device=cpu, or ask python -m gr doctor"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

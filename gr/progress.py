@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-PLAIN_SECONDS = 5.0
-"""Without a terminal: at most one line in so many seconds."""
+FIRST_SECONDS = 1.0
+PLAIN_SECONDS = 10.0
+"""Without a terminal: a line after a second, and from then on at most one in so many."""
 
 
 class Stage:
@@ -18,13 +19,21 @@ class Stage:
     def advance(self, units: int) -> None:
         """``units`` more are done."""
 
+    def show(self, status: str) -> None:
+        """From the next ``advance`` on: ``status`` in place of the average rate."""
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+
 
 class Progress:
     """Quiet progress, and the interface: ``with progress.stage('reading', total, 'actions') as stage: ...``."""
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None, unit: str = "actions") -> Iterator[Stage]:
-        """A stage of ``total`` units (None: not known)."""
+    def stage(
+        self, name: str, total: int | None = None, unit: str = "actions", done: int = 0
+    ) -> Iterator[Stage]:
+        """A stage of ``total`` units (None: not known), ``done`` of which were done at another time."""
         yield Stage()
 
     def note(self, text: str) -> None:
@@ -34,50 +43,59 @@ class Progress:
 class _Counted(Stage):
     """A stage that knows how far and how fast it is.  Rates are averages since its beginning."""
 
-    def __init__(self, name: str, total: int | None, unit: str):
+    def __init__(self, name: str, total: int | None, unit: str, done: int):
         self.name, self.total, self.unit = name, total, unit
-        self.done = 0
+        self.first = self.done = done
+        self.shown = ""
         self.start = time.monotonic()
+
+    def show(self, status: str) -> None:
+        self.shown = status
 
     @property
     def seconds(self) -> float:
         return max(time.monotonic() - self.start, 1e-9)
 
+    @property
+    def rate(self) -> float:
+        return (self.done - self.first) / self.seconds
+
     def status(self) -> str:
-        """How much is done, how fast, how long the rest takes."""
-        rate = self.done / self.seconds
+        """How much is done, how fast (or what is shown instead), how long the rest takes."""
         of = f" of {self.total:,}" if self.total else ""
-        left = f", {clock(max(self.total - self.done, 0) / rate)} left" if self.total and rate else ""
-        return f"{self.done:,}{of} {self.unit}, {rate:,.0f}/s{left}"
+        left = (
+            f", {clock(max(self.total - self.done, 0) / self.rate)} left" if self.total and self.rate else ""
+        )
+        return f"{self.done:,}{of} {self.unit}, {self.shown or f'{self.rate:,.0f}/s'}{left}"
 
     def result(self) -> str:
         """The same when all is done; a total that was an estimate is of no more interest."""
-        return f"{self.done:,} {self.unit} in {self.seconds:.1f} s, {self.done / self.seconds:,.0f}/s"
+        return f"{self.done - self.first:,} {self.unit} in {clock(self.seconds, 1)}, {self.rate:,.0f}/s"
 
 
-def clock(seconds: float) -> str:
-    """59 s, 12:34, 1:02:03."""
+def clock(seconds: float, digits: int = 0) -> str:
+    """59 s, 12:34, 1:02:03; ``digits`` of the seconds below a minute."""
     if seconds < 59.5:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{digits}f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class _PlainStage(_Counted):
-    def __init__(self, name: str, total: int | None, unit: str, stream: TextIO):
-        super().__init__(name, total, unit)
-        self.stream, self.last = stream, self.start
+    def __init__(self, stream: TextIO, *stage):
+        super().__init__(*stage)
+        self.stream, self.due = stream, self.start + FIRST_SECONDS
 
     def advance(self, units: int) -> None:
         self.done += units
         now = time.monotonic()
-        if now - self.last >= PLAIN_SECONDS:
-            self.last = now
-            self.line(self.status())
+        if now >= self.due:
+            self.due = now + PLAIN_SECONDS
+            self.say(f"{self.name}: {self.status()}")
 
-    def line(self, text: str) -> None:
-        print(f"{self.name}: {text}", file=self.stream, flush=True)
+    def say(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
 
 
 class PlainProgress(Progress):
@@ -87,33 +105,45 @@ class PlainProgress(Progress):
         self.stream = stream or sys.stderr
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None, unit: str = "actions") -> Iterator[Stage]:
-        stage = _PlainStage(name, total, unit, self.stream)
+    def stage(
+        self, name: str, total: int | None = None, unit: str = "actions", done: int = 0
+    ) -> Iterator[Stage]:
+        stage = _PlainStage(self.stream, name, total, unit, done)
         yield stage
-        stage.line(stage.result())
+        if stage.done > stage.first:
+            stage.say(f"{name}: {stage.result()}")
 
     def note(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
 
 class _BarStage(_Counted):
-    def __init__(self, bar, name: str, total: int | None, unit: str):
-        super().__init__(name, total, unit)
-        self.bar, self.task = bar, bar.add_task(name, total=total, status="")
+    def __init__(self, bar, *stage):
+        super().__init__(*stage)
+        self.bar = bar
+        self.task = bar.add_task(self.name, total=self.total, completed=self.done, status="")
 
     def advance(self, units: int) -> None:
         self.done += units
         self.bar.update(self.task, completed=self.done, status=self.status())
+
+    def say(self, text: str) -> None:
+        self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self) -> None:
         self.bar.update(self.task, total=max(self.done, 1), completed=max(self.done, 1), status=self.result())
 
 
 class BarProgress(Progress):
-    """A rich bar with rate and time left."""
+    """A rich bar with rate and time left on ``stream`` (stderr), a terminal."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = stream or sys.stderr
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None, unit: str = "actions") -> Iterator[Stage]:
+    def stage(
+        self, name: str, total: int | None = None, unit: str = "actions", done: int = 0
+    ) -> Iterator[Stage]:
         from rich import progress as bars
         from rich.console import Console
 
@@ -122,15 +152,16 @@ class BarProgress(Progress):
             bars.BarColumn(bar_width=16),
             bars.TextColumn("{task.fields[status]}", markup=False),
         )
-        with bars.Progress(*columns, console=Console(stderr=True)) as bar:
-            stage = _BarStage(bar, name, total, unit)
+        with bars.Progress(*columns, console=Console(file=self.stream)) as bar:
+            stage = _BarStage(bar, name, total, unit, done)
             yield stage
             stage.finish()
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=self.stream, flush=True)
 
 
-def default_progress() -> Progress:
-    """A bar when stderr is a terminal, lines otherwise."""
-    return BarProgress() if sys.stderr.isatty() else PlainProgress()
+def default_progress(stream: TextIO | None = None) -> Progress:
+    """A bar when ``stream`` (stderr) is a terminal, lines on it otherwise."""
+    stream = stream or sys.stderr
+    return BarProgress(stream) if stream.isatty() else PlainProgress(stream)

@@ -18,6 +18,24 @@ ENCODERS = {
     "gru4rec": "gr.models.gru4rec:GRU4Rec",
 }
 
+MODELS = {
+    "retrieval": "gr.models.retrieval:Retrieval",
+}
+
+TABLES = {
+    "local": "gr.embeddings.local:LocalTable",
+    "mapped": "gr.embeddings.mapped:MappedTable",
+}
+
+ENGINES = {
+    "ddp": "gr.train.engines.ddp:DDP",
+    "all_reduce": "gr.train.engines.all_reduce:AllReduce",
+}
+
+METRICS = {
+    "catalogue": "gr.eval.catalogue:CatalogueMetrics",
+}
+
 SPLITS = {
     "leave_one_out": "gr.data.split:LeaveOneOut",
     "global_time": "gr.data.split:GlobalTime",
@@ -52,6 +70,8 @@ BASELINES = {
 OPTIMIZERS = {
     "adamw": "gr.train.optimizers:AdamW",
     "sgd": "gr.train.optimizers:SGD",
+    "lazy_adam": "gr.train.optimizers:LazyAdam",
+    "rowwise_adagrad": "gr.train.optimizers:RowwiseAdagrad",
 }
 
 DATASETS = {
@@ -64,9 +84,19 @@ DATASETS = {
 }
 
 
-def resolve(table: dict[str, str], name: str, what: str) -> Any:
-    """The object that ``name`` stands for in ``table``; ``what`` names the table in the error."""
+def check(table: dict[str, str], name: str, what: str) -> None:
+    """Refuse a name that ``table`` does not have; ``what`` names the table in the error."""
     if name not in table:
         raise UserError(f"unknown {what} '{name}': {nearest(name, table)}")
+
+
+def resolve(table: dict[str, str], name: str, what: str) -> Any:
+    """The object that ``name`` stands for in ``table``; ``what`` names the table in the error."""
+    check(table, name, what)
     module, attribute = table[name].split(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("gr", ""):
+            raise
+        raise UserError(f"{what} '{name}' needs the package '{error.name}': install it") from error

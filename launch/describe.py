@@ -1,51 +1,9 @@
 """Print what is in a sequence dataset: counts, lengths, popularity, times, samples, health.
 
-python launch/describe.py data/ml-1m --plot ml-1m.png
+The program is gr/programs/describe.py: `python -m gr describe` is the same.
 """
 
-from __future__ import annotations
-
-import argparse
-import sys
-
-from rich.console import Console
-
-from gr.data import describe_tables as tables
-from gr.data.dataset import SequenceDataset
-from gr.data.describe import describe, figure_file, plot
-from gr.errors import program
-
-
-@program
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("dataset", help="folder of a sequence dataset")
-    parser.add_argument("--samples", type=int, default=3, help="users to show (default 3)")
-    parser.add_argument("--actions", type=int, default=5, help="actions to show of each (default 5)")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="save the distributions of lengths and popularity: .png, .svg, .pdf"
-    )
-    args = parser.parse_args(arguments)
-    if args.plot:
-        figure_file(args.plot)
-    dataset = SequenceDataset(args.dataset)
-    found = describe(dataset)
-    console = Console()
-    for table in (
-        tables.counts_table(dataset, found),
-        tables.lengths_table(found),
-        tables.popularity_table(dataset, found),
-    ):
-        console.print(table)
-    if args.samples > 0:
-        console.print(tables.samples_table(dataset, args.samples, args.actions))
-    console.print(tables.health_table(dataset, found))
-    if args.plot:
-        plot(dataset, found, args.plot)
-        console.print(f"figure: {args.plot}", highlight=False, soft_wrap=True)
-
+from gr.programs.describe import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,63 +1,9 @@
 """Evaluate a trained run on a held-out split: the whole catalogue ranked for every user.
 
-python launch/evaluate.py --run runs/NAME --split test --baselines popularity,last_item --buckets
-torchrun --standalone --nproc-per-node 2 launch/evaluate.py runs/NAME eval.exclude=all
+The program is gr/programs/evaluate.py: `python -m gr evaluate` is the same.
 """
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from gr.errors import UserError, program
-from gr.train.arguments import add_run, settle_run
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run(parser)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="eval.key=value", help="changes to the run's eval section"
-    )
-    parser.add_argument("--split", default="test", help="a held-out split: test (default) or valid")
-    parser.add_argument(
-        "--baselines", default="", metavar="A,B", help="popularity, last_item, item_knn, oracle"
-    )
-    parser.add_argument("--buckets", action="store_true", help="also by history length and item popularity")
-    parser.add_argument("--json", metavar="FILE", help="write the results there too")
-    options = parser.parse_intermixed_args()
-    settle_run(parser, options)
-    if others := [o for o in options.overrides if not o.startswith("eval.")]:
-        raise UserError(f"'{others[0]}' cannot change when evaluating: only eval.* can", everywhere=True)
-    return options
-
-
-@program
-def main() -> int:
-    options = arguments()
-    overrides = [*options.overrides, f"eval.buckets={str(options.buckets).lower()}"]
-    baselines = [name for name in options.baselines.split(",") if name]
-
-    from rich.console import Console
-
-    from gr.eval.tables import buckets_tables, results_table
-    from gr.train.comparison import compare, to_json
-
-    done = compare(options.run, options.split, baselines, overrides, options.checkpoint, options.json)
-    if done.is_main:
-        console = Console()
-        console.print(results_table(done.results, f"{options.run}, {done.split}, step {done.step:,}"))
-        for table in buckets_tables(done.results[done.model], done.model):
-            console.print(table)
-        console.print(
-            f"{done.model}: {done.results[done.model].users_per_second:,.0f} users/s", highlight=False
-        )
-        if options.json:
-            Path(options.json).write_text(to_json(done))
-    return 0
-
+from gr.programs.evaluate import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,68 +1,9 @@
 """Make a sequence dataset from an action log or a published data set.
 
-python launch/prepare.py ml-1m --source DIR_OR_URL --out data/ml-1m
-python launch/prepare.py log --source 'logs/*.parquet' --schema schema.yaml --out data/mine
+The program is gr/programs/prepare.py: `python -m gr prepare` is the same.
 """
 
-from __future__ import annotations
-
-import argparse
-import sys
-import time
-from pathlib import Path
-
-from rich.console import Console
-
-from gr import registry
-from gr.config import read_yaml
-from gr.data.dataset import SequenceDataset
-from gr.data.describe_tables import preparation_tables
-from gr.data.making.files import output_folder
-from gr.data.making.sources.base import make_source
-from gr.errors import UserError, program
-from gr.progress import default_progress
-
-
-def report(dataset: SequenceDataset, seconds: float) -> None:
-    """What each stage left, what was put aside, and the dataset's identity."""
-    manifest, console = dataset.manifest, Console()
-    for table in preparation_tables(dataset):
-        console.print(table)
-    print(
-        f"{manifest.users:,} users, {manifest.items:,} items, {manifest.actions:,} actions in {seconds:.1f} s; "
-        f"fingerprint {manifest.fingerprint}\n"
-        f"next  python launch/describe.py {dataset.path}"
-    )
-
-
-@program
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", help=", ".join(registry.DATASETS))
-    parser.add_argument("--source", help="file, glob (in quotes), folder or URL to read")
-    parser.add_argument("--out", required=True, help="folder of the dataset")
-    parser.add_argument("--schema", help="YAML: the log's columns and the policies")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set a key of the schema or of the source, such as filter.min_length=3 (docs/your-own-data.md)",
-    )
-    args = parser.parse_args(arguments)
-    output_folder(args.out)
-    if args.schema and not Path(args.schema).exists():
-        raise UserError(f"no schema file '{args.schema}': docs/your-own-data.md shows one")
-    given = read_yaml(args.schema) if args.schema else {}
-    start = time.monotonic()
-    source = make_source(args.name, given, args.set)
-    dataset = source.prepare(args.source, args.out, overwrite=args.overwrite, progress=default_progress())
-    report(dataset, time.monotonic() - start)
-
+from gr.programs.prepare import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,79 +1,9 @@
 """Write the best items of each user, by a trained run, to a Parquet file.
 
-python launch/recommend.py --run runs/NAME --users all --k 100 --out recs.parquet
-python launch/recommend.py --run runs/NAME --users ids.txt --out recs.parquet --user-vectors users.parquet
+The program is gr/programs/recommend.py: `python -m gr recommend` is the same.
 """
 
-from __future__ import annotations
-
-import argparse
-import os
-
-from gr import config as configs
-from gr.errors import UserError, program
-from gr.train.arguments import add_run, settle_run
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run(parser)
-    parser.add_argument(
-        "--users",
-        required=True,
-        metavar="FILE|all",
-        help="ids: text, one a line, or Parquet or CSV with user_id",
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="Parquet: user_id, item_ids, scores")
-    parser.add_argument("--k", type=int, default=100, help="items a user (default 100)")
-    excluded = "history items left out: none, those the model is shown, all (default: the run's eval.exclude)"
-    parser.add_argument("--exclude", choices=["none", "kept", "all"], help=excluded)
-    parser.add_argument(
-        "--time", type=int, metavar="SECONDS", help="time of the request (default: the user's last)"
-    )
-    parser.add_argument("--user-vectors", metavar="FILE", help="write user_id, vector there")
-    parser.add_argument("--item-vectors", metavar="FILE", help="write item_id, vector there")
-    options = parser.parse_args()
-    settle_run(parser, options)
-    if options.k < 1:
-        raise UserError(f"--k is {options.k}: ask for one item at least")
-    return options
-
-
-@program
-def main() -> int:
-    options = arguments()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            "recommend.py runs in one process: start it without torchrun, with a part of the users each",
-            everywhere=True,
-        )
-
-    from gr.data.making.files import output_files
-    from gr.processes import processes
-    from gr.progress import default_progress
-    from gr.train.folder import RunFolder
-    from gr.train.recommend import read_user_ids, recommend, write_item_vectors
-    from gr.train.runs import open_run
-
-    names = ("users", "out", "user_vectors", "item_vectors")
-    output_files({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
-    users = None if options.users == "all" else list(dict.fromkeys(read_user_ids(options.users)))
-    config = configs.load(RunFolder.existing(options.run).config)
-    with processes(config.train.device, config.train.threads) as parallel:
-        run = open_run(options.run, options.checkpoint, parallel.device)
-        total = run.dataset.users if users is None else len(users)
-        with default_progress().stage("recommending", total, "users") as stage:
-            wanted = {name: getattr(options, name) for name in ("k", "exclude", "time", "user_vectors")}
-            count = recommend(run, options.out, users=users, advance=stage.advance, **wanted)
-        if options.item_vectors:
-            write_item_vectors(run, options.item_vectors)
-    print(f"wrote {count:,} users to {options.out} (step {run.step:,} of {options.run})")
-    if vectors := [file for file in (options.user_vectors, options.item_vectors) if file]:
-        print(f"wrote {' and '.join(vectors)}: inner products of user and item vectors are the scores")
-    return 0
-
+from gr.programs.recommend import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,64 +1,9 @@
 """Rebuild a published table: prepare, train every row, print published beside measured.
 
-    python launch/reproduce.py ml-1m --source DIR
-    python launch/reproduce.py ml-1m --source DIR --rows hstu,sasrec --seeds 1,2,3
-    python launch/reproduce.py synthetic-dp
-
-Run the same command again after an interruption: what is finished stays, what isn't goes on.
+The program is gr/programs/reproduce.py: `python -m gr reproduce` is the same.
 """
 
-from __future__ import annotations
-
-import argparse
-
-from gr.errors import program
-
-
-@program
-def main() -> int:
-    from gr.train.reproduction.reproduce import reproduce
-    from gr.train.reproduction.table import print_table, read_table, save_table, table_names
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("dataset", help=f"one of {', '.join(table_names())}")
-    parser.add_argument("overrides", nargs="*", metavar="key.key=value", help="changes to every row's config")
-    parser.add_argument("--source", help="folder or URL of the raw files (generated datasets need none)")
-    parser.add_argument("--data", help="where the prepared dataset is or goes (default: data/DATASET)")
-    parser.add_argument("--out", default="runs/reproduce", help="where the runs go (default: %(default)s)")
-    parser.add_argument("--rows", default="", help="configs to train, comma-separated (default: all)")
-    parser.add_argument(
-        "--seeds", type=_seeds, default=[1], metavar="1,2", help="comma-separated (default: 1)"
-    )
-    parser.add_argument("--processes", type=int, default=1, help="processes a run (default: %(default)s)")
-    parser.add_argument(
-        "--no-selection", action="store_true", help="skip the runs that choose an epoch by validation"
-    )
-    options = parser.parse_intermixed_args()
-    measured = reproduce(
-        options.dataset,
-        options.source,
-        rows=[r for r in options.rows.split(",") if r],
-        seeds=options.seeds,
-        processes=options.processes,
-        out=options.out,
-        data=options.data,
-        selection=not options.no_selection,
-        overrides=options.overrides,
-    )
-    table = read_table(options.dataset)
-    print_table(table, measured)
-    print(f"picture {save_table(table, measured, f'{options.out}/{options.dataset}')}, table.json beside it")
-    return 0
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list like 1,2,3") from None
-
+from gr.programs.reproduce import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -11,7 +11,7 @@ python=$venv/bin/python
 
 say() { echo "[setup] $*"; }
 fail() { echo "error: $*" >&2; exit 1; }
-install() { "$python" -m pip install --disable-pip-version-check --quiet -c launch/tested_set.txt "$@"; }
+install() { "$python" -m pip install --disable-pip-version-check --quiet -c gr/tested_set.txt "$@"; }
 
 if [ "$device" = auto ]; then
     device=cpu
@@ -44,7 +44,7 @@ venv)
 torch)
     index=()
     if [ -n "${GR_TORCH_INDEX_URL:-}" ]; then index=(--index-url "$GR_TORCH_INDEX_URL"); fi
-    version=$(sed -n 's/^torch==//p' launch/tested_set.txt)
+    version=$(sed -n 's/^torch==//p' gr/tested_set.txt)
     if [ "$device" = cuda ]; then
         say "installing torch $version for CUDA (a few GB the first time)"
         install ${index[@]+"${index[@]}"} "torch==$version,!=$version+cpu"

@@ -13,7 +13,6 @@ from torch.profiler import record_function
 
 from benchmarks.training import padded_baseline
 from benchmarks.training.shapes import Shape, config
-from gr import registry
 from gr.data.collate import collate
 from gr.data.sequences import Sequences
 from gr.models.recommender import Recommender
@@ -34,8 +33,7 @@ class Ours:
         self.samples, self.seed, self.steps = samples, seed, 0
         settings = config(shape)
         self.model = Recommender(settings, shape.items, torch.ones(shape.items))
-        builder = registry.resolve(registry.OPTIMIZERS, settings.optimizer.name, "optimizer")
-        self.optimizer = builder(settings.optimizer).build(self.model)
+        self.optimizer = settings.optimizer.build().build(self.model)
         _mark(self.model.objective, "region:loss")
 
     def step(self, rows: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gr.data.dataset import SequenceDataset
+from gr.data.making.times import EARLY, LIKELY, when
 from gr.data.sequences import Sequences
 from gr.errors import UserError
 
@@ -23,12 +24,15 @@ TITLE_COLUMNS = ("title", "name", "item_id")
 class Health:
     """Counts of what may harm training.  ``ties``: pairs of neighbouring actions at the same time; ``last_ties``:
     users whose last two actions tie; ``repeats``: actions that repeat an earlier (item, time) of their user;
-    ``unsorted``: users whose times go back."""
+    ``unsorted``: users whose times go back; ``early``: actions before 1980, ``epoch``: at time 0 or -1 (in a log that
+    ends before 1980, whose clock is its own, none)."""
 
     empty: int = 0
     single: int = 0
     short: int = 0
     unsorted: int = 0
+    early: int = 0
+    epoch: int = 0
     pairs: int = 0
     ties: int = 0
     last_ties: int = 0
@@ -48,6 +52,16 @@ class Description:
     first_time: int | None = None
     last_time: int | None = None
     health: Health = field(default_factory=Health)
+
+    def unit_doubt(self) -> str:
+        """A doubt about the unit in which the log's times were read, "" without one."""
+        if self.last_time is None or EARLY <= self.last_time < LIKELY[1]:
+            return ""
+        for scale in (10**3, 10**6, 10**9):
+            if LIKELY[0] <= self.last_time * scale < LIKELY[1]:
+                coarser = f"a unit {scale:,} times as long they would end at {when(self.last_time * scale)}"
+                return f"is the schema's time_unit right? In {coarser}"
+        return "is the schema's time_unit right?"
 
     def length_quantiles(self, shares: tuple[float, ...]) -> list[int]:
         """Smallest lengths that the given shares of the users do not exceed."""
@@ -88,6 +102,8 @@ def describe(dataset: SequenceDataset) -> Description:
             found.first_time = low if found.first_time is None else min(low, found.first_time)
             found.last_time = high if found.last_time is None else max(high, found.last_time)
             _times(rows, found.health)
+    if found.last_time is None or found.last_time < EARLY:
+        found.health.early = found.health.epoch = 0
     lengths = np.concatenate([found.lengths, np.zeros(3, dtype=np.int64)])
     found.health.empty, found.health.single, found.health.short = map(
         int, (lengths[0], lengths[1], lengths[2])
@@ -164,6 +180,9 @@ def _times(rows: Sequences, health: Health) -> None:
     health.pairs += int(same_user.sum())
     health.ties += int((same_user & (steps == 0)).sum())
     health.unsorted += len(np.unique(user[1:][same_user & (steps < 0)]))
+    epoch = int(((rows.timestamps_A == 0) | (rows.timestamps_A == -1)).sum())
+    health.epoch += epoch
+    health.early += int((rows.timestamps_A < EARLY).sum()) - epoch
     two = rows.lengths_R >= 2
     last = rows.offsets_R1[1:][two] - 1
     health.last_ties += int((rows.timestamps_A[last] == rows.timestamps_A[last - 1]).sum())

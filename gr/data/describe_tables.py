@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from gr.data.dataset import SequenceDataset
 from gr.data.describe import Description, samples, titles
+from gr.data.making.times import when
 
 BAR = 40
-_PLAUSIBLE = (datetime(1980, 1, 1, tzinfo=UTC).timestamp(), datetime(2100, 1, 1, tzinfo=UTC).timestamp())
-
-
-def _when(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _line(text: str) -> Text:
@@ -44,7 +38,20 @@ def preparation_tables(dataset: SequenceDataset) -> list[Table]:
         for reason, count in reasons.items():
             table.add_row(escape(reason), f"{count:,}")
         tables.append(table)
-    return tables
+    return [*tables, *remarks_tables(dataset)]
+
+
+def remarks_tables(dataset: SequenceDataset) -> list[Table]:
+    """What preparing took for granted, and what it doubts; none where it had no reason to speak."""
+    provenance = dataset.manifest.provenance
+    table = Table("", "how the log was read", title_justify="left")
+    for kind, key in (("assumed", "assumptions"), ("[yellow]doubt", "doubts")):
+        for sentence in provenance.get(key, []):
+            table.add_row(kind, escape(sentence))
+    if capped := provenance.get("capped"):
+        said = f"{capped['actions']:,} earlier actions of {capped['users']:,} users are left out (max_user_actions)"
+        table.add_row("capped", said)
+    return [table] if table.row_count else []
 
 
 def counts_table(dataset: SequenceDataset, found: Description) -> Table:
@@ -59,9 +66,8 @@ def counts_table(dataset: SequenceDataset, found: Description) -> Table:
     top = f"{found.share_of_top(0.01):.1%}, {found.share_of_top(0.1):.1%}"
     table.add_row("share of the top 1 %, 10 % items", top)
     if found.first_time is not None and found.last_time is not None:
-        first, last = (_when(time) for time in (found.first_time, found.last_time))
-        odd = not _PLAUSIBLE[0] <= found.last_time < _PLAUSIBLE[1]
-        doubt = "\n[yellow]is the schema's time_unit right?" if odd else ""
+        first, last = (when(time) for time in (found.first_time, found.last_time))
+        doubt = f"\n[yellow]{said}" if (said := found.unit_doubt()) else ""
         table.add_row("times (UTC)", f"{first} to\n{last}{doubt}")
     known = [c for c in dataset.catalogue.column_names if c not in ("item_id", "count")]
     for of in ("actions", "users"):
@@ -133,6 +139,8 @@ def health_table(dataset: SequenceDataset, found: Description) -> Table:
     if dataset.has_timestamps:
         checks += [
             ("users whose times go back", h.unsorted, dataset.users, "must be none"),
+            ("actions before 1980", h.early, dataset.actions, "the others are later: another unit?"),
+            ("actions at time 0 or -1", h.epoch, dataset.actions, "often an unknown time: set unknown_times"),
             ("neighbours at the same time", h.ties, h.pairs, "their order is the log's own"),
             ("users whose last two tie", h.last_ties, dataset.users, "their test item hangs on that order"),
             ("repeats of (item, time)", h.repeats, dataset.actions, "duplicates=drop_exact removes them"),
@@ -157,6 +165,6 @@ def samples_table(dataset: SequenceDataset, users: int, actions: int) -> Table:
         first = max(stop - actions, start)
         shown = titles(dataset, rows.items_A[first:stop].tolist())
         if rows.timestamps_A is not None:
-            shown = [f"{_when(int(t))}  {title}" for t, title in zip(rows.timestamps_A[first:stop], shown)]
+            shown = [f"{when(int(t))}  {title}" for t, title in zip(rows.timestamps_A[first:stop], shown)]
         table.add_row(escape(str(rows.users_R[n])), f"{stop - start:,}", _line("\n".join(shown)))
     return table

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from gr.batch import UNKNOWN, SequenceBatch
 from gr.data.collate import collate
-from gr.data.making.convert import YEAR_2200
 from gr.data.dataset import SequenceDataset
 from gr.data.hashing import derive, hash_ids, mix64
+from gr.data.making.times import YEAR_2200
 from gr.data.sequences import ITEM, USER_ID, Sequences
 from gr.data.split import Split
 from gr.errors import UserError

@@ -5,13 +5,14 @@ Shapes: R users.  A split answers from lengths and times alone; nothing is copie
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
-from gr.config import FRACTION, ComponentConfig
+from gr.config import FRACTION, SEED, ComponentConfig
 from gr.data.sequences import TIME, Sequences
-from gr.errors import UserError
+from gr.errors import UserError, nearest
 
 
 class Split:
@@ -38,6 +39,9 @@ class Split:
         raise NotImplementedError
 
     def check(self, name: str) -> None:
+        """Refuse a name that is not held out."""
+        if name not in Split.names:
+            raise UserError(f"unknown split '{name}': {nearest(name, Split.names)}")
         if name not in self.names:
             raise UserError(
                 f"split '{name}' is not held out by data.split (held out: {', '.join(self.names)}): "
@@ -51,7 +55,7 @@ class LeaveOneOut(Split):
 
     class Config(ComponentConfig):
         name: Literal["leave_one_out"] = "leave_one_out"
-        holdout: Literal[1, 2] = 2
+        holdout: Annotated[int, Field(ge=1, le=2)] = 2
 
     def __init__(self, config: Config):
         self.config, self.holdout = config, config.holdout
@@ -72,8 +76,8 @@ class GlobalTime(Split):
 
     class Config(ComponentConfig):
         name: Literal["global_time"] = "global_time"
-        valid_from: int
-        test_from: int
+        valid_from: SEED
+        test_from: SEED
 
     needs = frozenset({TIME})
     config: Config

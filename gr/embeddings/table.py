@@ -1,199 +1,170 @@
-"""Embedding tables.  Models and losses reach a table through ``lookup``, ``scores``, ``topk``, ``cross_entropy`` and
-``sampled_softmax`` alone, never through its weight, so that a sharded table can take a local one's place.
+"""Embedding tables: what they answer for the whole catalogue, and what they give to a step.
 
-Shapes: B sequences, T queries, K candidates of a query, I catalogue size, D width, C rows of a chunk.
+A table is named, has I rows of width D, and perhaps a bias column: a number a row.  Models and losses never see its
+rows but through two doors: the **view** of the rows that a step needs (:class:`gr.embeddings.view.View`), and the
+answers for all rows (``topk``, ``ranks``, ``cross_entropy``), which are formed where the rows are, chunk by chunk.
+Tables stand outside the module that an engine wraps.  ``gr.registry.TABLES`` has the kinds.
+
+Shapes: B, T queries, C rows of a chunk, I rows, D width, U rows of a view.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from gr.embeddings.ranks import Excluded, best_rows, target_ranks
+from gr.embeddings.row_updates import Gradient, Piece
+from gr.embeddings.scoring import Scoring
+from gr.embeddings.view import Numbering, View, gradient_of
 from gr_kernels.candidate_scores import candidate_scores
-from gr_kernels.candidate_scores.op import IMPLEMENTATIONS as CANDIDATE_SCORES
 from gr_kernels.counter_random import derive_key, truncated_normal_rows
-from gr_kernels.dispatch import known_or_auto
-from gr_kernels.log_partition import cross_entropy
-from gr_kernels.log_partition.op import CROSS_ENTROPIES
-from gr_kernels.sampled_softmax import sampled_softmax
-from gr_kernels.sampled_softmax.op import IMPLEMENTATIONS as SAMPLED_SOFTMAX
 
-Rows = Tensor | range
-Excluded = tuple[Tensor, Tensor]
-"""Jagged rows to leave out, one list a query: (offsets_B1, rows)."""
-
-MAX_SCORES = 1 << 24  # scores that exist at once while a catalogue is searched
+MAX_SCORES = 1 << 24
+"""Scores that exist at once while all rows are gone through."""
 
 
-class Table(Protocol):
-    """I rows of width D; see ``LocalTable`` for the methods' contracts."""
+@dataclass(frozen=True)
+class TableSpec:
+    """What a table is, wherever its rows are: I ``rows`` of width ``dim``, and a bias column where ``bias`` says so.
 
-    rows: int
-    dim: int
-
-    def lookup(self, rows: Tensor) -> Tensor: ...
-
-    def scores(self, queries_TD: Tensor, rows: Rows, normalize_eps: float | None = None) -> Tensor: ...
-
-    def topk(
-        self,
-        queries_BD: Tensor,
-        k: int,
-        normalize_eps: float | None = None,
-        exclude: Excluded | None = None,
-        bias_I: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def cross_entropy(
-        self,
-        queries_TD: Tensor,
-        targets_T: Tensor,
-        scale: float = 1.0,
-        normalize_eps: float | None = None,
-        bias_I: Tensor | None = None,
-        weights_T: Tensor | None = None,
-    ) -> Tensor: ...
-
-    def sampled_softmax(
-        self,
-        queries_TD: Tensor,
-        targets_T: Tensor,
-        negatives: Tensor,
-        scale: float = 1.0,
-        normalize_eps: float | None = None,
-        bias_I: Tensor | None = None,
-        counts_K: Tensor | None = None,
-    ) -> Tensor: ...
-
-
-class LocalTable(nn.Module):
-    """A table held whole by one process, float32.
-
-    Starts from N(0, std^2) cut at +-2 std; the value at (row, column) depends on (seed, name, row, column) alone.
-    ``kernels``: the implementation of the operators that have one of that name ("auto": each chooses).
+    Rows start from N(0, std^2) cut at +-2 std; the value at (row, column) depends on (seed, name, row, column) alone.
+    Biases start from zero.
     """
 
-    initialises_itself = True
+    name: str
+    rows: int
+    dim: int
+    std: float
+    seed: int
+    bias: bool = False
 
-    def __init__(self, name: str, rows: int, dim: int, std: float, seed: int, kernels: str = "auto") -> None:
-        super().__init__()
-        self.name, self.rows, self.dim = name, rows, dim
-        self.kernels = kernels
-        self.weight = nn.Parameter(
-            truncated_normal_rows(derive_key(seed, "table", name), range(rows), dim, std)
-        )
+    def first_rows(self, start: int, stop: int) -> Tensor:
+        """(stop - start, D) float32: the first values of a range of rows."""
+        key = derive_key(self.seed, "table", self.name)
+        return truncated_normal_rows(key, range(start, stop), self.dim, self.std)
 
-    def lookup(self, rows: Tensor) -> Tensor:
-        """Rows of the table, shape ``(*rows.shape, D)``; differentiable (a dense gradient)."""
-        return F.embedding(rows, self.weight)
 
-    def scores(self, queries_TD: Tensor, rows: Rows, normalize_eps: float | None = None) -> Tensor:
-        """Inner products (T, K) of queries with ``rows``: (T, K) each query's own, (K,) shared by all, or a range.
+class Table(ABC):
+    """The rows of a :class:`TableSpec`, float32.
 
-        With ``normalize_eps`` each row is divided by max(its L2 norm, normalize_eps) first.
+    whole: a view is the whole table, so that nobody needs to say which rows are wanted.  dense: the gradient is a
+    tensor of the table's size on every process, which the engine adds up and moves as it does any other parameter's;
+    others keep their rows to themselves, in pieces.  replicated: every process has the same pieces.  collective: all
+    processes must ask for views and search the catalogue together, the same number of times.
+    """
+
+    spec: TableSpec
+    whole = False
+    dense = False
+    replicated = False
+    collective = False
+
+    name = property(lambda self: self.spec.name)
+    rows = property(lambda self: self.spec.rows)
+    dim = property(lambda self: self.spec.dim)
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def view(self, wanted: Sequence[Tensor]) -> View:
+        """The rows that this process needs for a step, given by row numbers (tensors of any shape and number).
+
+        Every process of the run calls this together, once a step.
         """
-        return candidate_scores(
-            queries_TD,
-            self.weight,
-            rows,
-            normalize_eps=normalize_eps,
-            implementation=known_or_auto(self.kernels, CANDIDATE_SCORES),
+
+    @abstractmethod
+    def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
+        """The sum over t of the cross-entropy of target t against all rows: a float32 scalar, differentiable in the
+        queries and in the table."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """What this process owns of the table: its own memory, to be moved, saved or filled."""
+
+    def gather_gradients(self, view: View) -> list[Gradient]:
+        """The gradients of the pieces, summed over everybody's views; all processes call this together, and when it
+        returns nobody reads the rows any more.  Only of tables that aren't ``dense``."""
+        raise TypeError(f"{type(self).__name__} has dense gradients")
+
+    def zeros(self, piece: Piece, moment: str, columns: int) -> Tensor:
+        """Memory for an optimiser's moment beside a piece: (its rows, columns) float32 zeros."""
+        return torch.zeros(len(piece.values_RC), columns, device=piece.values_RC.device)
+
+    # -- the whole catalogue --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def vectors(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` (exclusive), (stop - start, D)."""
+
+    @abstractmethod
+    def biases(self, start: int, stop: int) -> Tensor:
+        """The bias column of rows ``start`` to ``stop``; only of a table that has one."""
+
+    def chunk_scores(self, queries_BD: Tensor, start: int, stop: int, scoring: Scoring) -> Tensor:
+        """(B, stop - start) float32 scores of a range of rows."""
+        scores_BC = candidate_scores(
+            queries_BD * scoring.scale,
+            self.vectors(start, stop),
+            range(stop - start),
+            normalize_eps=scoring.normalize_eps,
         )
+        return scores_BC + self.biases(start, stop) if scoring.bias else scores_BC
+
+    @torch.no_grad()
+    def scores(self, queries_BD: Tensor, scoring: Scoring) -> Tensor:
+        """(B, I) float32 scores of all rows: for catalogues of which that many numbers are no harm."""
+        return torch.cat([scores for _, scores in self._chunks(queries_BD, scoring)], dim=1)
 
     @torch.no_grad()
     def topk(
-        self,
-        queries_BD: Tensor,
-        k: int,
-        normalize_eps: float | None = None,
-        exclude: Excluded | None = None,
-        bias_I: Tensor | None = None,
+        self, queries_BD: Tensor, k: int, scoring: Scoring, exclude: Excluded | None = None
     ) -> tuple[Tensor, Tensor]:
         """The k best rows of each query, exactly: (scores, rows), both (B, min(k, I)), best first.
 
         exclude: jagged rows never to return; where fewer than k are left, the score of the rest is -inf.
-        bias_I is added to the scores.  Holds at most MAX_SCORES scores (one query's k at least) at once.
         """
-        queries, k = queries_BD.shape[0], min(k, self.rows)
-        best_scores = queries_BD.new_empty(queries, 0)
-        best_rows = torch.empty(queries, 0, dtype=torch.int64, device=queries_BD.device)
-        if exclude is not None:
-            excluded_rows = exclude[1].long()
-            excluded_queries = torch.repeat_interleave(
-                torch.arange(queries, device=excluded_rows.device),
-                exclude[0].diff(),
-                output_size=len(excluded_rows),
-            )
-        step = max(k, MAX_SCORES // max(1, queries), 1)
+        chunks = self._chunks(queries_BD, scoring, at_least=k)
+        return best_rows(chunks, queries_BD.shape[0], k, self.rows, exclude, queries_BD)
+
+    @torch.no_grad()
+    def ranks(
+        self, queries_BD: Tensor, targets_B: Tensor, scoring: Scoring, exclude: Excluded | None = None
+    ) -> Tensor:
+        """(B,) float64 exact ranks of the targets (gr.embeddings.ranks); NaN for a query with a NaN score."""
+        return target_ranks(lambda: self._chunks(queries_BD, scoring), targets_B, self.rows, exclude)
+
+    def chunk_rows(self, queries: int) -> int:
+        """Rows of a chunk while all are gone through for so many queries."""
+        return max(MAX_SCORES // max(1, queries), 1)
+
+    def _chunks(
+        self, queries_BD: Tensor, scoring: Scoring, at_least: int = 1
+    ) -> Iterator[tuple[int, Tensor]]:
+        step = max(at_least, self.chunk_rows(queries_BD.shape[0]))
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
-            scores_BC = self.scores(queries_BD, range(start, stop), normalize_eps)
-            if bias_I is not None:
-                scores_BC = scores_BC + bias_I[start:stop]
-            if exclude is not None:
-                here = (excluded_rows >= start) & (excluded_rows < stop)
-                scores_BC[excluded_queries[here], excluded_rows[here] - start] = -torch.inf
-            chunk_scores, columns = scores_BC.topk(min(k, stop - start), dim=1)
-            both_scores = torch.cat([best_scores, chunk_scores], dim=1)
-            both_rows = torch.cat([best_rows, columns + start], dim=1)
-            best_scores, order = both_scores.topk(min(k, both_scores.shape[1]), dim=1)
-            best_rows = both_rows.gather(1, order)
-        return best_scores, best_rows
+            yield start, self.chunk_scores(queries_BD, start, stop, scoring)
 
-    def cross_entropy(
-        self,
-        queries_TD: Tensor,
-        targets_T: Tensor,
-        scale: float = 1.0,
-        normalize_eps: float | None = None,
-        bias_I: Tensor | None = None,
-        weights_T: Tensor | None = None,
-    ) -> Tensor:
-        """Sum over t of w_t times the cross-entropy of target t against the whole catalogue: a float32 scalar.
 
-        The logits are ``scale * q . e + bias``; they exist a chunk at a time (gr_kernels.log_partition).
-        """
-        return cross_entropy(
-            queries_TD,
-            self.weight,
-            targets_T,
-            weights_T=weights_T,
-            scale=scale,
-            normalize_eps=normalize_eps,
-            bias_I=bias_I,
-            implementation=known_or_auto(self.kernels, CROSS_ENTROPIES),
-        )
+def local_gradients(view: View) -> Tensor:
+    """(U, D), or (U, D + 1) with the bias's: what backward left at a view."""
+    columns = [gradient_of(view.weight_UD)]
+    if view.bias_U is not None:
+        columns.append(gradient_of(view.bias_U)[:, None])
+    return torch.cat(columns, dim=1)
 
-    def sampled_softmax(
-        self,
-        queries_TD: Tensor,
-        targets_T: Tensor,
-        negatives: Tensor,
-        scale: float = 1.0,
-        normalize_eps: float | None = None,
-        bias_I: Tensor | None = None,
-        counts_K: Tensor | None = None,
-    ) -> Tensor:
-        """Sum over t of the cross-entropy of target t among itself and its negatives: a float32 scalar.
 
-        negatives: (T, K) rows of each query, or (K,) shared by all; one equal to the target counts nothing.
-        counts_K: how often each shared negative counts (None: once).
-        bias_I is added to an item's logits, the target's too (gr_kernels.sampled_softmax).
-        """
-        return sampled_softmax(
-            queries_TD,
-            self.weight,
-            targets_T,
-            negatives,
-            counts_K=counts_K,
-            scale=scale,
-            normalize_eps=normalize_eps,
-            bias_I=bias_I,
-            implementation=known_or_auto(self.kernels, SAMPLED_SOFTMAX),
-        )
+def leaves(weight_UD: Tensor, bias_U: Tensor | None, numbering: Numbering) -> View:
+    """A view of fetched rows, whose gradients will be taken back."""
+    bias_U = None if bias_U is None else bias_U.detach().requires_grad_()
+    return View(weight_UD.detach().requires_grad_(), bias_U, numbering)
 
-    def extra_repr(self) -> str:
-        return f"{self.name!r}, rows={self.rows}, dim={self.dim}"
+
+def matrix(values: Tensor) -> Tensor:
+    """A column of the table as a matrix: (I,) becomes (I, 1), the same memory."""
+    return values if values.dim() == 2 else values[:, None]

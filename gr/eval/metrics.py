@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed as dist
+from torch import Tensor
+
+from gr.processes import Axis
 
 UNIT = 2.0**32
 
@@ -24,6 +26,11 @@ POPULARITY_EDGES = (0, 1, 10, 100, 1000, 10_000, 100_000)
 """Lower bounds of the buckets by training actions of the target item."""
 
 
+def rank_metric_names(ks: Sequence[int]) -> list[str]:
+    ks = sorted(set(ks))
+    return [*(f"hr@{k}" for k in ks), *(f"ndcg@{k}" for k in ks), "mrr"]
+
+
 class RankMetrics:
     """Streaming sums of the metrics; ``buckets``: ascending lower bounds by the name of a breakdown.
 
@@ -32,7 +39,7 @@ class RankMetrics:
 
     def __init__(self, ks: Sequence[int], buckets: Mapping[str, Sequence[int]] | None = None):
         self.ks = sorted(set(ks))
-        self.names = [*(f"hr@{k}" for k in self.ks), *(f"ndcg@{k}" for k in self.ks), "mrr"]
+        self.names = rank_metric_names(ks)
         self.buckets = {name: tuple(edges) for name, edges in (buckets or {}).items()}
         groups = 1 + sum(map(len, self.buckets.values()))
         self._sums_GM = torch.zeros(groups, len(self.names), dtype=torch.int64)
@@ -52,15 +59,10 @@ class RankMetrics:
             self._users_G.index_add_(0, group_B, torch.ones_like(group_B))
             first += len(edges)
 
-    def all_reduce(self) -> None:
-        """Add up over the processes, when torch.distributed is initialised."""
-        if not dist.is_initialized():
-            return
-        device = communication_device()
-        for name in ("_sums_GM", "_users_G"):
-            total = getattr(self, name).to(device)
-            dist.all_reduce(total)
-            setattr(self, name, total.cpu())
+    def all_reduce(self, axis: Axis) -> None:
+        """Add up over the processes."""
+        axis.add_up(self._sums_GM)
+        axis.add_up(self._users_G)
 
     @property
     def users(self) -> int:
@@ -98,12 +100,3 @@ class RankMetrics:
             if users
             else {}
         )
-
-
-def communication_device() -> torch.device:
-    """Where tensors must be for the initialised process group: the CPU, unless it has NCCL alone."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if dist.get_backend() == "nccl"
-        else torch.device("cpu")
-    )

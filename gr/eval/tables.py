@@ -55,7 +55,7 @@ def buckets_tables(result: EvalResult, label: str) -> list[Table]:
 
 def _caption(result: EvalResult) -> str:
     subset = "" if result.population in (None, result.users) else f" of {result.population:,}"
-    return f"{result.users:,} users{subset}, whole catalogue ranked"
+    return f"{result.users:,} users{subset}, {result.heading}"
 
 
 def _range(low: int, top: int | None) -> str:

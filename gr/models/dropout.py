@@ -7,41 +7,43 @@ because words of a counter cost fourteen times as much there; a key then changes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gr_kernels.dispatch import known_or_auto
+from gr_kernels.dispatch import Implementation, preferred
 from gr_kernels.jagged import jagged_dropout
 from gr_kernels.jagged.dropout.op import IMPLEMENTATIONS
 
 _LEVELS = 1 << 16
 
 
-def from_generator(device: torch.device, implementation: str) -> bool:
-    """Whether dropout on a device takes torch's generator: on the CPU, unless an operator's implementation is named."""
-    return device.type == "cpu" and implementation == "auto"
+def from_generator(device: torch.device, implementations: Sequence[Implementation]) -> bool:
+    """Whether dropout on a device takes torch's generator: on the CPU, unless one of the operator's
+    ``implementations`` is preferred."""
+    return device.type == "cpu" and preferred() not in {known.name for known in implementations}
 
 
 class Dropout(nn.Module):
     """Zeroes values with ``probability`` in training and scales the others so that means are kept.
 
-    kernels: train.kernels.  A call's key, 64 bits, belongs to one place of the model in one micro-batch
+    A call's key, 64 bits, belongs to one place of the model in one micro-batch
     (``derive_key(layout.dropout_key, ...)``).
     """
 
-    def __init__(self, probability: float, kernels: str = "auto") -> None:
+    def __init__(self, probability: float) -> None:
         super().__init__()
         self.probability = probability
-        self.implementation = known_or_auto(kernels, IMPLEMENTATIONS)
 
     def forward(self, x: Tensor, key: int) -> Tensor:
         """x: (T, ...) floating -> its shape and dtype; x itself when nothing can be dropped."""
         if not self.training or self.probability == 0.0:
             return x
-        if from_generator(x.device, self.implementation):
+        if from_generator(x.device, IMPLEMENTATIONS):
             return generator_dropout(x, self.probability)
-        return jagged_dropout(x, self.probability, key=key, implementation=self.implementation)
+        return jagged_dropout(x, self.probability, key=key)
 
     def extra_repr(self) -> str:
         return f"{self.probability}"

@@ -11,25 +11,31 @@ from torch import Tensor
 
 from gr.errors import UserError
 from gr.models.layout import JaggedLayout
-from gr_kernels.dispatch import known_or_auto
+from gr.models.tasks import Task
 from gr_kernels.hstu_attention import AttentionMask, hstu_attention
-from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
 
 
 class Encoder(Protocol):
     """(T, D) vectors of jagged sequences -> (T, D).  No row depends on another sequence's rows.
 
-    ``uses_times``: whether the layout must carry times.
+    ``uses_times``: whether the layout must carry times.  ``causal``: whether a row's output depends on that row and
+    earlier ones alone.
     """
 
     uses_times: bool
+    causal: bool
 
     def __call__(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor: ...
 
 
-def attention_kernel(kernels: str) -> str:
-    """The attention's implementation for the config key train.kernels: ``kernels`` where it has one, else auto."""
-    return known_or_auto(kernels, IMPLEMENTATIONS)
+def check_causal(task: Task, encoder: Encoder, encoder_name: str) -> None:
+    """Refuse an encoder that would see what it has to predict: the loss would fall to zero and nothing be learnt."""
+    if task.needs_causal and not encoder.causal:
+        raise UserError(
+            f"model.task {task.config.name} predicts each action from those before it, and model.encoder "
+            f"{encoder_name} sees those behind it too (causal is false): set model.encoder.causal=true, or "
+            "model.task=cloze"
+        )
 
 
 def softmax_attention(
@@ -41,7 +47,6 @@ def softmax_attention(
     causal: bool,
     dropout: float,
     dropout_key: int,
-    implementation: str,
 ) -> Tensor:
     """Scaled dot-product attention inside each sequence, (T, H, V): softmax(q . k / sqrt(Q)) v."""
     return hstu_attention(
@@ -57,7 +62,6 @@ def softmax_attention(
         dropout=dropout,
         dropout_key=dropout_key,
         order=layout.start_order_B,
-        implementation=implementation,
     )
 
 

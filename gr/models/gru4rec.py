@@ -29,10 +29,10 @@ class GRU4Rec(nn.Module):
         hidden: POSITIVE = 64
         dropout: FRACTION = 0.0
 
-    def __init__(self, config: Config, dim: int, max_length: int, kernels: str = "auto") -> None:
+    def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
-        self.uses_times = False
-        self.dropout = Dropout(config.dropout, kernels)
+        self.uses_times, self.causal = False, True
+        self.dropout = Dropout(config.dropout)
         between = config.dropout if config.layers > 1 else 0.0
         self.gru = nn.GRU(dim, config.hidden, config.layers, dropout=between)
         self.output = Linear(config.hidden, dim, init.xavier_uniform) if config.hidden != dim else None

@@ -25,11 +25,9 @@ from torch.nn import functional as F
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
 from gr.models.dropout import from_generator, generator_dropout
-from gr.models.encoder import attention_kernel
 from gr.models.layers import Linear
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
-from gr_kernels.dispatch import known_or_auto
 from gr_kernels.fused_layer import gated_output, norm_linear_silu_parts
 from gr_kernels.fused_layer.op import IMPLEMENTATIONS as FUSED
 from gr_kernels.hstu_attention import RelativeBias, TimeBuckets, hstu_attention
@@ -60,11 +58,14 @@ class HSTU(nn.Module):
         relative_time: bool = True
         divisor: Annotated[float, Field(gt=0)] | None = None
 
-    def __init__(self, config: Config, dim: int, max_length: int, kernels: str = "auto") -> None:
+        def idle(self) -> dict[str, str]:
+            return {"divisor": "activation is softmax"} if self.activation == "softmax" else {}
+
+    def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
-        self.uses_times = config.relative_time
+        self.uses_times, self.causal = config.relative_time, True
         self.layers = nn.ModuleList(
-            HSTULayer(config, dim, max_length, layer, kernels) for layer in range(config.layers)
+            HSTULayer(config, dim, max_length, layer) for layer in range(config.layers)
         )
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
@@ -74,16 +75,15 @@ class HSTU(nn.Module):
 
 
 class HSTULayer(nn.Module):
-    def __init__(self, config: HSTU.Config, dim: int, max_length: int, layer: int, kernels: str) -> None:
+    def __init__(self, config: HSTU.Config, dim: int, max_length: int, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.implementation = attention_kernel(kernels)
         self.scale = 1.0 if config.activation == "silu" else config.qk_dim**-0.5
         self.divisor = config.divisor or float(max_length + EXTRA_LENGTH)
         values, keys = config.heads * config.v_dim, config.heads * config.qk_dim
         widths = (values, values, keys, keys)
-        self.uvqk = Projection(dim, widths, kernels)
-        self.output = GatedOutput(values, dim, config.dropout, kernels)
+        self.uvqk = Projection(dim, widths)
+        self.output = GatedOutput(values, dim, config.dropout)
         self.position_bias = nn.Parameter(torch.empty(max_length)) if config.relative_position else None
         self.time_bias = nn.Parameter(torch.empty(BUCKETS.count)) if config.relative_time else None
 
@@ -108,7 +108,6 @@ class HSTULayer(nn.Module):
             dropout=config.attention_dropout if self.training else 0.0,
             dropout_key=derive_key(layout.dropout_key, self.layer),
             order=layout.start_order_B,
-            implementation=self.implementation,
         )
         key = derive_key(layout.dropout_key, self.layer, "output")
         return self.output(attended_THV.flatten(1), u, x_TD, key)
@@ -117,9 +116,9 @@ class HSTULayer(nn.Module):
 class Projection(Linear):
     """x -> SiLU(LN(x) W), cut into u, v, q and k of the given widths."""
 
-    def __init__(self, dim: int, widths: tuple[int, ...], kernels: str) -> None:
+    def __init__(self, dim: int, widths: tuple[int, ...]) -> None:
         super().__init__(dim, sum(widths), init.normal(INIT_STD), None)
-        self.widths, self.implementation = widths, fused_kernel(kernels)
+        self.widths = widths
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # a Linear by its parameters alone
         return norm_linear_silu_parts(
@@ -129,22 +128,21 @@ class Projection(Linear):
             eps=EPS,
             # on GPUs memory is short: there LN(x) and its product with W are formed again in the backward pass
             recompute=x_TD.device.type != "cpu",
-            implementation=self.implementation,
         )
 
 
 class GatedOutput(Linear):
     """x + dropout(u * LN(o)) W_o + b_o."""
 
-    def __init__(self, values: int, dim: int, dropout: float, kernels: str) -> None:
+    def __init__(self, values: int, dim: int, dropout: float) -> None:
         super().__init__(values, dim, init.xavier_uniform)
-        self.dropout, self.implementation = dropout, fused_kernel(kernels)
+        self.dropout = dropout
 
     def forward(  # type: ignore[override]
         self, attended_TV: Tensor, u_TV: Tensor, x_TD: Tensor, dropout_key: int
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if from_generator(x_TD.device, self.implementation):  # the operator's dropout is a counter's
+        if from_generator(x_TD.device, FUSED):  # the operator's dropout is a counter's
             gated_TV = u_TV * F.layer_norm(attended_TV, u_TV.shape[-1:], eps=EPS)
             return x_TD + super().forward(generator_dropout(gated_TV, dropout) if dropout else gated_TV)
         return gated_output(
@@ -156,10 +154,4 @@ class GatedOutput(Linear):
             eps=EPS,
             dropout=dropout,
             dropout_key=dropout_key,
-            implementation=self.implementation,
         )
-
-
-def fused_kernel(kernels: str) -> str:
-    """The fused layers' implementation for the config key train.kernels: ``kernels`` where they have one, else auto."""
-    return known_or_auto(kernels, FUSED)

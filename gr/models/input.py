@@ -11,53 +11,45 @@ import torch
 from torch import Tensor, nn
 
 from gr.config import InputSection
-from gr.embeddings.table import Table
+from gr.embeddings.view import View
 from gr.models import init
-from gr.models.borrow import borrow
 from gr.models.dropout import Dropout
 from gr.models.layout import JaggedLayout
 from gr.models.tasks import MASK
 from gr_kernels.counter_random import derive_key
-from gr_kernels.dispatch import known_or_auto
 from gr_kernels.jagged import add_positions_and_times
-from gr_kernels.jagged.positions_and_times.op import IMPLEMENTATIONS
 
 
 class ItemInput(nn.Module):
     """Vectors of the input tokens; position 0 is the first action that was kept.
 
-    max_length: the longest input.  masks: whether tokens may be MASK, which has a learned vector of its own.
-    item_std: of the table's first values.  kernels: train.kernels.
+    dim: D.  max_length: the longest input.  masks: whether tokens may be MASK, which has a learned vector of its own.
+    item_std: of the table's first values.
     """
-
-    table: Table
 
     def __init__(
         self,
         config: InputSection,
-        table: Table,
+        dim: int,
         max_length: int,
         masks: bool,
         item_std: float,
-        kernels: str = "auto",
     ) -> None:
         super().__init__()
-        self.config = config
-        borrow(self, "table", table)
-        self.scale = math.sqrt(table.dim) if config.scale else 1.0
+        self.config, self.dim = config, dim
+        self.scale = math.sqrt(dim) if config.scale else 1.0
         self.item_std = item_std
-        self.implementation = known_or_auto(kernels, IMPLEMENTATIONS)
-        self.dropout = Dropout(config.dropout, kernels)
+        self.dropout = Dropout(config.dropout)
         places = max_length + config.extra_positions
-        self.positions = nn.Parameter(torch.empty(places, table.dim)) if config.positions != "none" else None
+        self.positions = nn.Parameter(torch.empty(places, dim)) if config.positions != "none" else None
         if masks:
-            self.mask = nn.Parameter(torch.empty(table.dim))
+            self.mask = nn.Parameter(torch.empty(dim))
 
     def initialisers(self) -> dict[str, init.Initialiser]:
         positions = {
             "none": init.zeros,
             "xavier_normal": init.xavier_normal,
-            "truncated_normal": init.truncated_normal(math.sqrt(1 / self.table.dim)),
+            "truncated_normal": init.truncated_normal(math.sqrt(1 / self.dim)),
             "normal": init.normal(self.item_std),
         }
         # the mask stands where an item's vector would: it starts as one does
@@ -66,13 +58,13 @@ class ItemInput(nn.Module):
             "mask": init.truncated_normal(self.item_std),
         }
 
-    def forward(self, tokens_T: Tensor, layout: JaggedLayout) -> Tensor:
-        """(T, D) float32."""
+    def forward(self, tokens_T: Tensor, layout: JaggedLayout, items: View) -> Tensor:
+        """(T, D) float32; ``items``: the view that holds the tokens' vectors."""
         if hasattr(self, "mask"):
             hidden_T1 = (tokens_T == MASK)[:, None]
-            x_TD = torch.where(hidden_T1, self.mask, self.table.lookup(tokens_T.clamp_min(0)))
+            x_TD = torch.where(hidden_T1, self.mask, items.lookup(tokens_T.clamp_min(0)))
         else:
-            x_TD = self.table.lookup(tokens_T)
+            x_TD = items.lookup(tokens_T)
         if self.positions is not None or self.config.scale:
             x_TD = add_positions_and_times(
                 x_TD,
@@ -80,6 +72,5 @@ class ItemInput(nn.Module):
                 max_length=layout.max_length,
                 scale=self.scale,
                 position_PD=self.positions,
-                implementation=self.implementation,
             )
         return self.dropout(x_TD, derive_key(layout.dropout_key, "input"))

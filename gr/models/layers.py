@@ -41,8 +41,7 @@ class Linear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """dropout(W2 dropout(act(W1 x))): D -> F -> D.  inner_dropout: the inner one's probability, if another.
-    kernels: train.kernels."""
+    """dropout(W2 dropout(act(W1 x))): D -> F -> D.  inner_dropout: the inner one's probability, if another."""
 
     def __init__(
         self,
@@ -53,14 +52,13 @@ class FeedForward(nn.Module):
         weight: init.Initialiser,
         biases: tuple[init.Initialiser, init.Initialiser] = (init.zeros, init.zeros),
         inner_dropout: float | None = None,
-        kernels: str = "auto",
     ) -> None:
         super().__init__()
         self.up = Linear(dim, inner, weight, biases[0])
         self.down = Linear(inner, dim, weight, biases[1])
         self.activation = ACTIVATIONS[activation]
-        self.dropout = Dropout(dropout, kernels)
-        self.inner_dropout = Dropout(dropout if inner_dropout is None else inner_dropout, kernels)
+        self.dropout = Dropout(dropout)
+        self.inner_dropout = Dropout(dropout if inner_dropout is None else inner_dropout)
 
     def forward(self, x_TD: Tensor, dropout_key: int) -> Tensor:
         inner_TF = self.inner_dropout(self.activation(self.up(x_TD)), derive_key(dropout_key, "inner"))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
-from gr.models.encoder import attention_kernel, head_width, softmax_attention
+from gr.models.encoder import head_width, softmax_attention
 from gr.models.layers import FeedForward, Linear
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
@@ -49,12 +49,10 @@ class SASRec(nn.Module):
         linear_std: Annotated[float, Field(gt=0)] | None = None
         causal: bool = True
 
-    def __init__(self, config: Config, dim: int, max_length: int, kernels: str = "auto") -> None:
+    def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
-        self.uses_times = False
-        self.blocks = nn.ModuleList(
-            SASRecBlock(config, dim, layer, kernels) for layer in range(config.layers)
-        )
+        self.uses_times, self.causal = False, config.causal
+        self.blocks = nn.ModuleList(SASRecBlock(config, dim, layer) for layer in range(config.layers))
         self.final_norm = _norm(config, dim) if config.final_norm else nn.Identity()
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
@@ -64,10 +62,9 @@ class SASRec(nn.Module):
 
 
 class SASRecBlock(nn.Module):
-    def __init__(self, config: SASRec.Config, dim: int, layer: int, kernels: str) -> None:
+    def __init__(self, config: SASRec.Config, dim: int, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.implementation = attention_kernel(kernels)
         self.head_width = head_width(dim, config.heads, "sasrec")
         self.attention_norm, self.ffn_norm = _norm(config, dim), _norm(config, dim)
         # queries, keys and values are one (3D, D) matrix in the public codes; its xavier spread is kept
@@ -81,7 +78,7 @@ class SASRecBlock(nn.Module):
             weight = init.normal(config.linear_std)
             biases = (init.zeros, init.zeros)
         self.output = Linear(dim, dim, weight)
-        self.ffn = FeedForward(dim, config.ffn, "relu", config.dropout, weight, biases, kernels=kernels)
+        self.ffn = FeedForward(dim, config.ffn, "relu", config.dropout, weight, biases)
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         heads = (self.config.heads, self.head_width)
@@ -95,7 +92,6 @@ class SASRecBlock(nn.Module):
             causal=self.config.causal,
             dropout=self.config.attention_dropout if self.training else 0.0,
             dropout_key=derive_key(layout.dropout_key, self.layer),
-            implementation=self.implementation,
         )
         z_TD = self.ffn_norm(normed_TD + self.output(attended_THQ.flatten(1)))
         return z_TD + self.ffn(z_TD, derive_key(layout.dropout_key, self.layer, "ffn"))

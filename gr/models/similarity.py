@@ -1,97 +1,116 @@
 """Similarity of queries and items: score = <q, e> / temperature (+ item bias), in float32.
 
-Shapes: B sequences, T queries, K candidates of a query, I catalogue size, D width.
+Shapes: S, B queries, K candidates of a query, U rows of a view, I catalogue size, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gr.config import SimilaritySection
-from gr.embeddings.table import Excluded, Rows, Table
-from gr.models import init
-from gr.models.borrow import borrow
+from gr.embeddings.ranks import Excluded
+from gr.embeddings.scoring import Scoring
+from gr.embeddings.table import Table
+from gr.embeddings.view import View
+from gr_kernels.candidate_scores import candidate_scores
+from gr_kernels.sampled_softmax import sampled_softmax
+
+T = TypeVar("T")
 
 
-class Similarity(nn.Module):
+class Similarity:
     """The only way from queries to items' scores, for objectives and for evaluation alike.
 
     With ``normalize`` both sides are divided by max(their L2 norm, eps): a cosine.
     """
 
-    table: Table
-
-    def __init__(self, config: SimilaritySection, table: Table) -> None:
-        super().__init__()
+    def __init__(self, config: SimilaritySection) -> None:
         self.config = config
-        borrow(self, "table", table)
-        self.normalize_eps = config.eps if config.normalize else None
-        self.bias = nn.Parameter(torch.empty(table.rows)) if config.item_bias else None
+        self.scoring = Scoring(
+            1 / config.temperature, config.eps if config.normalize else None, config.item_bias
+        )
 
-    def initialisers(self) -> dict[str, init.Initialiser]:
-        return {"bias": init.zeros}
+    # -- a step, on the rows of a view ------------------------------------------------------------------------------
 
-    def scores(self, queries_TD: Tensor, rows: Rows) -> Tensor:
-        """(T, K) float32 scores of ``rows``: (T, K) each query's own, (K,) shared by all, or a range."""
-        with _full_precision(queries_TD):
-            # the temperature divides the queries, T x D numbers, rather than the T x K scores
-            scaled_TD = self._queries(queries_TD) * (1 / self.config.temperature)
-            scores_TK = self.table.scores(scaled_TD, rows, self.normalize_eps)
-            if self.bias is None:
-                return scores_TK
-            own = (
-                self.bias[rows.start : rows.stop : rows.step] if isinstance(rows, range) else self.bias[rows]
+    def candidates(self, items: View, queries_SD: Tensor, rows_SK: Tensor) -> Tensor:
+        """(S, K) float32 scores of each query's own candidate rows."""
+        scoring = self.scoring
+        with _full_precision(queries_SD):
+            # the temperature divides the queries, S x D numbers, rather than the S x K scores
+            scores_SK = candidate_scores(
+                self.queries(queries_SD) * scoring.scale,
+                items.weight_UD,
+                items.place(rows_SK),
+                normalize_eps=scoring.normalize_eps,
             )
-            return scores_TK + own
-
-    def topk(self, queries_BD: Tensor, k: int, exclude: Excluded | None = None) -> tuple[Tensor, Tensor]:
-        """(scores, rows), both (B, min(k, I)), best first, over the whole catalogue."""
-        with _full_precision(queries_BD):
-            scaled_BD = self._queries(queries_BD) / self.config.temperature
-            return self.table.topk(scaled_BD, k, self.normalize_eps, exclude, self.bias)
-
-    def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """The sum over queries of the cross-entropy of their targets against the whole catalogue: a scalar."""
-        with _full_precision(queries_TD):
-            return self.table.cross_entropy(
-                self._queries(queries_TD),
-                targets_T,
-                1 / self.config.temperature,
-                self.normalize_eps,
-                self.bias,
-            )
+            return scores_SK if items.bias_U is None else scores_SK + items.bias_U[items.place(rows_SK)]
 
     def sampled_softmax(
         self,
-        queries_TD: Tensor,
-        targets_T: Tensor,
+        items: View,
+        queries_SD: Tensor,
+        targets_S: Tensor,
         negatives: Tensor,
-        bias_I: Tensor | None = None,
+        correction_I: Tensor | None = None,
         counts_K: Tensor | None = None,
     ) -> Tensor:
         """The sum over queries of the cross-entropy of their targets among themselves and negatives: a scalar.
 
-        negatives: (T, K) rows of each query, or (K,) shared by all; one that is the target counts nothing.
-        bias_I: (I,) added to the items' scores, the targets' too.  counts_K: how often each shared negative counts.
+        negatives: (S, K) rows of each query, or (K,) shared by all; one that is the target counts nothing.
+        correction_I: added to the items' scores, the targets' too.  counts_K: how often each shared negative counts.
         """
-        with _full_precision(queries_TD):
-            if self.bias is not None:
-                bias_I = self.bias if bias_I is None else self.bias + bias_I
-            return self.table.sampled_softmax(
-                self._queries(queries_TD),
-                targets_T,
-                negatives,
-                1 / self.config.temperature,
-                self.normalize_eps,
-                bias_I,
-                counts_K,
+        bias_U = items.bias_U
+        if correction_I is not None:
+            correction_U = items.part_of(correction_I)
+            bias_U = correction_U if bias_U is None else bias_U + correction_U
+        with _full_precision(queries_SD):
+            return sampled_softmax(
+                self.queries(queries_SD),
+                items.weight_UD,
+                items.place(targets_S),
+                items.place(negatives),
+                counts_K=counts_K,
+                scale=self.scoring.scale,
+                normalize_eps=self.scoring.normalize_eps,
+                bias_I=bias_U,
             )
 
-    def _queries(self, queries_TD: Tensor) -> Tensor:
+    # -- the whole catalogue, where its table is --------------------------------------------------------------------
+
+    def cross_entropy(self, table: Table, queries_SD: Tensor, targets_S: Tensor) -> Tensor:
+        """The sum over queries of the cross-entropy of their targets against the whole catalogue: a scalar."""
+        with _full_precision(queries_SD):
+            return table.cross_entropy(self.queries(queries_SD), targets_S, self.scoring)
+
+    def scores(self, table: Table, queries_BD: Tensor) -> Tensor:
+        """(B, I) float32 scores of the whole catalogue."""
+        return self._search(table.scores, queries_BD)
+
+    def topk(
+        self, table: Table, queries_BD: Tensor, k: int, exclude: Excluded | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(scores, rows), both (B, min(k, I)), best first, over the whole catalogue."""
+        return self._search(lambda q_BD, scoring: table.topk(q_BD, k, scoring, exclude), queries_BD)
+
+    def ranks(
+        self, table: Table, queries_BD: Tensor, targets_B: Tensor, exclude: Excluded | None = None
+    ) -> Tensor:
+        """(B,) float64 ranks of the targets in the whole catalogue; NaN where a score is."""
+        return self._search(lambda q_BD, scoring: table.ranks(q_BD, targets_B, scoring, exclude), queries_BD)
+
+    def queries(self, queries_TD: Tensor) -> Tensor:
+        """Queries as scores take them: float32 (float64 stays), normalised where the similarity is."""
         queries_TD = queries_TD if queries_TD.dtype == torch.float64 else queries_TD.float()
         return F.normalize(queries_TD, dim=-1, eps=self.config.eps) if self.config.normalize else queries_TD
+
+    def _search(self, search: Callable[[Tensor, Scoring], T], queries_BD: Tensor) -> T:
+        with _full_precision(queries_BD):
+            return search(self.queries(queries_BD), self.scoring)
 
 
 def _full_precision(like: Tensor) -> torch.autocast:

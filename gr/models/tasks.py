@@ -63,6 +63,7 @@ class NextItem:
 
     extra_inputs = 0
     masks = False
+    needs_causal = True  # row i predicts the action of row i + 1: who sees that row sees the answer
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -106,8 +107,15 @@ class Cloze:
         mask_probability: Annotated[float, Field(gt=0, le=1)] = 0.2
         last_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
 
+        def idle(self) -> dict[str, str]:
+            alone = self.last_probability == 1
+            return (
+                {"mask_probability": "last_probability is 1: only last actions are hidden"} if alone else {}
+            )
+
     extra_inputs = 1  # the hidden action is itself an input
     masks = True
+    needs_causal = False
 
     def __init__(self, config: Config) -> None:
         self.config = config

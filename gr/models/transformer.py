@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
 from gr.models.dropout import Dropout
-from gr.models.encoder import attention_kernel, head_width, softmax_attention
+from gr.models.encoder import head_width, softmax_attention
 from gr.models.layers import FeedForward, Linear
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
@@ -45,15 +45,13 @@ class Transformer(nn.Module):
         input_norm: bool = False
         causal: bool = True
 
-    def __init__(self, config: Config, dim: int, max_length: int, kernels: str = "auto") -> None:
+    def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
         self.config = config
-        self.uses_times = False
+        self.uses_times, self.causal = False, config.causal
         self.input_norm = nn.LayerNorm(dim, eps=EPS) if config.input_norm else None
-        self.input_dropout = Dropout(config.dropout, kernels)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(config, dim, layer, kernels) for layer in range(config.layers)
-        )
+        self.input_dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(config, dim, layer) for layer in range(config.layers))
         self.final_norm = nn.LayerNorm(dim, eps=EPS) if config.norm == "pre" else None
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
@@ -65,16 +63,15 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, config: Transformer.Config, dim: int, layer: int, kernels: str) -> None:
+    def __init__(self, config: Transformer.Config, dim: int, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.implementation = attention_kernel(kernels)
         self.head_width = head_width(dim, config.heads, "transformer")
         self.attention_norm, self.ffn_norm = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
         weight = init.normal(INIT_STD)
         self.qkv = Linear(dim, 3 * dim, weight)
         self.output = Linear(dim, dim, weight)
-        self.dropout = Dropout(config.dropout, kernels)
+        self.dropout = Dropout(config.dropout)
         self.ffn = FeedForward(
             dim,
             config.ffn or 4 * dim,
@@ -82,7 +79,6 @@ class TransformerBlock(nn.Module):
             config.dropout,
             weight,
             inner_dropout=config.ffn_dropout,
-            kernels=kernels,
         )
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
@@ -104,7 +100,6 @@ class TransformerBlock(nn.Module):
             causal=self.config.causal,
             dropout=self.config.attention_dropout if self.training else 0.0,
             dropout_key=derive_key(layout.dropout_key, self.layer),
-            implementation=self.implementation,
         )
         key = derive_key(layout.dropout_key, self.layer, "output")
         return self.dropout(self.output(attended_THQ.flatten(1)), key)

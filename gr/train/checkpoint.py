@@ -22,42 +22,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gr.errors import UserError
-from gr.processes import Parallel
+from gr.models.model import Model
+from gr.processes import Processes
 from gr.train.cursor import Cursor
+from gr.train.engines.engine import Engine, parameters
 from gr.train.folder import sync
-from gr.train.optimizers import counts_steps_in_groups
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _SCRATCH = ".writing-"
 log = logging.getLogger(__name__)
 
 
 def save(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    cursor: Cursor,
-    config: dict[str, Any],
-    parallel: Parallel,
+    folder: Path, tensors: dict[str, Tensor], cursor: Cursor, config: dict[str, Any], processes: Processes
 ) -> Path:
-    """Write the checkpoint of ``cursor.step``; every rank calls this.  Returns its path."""
+    """Write ``tensors`` (an engine's) as the checkpoint of ``cursor.step``; every rank calls this.  Its path."""
     final = folder / f"step-{cursor.step:08d}"
     scratch = folder / f"{_SCRATCH}{final.name}"
-    if parallel.is_main:
+    if processes.is_main:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-    parallel.barrier()
+    processes.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP tells every time that it runs in one process
-        dcp.save(state_dict(model, optimizer), checkpoint_id=scratch, no_dist=parallel.ranks == 1)
-    if parallel.is_main:
+        dcp.save(dict(tensors), checkpoint_id=scratch, no_dist=processes.world.size == 1)
+    if processes.is_main:
         state = {"format_version": FORMAT_VERSION, "cursor": asdict(cursor), "config": config}
         (scratch / "state.json").write_text(json.dumps(state, indent=1))
         files = {f.name: _fingerprint(f) for f in sorted(scratch.iterdir())}
@@ -71,7 +66,7 @@ def save(
         os.replace(scratch, final)
         sync(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    parallel.barrier()
+    processes.barrier()
     return final
 
 
@@ -132,63 +127,44 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Cursor:
-    """Fill ``model`` (and ``optimizer``) in place from the checkpoint at ``path``; returns its cursor."""
+def load(path: Path, model: Model, engine: Engine | None = None) -> Cursor:
+    """Fill ``model``, its tables (and ``engine``'s moments) in place from the checkpoint at ``path``; returns its
+    cursor."""
     cursor = Cursor(**read_state(path)["cursor"])
-    described = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    wanted: dict[str, Tensor] = {}
-    for name, entry in described.items():
-        if isinstance(entry, TensorStorageMetadata) and (name.startswith("model/") or optimizer is not None):
-            wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    expected = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, tensor in expected.items():
-        if name not in wanted:
-            raise UserError(f"checkpoint '{path}' has no parameter '{name[6:]}': it is of another model")
-        if wanted[name].shape != tensor.shape:
+    described = {
+        name: entry
+        for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    wanted = parameters(model) if engine is None else engine.load(list(described))
+    for name, tensor in wanted.items():
+        if name not in described:
+            raise UserError(f"checkpoint '{path}' has no {_words(name)}: it is of another model")
+        if described[name].size != tensor.shape:
             raise UserError(
-                f"parameter '{name[6:]}' is {list(wanted[name].shape)} in checkpoint '{path}' and "
+                f"{_words(name)} is {list(described[name].size)} in checkpoint '{path}' and "
                 f"{list(tensor.shape)} in this model: the configs or datasets differ"
             )
+    if engine is not None and cursor.step and (lacking := engine.lacking(wanted)):
+        raise UserError(
+            f"checkpoint '{path}' has the weights but no {_words(lacking[0])}, without which training can't go on: "
+            "choose an older checkpoint, or start a new run"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(wanted, checkpoint_id=path, no_dist=True)
-    model.load_state_dict({name: wanted[f"model/{name}"] for name in model.state_dict()})
-    if optimizer is not None:
-        _load_moments(wanted, model, optimizer)
+    if engine is not None:
+        engine.loaded(wanted)
     return cursor
 
 
-def _load_moments(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    moments: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        moment, _, owner = rest.partition("/")
-        if kind == "optimizer":
-            moments.setdefault(owner, {})[moment] = tensor
-    for name, parameter in model.named_parameters():
-        group = group_of[parameter]
-        state = moments.get(name, {})
-        if "step" in state and counts_steps_in_groups(optimizer):
-            group["step"] = int(state.pop("step"))
-        for moment, value in state.items():
-            # torch counts steps on the CPU, but where one kernel does the whole update
-            on_device = moment != "step" or group.get("fused") or group.get("capturable")
-            optimizer.state[parameter][moment] = value.to(parameter.device) if on_device else value
-
-
-def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Parameters as ``model/NAME`` and moments as ``optimizer/MOMENT/NAME``."""
-    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        state = dict(optimizer.state.get(parameter, {}))
-        if state and counts_steps_in_groups(optimizer):
-            state["step"] = torch.tensor(float(group_of[parameter]["step"]))
-        for moment, value in state.items():
-            if value is not None:
-                tensors[f"optimizer/{moment}/{name}"] = torch.as_tensor(value)
-    return tensors
+def _words(name: str) -> str:
+    """A tensor's name in a checkpoint, for people."""
+    kind, _, rest = name.partition("/")
+    if kind == "model":
+        return f"parameter '{rest}'"
+    moment, _, owner = rest.partition("/")
+    return f"{moment} of '{owner}'"
 
 
 def _fingerprint(file: Path) -> list:

@@ -12,10 +12,10 @@ from gr.config import RunConfig
 from gr.data.making.files import output_file
 from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
-from gr.processes import processes
 from gr.progress import Progress, default_progress
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
+from gr.train.job import running
 from gr.train.runs import open_run
 
 
@@ -48,18 +48,24 @@ def compare(
     config = _config(run, baselines, overrides, output)
     model = config.model.encoder.name
     results: dict[str, EvalResult] = {}
-    with processes(config.train.device, config.train.threads) as parallel:
-        opened = parallel.together(lambda: open_run(run, checkpoint, parallel.device))
+    with running(config) as joined:
+        opened = joined.together(lambda: open_run(run, checkpoint, joined))
+        data = opened.data
         evaluation = Evaluation(
-            opened.dataset, opened.split, config, device=parallel.device, item_counts=opened.item_counts
+            data.dataset,
+            data.split,
+            config,
+            data.catalogue,
+            judged_by=opened.model.judged_by,
+            processes=joined,
         )
-        requests = parallel.together(lambda: evaluation.requests(split))
-        progress = default_progress() if parallel.is_main else Progress()
+        requests = joined.together(lambda: evaluation.requests(split))
+        progress = default_progress() if joined.is_main else Progress()
         for name in [*baselines, model]:
-            scorer = opened.model if name == model else parallel.together(partial(evaluation.baseline, name))
+            scorer = opened.model if name == model else joined.together(partial(evaluation.baseline, name))
             with progress.stage(name, requests.share, "users") as stage:
                 results[name] = evaluation.run(split, scorer, advance=stage.advance)
-        return Comparison(run, split, model, opened.step, opened.epoch, results, parallel.is_main)
+        return Comparison(run, split, model, opened.step, opened.epoch, results, joined.is_main)
 
 
 def to_json(done: Comparison) -> str:

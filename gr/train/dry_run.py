@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gr.config import RunConfig
-from gr.processes import processes
+from gr.progress import clock
 from gr.train.cursor import Cursor
-from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
-from gr.train.job import build
-from gr.train.kernels import advice_on_kernels
-from gr.train.log import clock
-from gr.train.memory import advice_when_out_of_memory, peak_bytes
+from gr.train.job import running
+from gr.train.log import StepProgress
+from gr.train.memory import peak_bytes
+from gr.train.parts import build
 from gr.train.trainer import Trainer
 
 TIMED_STEPS = 3
@@ -26,52 +25,45 @@ TIMED_STEPS = 3
 
 def dry_run(config: RunConfig) -> None:
     """Build ``config``, take a step (and time two more), print shapes, memory and an estimate of the whole."""
-    with (
-        processes(config.train.device, config.train.threads) as parallel,
-        advice_when_out_of_memory(config),
-        advice_on_kernels(config),
-    ):
-        parts = parallel.together(lambda: build(config, parallel))
+    with running(config) as processes:
+        parts = processes.together(lambda: build(config, processes))
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(
                 config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})}),
-                parts.model,
-                parts.optimizer,
-                parts.batches,
-                Evaluation(parts.dataset, parts.split, config),
-                parallel,
+                parts,
+                processes,
                 RunFolder(scratch),
-                Cursor(parts.dataset.manifest.generation),
+                Cursor(parts.data.dataset.manifest.generation),
             )
             trainer.progress.close()
-            trainer.progress.active = False
+            trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
             seconds, losses, shapes = [], [], []
             for batch in islice(parts.batches.epoch(0), TIMED_STEPS):
                 started = time.perf_counter()
                 trainer.step(batch)
-                if parallel.device.type == "cuda":
-                    torch.cuda.synchronize(parallel.device)
+                if processes.device.type == "cuda":
+                    torch.cuda.synchronize(processes.device)
                 seconds.append(time.perf_counter() - started)
                 losses.append(trainer.last_loss)
                 shapes.append(batch.share)
             trainer.metrics.close()
-        if not parallel.is_main:
+        if not processes.is_main:
             return
         shape = shapes[0]
         per_step = min(seconds)
         steps = trainer.total_steps
         table = Table(title="dry run", show_header=False, title_justify="left")
-        table.add_row("dataset", f"{parts.dataset.users:,} users, {parts.dataset.items:,} items, "
-                                 f"{parts.dataset.actions:,} actions")  # fmt: skip
-        table.add_row("processes, device", f"{parallel.ranks}, {parallel.device}")
+        table.add_row("dataset", f"{parts.data.dataset.users:,} users, {parts.data.dataset.items:,} items, "
+                                 f"{parts.data.dataset.actions:,} actions")  # fmt: skip
+        table.add_row("processes, device", f"{processes.world.size}, {processes.device}")
         table.add_row("first batch of this rank", f"{shape.sequences} sequences, {shape.actions:,} actions, "
                                                   f"longest {shape.max_length}")  # fmt: skip
-        parameters = sum(p.numel() for p in parts.model.parameters())
+        parameters = sum(p.numel() for _, p in parts.model.named_dense())
         table.add_row("parameters", f"{parameters:,} ({4 * parameters / 2**20:.1f} MiB; "
                                     f"AdamW holds twice as much more)")  # fmt: skip
-        for name, parameter in parts.model.named_parameters():
+        for name, parameter in parts.model.named_dense():
             table.add_row(f"  {name}", " x ".join(map(str, parameter.shape)))
-        table.add_row("peak memory", f"{peak_bytes(parallel.device) / 2**20:,.0f} MiB")
+        table.add_row("peak memory", f"{peak_bytes(processes.device) / 2**20:,.0f} MiB")
         table.add_row("loss of the first step", f"{losses[0]:.4f}")
         table.add_row("seconds a step", f"{per_step:.3f} (first {seconds[0]:.3f})")
         table.add_row("steps", f"{steps:,} ({parts.batches.per_epoch:,} an epoch)")

@@ -76,21 +76,23 @@ def operators() -> str:
 
 
 def code_version() -> str | None:
-    """The commit of the checkout this package lies in, ``+changes`` when files differ from it; None elsewhere."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
+    """The commit of the checkout whose files this package's are, ``+changes`` when files differ from it; None
+    elsewhere, as where a wheel is installed into an environment inside somebody's checkout."""
+    import gr
+
+    package = Path(gr.__file__).parent
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        commit = _git(package, "rev-parse", "HEAD")
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changed else "")
 
 
-def _git(root: Path, *command: str) -> str:
+def _git(folder: Path, *command: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=10
+        ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True, timeout=10
     )
     return done.stdout.strip()
 

@@ -1,32 +1,32 @@
-"""Evaluation of a run: the dataset's held-out requests, a scorer and the evaluator, joined as the config says."""
+"""Evaluation of a run: the dataset's held-out requests, a scorer and a metric family, joined as the config says."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, distributed as dist, nn
+from torch import nn
 
 from gr import registry
 from gr.config import RunConfig
 from gr.data.dataset import SequenceDataset
-from gr.data.popularity import training_counts, training_sequences
+from gr.data.popularity import training_sequences
 from gr.data.requests import HeldOutRequests, requests
 from gr.data.split import Split
 from gr.errors import UserError
 from gr.eval.evaluator import Advance, EvalResult, evaluate
-from gr.eval.protocols import Scorer
+from gr.eval.family import MetricFamily
+from gr.models.model import Catalogue
+from gr.processes import Processes
 
 
 class Evaluation:
     """Evaluates scorers on the held-out splits of a dataset, as often as wanted.
 
-    Keeps what does not change between evaluations: which blocks hold targets, and the items' popularity.
-    item_counts: (I,) training actions of each item; counted from the dataset when needed and not given.
-    device: where modules score; other scorers work on the CPU.  The users are shared out over the ranks of the
-    process group, where one is initialised.  columns: of actions that the scorers need beside ``item``; all of
-    numbers without it.
+    Keeps what does not change between evaluations: which blocks hold targets.  judged_by: the metric family.  Modules
+    score on the processes' device, other scorers on the CPU; the users are dealt to the data axis.
+    columns: of actions that the scorers need beside ``item``; all of numbers without it.
     """
 
     def __init__(
@@ -34,36 +34,28 @@ class Evaluation:
         dataset: SequenceDataset,
         split: Split,
         config: RunConfig,
+        catalogue: Catalogue,
         *,
-        device: torch.device | str = "cpu",
-        item_counts: Tensor | None = None,
+        judged_by: str = "catalogue",
+        processes: Processes | None = None,
         columns: Iterable[str] | None = None,
     ):
-        self.columns = columns
-        self.dataset, self.split, self.config, self.device = dataset, split, config, device
-        self._given_counts = item_counts
+        self.dataset, self.split, self.config, self.catalogue = dataset, split, config, catalogue
+        self.processes = processes or Processes(torch.device("cpu"))
+        self.judged_by, self.columns = judged_by, columns
         self._requests: dict[str, HeldOutRequests] = {}
 
-    def run(
-        self,
-        name: str,
-        scorer: Scorer,
-        *,
-        advance: Advance | None = None,
-    ) -> EvalResult:
+    def run(self, name: str, scorer: Any, *, advance: Advance | None = None) -> EvalResult:
         """Metrics of ``scorer`` on the held-out split ``name``, the same on every rank."""
-        config = self.config.eval
         held_out = self.requests(name)
         result = evaluate(
             scorer,
             held_out,
-            items=self.dataset.items,
-            ks=config.ks,
+            self.family(),
             split=name,
-            max_scores=config.max_scores,
-            device=self.device if isinstance(scorer, nn.Module) else "cpu",
-            item_counts=self.item_counts if config.buckets else None,
-            buckets=config.buckets,
+            protocol={"exclude": self.config.eval.exclude},
+            processes=self.processes,
+            device=self.processes.device if isinstance(scorer, nn.Module) else "cpu",
             population=lambda: held_out.population,
             advance=advance,
         )
@@ -75,12 +67,18 @@ class Evaluation:
             )
         return result
 
+    def family(self) -> MetricFamily:
+        """The metrics, empty."""
+        kind = registry.resolve(registry.METRICS, self.judged_by, "metric family")
+        counts = self.catalogue.training_counts if self.config.eval.buckets else None
+        return kind(self.config.eval, self.catalogue.rows, counts)
+
     def baselines(self, name: str, names: Sequence[str] | None = None) -> dict[str, EvalResult]:
         """Metrics of the baselines ``names`` (eval.baselines without it), each fitted to the training actions."""
         chosen = self.config.eval.baselines if names is None else names
         return {baseline: self.run(name, self.baseline(baseline)) for baseline in chosen}
 
-    def baseline(self, name: str) -> Scorer:
+    def baseline(self, name: str) -> Any:
         """The baseline ``name`` ready to score; it has seen training actions only.  It works on the CPU."""
         kind = registry.resolve(registry.BASELINES, name, "baseline (eval.baselines)")
         if not hasattr(kind, "fit"):  # knows the dataset's generator
@@ -90,7 +88,7 @@ class Evaluation:
     def requests(self, name: str) -> HeldOutRequests:
         """This rank's requests of split ``name``."""
         if name not in self._requests:
-            config = self.config.eval
+            config, data = self.config.eval, self.processes.data
             self._requests[name] = requests(
                 self.dataset,
                 self.split,
@@ -98,15 +96,9 @@ class Evaluation:
                 max_length=self.config.data.max_length,
                 exclude=config.exclude,
                 batch=config.batch,
-                rank=dist.get_rank() if dist.is_initialized() else 0,
-                world=dist.get_world_size() if dist.is_initialized() else 1,
+                rank=data.rank,
+                world=data.size,
                 max_users=config.max_users,
                 columns=self.columns,
             )
         return self._requests[name]
-
-    @cached_property
-    def item_counts(self) -> Tensor:
-        if self._given_counts is not None:
-            return self._given_counts
-        return torch.from_numpy(training_counts(self.dataset, self.split))

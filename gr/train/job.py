@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils import deterministic
-
-from gr import config as configs, registry
+from gr import config as configs
 from gr.config import RunConfig
-from gr.data.batches import Batches, Plan
-from gr.data.dataset import SequenceDataset
-from gr.data.order import Order
-from gr.data.popularity import training_counts
-from gr.data.split import Split
 from gr.errors import UserError
-from gr.models.recommender import Recommender
-from gr.processes import Parallel, processes
+from gr.processes import Processes, processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.environment import record
-from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
-from gr.train.kernels import advice_on_kernels, check_kernels
 from gr.train.memory import advice_when_out_of_memory
+from gr.train.numerics import numerics
+from gr.train.parts import Parts, build
 from gr.train.plots import plot_run
-from gr.train.selection import check_selection, selection_metric
+from gr.train.selection import best_of, best_validation, selection_metric, validations
 from gr.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -39,7 +29,7 @@ log = logging.getLogger(__name__)
 CHANGEABLE = (
     *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
-    *("train.device", "train.threads", "train.kernels"),
+    *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.
 
@@ -74,30 +64,15 @@ class RunResult:
         return rows[-1]
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a config describes, built."""
-
-    dataset: SequenceDataset
-    split: Split
-    item_counts: torch.Tensor
-    model: Recommender
-    optimizer: torch.optim.Optimizer
-    batches: Batches
-
-
 def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
     """Train ``config`` in a new folder.  ``on_step``: called with the folder after each step."""
-    with (
-        processes(config.train.device, config.train.threads) as parallel,
-        advice_when_out_of_memory(config),
-        advice_on_kernels(config),
-    ):
-        parts = parallel.together(lambda: build(config, parallel))
-        folder = _new_folder(config, parallel)
-        with _locked(folder, parallel):
-            cursor = Cursor(parts.dataset.manifest.generation)
-            return _train(config, parts, folder, cursor, parallel, on_step)
+    with running(config) as processes:
+        parts = processes.together(lambda: build(config, processes))
+        folder = _new_folder(config, processes)
+        processes.check_shared(folder.path, "run.dir")
+        with _locked(folder, processes):
+            cursor = Cursor(parts.data.dataset.manifest.generation)
+            return _train(config, parts, folder, cursor, processes, on_step)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep = nothing) -> RunResult:
@@ -106,31 +81,30 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep =
     ``overrides``: dotted, of the keys that ``CHANGEABLE`` lists; others are refused.
     """
     folder, config = saved_run(path, overrides)
+    with running(config) as processes:
+        processes.check_shared(folder.path, "the run's folder")
+        with _locked(folder, processes):
+            parts = processes.together(lambda: build(config, processes))
+            newest = processes.broadcast(checkpoint.newest(folder.checkpoints) if processes.is_main else None)
+            cursor = Cursor(parts.data.dataset.manifest.generation)
+            if newest is not None:
+                cursor = processes.together(lambda: _load(newest, parts))
+                cursor.finished = cursor.finished and cursor.epoch >= config.train.epochs
+            if processes.is_main:
+                _prepare_folder(folder, config, cursor, newest)
+            cursor = processes.broadcast(cursor)
+            return _train(config, parts, folder, cursor, processes, on_step)
+
+
+@contextmanager
+def running(config: RunConfig) -> Iterator[Processes]:
+    """The processes of a run, with the settings that its numbers hang on, and advice where memory runs out."""
     with (
-        processes(config.train.device, config.train.threads) as parallel,
+        processes(config.train.device, config.train.threads) as joined,
         advice_when_out_of_memory(config),
-        advice_on_kernels(config),
-        _locked(folder, parallel),
+        numerics(config, joined.device),
     ):
-        parts = parallel.together(lambda: build(config, parallel))
-        newest = parallel.broadcast(checkpoint.newest(folder.checkpoints) if parallel.is_main else None)
-        cursor = Cursor(parts.dataset.manifest.generation)
-        if isinstance(newest, Path):
-            cursor = parallel.together(lambda: _load(newest, parts))
-            cursor.finished = cursor.finished and cursor.epoch >= config.train.epochs
-        if parallel.is_main:
-            rows = folder.cut_metrics(cursor.metrics_rows)
-            if rows < cursor.metrics_rows:
-                log.warning(
-                    "'%s' has lost rows: %d of the %d that '%s' counts on are left, training goes on with those",
-                    *(folder.metrics, rows, cursor.metrics_rows, newest),
-                )
-                cursor.metrics_rows = rows
-            folder.rewrite_config(configs.to_yaml(config))
-            where = "its end" if cursor.finished else f"epoch {cursor.epoch + 1}, step {cursor.step}"
-            print(f"resuming '{folder.path}' at {where}", flush=True)
-        cursor.metrics_rows = parallel.broadcast(cursor.metrics_rows)  # type: ignore[assignment]
-        return _train(config, parts, folder, cursor, parallel, on_step)
+        yield joined
 
 
 def saved_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, RunConfig]:
@@ -140,80 +114,6 @@ def saved_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolde
     config = configs.override(saved, overrides)
     refuse_changes(saved, config)
     return folder, config
-
-
-def build(config: RunConfig, parallel: Parallel) -> Parts:
-    """Dataset, split, model, optimiser and batches of a config, on this process's device."""
-    check_selection(config)
-    check_kernels(config, parallel.device)
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS adds in any order
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # our kernels fill theirs
-    dataset = SequenceDataset(config.data.path)
-    split = build_split(config)
-    for name in config.eval.splits:
-        split.check(name)
-    counts = torch.from_numpy(training_counts(dataset, split))
-    model = build_model(config, dataset, counts).to(parallel.device)
-    optimizer = registry.resolve(registry.OPTIMIZERS, config.optimizer.name, "optimizer")(
-        config.optimizer
-    ).build(model)
-    order = Order(
-        fingerprint=dataset.manifest.fingerprint,
-        seed=config.train.seed,
-        rows=split.training_rows(dataset.users),
-        block_rows=dataset.manifest.block_rows,
-        window_blocks=config.data.window_blocks,
-        shuffle=config.data.order == "shuffle",
-    )
-    needs = {"item", *(["time"] if model.encoder.uses_times else [])}
-    plan = Plan(
-        split, order, config.train.global_batch, config.data.max_length, config.data.tail, frozenset(needs)
-    )
-    ingest = registry.resolve(registry.INGEST, config.data.ingest.name, "data.ingest")
-    batches = ingest(
-        config.data.ingest,
-        dataset,
-        plan,
-        rank=parallel.rank,
-        ranks=parallel.ranks,
-        prefetch=config.data.prefetch,
-        pin_memory=parallel.device.type == "cuda",
-    )
-    if not order.rows:
-        raise UserError(f"data.split leaves no training sequence of dataset '{config.data.path}': change it")
-    if not _has_target(dataset, split):
-        raise UserError(
-            f"data.split leaves no user of dataset '{config.data.path}' two actions to train on, an input and its "
-            "target: hold out fewer, or prepare a log with longer histories"
-        )
-    if not batches.per_epoch:
-        raise UserError(
-            f"dataset '{config.data.path}' has {order.rows} training sequences, fewer than train.global_batch "
-            f"{config.train.global_batch} with data.tail=drop: lower the batch or keep the tail"
-        )
-    return Parts(dataset, split, counts, model, optimizer, batches)
-
-
-def _has_target(dataset: SequenceDataset, split: Split) -> bool:
-    """Whether any user keeps two actions to train on; mostly the first block tells."""
-    blocks = range(len(dataset.manifest.blocks))
-    return any((split.train_stop(dataset.read_block(block)) >= 2).any() for block in blocks)
-
-
-def build_split(config: RunConfig) -> Split:
-    return registry.resolve(registry.SPLITS, config.data.split.name, "data.split")(config.data.split)
-
-
-def build_model(config: RunConfig, dataset: SequenceDataset, item_counts: torch.Tensor) -> Recommender:
-    model = Recommender(config, items=dataset.items, item_counts=item_counts)
-    if model.encoder.uses_times and not dataset.has_timestamps:
-        raise UserError(
-            f"the encoder uses times and dataset '{config.data.path}' has none: "
-            "set model.encoder.relative_time=false, or prepare the dataset with a time column"
-        )
-    return model
 
 
 def refuse_changes(saved: RunConfig, wanted: RunConfig) -> None:
@@ -243,58 +143,85 @@ def within(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
+def _prepare_folder(folder: RunFolder, config: RunConfig, cursor: Cursor, newest: Path | None) -> None:
+    """Files and cursor as of the checkpoint that training goes on from."""
+    rows = folder.cut_metrics(cursor.metrics_rows)
+    if rows < cursor.metrics_rows:
+        log.warning(
+            "'%s' has lost rows: %d of the %d that '%s' counts on are left, training goes on with those",
+            *(folder.metrics, rows, cursor.metrics_rows, newest),
+        )
+        cursor.metrics_rows = rows
+    _reconsider_best(folder, config, cursor)
+    folder.rewrite_config(configs.to_yaml(config))
+    where = "its end" if cursor.finished else f"epoch {cursor.epoch + 1}, step {cursor.step}"
+    print(f"resuming '{folder.path}' at {where}", flush=True)
+
+
+def _reconsider_best(folder: RunFolder, config: RunConfig, cursor: Cursor) -> None:
+    """The best validation so far, where the metric or the protocol that chooses it has changed."""
+    metric = selection_metric(config)
+    now = {"metric": metric, "exclude": config.eval.exclude}
+    before = {key: cursor.best.get(key) for key in now}
+    if not cursor.best or before == now:
+        return
+    rows = [r for r in folder.read_metrics() if r.get("exclude") == config.eval.exclude]
+    best, so_far = best_validation(rows, metric), validations(rows, metric)
+    cursor.best = {} if best is None else best_of(best, metric)
+    cursor.stale = 0 if best is None else len(so_far) - 1 - so_far.index(best)
+    changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key])
+    found = f"the best of them is epoch {best['epoch'] + 1}" if best else "none so far can be compared"
+    print(f"validations are judged otherwise than before ({changed}): {found}", flush=True)
+
+
 def _train(
     config: RunConfig,
     parts: Parts,
     folder: RunFolder,
     cursor: Cursor,
-    parallel: Parallel,
+    processes: Processes,
     on_step: OnStep,
 ) -> RunResult:
-    evaluation = Evaluation(
-        parts.dataset, parts.split, config, device=parallel.device, item_counts=parts.item_counts
-    )
-    trainer = Trainer(
-        config, parts.model, parts.optimizer, parts.batches, evaluation, parallel, folder, cursor, on_step
-    )
+    trainer = Trainer(config, parts, processes, folder, cursor, on_step)
     finished = trainer.train()
-    rows = folder.read_metrics() if parallel.is_main else []
-    if parallel.is_main:
+    rows = folder.read_metrics() if processes.is_main else []
+    if processes.is_main:
         try:
             plot_run(folder)
         except Exception as error:  # a picture can never fail a run
             log.warning("no plot of '%s' (%s)", folder.path, error)
-    return RunResult(folder.path, rows, finished, selection_metric(config))
+    return RunResult(folder.path, rows, finished, trainer.selection)
 
 
-def _new_folder(config: RunConfig, parallel: Parallel) -> RunFolder:
-    """Rank 0 chooses and makes the folder."""
+def _new_folder(config: RunConfig, processes: Processes) -> RunFolder:
+    """The main process chooses and makes the folder."""
 
     def make() -> Path | None:
-        return RunFolder.make(config, configs.to_yaml(config), record()).path if parallel.is_main else None
+        return RunFolder.make(config, configs.to_yaml(config), record()).path if processes.is_main else None
 
-    path = parallel.broadcast(parallel.together(make))
-    assert isinstance(path, Path)
+    path = processes.broadcast(processes.together(make))
+    assert path is not None
     return RunFolder(path)
 
 
 @contextmanager
-def _locked(folder: RunFolder, parallel: Parallel) -> Iterator[None]:
+def _locked(folder: RunFolder, processes: Processes) -> Iterator[None]:
     """No other run trains in ``folder`` meanwhile."""
     with ExitStack() as held:
-        parallel.together(lambda: held.enter_context(folder.locked()) if parallel.is_main else None)
+        processes.together(lambda: held.enter_context(folder.locked()) if processes.is_main else None)
         yield
 
 
 def _load(path: Path, parts: Parts) -> Cursor:
-    """Fill the model and the optimiser from a checkpoint of the same data."""
+    """Fill the model and the engine from a checkpoint of the same data."""
+    dataset = parts.data.dataset
     saved = checkpoint.read_state(path)["cursor"]["generation"]
-    if saved != parts.dataset.manifest.generation:
+    if saved != dataset.manifest.generation:
         raise UserError(
-            f"'{parts.dataset.path}' is not the dataset that '{path}' was trained on (generation "
-            f"{parts.dataset.manifest.generation}, not {saved}): prepare the same data again, or start a new run"
+            f"'{dataset.path}' is not the dataset that '{path}' was trained on (generation "
+            f"{dataset.manifest.generation}, not {saved}): prepare the same data again, or start a new run"
         )
-    return checkpoint.load(path, parts.model, parts.optimizer)
+    return checkpoint.load(path, parts.model, parts.engine)
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

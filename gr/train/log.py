@@ -1,15 +1,16 @@
-"""What a run says of itself: rows in files, and one moving line for the person who watches."""
+"""What a run says of itself: rows in files, and its progress for the person who watches."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+from gr.progress import Progress, default_progress
 from gr.train.folder import RunFolder, append_rows
-
-PLAIN_SECONDS = 10.0
 
 
 class MetricsLog:
@@ -60,99 +61,67 @@ def _tensorboard(folder: RunFolder, done: int) -> Any:
 
 
 class StepProgress:
-    """The moving line: a bar on a terminal, a plain line every few seconds elsewhere, nothing on other ranks."""
+    """How far training is, how it does and how fast: a stage of steps on stdout, nothing on other ranks."""
 
     def __init__(self, total_steps: int, done: int, active: bool):
-        self.total, self.active = total_steps, active
-        self.first = self.step = done
-        self.start = time.perf_counter()
-        self.window = _Window()
-        self._printed = 0.0
-        self._bar = _Bar(total_steps, done) if active and sys.stdout.isatty() else None
+        self.window = Window()
+        self._step = done
+        self._held = ExitStack()
+        progress = default_progress(sys.stdout) if active else Progress()
+        self._stage = self._held.enter_context(progress.stage("training", total_steps, "steps", done))
 
     def update(self, epoch: int, epochs: int, step: int, loss: float, samples: int, actions: int) -> None:
-        """After step number ``step`` with the global batch's ``samples`` sequences and ``actions`` targets."""
-        self.step = step
+        """After step number ``step`` with the global batch's ``samples`` sequences and ``actions`` targets; loss: the
+        last one that was read."""
         self.window.add(samples, actions)
-        if not self.active:
-            return
-        now = time.perf_counter()
         shown = "-" if math.isnan(loss) else f"{loss:.4f}"  # none was read since a resume
-        line = (
-            f"epoch {epoch + 1}/{epochs}  loss {shown}  "
-            f"{self.window.samples_per_s:,.0f} samples/s  {self.window.actions_per_s:,.0f} tokens/s"
+        self._stage.show(
+            f"epoch {epoch + 1}/{epochs}, loss {shown}, "
+            f"{self.window.samples_per_s:,.0f} samples/s, {self.window.actions_per_s:,.0f} tokens/s"
         )
-        if self._bar is not None:
-            self._bar.update(step, line)
-        elif now - self._printed > PLAIN_SECONDS or step == self.first + 1:
-            self._printed = now
-            print(f"step {step}/{self.total}  {line}  ETA {clock(self.eta)}", flush=True)
+        self._stage.advance(step - self._step)
+        self._step = step
 
-    @property
-    def eta(self) -> float:
-        done = self.step - self.first
-        return (time.perf_counter() - self.start) / done * (self.total - self.step) if done else float("nan")
+    def pause(self) -> AbstractContextManager[None]:
+        """Around what is no training (an evaluation, a checkpoint): it doesn't count in the rates."""
+        return self.window.pause()
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if not self.active:
-            return
-        if self._bar is not None:
-            self._bar.say(text)
-        else:
-            print(text, flush=True)
+        self._stage.say(text)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._held.close()
 
 
-class _Window:
-    """Rates over about the last ten seconds."""
+class Window:
+    """Rates of training over about the last ten seconds that were spent on it."""
 
     def __init__(self) -> None:
-        self.marks = [(time.perf_counter(), 0, 0)]
+        self._paused = 0.0
+        self._marks = [(self._now(), 0, 0)]
+
+    def _now(self) -> float:
+        """A clock that stands still in pauses."""
+        return time.perf_counter() - self._paused
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
 
     def add(self, samples: int, actions: int) -> None:
-        _, s, a = self.marks[-1]
-        self.marks.append((time.perf_counter(), s + samples, a + actions))
-        while len(self.marks) > 2 and self.marks[-1][0] - self.marks[1][0] > 10:
-            self.marks.pop(0)
+        _, s, a = self._marks[-1]
+        self._marks.append((self._now(), s + samples, a + actions))
+        while len(self._marks) > 2 and self._marks[-1][0] - self._marks[1][0] > 10:
+            self._marks.pop(0)
 
     def _rate(self, column: int) -> float:
-        first, last = self.marks[0], self.marks[-1]
+        first, last = self._marks[0], self._marks[-1]
         return (last[column] - first[column]) / max(last[0] - first[0], 1e-9)
 
     samples_per_s = property(lambda self: self._rate(1))
     actions_per_s = property(lambda self: self._rate(2))
-
-
-class _Bar:
-    def __init__(self, total: int, done: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.progress = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )
-        self.task = self.progress.add_task("starting", total=total, completed=done)
-        self.progress.start()
-
-    def update(self, step: int, line: str) -> None:
-        self.progress.update(self.task, completed=step, description=line)
-
-    def say(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
-
-    def close(self) -> None:
-        self.progress.stop()
-
-
-def clock(seconds: float) -> str:
-    if seconds != seconds:
-        return "--:--"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"

@@ -1,8 +1,13 @@
-"""Optimisers by name; a name fixes the maths, whichever implementation carries it out."""
+"""Optimisers by name; a name fixes the maths, whichever implementation carries it out.
+
+``dense(named)`` makes torch's optimiser of parameters with dense gradients, ``of_rows()`` the maths of a table that
+keeps its rows to itself; with ``by_rows`` every table does.  One that can't be had is a UserError, never another one.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,8 +15,10 @@ from pydantic import Field
 from torch import nn
 
 from gr.config import ComponentConfig, ParameterGroup
+from gr.embeddings.row_updates import Maths, adam, descent, rowwise_adagrad
 from gr.errors import UserError
 
+Named = Iterable[tuple[str, nn.Parameter]]
 RATE = Annotated[float, Field(gt=0)]
 FACTOR = Annotated[float, Field(ge=0, lt=1)]
 
@@ -34,11 +41,14 @@ class AdamW:
     def __init__(self, config: Config):
         self.config = config
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        config = self.config
-        groups = parameter_groups(model, config.groups, config.lr, config.weight_decay)
+    by_rows = False
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def dense(self, named: Named) -> torch.optim.Optimizer:
+        config, named = self.config, list(named)
+        groups = parameter_groups(named, config.groups, config.lr, config.weight_decay)
         settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-        on_gpu = all(p.is_cuda for p in model.parameters())
+        on_gpu = all(p.is_cuda for _, p in named)
         if (
             config.implementation != "torch"
             and (fused := _apex_adam())
@@ -50,6 +60,9 @@ class AdamW:
                 "optimizer.implementation is apex, and NVIDIA's apex cannot be imported: use torch"
             )
         return torch.optim.AdamW(groups, fused=True, **settings)
+
+    def of_rows(self) -> Maths:
+        return adam(self.config.betas, self.config.eps, all_rows=True)
 
 
 class SGD:
@@ -65,18 +78,62 @@ class SGD:
     def __init__(self, config: Config):
         self.config = config
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+    by_rows = False
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self.config.momentum else ()
+
+    def dense(self, named: Named) -> torch.optim.Optimizer:
         config = self.config
-        groups = parameter_groups(model, config.groups, config.lr, config.weight_decay)
+        groups = parameter_groups(list(named), config.groups, config.lr, config.weight_decay)
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+    def of_rows(self) -> Maths:
+        config = self.config
+        return descent(
+            config.momentum, bool(config.weight_decay or any(r.weight_decay for r in config.groups))
+        )
+
+
+class LazyAdam(AdamW):
+    """AdamW for dense parameters; of tables only the rows seen in a step move, and decay.
+
+    (All rows count the table's steps, so that a row's first update is not the first step's.)
+    """
+
+    class Config(AdamW.Config):
+        name: Literal["lazy_adam"] = "lazy_adam"  # type: ignore[assignment]
+
+    by_rows = True
+
+    def of_rows(self) -> Maths:
+        return adam(self.config.betas, self.config.eps, all_rows=False)
+
+
+class RowwiseAdagrad(AdamW):
+    """AdamW for dense parameters; tables by Adagrad with one number a row, the seen rows alone.
+
+    Rates of tables are set by ``groups`` (``match: ^tables``)."""
+
+    class Config(AdamW.Config):
+        name: Literal["rowwise_adagrad"] = "rowwise_adagrad"  # type: ignore[assignment]
+        table_eps: RATE = 1e-8
+
+    by_rows = True
+    config: Config
+
+    def of_rows(self) -> Maths:
+        return rowwise_adagrad(self.config.table_eps)
 
 
 def parameter_groups(
-    model: nn.Module, rules: list[ParameterGroup], lr: float, weight_decay: float
+    named: Sequence[tuple[str, nn.Parameter]], rules: list[ParameterGroup], lr: float, weight_decay: float
 ) -> list[dict]:
-    """One group a rule (the first that matches a name takes it) and one for the rest; ``base_lr`` stays unscheduled.
+    """One group a rule (the first that matches a name takes it) and one for the rest; ``base_lr`` stays unscheduled,
+    ``names`` are the parameters'.
 
-    UserError: a rule is no regular expression, or takes no parameter.
+    UserError: a rule is no regular expression.
     """
     for rule in rules:
         try:
@@ -85,31 +142,39 @@ def parameter_groups(
             raise UserError(
                 f"optimizer.groups match '{rule.match}' is no regular expression ({error})"
             ) from None
-    members: list[list[nn.Parameter]] = [[] for _ in range(len(rules) + 1)]
-    for name, parameter in model.named_parameters():
+    members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(len(rules) + 1)]
+    for name, parameter in named:
         index = next((i for i, rule in enumerate(rules) if re.search(rule.match, name)), len(rules))
-        members[index].append(parameter)
-    for rule, parameters in zip(rules, members, strict=False):
-        if not parameters:
-            names = ", ".join(name for name, _ in model.named_parameters())
-            raise UserError(
-                f"optimizer.groups match '{rule.match}' fits no parameter, or none that an earlier rule leaves: "
-                f"names are {names}"
-            )
+        members[index].append((name, parameter))
     groups = []
-    for rule, parameters in zip([*rules, ParameterGroup(match="")], members, strict=True):
+    for rule, taken in zip([*rules, ParameterGroup(match="")], members, strict=True):
         rate = lr if rule.lr is None else rule.lr
         decay = weight_decay if rule.weight_decay is None else rule.weight_decay
-        if parameters:
-            groups.append({"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay})
+        if taken:
+            names, parameters = map(list, zip(*taken, strict=True))
+            groups.append(
+                {"params": parameters, "names": names, "lr": rate, "base_lr": rate, "weight_decay": decay}
+            )
     return groups
 
 
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Scale every group's base rate by ``factor``; returns the first group's rate."""
-    for group in optimizer.param_groups:
+def check_rules(rules: Sequence[ParameterGroup], names: Sequence[str]) -> None:
+    """Refuse a rule that takes none of the parameters ``names``, or none that an earlier rule leaves."""
+    left = list(names)
+    for rule in rules:
+        taken = [name for name in left if re.search(rule.match, name)]
+        if not taken:
+            raise UserError(
+                f"optimizer.groups match '{rule.match}' fits no parameter, or none that an earlier rule leaves: "
+                f"names are {', '.join(names)}"
+            )
+        left = [name for name in left if name not in taken]
+
+
+def set_rate(param_groups: Sequence[dict[str, Any]], factor: float) -> None:
+    """Scale every group's base rate by ``factor``."""
+    for group in param_groups:
         group["lr"] = group["base_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
 
 
 def counts_steps_in_groups(optimizer: torch.optim.Optimizer) -> bool:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from gr.data.making.convert import is_number, is_text, to_ids
 from gr.data.requests import Exclude, recommendation_requests
 from gr.errors import UserError
-from gr.models.recommender import Recommender
+from gr.models.retrieval import Retrieval
 from gr.train.runs import OpenRun
 
 ROWS_PER_GROUP = 16_384
@@ -48,11 +48,11 @@ def recommend(
     user's last time without it.  user_vectors: a second file of user_id, vector (see :func:`query_vectors`).
     advance: called with the users done.  Files appear when they are complete.
     """
-    model, config = run.model, run.config
-    device = next(model.parameters()).device
-    item_ids = run.dataset.catalogue.column("item_id").combine_chunks()
+    model, config = retrieval(run), run.config
+    device = model.device
+    item_ids = run.data.dataset.catalogue.column("item_id").combine_chunks()
     requests = recommendation_requests(
-        run.dataset,
+        run.data.dataset,
         max_length=config.data.max_length,
         exclude=config.eval.exclude if exclude is None else exclude,
         batch=config.eval.batch,
@@ -67,7 +67,7 @@ def recommend(
             request = request.to(device)
             queries_BD = model.encode(request.batch)
             excluded = (request.exclude_offsets, request.exclude_items)
-            scores_BK, rows_BK = model.similarity.topk(queries_BD, k, excluded)
+            scores_BK, rows_BK = model.similarity.topk(model.items, queries_BD, k, excluded)
             names = pa.array(request.users.tolist())
             lists(_lists_table(names, scores_BK.cpu(), rows_BK.cpu(), item_ids))
             if vectors is not None:
@@ -79,33 +79,41 @@ def recommend(
 
 def write_item_vectors(run: OpenRun, out: str | os.PathLike) -> None:
     """Write item_id, vector of the whole catalogue; inner products with :func:`query_vectors` are the scores."""
-    item_ids = run.dataset.catalogue.column("item_id").combine_chunks()
+    item_ids = run.data.dataset.catalogue.column("item_id").combine_chunks()
+    model = retrieval(run)
     with parquet_rows(out) as write, torch.no_grad():
         for start in range(0, len(item_ids), ROWS_PER_GROUP):
             ids = item_ids[start : start + ROWS_PER_GROUP]
-            write(vectors_table("item_id", ids, item_vectors(run.model, range(start, start + len(ids)))))
+            write(vectors_table("item_id", ids, item_vectors(model, range(start, start + len(ids)))))
 
 
-def query_vectors(model: Recommender, queries_BD: Tensor) -> Tensor:
+def retrieval(run: OpenRun) -> Retrieval:
+    """The run's model, if it recommends."""
+    if not isinstance(run.model, Retrieval):
+        raise UserError(
+            f"run '{run.folder.path}' trained a model '{run.config.model.name}', which scores given items and can't "
+            "search the catalogue: recommend with a run whose model is retrieval"
+        )
+    return run.model
+
+
+def query_vectors(model: Retrieval, queries_BD: Tensor) -> Tensor:
     """(B, D) float32: normalised and divided by the temperature as the similarity does, then a 1 for an item bias."""
-    config = model.similarity.config
-    vectors_BD = (
-        F.normalize(queries_BD.float(), dim=-1, eps=config.eps) if config.normalize else queries_BD.float()
-    )
-    vectors_BD = vectors_BD / config.temperature
-    if model.similarity.bias is None:
+    vectors_BD = model.similarity.queries(queries_BD) * model.similarity.scoring.scale
+    if not model.similarity.scoring.bias:
         return vectors_BD
     return torch.cat([vectors_BD, torch.ones_like(vectors_BD[:, :1])], dim=1)
 
 
-def item_vectors(model: Recommender, rows: range) -> Tensor:
+def item_vectors(model: Retrieval, rows: range) -> Tensor:
     """(len(rows), D) float32: normalised as the similarity does, then the item bias if there is one."""
-    config, bias = model.similarity.config, model.similarity.bias
-    index = torch.arange(rows.start, rows.stop, device=next(model.parameters()).device)
-    vectors = model.table.lookup(index).float()
-    if config.normalize:
-        vectors = F.normalize(vectors, dim=-1, eps=config.eps)
-    return vectors if bias is None else torch.cat([vectors, bias[index][:, None]], dim=1)
+    scoring, items = model.similarity.scoring, model.items
+    vectors = items.vectors(rows.start, rows.stop).float()
+    if scoring.normalize_eps is not None:
+        vectors = F.normalize(vectors, dim=-1, eps=scoring.normalize_eps)
+    return (
+        torch.cat([vectors, items.biases(rows.start, rows.stop)[:, None]], dim=1) if scoring.bias else vectors
+    )
 
 
 def read_user_ids(path: str | os.PathLike) -> list[str]:

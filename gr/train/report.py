@@ -32,7 +32,7 @@ def final_rows(result: RunResult) -> dict[str, dict[str, Any]]:
 def print_result(result: RunResult) -> None:
     """The final table, where things are, and what to do next."""
     if not result.finished:
-        print(f"stopped and saved; go on with: python launch/train.py --resume {result.path}")
+        print(f"stopped and saved; go on with: python -m gr train --resume {result.path}")
         return
     table = Table(title=Text(str(result.path)), title_justify="left")
     table.add_column("")
@@ -49,5 +49,5 @@ def print_result(result: RunResult) -> None:
         print(f"data digest {digests[-1]}")
     print(f"plot     {result.path / 'plots' / 'training.png'}")
     print(f"metrics  {result.path / 'metrics.jsonl'}")
-    print(f"next     python launch/evaluate.py --run {result.path} --split test")
-    print(f"         python launch/recommend.py --run {result.path} --users all --k 100 --out recs.parquet")
+    print(f"next     python -m gr evaluate --run {result.path} --split test")
+    print(f"         python -m gr recommend --run {result.path} --users all --k 100 --out recs.parquet")

@@ -9,50 +9,41 @@ import torch
 
 from gr import config as configs
 from gr.config import RunConfig
-from gr.data.dataset import SequenceDataset
-from gr.data.popularity import training_counts
-from gr.data.split import Split
 from gr.errors import UserError
-from gr.models.recommender import Recommender
+from gr.models.model import Model
+from gr.processes import Processes
 from gr.train import checkpoint
 from gr.train.folder import RunFolder
-from gr.train.job import build_model, build_split
+from gr.train.parts import Data, build_model, open_data
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run with the parameters of one checkpoint; the model is in evaluation mode.
-
-    ``item_counts``: (I,) training actions of each item.
-    """
+    """A run with the parameters of one checkpoint; the model is in evaluation mode."""
 
     folder: RunFolder
     config: RunConfig
-    dataset: SequenceDataset
-    split: Split
-    item_counts: torch.Tensor
-    model: Recommender
+    data: Data
+    model: Model
     step: int
     epoch: int
 
 
-def open_run(path: str | Path, checkpoint_name: str = "last", device: torch.device | str = "cpu") -> OpenRun:
+def open_run(path: str | Path, checkpoint_name: str = "last", processes: Processes | None = None) -> OpenRun:
     """The run in ``path`` as of a checkpoint: ``last``, ``best`` (by the validation split) or a step number."""
+    processes = processes or Processes(torch.device("cpu"))
     folder = RunFolder.existing(path)
     config = configs.load(folder.config)
     chosen = find_checkpoint(folder, checkpoint_name)
-    dataset = SequenceDataset(config.data.path)
-    split = build_split(config)
-    counts = torch.from_numpy(training_counts(dataset, split))
-    model = build_model(config, dataset, counts)
+    data = open_data(config)
+    model = build_model(config, data, processes)
     cursor = checkpoint.load(chosen, model)
-    if cursor.generation != dataset.manifest.generation:
+    if cursor.generation != data.dataset.manifest.generation:
         raise UserError(
-            f"'{dataset.path}' is not the dataset that run '{path}' was trained on (its generation differs): "
+            f"'{data.dataset.path}' is not the dataset that run '{path}' was trained on (its generation differs): "
             "prepare the same data again"
         )
-    model = model.to(device).eval()
-    return OpenRun(folder, config, dataset, split, counts, model, cursor.step, cursor.epoch)
+    return OpenRun(folder, config, data, model.eval(), cursor.step, cursor.epoch)
 
 
 def find_checkpoint(folder: RunFolder, name: str) -> Path:
@@ -69,7 +60,7 @@ def find_checkpoint(folder: RunFolder, name: str) -> Path:
                 f"run '{folder.path}' has no best checkpoint: it evaluated no validation split "
                 "(data.split.holdout=2 and eval.splits=[valid, test])"
             )
-        name = str(best["step"])
+        name = str(int(best["step"]))
     steps = dict(checkpoint.listed(folder.checkpoints))
     if not name.isdigit() or int(name) not in steps:
         raise UserError(

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gr import registry
 from gr.config import RunConfig
 from gr.errors import UserError, nearest
 
+PROTOCOL = ("exclude", "of_users")
+"""Keys of an evaluation's row beside which its figures mean something: others are not compared with it."""
+
+LOWER_IS_BETTER = ("log_loss", "ne")
+
+
+def metric_names(config: RunConfig) -> list[str]:
+    """What an evaluation of the config's model gives."""
+    judged_by = config.model.component().judged_by  # type: ignore[attr-defined]
+    return registry.resolve(registry.METRICS, judged_by, "metric family").names_of(config)
+
 
 def selection_metric(config: RunConfig) -> str:
-    """The validation metric that chooses: early stopping's, or ndcg@10 (mrr where no 10 is in eval.ks)."""
+    """The validation metric that chooses: early stopping's, or the first of the model's that is one of ndcg@10, mrr,
+    auc."""
     if config.train.early_stopping is not None:
         return config.train.early_stopping.metric
-    return "ndcg@10" if 10 in config.eval.ks else "mrr"
+    known = metric_names(config)
+    preferred = [name for want in ("ndcg@10", "mrr", "auc") for name in known if name.split("/")[0] == want]
+    return (preferred or known)[0]
 
 
 def check_selection(config: RunConfig) -> None:
@@ -24,8 +39,7 @@ def check_selection(config: RunConfig) -> None:
         raise UserError(
             "train.early_stopping looks at split 'valid': add it to eval.splits, or stop by train.epochs"
         )
-    metric = selection_metric(config)
-    names = {"mrr", *(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in config.eval.ks)}
+    metric, names = config.train.early_stopping.metric, set(metric_names(config))
     if metric not in names:
         raise UserError(
             f"train.early_stopping.metric '{metric}' is not evaluated ({nearest(metric, names)}): "
@@ -33,7 +47,33 @@ def check_selection(config: RunConfig) -> None:
         )
 
 
-def best_validation(metrics: Iterable[dict[str, Any]], metric: str = "ndcg@10") -> dict[str, Any] | None:
-    """The first row of metrics.jsonl with the highest validation ``metric``; None where nothing was validated."""
-    rows = [r for r in metrics if r["kind"] == "eval" and r["split"] == "valid"]
-    return max(rows, key=lambda r: r[metric], default=None)
+def better(metric: str, one: float, other: float) -> bool:
+    """Whether the value ``one`` of a metric is better than ``other``."""
+    return one < other if metric.split("/")[0] in LOWER_IS_BETTER else one > other
+
+
+def validations(metrics: Iterable[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
+    """The rows of metrics.jsonl that validate by ``metric`` as the newest one of them does, in their order: rows
+    under another protocol are other figures."""
+    rows = [r for r in metrics if r["kind"] == "eval" and r["split"] == "valid" and metric in r]
+    return [r for r in rows if all(r.get(key) == rows[-1].get(key) for key in PROTOCOL)]
+
+
+def best_validation(metrics: Iterable[Mapping[str, Any]], metric: str) -> Mapping[str, Any] | None:
+    """The first row with the best validation ``metric``; None where nothing was validated."""
+    best = None
+    for row in validations(metrics, metric):
+        if best is None or better(metric, row[metric], best[metric]):
+            best = row
+    return best
+
+
+def best_of(row: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """What a cursor keeps of its best validation: where it was, its value, and what that value means."""
+    kept = {"epoch": row["epoch"], "step": row["step"], "value": row[metric], "metric": metric}
+    return kept | {key: row[key] for key in PROTOCOL if key in row}
+
+
+def comparable(best: Mapping[str, Any], row: Mapping[str, Any], metric: str) -> bool:
+    """Whether a kept best value and an evaluation's row are figures of the same metric and protocol."""
+    return best.get("metric") == metric and all(best.get(key) == row.get(key) for key in PROTOCOL)

@@ -16,22 +16,20 @@ import torch
 from torch import Tensor
 
 from gr.config import RunConfig, to_dict
-from gr.data.batches import Batches, GlobalBatch
+from gr.data.batches import GlobalBatch
 from gr.errors import UserError
-from gr.models.recommender import Recommender
+from gr.models.model import Supervised
 from gr.models.step import StepContext
-from gr.models.tasks import Supervision
-from gr.processes import Parallel
+from gr.processes import Processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
-from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
 from gr.train.host_copy import HostCopy
 from gr.train.log import MetricsLog, StepProgress
 from gr.train.memory import give_back_freed_memory
-from gr.train.optimizers import set_rate
+from gr.train.parts import Parts
 from gr.train.schedule import rate_factor
-from gr.train.selection import selection_metric
+from gr.train.selection import best_of, better, comparable, selection_metric
 from gr.train.stopping import StopSignal
 from gr_kernels.counter_random import derive_key
 
@@ -42,24 +40,22 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        model: Recommender,
-        optimizer: torch.optim.Optimizer,
-        batches: Batches,
-        evaluation: Evaluation,
-        parallel: Parallel,
+        parts: Parts,
+        processes: Processes,
         folder: RunFolder,
         cursor: Cursor,
         on_step: Callable[[RunFolder], None] = lambda folder: None,
     ):
-        self.config, self.model, self.optimizer, self.batches = config, model, optimizer, batches
-        self.evaluation, self.parallel, self.folder, self.cursor = evaluation, parallel, folder, cursor
+        self.config, self.processes, self.folder, self.cursor = config, processes, folder, cursor
+        self.model, self.engine = parts.model, parts.engine
+        self.batches, self.evaluation = parts.batches, parts.evaluation
+        self.selection = selection_metric(config)
         self.on_step = on_step
-        self.wrapped = parallel.wrap(model)
-        self.total_steps = config.train.epochs * batches.per_epoch
+        self.total_steps = config.train.epochs * parts.batches.per_epoch
         if config.train.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train.max_steps)
-        self.metrics = MetricsLog(folder, config.log.tensorboard, parallel.is_main, cursor.step)
-        self.progress = StepProgress(self.total_steps, cursor.step, parallel.is_main)
+        self.metrics = MetricsLog(folder, config.log.tensorboard, processes.is_main, cursor.step)
+        self.progress = StepProgress(self.total_steps, cursor.step, processes.is_main)
         self.last_loss = float("nan")
         self._unchecked: tuple[HostCopy, GlobalBatch] | None = None
 
@@ -71,17 +67,20 @@ class Trainer:
                 return True
             with StopSignal() as signal:
                 if cursor.metrics_rows == 0:
-                    self.run_baselines()
+                    with self.progress.pause():
+                        self.run_baselines()
                 for batch in self._remaining():
                     stop = self.step(batch, stop=bool(signal.received))
                     epoch_ends = batch.index + 1 == self.batches.per_epoch
                     if self._evaluation_due(epoch_ends):
-                        self.run_evaluations()
+                        with self.progress.pause():
+                            self.run_evaluations()
                     if epoch_ends:
                         cursor.next_epoch()
                     cursor.finished = self._finished()
                     if stop or self._checkpoint_due(epoch_ends):
-                        self.save()
+                        with self.progress.pause():
+                            self.save()
                     if stop:
                         return cursor.finished
             if not cursor.finished:  # there was nothing to do
@@ -97,27 +96,22 @@ class Trainer:
         started = time.perf_counter()
         config, cursor = self.config.train, self.cursor
         key = derive_key(config.seed, "step", cursor.step)
-        torch.manual_seed(derive_key(config.seed, "dropout", cursor.step, self.parallel.rank))
+        rank = self.processes.data.rank
+        torch.manual_seed(derive_key(config.seed, "dropout", cursor.step, rank))
 
-        share = batch.share.to(self.parallel.device)
+        share = batch.share.to(self.processes.device)
         parts = [
-            self.model.supervise(part, key, derive_key(key, "dropout", self.parallel.rank, number))
+            self.model.supervise(part, key, derive_key(key, "dropout", rank, number))
             for number, part in enumerate(share.split(config.micro_batch_actions))
         ]
         targets, stops = self._agree([sum(part.count for part in parts), int(stop)])
-        loss = self._forward_backward(parts, StepContext(key, self._candidates(parts)), targets)
-
-        norm = None
-        if config.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        rate = set_rate(self.optimizer, rate_factor(self.config.schedule, cursor.step, self.total_steps))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss = self.engine.forward_backward(parts, StepContext(key, self._candidates(parts)), targets)
+        norm = self.engine.step(rate_factor(self.config.schedule, cursor.step, self.total_steps))
         self._unchecked = (loss, batch)
         cursor.advance(batch.digest)
 
         if self._due(self.config.log.every_steps) or cursor.step == 1:
-            self._log(loss, norm, rate, batch, targets, time.perf_counter() - started)
+            self._log(loss, norm, batch, targets, time.perf_counter() - started)
         self.progress.update(cursor.epoch, config.epochs, cursor.step, self.last_loss, batch.samples, targets)
         if self._due(TRIM_STEPS):
             give_back_freed_memory()
@@ -146,10 +140,10 @@ class Trainer:
         """Publish a checkpoint of this moment."""
         self._check_finite()
         folder, cursor = self.folder.checkpoints, self.cursor
-        if self.parallel.is_main:
+        if self.processes.is_main:
             self.folder.sync_metrics()
-        checkpoint.save(folder, self.model, self.optimizer, cursor, to_dict(self.config), self.parallel)
-        if self.parallel.is_main:
+        checkpoint.save(folder, self.engine.tensors(), cursor, to_dict(self.config), self.processes)
+        if self.processes.is_main:
             best = cursor.best.get("step")
             checkpoint.prune(
                 folder, self.config.checkpoint.keep, cursor.step, None if best is None else int(best)
@@ -196,44 +190,25 @@ class Trainer:
 
     def _agree(self, values: list[int]) -> tuple[int, int]:
         """Targets of the global batch and stop requests over ranks; raises if any rank's previous loss was broken."""
-        targets, stops, broken = self.parallel.sum([*values, int(self._is_broken())], dtype=torch.int64)
+        targets, stops, broken = self._sum([*values, int(self._is_broken())])
         if broken:
             self._stop_broken("loss")
         return targets, stops
 
-    def _candidates(self, parts: list[Supervision]) -> Tensor | None:
-        if not self.model.objective.needs_global_targets:
+    def _candidates(self, parts: list[Supervised]) -> Tensor | None:
+        if not self.model.needs_global_targets:
             return None
-        return self.parallel.gather(torch.cat([part.targets_S for part in parts]))
-
-    def _forward_backward(self, parts: list[Supervision], context: StepContext, targets: int) -> HostCopy:
-        """Gradients of the global mean loss; returns this rank's sum of losses, which never waits for them."""
-        # DDP averages over ranks: times their number gives the sum that the contract asks for
-        scale = self.parallel.ranks / max(targets, 1)
-        total = torch.zeros((), device=self.parallel.device)
-        for i, part in enumerate(parts):
-            last = i + 1 == len(parts)
-            with self.parallel.accumulating(self.wrapped, last):
-                with torch.autocast(
-                    self.parallel.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"
-                ):
-                    loss = self.wrapped(part, context)
-                total += loss.detach()
-                if last:
-                    copy = HostCopy(total)
-                (loss * scale).backward()
-        return copy
+        return self.processes.world.gather(torch.cat([part.targets_S for part in parts]))
 
     def _log(
         self,
         loss: HostCopy,
         norm: Tensor | None,
-        rate: float,
         batch: GlobalBatch,
         targets: int,
         seconds: float,
     ):
-        (total,) = self.parallel.sum([loss.item()])
+        (total,) = self.processes.world.sum([loss.item()])
         if not math.isfinite(total):
             self._stop_broken("loss")
         self.last_loss = total / max(targets, 1)
@@ -243,7 +218,7 @@ class Trainer:
             "epoch": cursor.epoch,
             "step": cursor.step,
             "loss": self.last_loss,
-            "lr": rate,
+            "lr": self.engine.rate,
             "samples": batch.samples,
             "targets": targets,
             "data_digest": cursor.data_digest,
@@ -261,11 +236,14 @@ class Trainer:
             }
         )
 
+    def _sum(self, counts: list[int]) -> list[int]:
+        """Over all processes: of a part of the world each would go its own way."""
+        return self.processes.world.sum(counts, dtype=torch.int64)
+
     def _compare_with_best(self, row: dict[str, Any]) -> None:
-        metric = selection_metric(self.config)
-        if not self.cursor.best or row[metric] > self.cursor.best["value"]:
-            self.cursor.best = {"epoch": row["epoch"], "step": row["step"], "value": row[metric]}
-            self.cursor.stale = 0
+        best, metric = self.cursor.best, self.selection
+        if not comparable(best, row, metric) or better(metric, row[metric], best["value"]):
+            self.cursor.best, self.cursor.stale = best_of(row, metric), 0
         else:
             self.cursor.stale += 1
 
@@ -279,9 +257,8 @@ class Trainer:
         """The last loss, and the parameters that its gradients moved: a finite loss may have broken gradients."""
         if self._unchecked is None:
             return
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all()
-        flags = [int(self._is_broken()), int(not finite)]
-        loss_broken, parameters_broken = self.parallel.sum(flags, dtype=torch.int64)
+        flags = [int(self._is_broken()), int(not self.engine.finite())]
+        loss_broken, parameters_broken = self._sum(flags)
         if loss_broken or parameters_broken:
             self._stop_broken("loss" if loss_broken else "update")
         self._unchecked = None
@@ -289,14 +266,16 @@ class Trainer:
     def _stop_broken(self, what: str) -> NoReturn:
         assert self._unchecked is not None
         _, batch = self._unchecked
-        file = self.folder.path / f"nonfinite-step-{self.cursor.step:08d}-rank-{self.parallel.rank}.json"
+        file = (
+            self.folder.path / f"nonfinite-step-{self.cursor.step:08d}-rank-{self.processes.world.rank}.json"
+        )
         ids = {
             "step": self.cursor.step,
             "epoch": self.cursor.epoch,
             "ordinals": batch.share.ordinals_B.tolist(),
         }
         file.write_text(json.dumps(ids))
-        self.parallel.barrier()
+        self.processes.barrier()
         good = checkpoint.newest(self.folder.checkpoints)
         raise UserError(
             f"the {what} of step {self.cursor.step} is not finite: its samples are in "

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         uniform_floats as uniform_floats,
         uniform_integers as uniform_integers,
     )
-    from gr_kernels.dispatch import explain as explain
+    from gr_kernels.dispatch import explain as explain, preferring as preferring
     from gr_kernels.fused_layer import (
         gated_output as gated_output,
         norm_linear_silu as norm_linear_silu,
@@ -46,7 +46,7 @@ _FOLDERS = {
     "bias_table_gradient": ("bias_table_gradient",),
     "candidate_scores": ("candidate_scores",),
     "counter_random": ("derive_key", "truncated_normal_rows", "uniform_floats", "uniform_integers"),
-    "dispatch": ("explain",),
+    "dispatch": ("explain", "preferring"),
     "fused_layer": ("gated_output", "norm_linear_silu", "norm_linear_silu_parts"),
     "hstu_attention": ("AttentionMask", "RelativeBias", "TimeBuckets", "hstu_attention"),
     "jagged": (

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+# What preferring() takes: names that several operators use for the same kind of implementation.
+PREFERENCES = ("auto", "cuda", "triton", "cpp", "reference")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,48 @@ class Choice:
         """One line: what runs and why."""
         reasons = [f"{name} can't: {obstacle}" for name, obstacle in self.passed_over]
         return "; ".join([f"{self.implementation.name} ({self.implementation.merit})", *reasons])
+
+
+class _Preference(threading.local):
+    """The preferred name, "auto" where a thread starts. A context variable would do, but torch.compile can't read one;
+    this it reads and guards: code compiled under another preference is traced anew."""
+
+    def __init__(self) -> None:
+        self.name = "auto"
+
+
+_PREFERENCE = _Preference()
+
+
+@contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Inside, operators whose call says "auto" take the implementation of this name, as if the call named it.
+
+        with preferring("reference"):
+            out = hstu_attention(q, k, v, offsets, max_length=100, divisor=100.0)
+
+    An operator that has no implementation of that name chooses by itself; one that has it, but can't run it for a
+    call, raises CannotRun. A call that names an implementation gets that. The innermost preference counts; "auto" is
+    none.
+
+    name: one of PREFERENCES, else ValueError. It holds for this thread (a new thread starts without) and for operators
+    that run inside others. The choice is made when an operator is called: the backward pass of the call belongs to it,
+    wherever it runs. (torch.utils.checkpoint calls again in the backward pass: put the preference inside what it runs.)
+    """
+    if name not in PREFERENCES:
+        names = ", ".join(repr(known) for known in PREFERENCES)
+        raise ValueError(f"preferring: the implementation must be one of {names}, not {name!r}.")
+    before = _PREFERENCE.name
+    _PREFERENCE.name = name
+    try:
+        yield
+    finally:
+        _PREFERENCE.name = before
+
+
+def preferred() -> str:
+    """The name given to preferring(), "auto" outside of it."""
+    return _PREFERENCE.name
 
 
 def known_or_auto(name: str, implementations: Sequence[Implementation]) -> str:
@@ -82,12 +129,16 @@ def choose(
 ) -> Choice:
     """The first of ``implementations`` (in order of preference) that takes the call, or the one of that name.
 
+    "auto" is the name given to preferring(), where there is an implementation of that name.
     Raises ValueError for an unknown name, CannotRun (a ValueError) for a named implementation that can't take the call.
     """
     known = [candidate.name for candidate in implementations]
     if name not in ("auto", *known):
         names = ", ".join(repr(n) for n in known)
         raise ValueError(f"{operator}: implementation must be 'auto' or one of {names}, not {name!r}.")
+    only_asked = isinstance(name, _Question)
+    if name == "auto" and _PREFERENCE.name in known:
+        name = _PREFERENCE.name
     passed_over: list[tuple[str, str]] = []
     for candidate in implementations:
         if name not in ("auto", candidate.name):
@@ -98,7 +149,7 @@ def choose(
             obstacle = candidate.obstacle(*arguments)
         if not obstacle:
             choice = Choice(candidate, tuple(passed_over))
-            if isinstance(name, _Question):
+            if only_asked:
                 raise _Answer(choice)
             return choice
         if name == candidate.name:

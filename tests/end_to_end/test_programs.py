@@ -130,7 +130,7 @@ def test_training_leaves_a_whole_run_folder_and_says_what_is_next(folder, traine
     assert found.config.is_file() and found.environment.is_file() and (found.plots / "training.png").is_file()
     assert [p.name for p in found.checkpoints.iterdir() if p.name == "step-00000009"]
     assert "test, last epoch" in trained
-    assert "python launch/evaluate.py --run runs/shop --split test" in trained
+    assert "python -m gr evaluate --run runs/shop --split test" in trained
 
 
 def popularity_by_hand(histories: dict[str, list[str]]) -> dict[str, float]:
@@ -225,8 +225,8 @@ REFUSALS = [
     ),
     (
         "describe runs",
-        "no sequence dataset at 'runs' (manifest.json is missing): make one with launch/prepare.py, or set data.path "
-        "to one",
+        "no sequence dataset at 'runs' (manifest.json is missing): make one with python -m gr prepare, or set "
+        "data.path to one",
     ),
     (
         "evaluate data/shop",

@@ -52,7 +52,7 @@ def test_a_constraint_it_does_not_know_is_refused():
 
 
 def test_tested_set_is_read_and_understood():
-    tested = doctor.tested_set(ROOT / "launch" / "tested_set.txt")
+    tested = doctor.tested_set(doctor.TESTED_SET)
     assert (
         tested["torch"].startswith("==")
         and {"torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton"} <= tested.keys()
@@ -95,7 +95,7 @@ def test_mismatches_are_named_with_their_fix(tmp_path, monkeypatch):
     broken_package(tmp_path, "apex", "", version="0.9.10")
     broken_package(tmp_path, "ray", "", version="2.9.0")
     monkeypatch.syspath_prepend(str(tmp_path))
-    tested = doctor.tested_set(ROOT / "launch" / "tested_set.txt")
+    tested = doctor.tested_set(doctor.TESTED_SET)
     import torch
 
     monkeypatch.setattr(torch.version, "cuda", None)

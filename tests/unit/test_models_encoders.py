@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gr import registry
 from gr.errors import UserError
 from gr.models.gru4rec import GRU4Rec
 from gr.models.hstu import HSTU
@@ -29,7 +28,7 @@ CONFIGS = {
 
 
 def build(config, dtype=torch.float32):
-    encoder = registry.resolve(registry.ENCODERS, config.name, "encoder")(config, DIM, 12)
+    encoder = config.build(DIM, 12)
     return randomise(encoder).to(dtype).eval()
 
 

@@ -54,7 +54,7 @@ def all_scores(similarity, q_SD):
 
 
 def build(config, similarity):
-    return registry.resolve(registry.OBJECTIVES, config.name, "objective")(config, similarity, ITEMS, COUNTS)
+    return config.build(similarity, ITEMS, COUNTS)
 
 
 def check(objective, similarity, supervision, loop, candidates=None):

@@ -26,6 +26,8 @@ KNOWN_TO_ALL = {
     "gr.modes",
     "gr.processes",
     "gr.progress",
+    "gr.launcher",
+    "gr.shipped",
 }
 BOTTOM = {"gr_kernels"}
 LOWER = BOTTOM | {"gr.embeddings", "gr.modality"}
@@ -36,8 +38,13 @@ MAY_IMPORT = {
     "gr.batch": {"gr.errors"},
     "gr.modes": set(),
     "gr.progress": set(),
-    "gr.processes": {"gr.errors"},
-    "gr.config": {"gr.errors", "gr.registry"},
+    "gr.launcher": {"gr.errors"},
+    "gr.processes": {"gr.errors", "gr.launcher"},
+    "gr.shipped": {"gr.errors"},
+    "gr.yaml12": {"gr.errors"},
+    "gr.sections": {"gr.errors", "gr.registry"},
+    "gr.overlay": {"gr.errors", "gr.sections", "gr.yaml12"},
+    "gr.config": {"gr.errors", "gr.registry", "gr.sections", "gr.overlay", "gr.yaml12", "gr.shipped"},
     "gr.embeddings": KNOWN_TO_ALL | BOTTOM | {"gr.modality"},
     "gr.modality": KNOWN_TO_ALL | BOTTOM | {"gr.embeddings"},
     "gr.data": KNOWN_TO_ALL | LOWER,
@@ -46,6 +53,8 @@ MAY_IMPORT = {
     "gr.scaling": KNOWN_TO_ALL | LOWER | {"gr.data", "gr.models", "gr.eval"},
     "gr.train": KNOWN_TO_ALL | LOWER | {"gr.data", "gr.models", "gr.eval", "gr.scaling"},
     "gr.doctor": BOTTOM,
+    "gr.programs": KNOWN_TO_ALL | {"gr.data", "gr.eval", "gr.train", "gr.doctor"},
+    "gr.__main__": {"gr.errors", "gr.programs"},
 }
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "ray", "deepspeed", "transformers", "triton")
 
@@ -128,8 +137,51 @@ def test_imports_run_downwards():
     assert not wrong, "imports that run upwards or sideways:\n" + "\n".join(sorted(set(wrong)))
 
 
+# What would lead out of a package from one of its files. The one that looks outside asks git whose files they are
+# (gr.train.environment.code_version), and starts from its own folder.
+_UPWARDS = re.compile(
+    r"\bparents\s*\[|\.parent\.parent\b|\bos\.pardir\b|\bROOT\b|(?<![\w./])(launch|configs)/"
+)
+"""Also the names of folders that an installed package doesn't have: docstrings may speak of them, code may not."""
+
+
+def ways_out(file: Path) -> Iterator[str]:
+    """Places in a file's code, docstrings and comments left out, that reach beyond the package."""
+    tree = ast.parse(file.read_text(), str(file))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented):
+            node.body = [
+                statement
+                for statement in node.body
+                if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+            ]
+    for line in ast.unparse(tree).splitlines():
+        if _UPWARDS.search(line):
+            yield line.strip()
+
+
+ALLOWED_WAYS_OUT = {
+    "gr/shipped.py": ["key = Path(name).as_posix().removeprefix('configs/').removesuffix('.yaml')"],
+}
+"""Names of shipped configs as the README writes them; no path is made of them outside the package."""
+
+
+def test_the_library_reaches_nothing_outside_itself_by_path():
+    found = {}
+    for file in sources("gr", "kernels/gr_kernels"):
+        name = str(file.relative_to(ROOT))
+        if lines := [line for line in ways_out(file) if line not in ALLOWED_WAYS_OUT.get(name, [])]:
+            found[name] = lines
+    assert not found, f"an installed package has no checkout around it: {found}"
+
+
 @pytest.mark.parametrize(
-    "package", ["gr", "gr_kernels", "gr.config", "gr.registry", "gr.errors", "gr.batch", "gr.doctor"]
+    "package",
+    [
+        *("gr", "gr_kernels", "gr.config", "gr.registry", "gr.errors", "gr.batch", "gr.doctor", "gr.shipped"),
+        *("gr.launcher", "gr.__main__", "gr.programs.train", "gr.programs.doctor", "gr.programs.reproduce"),
+    ],
 )
 def test_import_is_light(package):
     code = f"import sys, {package}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
@@ -170,14 +222,25 @@ def test_programs_say_what_they_do(program):
     """--help prints the program's own first line and ends well."""
     file = ROOT / "launch" / f"{program}.py"
     done = subprocess.run([sys.executable, file, "--help"], capture_output=True, text=True, timeout=60)
-    first = ast.get_docstring(ast.parse(file.read_text())).splitlines()[0]
+    first, code = (
+        ast.get_docstring(ast.parse(f.read_text())).splitlines()[0]
+        for f in (file, ROOT / "gr" / "programs" / file.name)
+    )
     assert done.returncode == 0, done.stderr
-    assert first.split()[0] in done.stdout and "usage:" in done.stdout
+    assert first == code and code in done.stdout and "usage:" in done.stdout
 
 
-def test_programs_are_short():
-    long = {p.name: n for p in (ROOT / "launch").glob("*.py") if (n := len(p.read_text().splitlines())) >= 80}
-    assert not long, f"programs of 80 lines or more: move code into gr/: {long}"
+def test_every_program_is_in_both_places():
+    programs = {p.name for p in (ROOT / "gr" / "programs").glob("[!_]*.py")}
+    assert programs == {p.name for p in (ROOT / "launch").glob("*.py")} and "train.py" in programs
+
+
+@pytest.mark.parametrize(("folder", "lines"), [("launch", 20), ("gr/programs", 110)])
+def test_programs_are_short(folder, lines):
+    """A program parses its arguments, calls the library and prints; one in launch/ starts it."""
+    counted = {p.name: len(p.read_text().splitlines()) for p in (ROOT / folder).glob("*.py")}
+    long = {name: n for name, n in counted.items() if n > lines}
+    assert not long, f"programs in {folder}/ of more than {lines} lines: move code into gr/: {long}"
 
 
 TABLES = {name: table for name, table in vars(registry).items() if name.isupper() and isinstance(table, dict)}
@@ -189,7 +252,7 @@ def test_every_registered_name_resolves(table, name):
     entry = registry.resolve(TABLES[table], name, table.lower())
     assert isinstance(entry, type)
     if table in COMPONENTS:
-        assert issubclass(entry.Config, ComponentConfig)
+        assert issubclass(entry.Config, ComponentConfig) and entry.Config.component() is entry
         assert entry.Config.model_fields["name"].default == name or name in str(
             entry.Config.model_fields["name"]
         )
@@ -241,4 +304,10 @@ def test_the_policy_sees_what_it_forbids(tmp_path):
     assert {"gr.models", "gr.models.hstu", "gr.data.order", "gr.batch.SequenceBatch"} <= names
     assert "gr.train" not in names
     assert part_of("gr.models.hstu") not in MAY_IMPORT["gr.data"]
+    file.write_text(
+        '"""Reads launch/x.py and configs/."""\nfrom pathlib import Path\nA = Path(__file__).parents[1]\n'
+        "def f():\n    # configs/ in a comment\n    'launch/ in a docstring'\n    return A / 'configs/x.yaml'\n"
+        "B = Path(__file__).parent.parent\nC = 'the configs/ folder'\nD = 'gr/configs/x'\n"
+    )
+    assert [line.partition(" ")[0] for line in ways_out(file)] == ["A", "return", "B", "C"]
     assert _FORBIDDEN.search("see " + "/ho" + "me/me/file") and not _FORBIDDEN.search("a path/ho" + "me/x")

@@ -1,32 +1,52 @@
 """Columns of a log as they come -> the types that preparing works on, bad rows marked instead of raised.
 
+What would become another value on the way (text that reads as an integer but is not written as one, integers that a
+float cannot tell from their neighbours) is bad; an empty text is missing, in Parquet as in CSV.
+
 Shapes: n rows of a chunk.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data.making.schema import TICKS_PER_SECOND
+MISSING = "missing"
+"""Instead of a description: there is no value."""
 
-# text that ends in an offset from UTC: 2024-01-31T12:30:00Z, 2024-01-31 12:30:00.25+02:00
-WITH_OFFSET = r":\d{2}(\.\d+)?(Z|[+-]\d{2}(:?\d{2})?)$"
-YEAR_2200 = 7_258_118_400
+MANTISSA = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
+"""A float of 2^bits or more stands for several integers."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``rows`` (n, bool) that are bad; ``what`` is wrong with their value, as the end of a sentence that begins with
+    it, or MISSING; ``fix``: what to do about it."""
+
+    rows: np.ndarray
+    what: str
+    fix: str = ""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """``values`` (n; anything where bad) and ``bad`` (n, bool) or None; ``problem`` says what is wrong with a bad
-    value, ``fix`` what to do about it."""
+    """``values`` (n; null where bad) and what is wrong with the bad ones; of several problems of a row the first
+    counts."""
 
     values: pa.Array
-    bad: np.ndarray | None
-    problem: str
-    fix: str = ""
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def bad(self) -> np.ndarray | None:
+        """(n, bool), or None if no row is bad."""
+        return reduce(np.logical_or, (p.rows for p in self.problems)) if self.problems else None
+
+    def problem(self, row: int) -> Problem:
+        return next(p for p in self.problems if p.rows[row])
 
 
 def plain(column: pa.Array) -> pa.Array:
@@ -34,9 +54,12 @@ def plain(column: pa.Array) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+    kind = plain_type(kind)
     return (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)
@@ -47,6 +70,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_number(kind: pa.DataType) -> bool:
+    kind = plain_type(kind)
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
 
@@ -70,125 +94,161 @@ def cast_rows(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray
 
 
 def to_ids(column: pa.Array, integer: bool, fix: str) -> Converted:
-    """Ids as int64 or string.  ``fix``: what to do about text among integers."""
-    values, bad = _from_text(column, pa.int64()) if integer else _from_text(_id_text(column), pa.string())
-    bad = _with_nulls(values, bad)
-    wanted = "an integer id" if integer else "an id in UTF-8"
-    return Converted(values, bad, f"is not {wanted}", fix if integer else "")
+    """Ids as int64 or string; empty ones are missing.  ``fix``: what to do about text among integers."""
+    column, problems = readable(
+        column, "is not an integer id" if integer else "is not an id in UTF-8", fix if integer else ""
+    )
+    exact, inexact = exact_integers(column)
+    problems += inexact
+    if not integer:
+        return checked(_as_text(exact), problems)
+    values, bad = cast_rows(exact, pa.int64())
+    problems += some(bad, "is not an integer id", fix)
+    if is_text(column.type):  # 0x1F and 007 have passed the cast
+        odd = pc.or_(pc.starts_with(column, "-0"), pc.and_(pc.starts_with(column, "0"), _longer(column, 1)))
+        problems += some(odd, "would become another id as an integer", fix)
+    return checked(values, problems)
 
 
-def to_ticks(column: pa.Array, unit: str, fractions: bool) -> Converted:
-    """Times as int64 ticks of ``unit`` (one of TICKS_PER_SECOND) since 1970 UTC.
-
-    Timestamps without a zone are taken as UTC.  ``fractions``: numbers are seconds with decimals, in ticks of us.
-    """
-    kind = column.type
-    per_second = TICKS_PER_SECOND[unit]
-    bad: np.ndarray | None
-    late_in, fix = f" in time_unit '{unit}'", "" if unit == "iso" else "check time_unit"
-    late_fix = "set time_unit to the log's own"
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        resolution = pa.timestamp("us" if unit == "iso" else unit, getattr(kind, "tz", None))
-        if pa.types.is_date(kind):
-            column = column.cast(pa.timestamp("s"), safe=False)
-        ticks, bad = cast_rows(column, resolution)  # never to a coarser one: what fails is out of its range
-        ticks = ticks.cast(pa.int64())
-        problem = "is not a time from 1678 to 2200"
-        late_in, fix, late_fix = "", "", ""
-    elif unit == "iso":
-        ticks, bad = _parse_iso(column)
-        problem = "is not a time like 2024-01-31T12:30:00"
-    elif fractions:
-        seconds, bad = _from_text(column, pa.float64())
-        finite = pc.is_finite(seconds)
-        scaled = pc.round(pc.multiply(pc.if_else(finite, seconds, None), 1e6))
-        ticks, out_of_range = cast_rows(scaled, pa.int64())
-        bad = _either(_with_nulls(ticks, bad), out_of_range)
-        problem = "is not a time in seconds"
-    else:
-        ticks, bad = _from_text(column, pa.int64())
-        problem = f"is not a whole number of time_unit '{unit}'"
-    bad = _with_nulls(ticks, bad)
-    if bad is None and len(ticks) and pc.max(ticks).as_py() < YEAR_2200 * per_second:
-        return Converted(ticks, None, problem)
-    late = pc.fill_null(pc.greater_equal(ticks, YEAR_2200 * per_second), False).to_numpy(zero_copy_only=False)
-    if bad is None and late.any():
-        return Converted(ticks, late, f"is after the year 2200{late_in}", late_fix)
-    return Converted(ticks, _either(bad, late), problem, fix)
-
-
-def to_numbers(column: pa.Array) -> Converted:
-    """Values as float32, rounded; a missing one is NaN."""
-    values, bad = _from_text(_as_float(column), pa.float32())
-    return Converted(pc.fill_null(values, float("nan")), bad, "is not a number")
+def to_numbers(column: pa.Array) -> tuple[Converted, int]:
+    """Values as float32, rounded; a missing one is NaN; true and false are 1 and 0.  And how many integers became
+    another one by it."""
+    column, problems = readable(column, "is not a number")
+    values, bad = _numbers(column, pa.float32())
+    problems += some(bad, "is not a number")
+    problems += some(pc.is_inf(values), "is not a finite number of 32 bits")
+    rounded = 0
+    if pa.types.is_integer(column.type) and column.type.bit_width > 16:
+        same = pc.equal(values.cast(column.type, safe=False), column)
+        rounded = len(column) - int(pc.sum(pc.fill_null(same, True)).as_py() or 0)
+    return Converted(pc.fill_null(values, float("nan")), tuple(problems)), rounded
 
 
 def field_type(kinds: list[pa.DataType]) -> str:
-    """integer, float or string: what the column holds in every file."""
-    if kinds and all(map(pa.types.is_integer, kinds)):
+    """integer, float or string: what the column holds in every file.  Decimals of more digits than a float has stay
+    text."""
+
+    def whole(kind: pa.DataType) -> bool:
+        return pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0 and kind.precision < 19)
+
+    if kinds and all(map(whole, kinds)):
         return "integer"
-    return "float" if kinds and all(map(is_number, kinds)) else "string"
+    exact = all(is_number(k) and not (pa.types.is_decimal(k) and k.precision > 15) for k in kinds)
+    return "float" if kinds and exact else "string"
 
 
-def to_field(column: pa.Array, kind: str) -> Converted:
-    """An extra column as int64 (``kind`` integer), float64 (float; missing: NaN) or string (missing: empty)."""
-    column = _as_float(column) if kind == "float" else column
-    values, bad = _from_text(
-        column, {"integer": pa.int64(), "float": pa.float64(), "string": pa.string()}[kind]
-    )
-    if kind == "integer":
-        return Converted(
-            values, _with_nulls(values, bad), "is not an integer", "set the field's type: float or string"
+def to_field(column: pa.Array, kind: str, asked: bool = True) -> Converted:
+    """An extra column as int64 (``kind`` integer), float64 (float; missing: NaN) or string (missing: empty).
+
+    ``asked``: the schema says the type: integers may lose digits in a float, 08 is 8.  Else nothing may."""
+    problem = "is not an integer" if kind == "integer" else f"is not a {kind}"
+    fix = "set the field's type: float or string" if kind == "integer" else ""
+    column, problems = readable(column, problem, fix)
+    if kind == "float":
+        values, bad = _numbers(column, pa.float64())
+        problems += some(bad, problem)
+        if not asked and pa.types.is_integer(column.type):
+            problems += _large(pc.abs(column.cast(pa.float64(), safe=False)), 53)
+        return Converted(pc.fill_null(values, float("nan")), tuple(problems))
+    if kind == "string" and asked:
+        return Converted(pc.fill_null(_as_text(column), ""), tuple(problems))
+    exact, inexact = exact_integers(column)
+    problems += inexact
+    if kind == "string":
+        return Converted(pc.fill_null(_as_text(exact), ""), tuple(problems))
+    if is_text(column.type):
+        problems += some(pc.match_substring_regex(column, "^-?0[xX]"), problem, fix)
+    values, bad = _numbers(exact, pa.int64())
+    return checked(values, problems + some(bad, problem, fix))
+
+
+def readable(column: pa.Array, problem: str, fix: str = "") -> tuple[pa.Array, list[Problem]]:
+    """Without dictionary encoding, text as strings (CSV columns come as bytes, so that one that is not UTF-8 spoils
+    only its row), empty or blank text as null."""
+    column, problems = plain(column), []
+    if is_text(column.type):
+        if column.type != pa.string():
+            column, bad = cast_rows(column, pa.string())
+            problems = some(bad, problem, fix)
+        blank = pc.or_(pc.equal(pc.binary_length(column), 0), pc.utf8_is_space(column))
+        if pc.any(blank).as_py():
+            column = pc.if_else(blank, None, column)
+    elif pa.types.is_floating(column.type) and len(column):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    return column, problems
+
+
+def some(rows: pa.Array | np.ndarray | None, what: str, fix: str = "") -> list[Problem]:
+    """The problem of these rows (bool, nulls are none), if there are any."""
+    if rows is None:
+        return []
+    if not isinstance(rows, np.ndarray):
+        if not pc.any(rows).as_py():
+            return []
+        rows = pc.fill_null(rows, False).to_numpy(zero_copy_only=False)
+    return [Problem(rows, what, fix)] if rows.any() else []
+
+
+def checked(values: pa.Array, problems: list[Problem]) -> Converted:
+    """The values, of which none may be missing."""
+    if values.null_count:
+        absent = values.is_null().to_numpy(zero_copy_only=False)
+        for problem in problems:
+            absent &= ~problem.rows
+        problems = problems + some(absent, MISSING)
+    bad = Converted(values, tuple(problems)).bad
+    return Converted(values if bad is None else pc.if_else(pa.array(bad), None, values), tuple(problems))
+
+
+def exact_integers(column: pa.Array) -> tuple[pa.Array, list[Problem]]:
+    """Floats that are to become integers or ids, as the integers that they nearly always are: pandas makes floats of
+    integers where one is missing.  2.0 is 2; what is too large to be told from its neighbours is bad."""
+    if pa.types.is_boolean(column.type) or not pa.types.is_floating(column.type):
+        return column, []
+    problems = _large(pc.abs(column), MANTISSA[column.type], f"is a {_name(column.type)}")
+    if problems:
+        column = pc.if_else(pa.array(problems[0].rows), None, column)
+    return column, problems
+
+
+def _large(size: pa.Array, bits: int, what: str = "becomes a float64") -> list[Problem]:
+    rows = pc.greater_equal(size, 2.0**bits)
+    problem = f"{what} of 2^{bits} or more, where neighbouring integers are one number"
+    return some(rows, problem, "write the column as integers or text")
+
+
+def _as_text(column: pa.Array) -> pa.Array:
+    """Text of whole numbers without decimals, so that 2.0 and 2 are one id."""
+    if not (pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)):
+        return column.cast(pa.string())
+    whole = pc.equal(column, pc.round(column))
+    integers, _ = cast_rows(pc.if_else(whole, column, None), pa.int64())
+    return pc.coalesce(integers.cast(pa.string()), column.cast(pa.string()))
+
+
+def _numbers(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray | None]:
+    """Cast to a number type: large integers are rounded (a checked cast refuses them), true and false are 1 and 0, in
+    text too."""
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    if pa.types.is_floating(kind) and pa.types.is_integer(column.type):
+        column = column.cast(pa.float64(), safe=False)
+    values, bad = cast_rows(column, kind)
+    if bad is not None and pa.types.is_string(column.type):
+        word = pc.utf8_lower(column)
+        truth = pc.case_when(
+            pc.make_struct(pc.equal(word, "true"), pc.equal(word, "false")),
+            pa.scalar(1, kind),
+            pa.scalar(0, kind),
         )
-    return Converted(pc.fill_null(values, float("nan") if kind == "float" else ""), bad, f"is not a {kind}")
+        values = pc.coalesce(values, truth)
+        bad = bad & values.is_null().to_numpy(zero_copy_only=False)
+    return values, bad
 
 
-def _as_float(column: pa.Array) -> pa.Array:
-    """Integers as float64, the large ones rounded (a checked cast refuses them)."""
-    column = plain(column)
-    return column.cast(pa.float64(), safe=False) if pa.types.is_integer(column.type) else column
+def _longer(column: pa.Array, length: int) -> pa.Array:
+    return pc.greater(pc.binary_length(column), length)
 
 
-def _id_text(column: pa.Array) -> pa.Array:
-    """Floats that are to become text, as the integers that they nearly always are: pandas makes floats of integers
-    where one is missing (NaN).  2.0 is '2', as in a file without a missing one."""
-    column = plain(column)
-    if not pa.types.is_floating(column.type):
-        return column
-    column = pc.if_else(pc.is_nan(column), None, column)
-    whole = pc.and_(pc.equal(column, pc.round(column)), pc.less(pc.abs(column), 2.0**63))
-    integers = pc.if_else(whole, column, None).cast(pa.int64()).cast(pa.string())
-    return pc.coalesce(integers, column.cast(pa.string()))
-
-
-def _from_text(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray | None]:
-    """Cast of numbers or text (CSV columns come as bytes, so that one that is not UTF-8 spoils only its row)."""
-    column, bad = plain(column), None
-    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        column, bad = cast_rows(column, pa.string())
-    if column.type == kind:
-        return column, bad
-    values, failed = cast_rows(column, kind)
-    return values, _either(bad, failed)
-
-
-def _parse_iso(column: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
-    text, bad = _from_text(column, pa.string())
-    zoned = pc.fill_null(pc.match_substring_regex(text, WITH_OFFSET), False)
-    ticks, failed = cast_rows(pc.if_else(zoned, None, text), pa.timestamp("us"))
-    bad = _either(bad, failed)
-    if pc.any(zoned).as_py():
-        shifted, failed = cast_rows(pc.if_else(zoned, text, None), pa.timestamp("us", "UTC"))
-        ticks = pc.if_else(zoned, shifted.cast(pa.int64()), ticks.cast(pa.int64()))
-        bad = _either(bad, failed)
-    return ticks.cast(pa.int64()), bad
-
-
-def _with_nulls(values: pa.Array, bad: np.ndarray | None) -> np.ndarray | None:
-    if values.null_count == 0:
-        return bad
-    return _either(bad, values.is_null(nan_is_null=True).to_numpy(zero_copy_only=False))
-
-
-def _either(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
-    return b if a is None else a if b is None else a | b
+def _name(kind: pa.DataType) -> str:
+    return f"float{kind.bit_width}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data.making.convert import plain, to_ids
+from gr.data.making.convert import MISSING, plain, to_ids
 from gr.data.making.csv_files import csv_columns, read_csv
 from gr.data.making.files import find_files, require_column
 from gr.data.making.schema import CatalogueSchema
@@ -17,7 +17,7 @@ RESERVED = ("item_id", "count")
 def read_catalogue(schema: CatalogueSchema, integer_ids: bool) -> pa.Table:
     """``item_id`` (int64 or string, distinct) and the described columns (CSV: text)."""
     parts = []
-    for file in find_files(schema.path):
+    for file in find_files(schema.path, schema.format, key="catalogue.format"):
         if file.format == "parquet":
             names = file.parquet().schema_arrow.names
         else:
@@ -46,10 +46,12 @@ def read_catalogue(schema: CatalogueSchema, integer_ids: bool) -> pa.Table:
 def catalogue_table(table: pa.Table, item: str, integer_ids: bool, name: str) -> pa.Table:
     """``table`` with its column ``item`` checked and renamed to item_id, first."""
     column = to_ids(plain(table[item].combine_chunks()), integer_ids, "")
-    if column.bad is not None and column.bad.any():
+    if column.bad is not None:
         row = int(column.bad.argmax())
-        value = table[item][row].as_py()
-        problem = "the value is missing" if value is None else f"{value!r} {column.problem} as in the log"
+        value, what = table[item][row].as_py(), column.problem(row).what
+        problem = "the value is missing" if what == MISSING else f"{value!r} {what}, where the log has integers"
+        if what != MISSING and not integer_ids:
+            problem = f"{value!r} {what}"
         raise UserError(f"'{name}', row {row}, column '{item}': {problem}; correct the catalogue")
     others = {c: table[c] for c in table.column_names if c != item}
     if clash := [c for c in others if c in RESERVED]:

@@ -1,12 +1,14 @@
-"""Files by path, glob, folder or URL (anything fsspec knows), in the order of their names."""
+"""Files by path, glob, folder or URL (anything fsspec knows), in the order of the numbers in their names."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
@@ -20,6 +22,10 @@ TEXT = (".csv", ".tsv", ".txt", ".dat")
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 COMPRESSED = tuple(CODECS)
 READ_BUFFER = 2**20
+MISSING_IN_PATH = "__HIVE_DEFAULT_PARTITION__"
+TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
+PART = re.compile(r"\.c\d+$")  # part-00000-4f1c.c000: Spark's counter is no ending
+LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -51,34 +57,53 @@ class DataFile:
             self.filesystem.open(self.path, "rb"), CODECS.get(Path(self.path.lower()).suffix)
         )
 
+    @property
+    def folder_columns(self) -> dict[str, str | None]:
+        """Columns in the names of the folders, ``dt=2024-01-31/hour=07/``; None is a missing value."""
+        columns: dict[str, str | None] = {}
+        for folder in self.path.split("/")[:-1]:
+            name, sign, value = folder.partition("=")
+            if sign and name:
+                columns[unquote(name)] = None if value == MISSING_IN_PATH else unquote(value)
+        return columns
+
     def parquet(self) -> pq.ParquetFile:
-        """Opened for streaming: column chunks are read through a small buffer, not whole."""
+        """Opened for streaming: column chunks are read through a small buffer, not whole.
+
+        INT96 times (Spark, Impala) are read as microseconds: as nanoseconds, Arrow's own choice, all but the years
+        1678 to 2261 would wrap around to other times."""
         try:
             source = self.path if self.local else self.filesystem.open(self.path, "rb")
-            return pq.ParquetFile(source, buffer_size=READ_BUFFER, pre_buffer=False)
+            return pq.ParquetFile(
+                source, buffer_size=READ_BUFFER, pre_buffer=False, coerce_int96_timestamp_unit="us"
+            )
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"cannot read '{self.name}' as Parquet ({_first_line(error)}): check the file"
             ) from None
 
 
-def find_files(source: str, format: str = "auto") -> list[DataFile]:
-    """The files that ``source`` names, sorted by path; hidden ones and those that start with '_' are not data.
+def find_files(
+    source: str, format: str = "auto", *, key: str = "format", note: Callable[[str], None] | None = None
+) -> list[DataFile]:
+    """The files that ``source`` names, in natural order (:func:`natural`); hidden ones and those that start with '_'
+    are not data.
 
-    ``format``: parquet or csv; auto goes by the names.
+    ``format``: parquet or csv; auto goes by the names, and in a folder leaves out what they don't tell; ``key``: what
+    the schema calls it.  ``note`` is told of files in a folder that are left out.
     """
+    left_out: list[str] = []
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
         if any(c in path for c in "*?[") and not filesystem.exists(path):
-            paths: Sequence[str] = [p for p in filesystem.glob(path) if not filesystem.isdir(p)]
-        elif filesystem.isdir(path):
-            root = path.rstrip("/") + "/"
-            paths = [
+            hidden = path.rsplit("/", 1)[-1][0] not in ("_", ".")  # unless they are asked for
+            paths: Sequence[str] = [
                 p
-                for p in filesystem.find(path)
-                if not any(part.startswith(("_", ".")) for part in p.removeprefix(root).split("/"))
-                and _format_by_name(p) in (["parquet", "csv"] if format == "auto" else [format])
+                for p in filesystem.glob(path)
+                if not filesystem.isdir(p) and not (hidden and p.rsplit("/", 1)[-1].startswith(("_", ".")))
             ]
+        elif filesystem.isdir(path):
+            paths, left_out = _in_folder(filesystem, path, source, format)
         else:
             paths = [path] if filesystem.exists(path) else []
     except ImportError as error:  # the protocol's package isn't there
@@ -87,26 +112,72 @@ def find_files(source: str, format: str = "auto") -> list[DataFile]:
         raise UserError(
             f"cannot open '{source}' ({_first_line(error)}): check the URL and its access"
         ) from None
-    if not paths:
+    kind = "data" if format == "auto" else format
+    if not paths and left_out:
         raise UserError(
-            f"no {'data' if format == 'auto' else format} file at '{source}': check the path or the glob"
+            f"no {kind} file at '{source}' by the names ({_listed(left_out)}): set {key} to parquet or csv if these "
+            "are data, or name them by a glob"
+        )
+    if not paths:
+        raise UserError(f"no {kind} file at '{source}': check the path or the glob")
+    if left_out and note is not None:
+        note(
+            f"left out of '{source}', not {kind} by their names: {_listed(left_out)}; set {key}, or name the files by "
+            "a glob, if these are data"
         )
     files = [
-        DataFile(filesystem, p, _format_by_name(p) if format == "auto" else format) for p in sorted(paths)
+        DataFile(filesystem, p, _format_by_name(p) if format == "auto" else format)
+        for p in sorted(paths, key=natural)
     ]
     if unknown := [f for f in files if not f.format]:
         raise UserError(
-            f"'{unknown[0].name}' is neither .parquet nor .csv by its name: set format to one of the two"
+            f"'{unknown[0].name}' is neither .parquet nor .csv by its name: set {key} to parquet or csv"
         )
     if len({f.format for f in files}) > 1:
-        raise UserError(f"'{source}' holds both Parquet and CSV files: set format, or name them by a glob")
+        raise UserError(f"'{source}' holds both Parquet and CSV files: set {key}, or name them by a glob")
     return files
 
 
-def require_column(file: str, column: str, names: Sequence[str]) -> None:
-    """Refuse a file without the column, or with two of the name."""
+def natural(path: str) -> list[tuple[list[Any], str]]:
+    """Key that sorts paths folder by folder, numbers in them by value: part-2 before part-10."""
+    return [
+        ([int(piece) if n % 2 else piece for n, piece in enumerate(re.split("([0-9]+)", part))], part)
+        for part in path.split("/")
+    ]
+
+
+def _in_folder(filesystem: Any, path: str, source: str, format: str) -> tuple[list[str], list[str]]:
+    """The data files of a folder, and others that are neither hidden nor taken.  With a ``format``, files whose
+    names have no ending are taken too: so Spark's and Hive's parts are called."""
+    root = path.rstrip("/") + "/"
+    taken, left_out = [], []
+    for found in filesystem.find(path):
+        parts = found.removeprefix(root).split("/")
+        if kind := next((TABLE_FORMATS[p] for p in parts if p in TABLE_FORMATS), None):
+            raise UserError(
+                f"'{source}' is a {kind} table, whose folder holds rows that were deleted or replaced as well: export "
+                "its present state to plain Parquet, or name the files by a glob if all of them count"
+            )
+        *folders, name = parts
+        if name.startswith((".", "_")) or any(f.startswith((".", "_")) and "=" not in f for f in folders):
+            continue
+        by_name = _format_by_name(found)
+        if by_name if format == "auto" else by_name == format or (not by_name and _without_ending(name)):
+            taken.append(found)
+        elif not by_name:
+            left_out.append("/".join(parts))
+    return taken, left_out
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"'{n}'" for n in sorted(names, key=natural)[:LISTED])
+    return f"{shown} and {len(names) - LISTED:,} more" if len(names) > LISTED else shown
+
+
+def require_column(file: str, column: str, names: Sequence[str], others: Iterable[str] = ()) -> None:
+    """Refuse a file without the column, or with two of the name; ``others`` could have been asked for too."""
     if column not in names:
-        raise UserError(f"'{file}' has no column '{column}': {nearest(column, names)}")
+        raise UserError(f"'{file}' has no column '{column}': {nearest(column, [*names, *others])}")
     if list(names).count(column) > 1:
         raise UserError(f"'{file}' has more than one column '{column}': give each a name of its own")
 
@@ -149,6 +220,13 @@ def _format_by_name(path: str) -> str:
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
     return "parquet" if name.endswith(PARQUET) else "csv" if name.endswith(TEXT) else ""
+
+
+def _without_ending(name: str) -> bool:
+    name = name.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return "." not in PART.sub("", name)
 
 
 def _first_line(error: BaseException) -> str:

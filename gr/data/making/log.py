@@ -8,46 +8,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from gr.data.making import convert
-from gr.data.making.convert import Converted
-from gr.data.making.csv_files import SAMPLE_BYTES, CsvStream, csv_columns, line_of, read_csv
-from gr.data.making.files import COMPRESSED, DataFile, find_files, require_column
+from gr.data.making import convert, doubts
+from gr.data.making.convert import MISSING, Converted
+from gr.data.making.csv_files import CsvStream, line_of, read_csv
+from gr.data.making.doubts import Doubts
+from gr.data.making.files import DataFile, find_files
+from gr.data.making.log_types import IDS, csv_sample, lay_out_csv, lay_out_parquet
 from gr.data.making.quarantine import BadRow, Quarantine, refuse
-from gr.data.making.schema import TICKS_PER_SECOND, FieldColumn, IdType, LogSchema, TimeUnit
+from gr.data.making.schema import FieldColumn, LogSchema
+from gr.data.making.times import FileTimes, Times, when
 from gr.errors import UserError
 
 Locate = Callable[[int], tuple[int | None, int]]
 """Row of a batch -> (row group, row in it), or (None, record of the file) for CSV."""
 Located = tuple[pa.RecordBatch, Locate]
 
-COMPRESSED_RATIO = 8  # a generous guess of how much smaller a compressed CSV is
-
-
-@dataclass(frozen=True)
-class LogTypes:
-    """Types that hold for the whole log, fixed before any of it is read.
-
-    ``unit``: of the ticks, one of TICKS_PER_SECOND; ``fractions``: times are seconds with decimals.
-    """
-
-    user_integer: bool
-    item_integer: bool
-    unit: str
-    fractions: bool
-    action_type_integer: bool
-    fields: dict[str, str]
-    """Name -> integer, float or string."""
-
-    @property
-    def ticks_per_second(self) -> int:
-        return TICKS_PER_SECOND["us" if self.fractions else self.unit]
+SAMPLED_FILES, SAMPLED_ROWS = 8, 4096
+SHOWN = 200  # characters of a bad value that a sentence repeats
+FIXES = {
+    "user": "set user_ids: string if ids are text",
+    "item": "set item_ids: string if ids are text",
+    "action_type": "set action_types: string if they are text",
+}
 
 
 class LogReader:
@@ -55,27 +44,31 @@ class LogReader:
 
     def __init__(self, source: str, schema: LogSchema):
         self.schema = schema
-        self.files = find_files(source, schema.format)
+        self._notes: list[str] = []
+        self.files = find_files(source, schema.format, note=self._notes.append)
         columns = schema.columns
-        extra = {n: FieldColumn(column=f) if isinstance(f, str) else f for n, f in columns.fields.items()}
-        self.fields: dict[str, FieldColumn] = extra
+        self.fields = {n: FieldColumn(column=f) if isinstance(f, str) else f for n, f in columns.fields.items()}
         self.columns = {
             "user": columns.user,
             "item": columns.item,
             **({"time": columns.time} if columns.time else {}),
             **({"action_type": columns.action_type} if columns.action_type else {}),
             **({"value": columns.value} if columns.value else {}),
-            **{f"field.{name}": spec.column for name, spec in extra.items()},
+            **{f"field.{name}": spec.column for name, spec in self.fields.items()},
         }
         self.rows_read = 0
-        if self.files[0].format == "parquet":
-            self.types, self.estimated_rows = self._check_parquet()
-        else:
-            self.types, self.estimated_rows = self._check_csv()
+        self.rounded_values = 0
+        lay_out = lay_out_parquet if self.files[0].format == "parquet" else lay_out_csv
+        self.layout = lay_out(self.files, schema, self.columns, self.fields)
+        self._notes += self.layout.notes
+        self.types, self.estimated_rows = self.layout.types, self.layout.rows
+        self.times = Times(self.types.clock) if self.types.clock else None
+        self._doubts: Doubts | None = None
+        self._said: set[str] = set()
 
     @property
     def has_times(self) -> bool:
-        return "time" in self.columns
+        return self.times is not None
 
     @property
     def ticks_per_second(self) -> int:
@@ -91,118 +84,118 @@ class LogReader:
                 if table.num_rows:
                     yield table
 
-    # -- types -----------------------------------------------------------------------------------------------------
+    # -- what is noticed -------------------------------------------------------------------------------------------
 
-    def _check_parquet(self) -> tuple[LogTypes, int]:
-        rows = 0
-        kinds: dict[str, list[pa.DataType]] = {role: [] for role in self.columns}  # in the files that say one
-        empty: dict[str, pa.DataType] = {}
-        resolutions: set[TimeUnit] = set()
-        numeric: list[str] = []
-        for file in self.files:
-            parquet = file.parquet()
-            schema = parquet.schema_arrow
-            rows += parquet.metadata.num_rows
-            for role, column in self.columns.items():
-                require_column(file.name, column, schema.names)
-                kind = schema.field(column).type
-                self._check_type(file, role, column, kind)
-                kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-                if pa.types.is_null(kind) or not parquet.metadata.num_rows:
-                    empty.setdefault(role, kind)
-                    continue
-                kinds[role].append(kind)
-                if role == "time" and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
-                    resolutions.add(getattr(kind, "unit", "s"))
-                elif role == "time":
-                    numeric.append(file.name)
-            parquet.close()
-        if resolutions and numeric:
-            raise UserError(
-                f"'{numeric[0]}', column '{self.columns['time']}': not of a timestamp type, as it is in other files; "
-                "write all files with the same type"
+    def remarks(self) -> list[str]:
+        """What to tell the user and was not told before: asked for before the log is read, and after it."""
+        if self._doubts is None:
+            self._notes += [*self._assumptions(), *self._of_sample().values()]
+        elif self.rows_read:
+            before = set(self._doubts)
+            self._notes += [text for name, text in self._of_all().items() if name not in before]
+        new = [n for n in dict.fromkeys(self._notes) if n not in self._said]
+        self._said.update(new)
+        return new
+
+    def facts(self) -> dict[str, Any]:
+        """How the log was read, for the manifest: asked for when it has been."""
+        facts: dict[str, Any] = {"files": len(self.files), "assumptions": self._assumptions()}
+        facts["doubts"] = list(self._of_all().values())
+        if self.times is not None:
+            clock, seen = self.times.clock, self.times.seen
+            spans = [(f.first, f.last) for f in seen.values() if f.first is not None and f.last is not None]
+            mixed = self.types.clock is not None and clock.zone is not None
+            without = [name for name, f in seen.items() if f.naive]
+            facts["times"] = {
+                "unit": clock.unit,
+                "first": when(min(s[0] for s in spans) // clock.per_second) if spans else None,
+                "last": when(max(s[1] for s in spans) // clock.per_second) if spans else None,
+                "zone_of_times_without": clock.zone or "UTC",
+                "files_with_zones": sum(f.zoned > 0 for f in seen.values()),
+                "files_without_zones": without if mixed else len(without),
+            }
+        return facts
+
+    def _assumptions(self) -> list[str]:
+        if self.times is None:
+            if len(self.files) == 1:
+                return []
+            first, last = self.files[0].name, self.files[-1].name
+            return [
+                f"no times: a user's order is that of the {len(self.files):,} files by the numbers in their names, from "
+                f"'{first}' to '{last}', and of the rows in them"
+            ]
+        clock = self.times.clock
+        if not clock.typed and clock.unit != "iso":
+            return []
+        return [f"times without a zone are taken as {clock.zone or 'UTC'}"]
+
+    def _of_sample(self) -> Doubts:
+        """Doubts about the first rows of a few files, and about what their statistics say of all."""
+        times = Times(self.types.clock) if self.types.clock else None
+        raw: dict[str, list[pa.Array]] = {role: [] for role in self.columns}
+        good: dict[str, list[pa.Array]] = {role: [] for role in self.columns}
+        for n in np.unique(np.linspace(0, len(self.files) - 1, SAMPLED_FILES).astype(int)).tolist():
+            file = self.files[n]
+            batch = self.layout.whole(file, self._sample(file)).slice(0, SAMPLED_ROWS)
+            for role in [r for r in (*IDS, "time") if r in self.columns and batch.num_rows]:
+                column = batch.column(self.columns[role])
+                if role == "time" and times is not None:
+                    good[role].append(times.read(column, file.name).values.drop_null())
+                else:
+                    raw[role].append(convert.readable(column, "")[0])
+                    good[role].append(self._converters[role](column).values)
+        found: Doubts = {}
+        if self.types.clock and times is not None:
+            seen: dict[str, FileTimes] = {**times.seen, **self.layout.early_files()}
+            found |= doubts.of_times(self.columns["time"], self.types.clock, seen, sampled=True)
+            if good["time"]:
+                ticks = pa.concat_arrays(good["time"])
+                found |= doubts.of_time_sample(self.columns["time"], self.types.clock, ticks)
+        for role in IDS:
+            if role in self.columns and raw[role]:
+                text = all(convert.is_text(r.type) for r in raw[role])
+                ids = pa.concat_arrays(good[role])
+                found |= doubts.of_ids(self.columns[role], ids, text)
+        self._doubts = found
+        return found
+
+    def _of_all(self) -> Doubts:
+        """Doubts when all rows have been read, those about the sample included."""
+        found = dict(self._doubts if self._doubts is not None else self._of_sample())
+        if self.times is not None:
+            column = self.columns["time"]
+            for name in [n for n in found if n in doubts.COUNTED or n.startswith("unknown")]:
+                del found[name]
+            found |= doubts.of_times(column, self.times.clock, self.times.seen, sampled=False)
+        if self.rounded_values:
+            found["rounded"] = (
+                f"column '{self.columns['value']}': {self.rounded_values:,} integers have more digits than a value of 32 "
+                "bits and were rounded: keep them as a field to have them exact"
             )
-
-        def kind_of(role: str) -> pa.DataType:
-            return kinds[role][0] if kinds[role] else empty[role]
-
-        unit: TimeUnit = self.schema.time_unit
-        fractions = False
-        if resolutions:
-            unit = max(resolutions, key=lambda r: TICKS_PER_SECOND[r])
-        elif self.has_times:
-            text = not convert.is_number(kind_of("time"))
-            fractions = unit == "s" and pa.types.is_floating(kind_of("time"))
-            if unit == "iso" and not text:
-                raise UserError(
-                    f"'{self.files[0].name}', column '{self.columns['time']}': numbers, not text in time_unit 'iso'; "
-                    "set time_unit to s, ms, us or ns"
-                )
-        return LogTypes(
-            user_integer=_integer(self.schema.user_ids, convert.is_number(kind_of("user"))),
-            item_integer=_integer(self.schema.item_ids, convert.is_number(kind_of("item"))),
-            unit=unit,
-            fractions=fractions,
-            action_type_integer="action_type" in self.columns and convert.is_number(kind_of("action_type")),
-            fields={
-                name: spec.type if spec.type != "auto" else convert.field_type(kinds[f"field.{name}"])
-                for name, spec in self.fields.items()
-            },
-        ), rows
-
-    def _check_type(self, file: DataFile, role: str, column: str, kind: pa.DataType) -> None:
-        usable = convert.is_text(kind) or convert.is_number(kind) or pa.types.is_null(kind)
-        if role == "time":
-            usable = usable or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
-        elif role.startswith("field."):
-            usable = (
-                usable or pa.types.is_boolean(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
-            )
-        if not usable:
-            raise UserError(
-                f"'{file.name}', column '{column}': type {kind} cannot be used as {role}; map another column"
-            )
-
-    def _check_csv(self) -> tuple[LogTypes, int]:
-        for file in self.files:
-            names = csv_columns(file, self.schema.csv)
-            for column in self.columns.values():
-                require_column(file.name, column, names)
-        sampled = next((f for f in self.files if self._sample(f).num_rows), self.files[0])
-        sample = self._sample(sampled)
-
-        def all_integers(role: str) -> bool:
-            values = [v for v in sample.column(self.columns[role]).to_pylist() if v is not None]
-            return bool(values) and all(map(_canonical_integer, values))
-
-        fractions = (
-            self.has_times and self.schema.time_unit == "s" and _has_decimals(sample, self.columns["time"])
-        )
-        bytes_a_row = min(self._plain_size(sampled), SAMPLE_BYTES) / max(sample.num_rows, 1)
-        return LogTypes(
-            user_integer=_integer(self.schema.user_ids, all_integers("user")),
-            item_integer=_integer(self.schema.item_ids, all_integers("item")),
-            unit=self.schema.time_unit,
-            fractions=fractions,
-            action_type_integer="action_type" in self.columns and all_integers("action_type"),
-            fields={n: "string" if spec.type == "auto" else spec.type for n, spec in self.fields.items()},
-        ), int(sum(map(self._plain_size, self.files)) / max(bytes_a_row, 1)) + 1
-
-    @staticmethod
-    def _plain_size(file: DataFile) -> int:
-        """About how many bytes the file has, decompressed."""
-        return file.size * (COMPRESSED_RATIO if file.path.lower().endswith(COMPRESSED) else 1)
+        return found
 
     def _sample(self, file: DataFile) -> pa.RecordBatch:
-        names = list(dict.fromkeys(self.columns.values()))
-        stream = read_csv(file, self.schema.csv, names, SAMPLE_BYTES)
-        empty = pa.record_batch([pa.array([], pa.binary()) for _ in names], names=names)
-        return next(stream.batches, empty)
+        """The first rows of a file, as far as they can be read: reading all of it says what is wrong with them."""
+        if file.format == "csv":
+            return csv_sample(file, self.schema, self.layout)
+        names = self.layout.in_file(file)
+        empty = pa.record_batch([pa.array([], pa.null()) for _ in names], names=names)
+        with file.parquet() as parquet:
+            try:
+                return next(
+                    parquet.iter_batches(
+                        SAMPLED_ROWS, row_groups=[0] if parquet.num_row_groups else [], columns=names
+                    ),
+                    empty,
+                )
+            except (OSError, pa.ArrowInvalid):
+                return empty
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
     def _parquet_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
-        names = list(dict.fromkeys(self.columns.values()))
+        names = self.layout.in_file(file)
         with file.parquet() as parquet:
             for group in range(parquet.num_row_groups):  # one by one, so that an error can name it
                 start = 0
@@ -210,7 +203,7 @@ class LogReader:
                     for batch in parquet.iter_batches(
                         chunk_rows, row_groups=[group], columns=names, use_threads=False
                     ):
-                        yield batch, partial(_in_row_group, group, start)
+                        yield self.layout.whole(file, batch), partial(_in_row_group, group, start)
                         start += batch.num_rows
                 except (OSError, pa.ArrowInvalid) as error:
                     raise UserError(
@@ -219,12 +212,13 @@ class LogReader:
                     ) from None
 
     def _csv_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
-        stream = read_csv(file, self.schema.csv, list(dict.fromkeys(self.columns.values())))
+        stream = read_csv(file, self.schema.csv, self.layout.in_file(file))
         start = handled = 0
         for batch in stream.batches:
             handled = self._malformed(file, stream.malformed, handled, quarantine)
             for first in range(0, batch.num_rows, chunk_rows):
-                yield batch.slice(first, chunk_rows), partial(_in_stream, stream, start + first)
+                part = self.layout.whole(file, batch.slice(first, chunk_rows))
+                yield part, partial(_in_stream, stream, start + first)
             start += batch.num_rows
         self._malformed(file, stream.malformed, handled, quarantine)
 
@@ -244,27 +238,39 @@ class LogReader:
 
     @cached_property
     def _converters(self) -> dict[str, Callable[[pa.Array], Converted]]:
+        """Of all roles but time, which remembers what it has seen."""
         types = self.types
-        unit = "us" if types.fractions else types.unit
-        table: dict[str, Callable[[pa.Array], Converted]] = {
-            "user": lambda c: convert.to_ids(c, types.user_integer, "set user_ids: string if ids are text"),
-            "item": lambda c: convert.to_ids(c, types.item_integer, "set item_ids: string if ids are text"),
-            "time": lambda c: convert.to_ticks(c, unit, types.fractions),
-            "action_type": lambda c: convert.to_ids(
-                c, types.action_type_integer, "write all action types as text if these are"
-            ),
-            "value": convert.to_numbers,
+
+        def ids(role: str) -> Callable[[pa.Array], Converted]:
+            return lambda c: convert.to_ids(c, role in types.integers, FIXES[role])
+
+        def field(name: str, kind: str) -> Callable[[pa.Array], Converted]:
+            asked = self.fields[name].type != "auto"
+            return lambda c: convert.to_field(c, kind, asked)
+
+        return {
+            **{role: ids(role) for role in IDS},
+            "value": self._values,
+            **{f"field.{name}": field(name, kind) for name, kind in types.fields.items()},
         }
-        for name, kind in types.fields.items():
-            table[f"field.{name}"] = lambda c, kind=kind: convert.to_field(c, kind)  # type: ignore[misc]
-        return table
+
+    def _values(self, column: pa.Array) -> Converted:
+        values, rounded = convert.to_numbers(column)
+        self.rounded_values += rounded
+        return values
+
+    def _convert(self, role: str, column: pa.Array, file: DataFile) -> Converted:
+        if role == "time":
+            assert self.times is not None
+            return self.times.read(column, file.name)
+        return self._converters[role](column)
 
     def _check(
         self, batch: pa.RecordBatch, file: DataFile, locate: Locate, quarantine: Quarantine
     ) -> pa.Table:
         """The batch's good rows, converted; bad ones go to the quarantine or end the work."""
         checked: dict[str, Converted] = {
-            role: self._converters[role](batch.column(column)) for role, column in self.columns.items()
+            role: self._convert(role, batch.column(column), file) for role, column in self.columns.items()
         }
         bad = np.zeros(batch.num_rows, dtype=bool)
         for result in checked.values():
@@ -287,23 +293,20 @@ class LogReader:
         quarantine: Quarantine,
     ) -> None:
         role = next(r for r, result in checked.items() if result.bad is not None and result.bad[row])
-        column, result = self.columns[role], checked[role]
-        value = _readable(batch.column(column)[row].as_py())
-        missing = value is None or value != value
-        problem = "the value is missing" if missing else f"{value!r} {result.problem}"
+        column, problem = self.columns[role], checked[role].problem(row)
+        value = _readable(batch.column(column), row)
+        absent = problem.what == MISSING
+        sentence = "the value is missing" if absent else f"{_quoted(value)} {problem.what}"
         group, number = locate(row)
         if quarantine.failing:
             place = f"row group {group}, row {number}"
             if group is None:
                 place = f"line {line_of(file, self.schema.csv, number)}"
-            raise refuse(f"'{file.name}', {place}, column '{column}'", problem, "" if missing else result.fix)
-        record = {c: _readable(batch.column(c)[row].as_py()) for c in dict.fromkeys(self.columns.values())}
-        kind = f"{column}: " + ("missing" if missing else result.problem)
+            raise refuse(f"'{file.name}', {place}, column '{column}'", sentence, problem.fix)
+        record = {c: _readable(batch.column(c), row) for c in dict.fromkeys(self.columns.values())}
+        text = json.dumps(record, default=str, ensure_ascii=False)
         quarantine.add(
-            BadRow(
-                file.name, group, number, column, problem, json.dumps(record, default=str, ensure_ascii=False)
-            ),
-            kind,
+            BadRow(file.name, group, number, column, sentence, text), f"{column}: {problem.what}"
         )
 
 
@@ -315,19 +318,15 @@ def _in_stream(stream: CsvStream, start: int, row: int) -> tuple[int | None, int
     return None, stream.record(start + row)
 
 
-def _integer(wanted: IdType, found: bool) -> bool:
-    return found if wanted == "auto" else wanted == "integer"
+def _readable(column: pa.Array, row: int) -> Any:
+    """The value as text, number or None; times as text, since Python's reach from the year 1 to 9999 only."""
+    value = column.slice(row, 1)
+    if pa.types.is_temporal(value.type):
+        value = pc.cast(value, pa.string())
+    found = value[0].as_py()
+    return found.decode("utf-8", errors="backslashreplace") if isinstance(found, bytes) else found
 
 
-def _canonical_integer(text: bytes) -> bool:
-    """Whether an integer would be written back as the same text: '007' is not."""
-    digits = text.removeprefix(b"-")
-    return digits.isdigit() and len(digits) < 19 and (digits[:1] != b"0" or text == b"0")
-
-
-def _has_decimals(sample: pa.RecordBatch, column: str) -> bool:
-    return any(v is not None and b"." in v for v in sample.column(column).to_pylist())
-
-
-def _readable(value: Any) -> Any:
-    return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else value
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 4]}...{text[-1]}"

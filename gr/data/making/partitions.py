@@ -5,8 +5,11 @@ Shapes: R users of a partition, A their actions.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +20,7 @@ from gr.errors import UserError
 
 MAX_BITS = 9
 """At most 512 partitions: so many files are open at once."""
+PIECE_ROWS = 2**16
 
 
 class PartitionStore:
@@ -27,6 +31,8 @@ class PartitionStore:
 
     def __init__(self, folder: Path, bits: int):
         self.bits, self.folder = bits, folder
+        self.rows = np.zeros(1 << bits, dtype=np.int64)
+        """Actions of each partition."""
         self._writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
         self._files: list[pa.OSFile] = []
         self._memory: list[pa.Table] = []
@@ -41,11 +47,14 @@ class PartitionStore:
         """Append actions (column ``user`` holds raw ids) in the log's order."""
         if not self.bits:
             self._memory.append(table)
+            self.rows[0] += table.num_rows
             return
         part = (hash_column(table["user"]) >> np.uint64(64 - self.bits)).astype(np.uint16)
         order = np.argsort(part, kind="stable")
         table = table.take(pa.array(order)).combine_chunks()
-        stops = np.cumsum(np.bincount(part, minlength=self.partitions)).tolist()
+        counts = np.bincount(part, minlength=self.partitions)
+        self.rows += counts
+        stops = np.cumsum(counts).tolist()
         for p, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
             if stop > start:
                 self._writer(p, table.schema).write_table(table.slice(start, stop - start))
@@ -70,8 +79,26 @@ class PartitionStore:
         with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
             return stream.read_all().combine_chunks()
 
+    def pieces(self, partition: int) -> Iterator[pa.Table]:
+        """A partition's actions in parts of a bounded size, in their order."""
+        if not self.bits:
+            yield from self._memory
+        elif (path := self._path(partition)).exists():
+            with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+                for batch in stream:
+                    yield pa.Table.from_batches([batch])
+
+    def busiest(self, partition: int) -> tuple[Any, int]:
+        """The partition's user with most actions, and how many these are; needs memory for its users only."""
+        counts: Counter[Any] = Counter()
+        for piece in self.pieces(partition):
+            for found in pc.value_counts(piece["user"].combine_chunks()).to_pylist():
+                counts[found["values"]] += found["counts"]
+        return counts.most_common(1)[0] if counts else (None, 0)
+
     def replace(self, partition: int, table: pa.Table) -> None:
         """Put ``table`` in the place of a partition's actions."""
+        self.rows[partition] = table.num_rows
         if not self.bits:
             self._memory = [table]
             return
@@ -79,7 +106,7 @@ class PartitionStore:
             pa.OSFile(str(self._path(partition)), "wb") as file,
             pa.ipc.new_stream(file, table.schema) as writer,
         ):
-            writer.write_table(table)
+            writer.write_table(table, max_chunksize=PIECE_ROWS)
 
     def _path(self, partition: int) -> Path:
         return self.folder / f"{partition:04d}.arrow"
@@ -186,6 +213,53 @@ def grouped_before(table: pa.Table) -> Grouped:
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
     columns = {n: table[n].combine_chunks() for n in table.column_names if n != "user"}
     return Grouped(user.take(pa.array(starts)), np.concatenate([starts, [len(user)]]), columns)
+
+
+def latest(table: pa.Table, most: int) -> tuple[pa.Table, pa.Array]:
+    """Each user's latest ``most`` actions, by time and then by order, in the table's order; and the users that had
+    more."""
+    encoded = table["user"].combine_chunks().dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    counts = np.bincount(codes, minlength=len(encoded.dictionary))
+    if not (counts > most).any():
+        return table, encoded.dictionary[:0]
+    rows = np.flatnonzero(counts[codes] > most)
+    times = table["time"].to_numpy()[rows] if "time" in table.column_names else None
+    order = rows[_order(codes[rows].astype(np.int64), times, len(counts))]
+    many = np.flatnonzero(counts > most)
+    stops = np.cumsum(counts[many])
+    from_end = np.repeat(stops, counts[many]) - np.arange(len(order))  # 1 is a user's last
+    kept = np.ones(table.num_rows, dtype=bool)
+    kept[order[from_end > most]] = False
+    return table.filter(pa.array(kept)), encoded.dictionary.take(pa.array(many))
+
+
+class Capped:
+    """A partition's actions added piece by piece, of which each user's latest ``most`` stay.  The latest of all are
+    among the latest of each part, so memory is that of what stays, and as much again."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.users: set[Any] = set()
+        """Those that had more."""
+        self._kept: list[pa.Table] = []
+        self._rows = self._limit = 0
+
+    def add(self, piece: pa.Table) -> None:
+        self._kept.append(piece)
+        self._rows += piece.num_rows
+        if self._rows > self._limit + PIECE_ROWS:
+            self.table()
+            self._limit = 2 * self._rows
+
+    def table(self) -> pa.Table | None:
+        """What stays, None if nothing was added."""
+        if not self._kept:
+            return None
+        table, users = latest(pa.concat_tables(self._kept).combine_chunks(), self.most)
+        self.users.update(users.to_pylist())
+        self._kept, self._rows = [table], table.num_rows
+        return table.combine_chunks()
 
 
 def duplicates(grouped: Grouped) -> np.ndarray:

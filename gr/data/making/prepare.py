@@ -29,7 +29,15 @@ import pyarrow as pa
 from gr.data.making.described import join
 from gr.data.dataset import BLOCK_ROWS, DatasetWriter, SequenceDataset
 from gr.data.making.ids import IdCodes, numbering
-from gr.data.making.partitions import Grouped, PartitionStore, choose_bits, duplicates, group, grouped_before
+from gr.data.making.partitions import (
+    Capped,
+    Grouped,
+    PartitionStore,
+    choose_bits,
+    duplicates,
+    group,
+    grouped_before,
+)
 from gr.progress import Progress
 from gr.data.making.quarantine import Quarantine
 from gr.data.making.schema import Preparation
@@ -60,6 +68,12 @@ class Actions(Protocol):
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         """Checked tables (see gr.data.making.log) in the log's order."""
 
+    def remarks(self) -> list[str]:
+        """What to tell the user and was not told before: asked for before and after reading."""
+
+    def facts(self) -> dict[str, Any]:
+        """How the log was read, for the manifest: asked for after reading."""
+
 
 def prepare(
     actions: Actions,
@@ -79,7 +93,11 @@ def prepare(
     """
     work = _Work(actions, Path(out), name, options, described, overwrite, progress or Progress())
     try:
-        return work.run(provenance or {})
+        try:
+            return work.run(provenance or {})
+        except MemoryError:
+            pass  # the frames that hold the memory must go before the sentence can be made
+        raise work.out_of_memory()
     except BaseException:
         work.writer.abandon()
         raise
@@ -116,12 +134,19 @@ class _Work:
             self.scratch / "quarantine" if options.on_bad_rows == "quarantine" else None
         )
         self.items, self.types = IdCodes(), IdCodes()
+        self.store: PartitionStore | None = None
+        self.partition: int | None = None  # the last one that was begun
         self.sorted = False
+        self.capped = options.max_user_actions is None
+        self.capped_users = self.capped_actions = 0
         self.counts = Counts()
         self.written_users = self.written_actions = 0
 
     def run(self, provenance: dict[str, Any]) -> SequenceDataset:
+        self.say()
         self.cut()
+        self.say()
+        self.say_who_is_huge()
         described = self.describe()
         kept = self.apply_policies()
         if described is not None and self.options.items == "listed":
@@ -129,6 +154,11 @@ class _Work:
         rows, ids = numbering(self.items, kept)
         counts = self.write(rows, len(ids))
         catalogue, unlisted = join(ids, pa.array(counts), described)
+        if self.capped_users:
+            self.progress.note(
+                f"max_user_actions {self.options.max_user_actions}: {self.capped_users:,} users had more, of whom "
+                f"{self.capped_actions:,} earlier actions were left out"
+            )
         if unlisted:
             self.progress.note(
                 f"{unlisted:,} of {len(ids):,} items are not in the catalogue: their columns are null"
@@ -137,19 +167,28 @@ class _Work:
             catalogue,
             {
                 **provenance,
+                **self.actions.facts(),
                 "stages": [asdict(s) for s in self.stages(len(ids))],
                 "quarantined": dict(sorted(self.quarantine.reasons.items())),
                 "items_not_described": unlisted,
+                **(
+                    {"capped": {"users": self.capped_users, "actions": self.capped_actions}}
+                    if self.options.max_user_actions is not None
+                    else {}
+                ),
             },
         )
         self.quarantine.publish(self.out / "quarantine")
         return dataset
 
+    def say(self) -> None:
+        for remark in self.actions.remarks():
+            self.progress.note(remark)
+
     def cut(self) -> None:
         """Read the log into partitions; items and action types become codes."""
-        options, self.rows = self.options, 0
+        options, self.rows, store = self.options, 0, None
         with self.progress.stage("reading", self.actions.estimated_rows) as stage:
-            store = None
             for table in _chunks(
                 self.actions.tables(options.chunk_rows, self.quarantine), options.chunk_rows
             ):
@@ -160,7 +199,8 @@ class _Work:
                         options.memory_mb,
                         options.partitions,
                     )
-                    store = PartitionStore(self.scratch / "partitions", bits)
+                    self.row_bytes = _row_bytes(table.schema)
+                    store = self.store = PartitionStore(self.scratch / "partitions", bits)
                 coded = {"user": table["user"], "item": self.items.codes(table["item"].combine_chunks())}
                 for column in table.column_names:
                     if column == "action_type":
@@ -178,7 +218,6 @@ class _Work:
                 "check the source and the schema"
             )
         store.close()
-        self.store = store
 
     def describe(self) -> pa.Table | None:
         """The catalogue that was given; listed items get codes too."""
@@ -196,18 +235,20 @@ class _Work:
         filter, items = self.options.filter, len(self.items)
         self.item_alive = np.ones(items, dtype=bool)
         self.user_minimum = filter.min_user_count
-        if self.options.duplicates == "keep" and not (filter.min_item_count > 1 or filter.min_user_count > 1):
+        counted = filter.min_item_count > 1 or filter.min_user_count > 1
+        if self.options.duplicates == "keep" and not counted and self.capped:
             return np.arange(items) < self.seen  # the codes of listed items that nobody touched come after
         counts = np.zeros(items, dtype=np.int64)
         with self.progress.stage("counting", self.rows) as stage:
             for partition, grouped in self.partitions(stage):
-                self.counts.add("read", grouped, items)
+                self.count_read(grouped)
                 if self.options.duplicates == "drop_exact":
                     grouped = grouped.filter(~duplicates(grouped))
                     self.counts.add("duplicates dropped", grouped, items)
                 counts += np.bincount(grouped.items_A, minlength=items)
+                assert self.store is not None
                 self.store.replace(partition, grouped.table())
-        self.sorted = True
+        self.sorted = self.capped = True
         self.item_alive = counts >= filter.min_item_count
         if filter.mode == "core":
             self.peel()
@@ -246,7 +287,7 @@ class _Work:
         with self.progress.stage("writing", self.rows) as stage:
             for _, grouped in self.partitions(stage):
                 if not self.sorted:
-                    self.counts.add("read", grouped, len(self.items))
+                    self.count_read(grouped)
                 if filtered:
                     grouped = self.minimum_counts(grouped)
                     self.counts.add("minimum counts", grouped, len(self.items))
@@ -281,11 +322,70 @@ class _Work:
 
     def partitions(self, stage) -> Iterator[tuple[int, Grouped]]:
         """The partitions that hold actions, sorted; ``stage`` advances by what was read."""
+        assert self.store is not None
         for partition in range(self.store.partitions):
-            table = self.store.read(partition)
+            self.partition, rows = partition, int(self.store.rows[partition])
+            table = self.store.read(partition) if self.capped else self.cap(partition)
             if table is not None and table.num_rows:
-                yield partition, (grouped_before if self.sorted else group)(table)
-                stage.advance(table.num_rows)
+                grouped = (grouped_before if self.sorted else group)(table)
+                del table  # not held while the partition is worked on
+                yield partition, grouped
+                stage.advance(rows)
+
+    def cap(self, partition: int) -> pa.Table | None:
+        """The partition's actions without those before the last ``max_user_actions`` of their user."""
+        assert self.store is not None and self.options.max_user_actions is not None
+        capped, read = Capped(self.options.max_user_actions), 0
+        for piece in self.store.pieces(partition):
+            self.counts.add_read(piece, len(self.items))
+            read += piece.num_rows
+            capped.add(piece)
+        table = capped.table()
+        self.capped_users += len(capped.users)
+        self.capped_actions += read - (table.num_rows if table is not None else 0)
+        return table
+
+    def count_read(self, grouped: Grouped) -> None:
+        """Counts of what was read, or, where that was counted before it was capped, of what the cap left."""
+        if self.capped:
+            self.counts.add("read", grouped, len(self.items))
+        else:
+            self.counts.add_users(len(grouped.users_R))
+            self.counts.add("latest of each user", grouped, len(self.items))
+
+    def say_who_is_huge(self) -> None:
+        """Name users whose actions alone take more than the memory meant for a partition: they are not cut."""
+        assert self.store is not None
+        budget = self.options.memory_mb << 20
+        if self.options.max_user_actions is not None:
+            return
+        for partition in np.flatnonzero(self.store.rows * self.row_bytes > 2 * budget).tolist():
+            user, actions = self.store.busiest(partition)
+            if actions * self.row_bytes > budget:
+                self.progress.note(
+                    f"user {user!r} has {actions:,} of the {self.rows:,} actions, which take about "
+                    f"{2 * actions * self.row_bytes >> 20:,} MiB of memory where memory_mb is {self.options.memory_mb}: set "
+                    "max_user_actions to keep only the latest of each user"
+                )
+
+    def out_of_memory(self) -> UserError:
+        """The sentence for it: who needs the memory, and what to do."""
+        if self.store is None or self.partition is None:
+            return UserError(
+                f"out of memory while reading the log for '{self.out}': set chunk_rows to less than "
+                f"{self.options.chunk_rows:,}, or give it more memory"
+            )
+        user, actions = self.store.busiest(self.partition)
+        rows = int(self.store.rows[self.partition])
+        if 2 * actions > rows and actions * self.row_bytes > self.options.memory_mb << 19:
+            return UserError(
+                f"out of memory for '{self.out}': user {user!r} has {actions:,} of the {self.rows:,} actions, and a user's "
+                "actions are not cut; set max_user_actions to keep only the latest of each user, or give it more memory"
+            )
+        return UserError(
+            f"out of memory for '{self.out}' at a partition of {rows:,} actions: set memory_mb to less than "
+            f"{self.options.memory_mb}, or give it more memory"
+        )
 
     def stages(self, items: int) -> list[StageCount]:
         """The table of counts by stage."""

@@ -6,9 +6,11 @@ A schema file is YAML with the keys of :class:`LogSchema` and :class:`Preparatio
 from __future__ import annotations
 
 import codecs
+from datetime import date
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from gr.config import POSITIVE, Section
 
@@ -18,10 +20,15 @@ TimeUnit = Literal["s", "ms", "us", "ns", "iso"]
 TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9, "iso": 10**6}
 
 
+FIRST_DAY, LAST_DAY = date(1970, 1, 1), date(2200, 1, 1)
+"""Times before the one or from the other on are no times of an action: sentinels, or numbers in another unit."""
+
+
 class FieldColumn(Section):
     """An extra column of the actions.  ``type`` auto: the files' own (integer if it is one in all of them, float if
-    it is a number in all of them, else string), string in CSV."""
+    it is a number in all of them, else string), string in CSV; in names of folders integer if all are integers."""
 
+    shorthand = "column"
     column: str
     type: Literal["auto", "integer", "float", "string"] = "auto"
 
@@ -33,7 +40,8 @@ def _free(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 class Columns(Section):
-    """Names of the log's columns.  Without ``time`` the order is the order in the files."""
+    """Names of the log's columns, in the files or in names of folders (``dt=2024-01-31/``).  Without ``time`` the
+    order is that of the files, by the numbers in their names, and of the rows in them."""
 
     user: str
     item: str
@@ -49,6 +57,33 @@ def _known_encoding(name: str) -> str:
     except LookupError:
         raise ValueError("no encoding of that name is known: use utf-8, latin-1, ...") from None
     return name
+
+
+_NO_ZONE = "no time zone of that name is known: use UTC, Europe/Berlin, ..."
+
+
+def _known_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (OSError, ValueError):  # ZoneInfoNotFoundError is a KeyError, below
+        raise ValueError(_NO_ZONE) from None
+    except KeyError:
+        if name != "UTC":  # needs no table of zones
+            raise ValueError(_NO_ZONE) from None
+    return name
+
+
+def _day(value: Any) -> Any:
+    """A date from text, as Python and JSON give it (YAML has dates of its own)."""
+    if isinstance(value, str):
+        try:
+            return date.fromisoformat(value)
+        except ValueError:
+            raise ValueError("a day is needed, such as 1970-01-01") from None
+    return value
+
+
+DAY = Annotated[date, BeforeValidator(_day)]
 
 
 def _ascii(text: str) -> str:
@@ -71,11 +106,12 @@ class Csv(Section):
 
 class CatalogueSchema(Section):
     """Where the items are described: ``path`` (file, folder, glob or URL), its item id column and the columns kept
-    (all of them if not given)."""
+    (all of them if not given).  ``format`` where the names don't say it, as for ``.item``."""
 
     path: str
     item: str
     columns: list[str] | None = None
+    format: Literal["auto", "parquet", "csv"] = "auto"
     csv: Csv = Csv()
 
 
@@ -83,14 +119,22 @@ class LogSchema(Section):
     """What the log looks like.
 
     ``time_unit``: unit of numeric times, or ``iso`` for text; columns of a timestamp type know their own.
-    ``user_ids``, ``item_ids``: ``auto`` is the type in the first file with rows (CSV: integer if the first
-    megabyte's are).
+    ``time_zone``: clock of the times that name none; without it UTC, and a log in which only some name one is
+    refused.  ``earliest``, ``latest``: a time outside of [earliest, latest) is a bad row.  ``unknown_times``: numbers
+    that stand for an unknown time (in time_unit; seconds where times are text or timestamps): bad rows.
+    ``user_ids``, ``item_ids``, ``action_types``: ``auto`` is the type in the first file with rows (CSV: integer if
+    the first megabyte's are).
     """
 
     columns: Columns
     time_unit: TimeUnit = "s"
+    time_zone: Annotated[str, AfterValidator(_known_zone)] | None = None
+    earliest: DAY = FIRST_DAY
+    latest: DAY = LAST_DAY
+    unknown_times: list[int] = []
     user_ids: IdType = "auto"
     item_ids: IdType = "auto"
+    action_types: IdType = "auto"
     format: Literal["auto", "parquet", "csv"] = "auto"
     csv: Csv = Csv()
     catalogue: CatalogueSchema | None = None
@@ -112,6 +156,8 @@ class Preparation(Section):
     ``items``: rows of the catalogue: ``seen``, those with an action left after the count filter (before
     ``min_length``, as in the published preparation of Amazon Books), or ``listed``, also all that the catalogue
     file lists.
+    ``max_user_actions``: of each user only so many are kept, the latest, before anything is counted: a robot with
+    millions of actions needs no more memory than others.
     ``memory_mb``: working memory of one partition; ``partitions`` (a power of two) overrides the choice made by it.
     ``scratch``: folder for the partitions, by default the one that OUT is in.
     """
@@ -120,6 +166,7 @@ class Preparation(Section):
     duplicates: Literal["keep", "drop_exact"] = "keep"
     filter: Filter = Filter()
     items: Literal["listed", "seen"] = "seen"
+    max_user_actions: POSITIVE | None = None
     chunk_rows: POSITIVE = 2**20
     memory_mb: POSITIVE = 256
     partitions: POSITIVE | None = None

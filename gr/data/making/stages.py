@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
 from gr.data.making.partitions import Grouped
 
@@ -33,6 +34,16 @@ class Counts:
         sums[1] += int((lengths > 0).sum())
         counts = self.item_counts.setdefault(stage, np.zeros(items, dtype=np.int64))
         counts += np.bincount(grouped.items_A, minlength=items)
+
+    def add_read(self, table: pa.Table, items: int) -> None:
+        """Part of what was read; its users are counted by :meth:`add_users`."""
+        sums = self.stages.setdefault("read", [0, 0])
+        sums[0] += table.num_rows
+        counts = self.item_counts.setdefault("read", np.zeros(items, dtype=np.int64))
+        counts += np.bincount(table["item"].to_numpy(), minlength=items)
+
+    def add_users(self, users: int) -> None:
+        self.stages["read"][1] += users
 
     def rows(self) -> list[StageCount]:
         return [

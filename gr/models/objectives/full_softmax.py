@@ -7,26 +7,27 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gr.config import ComponentConfig
-from gr.models.borrow import borrow
+from gr.embeddings.table import Table
+from gr.models.model import Catalogue
+from gr.models.objectives.objective import Objective
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
 
 
-class FullSoftmax(nn.Module):
-    similarity: Similarity
-    needs_global_targets = False
-
+class FullSoftmax(Objective):
     class Config(ComponentConfig):
         name: Literal["full_softmax"] = "full_softmax"
 
-    def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
-        super().__init__()
-        borrow(self, "similarity", similarity)
+    def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
+        super().__init__(similarity)
 
-    def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
-        """The sum of the losses of the S targets: a float32 scalar."""
-        return self.similarity.cross_entropy(queries_SD, supervision.targets_S)
+    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
+        return self.similarity.cross_entropy(items, queries_SD, part.targets_S)
+
+    def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
+        """None: the loss is formed where the table is."""
+        return []

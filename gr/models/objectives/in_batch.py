@@ -14,18 +14,19 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gr.config import ComponentConfig
-from gr.models.borrow import borrow
+from gr.embeddings.table import Table
+from gr.models.model import Catalogue
 from gr.models.objectives.negatives import popularity
+from gr.models.objectives.objective import Objective
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
 
 
-class InBatchDebiased(nn.Module):
-    similarity: Similarity
+class InBatchDebiased(Objective):
     needs_global_targets = True
     log_p_I: Tensor
 
@@ -35,24 +36,31 @@ class InBatchDebiased(nn.Module):
         name: Literal["in_batch"] = "in_batch"
         logq: bool = True
 
-    def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
-        super().__init__()
-        borrow(self, "similarity", similarity)
-        self.items = items
-        log_p_I = popularity(item_counts)[1].log() if config.logq else torch.zeros(items)
+    def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
+        super().__init__(similarity)
+        self.items = catalogue.rows
+        log_p_I = popularity(catalogue.training_counts)[1].log() if config.logq else torch.zeros(self.items)
         self.register_buffer("log_p_I", log_p_I, persistent=False)
 
-    def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
-        """The sum of the losses of the S targets: a float32 scalar."""
-        if step.candidates_G is None:
-            raise ValueError("in_batch needs StepContext.candidates_G: the targets of the global batch")
-        candidates, counts = step.candidates_G, None
-        if (
-            len(candidates) > self.items
-        ):  # each item stands once, with its occurrences: the same sum in fewer scores
+    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
+        candidates, counts = self._candidates(step), None
+        if len(candidates) > self.items:
+            # each item stands once, with its occurrences: the same sum in fewer scores
             counts = torch.zeros(self.items, dtype=torch.int64, device=candidates.device)
             counts.index_add_(0, candidates, torch.ones_like(candidates))
             candidates = torch.arange(self.items, device=candidates.device)
         return self.similarity.sampled_softmax(
-            queries_SD, supervision.targets_S, candidates, -self.log_p_I, counts
+            step.views["items"], queries_SD, part.targets_S, candidates, -self.log_p_I, counts
         )
+
+    def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
+        candidates = self._candidates(step)
+        if len(candidates) > self.items:
+            return [torch.arange(self.items, device=candidates.device)]
+        return [part.targets_S, candidates]
+
+    @staticmethod
+    def _candidates(step: StepContext) -> Tensor:
+        if step.candidates_G is None:
+            raise ValueError("in_batch needs StepContext.candidates_G: the targets of the global batch")
+        return step.candidates_G

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gr.models.model import Catalogue
 from gr.models.tasks import Supervision
 from gr_kernels.counter_random import derive_key, uniform_integers
 
@@ -24,11 +25,11 @@ class NegativeSampler(nn.Module):
     log_q_I: Tensor | None
     """The log of the probability that one draw is the item; None where it is the same for all."""
 
-    def __init__(self, sampling: Sampling, items: int, item_counts: Tensor) -> None:
+    def __init__(self, sampling: Sampling, catalogue: Catalogue) -> None:
         super().__init__()
-        self.items = items
+        self.items = catalogue.rows
         self.popularity = sampling == "popularity"
-        ends_I, shares_I = popularity(item_counts) if self.popularity else (None, None)
+        ends_I, shares_I = popularity(catalogue.training_counts) if self.popularity else (None, None)
         self.register_buffer("ends_I", ends_I, persistent=False)
         self.register_buffer("log_q_I", None if shares_I is None else shares_I.log(), persistent=False)
         if ends_I is not None:

@@ -12,38 +12,39 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gr.config import POSITIVE, ComponentConfig
-from gr.models.borrow import borrow
+from gr.embeddings.table import Table
+from gr.models.model import Catalogue
 from gr.models.objectives.negatives import NegativeSampler
+from gr.models.objectives.objective import Objective
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
 
 
-class _Pairwise(nn.Module):
-    similarity: Similarity
-    needs_global_targets = False
-
+class _Pairwise(Objective):
     class Config(ComponentConfig):
         """negatives: K of each target, drawn with replacement."""
 
         negatives: POSITIVE = 1
         sampling: Literal["uniform", "popularity"] = "uniform"
 
-    def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
-        super().__init__()
+    def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
+        super().__init__(similarity)
         self.config = config
-        borrow(self, "similarity", similarity)
-        self.sampler = NegativeSampler(config.sampling, items, item_counts)
+        self.sampler = NegativeSampler(config.sampling, catalogue)
 
-    def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
-        """The sum of the losses of the S targets: a float32 scalar."""
-        rows = self.sampler.own(step.key, supervision, self.config.negatives)  # (S, 1 + K), the target first
-        scores = self.similarity.scores(queries_SD, rows)
+    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
+        (rows,) = self.wanted(part, step)
+        scores = self.similarity.candidates(step.views["items"], queries_SD, rows)
         return self.loss(scores[:, :1], scores[:, 1:], rows[:, 1:] != rows[:, :1])
+
+    def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
+        """(S, 1 + K), the target first."""
+        return [self.sampler.own(step.key, part, self.config.negatives)]
 
     def loss(self, positives_S1: Tensor, negatives_SK: Tensor, counts_SK: Tensor) -> Tensor:
         """``counts_SK``: whether a negative counts (it is another item than the target)."""

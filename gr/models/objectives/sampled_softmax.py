@@ -13,20 +13,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gr.config import POSITIVE, ComponentConfig
-from gr.models.borrow import borrow
+from gr.embeddings.table import Table
+from gr.models.model import Catalogue
 from gr.models.objectives.negatives import NegativeSampler
+from gr.models.objectives.objective import Objective
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
 
 
-class SampledSoftmax(nn.Module):
-    similarity: Similarity
-    needs_global_targets = False
-
+class SampledSoftmax(Objective):
     class Config(ComponentConfig):
         """negatives: K, drawn with replacement, for each target or (``shared``) once a step for the global batch.
         logq: subtract from each item's logit the logarithm of its chance to be drawn (with uniform sampling one
@@ -38,25 +37,30 @@ class SampledSoftmax(nn.Module):
         sampling: Literal["uniform", "popularity"] = "uniform"
         logq: bool = False
 
-    def __init__(self, config: Config, similarity: Similarity, items: int, item_counts: Tensor) -> None:
-        super().__init__()
-        self.config = config
-        borrow(self, "similarity", similarity)
-        self.sampler = NegativeSampler(config.sampling, items, item_counts)
+        def idle(self) -> dict[str, str]:
+            return {"logq": "sampling is uniform"} if self.sampling == "uniform" else {}
 
-    def forward(self, queries_SD: Tensor, supervision: Supervision, step: StepContext) -> Tensor:
-        """The sum of the losses of the S targets: a float32 scalar."""
+    def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
+        super().__init__(similarity)
+        self.config = config
+        self.sampler = NegativeSampler(config.sampling, catalogue)
+
+    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
         log_q_I = self.sampler.log_q_I if self.config.logq else None
         return self.similarity.sampled_softmax(
+            step.views["items"],
             queries_SD,
-            supervision.targets_S,
-            self._negatives(supervision, step),
+            part.targets_S,
+            self._negatives(part, step),
             None if log_q_I is None else -log_q_I,
         )
 
-    def _negatives(self, supervision: Supervision, step: StepContext) -> Tensor:
+    def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
+        return [part.targets_S, self._negatives(part, step)]
+
+    def _negatives(self, part: Supervision, step: StepContext) -> Tensor:
         """Item rows, (K,) or (S, K)."""
         if self.config.shared:
-            return self.sampler.shared(step.key, self.config.negatives, supervision.targets_S.device)
-        rows_SC = self.sampler.own(step.key, supervision, self.config.negatives)
+            return self.sampler.shared(step.key, self.config.negatives, part.targets_S.device)
+        rows_SC = self.sampler.own(step.key, part, self.config.negatives)
         return rows_SC[:, 1:]  # behind the target

@@ -115,13 +115,13 @@ def _hits(opened: Mapping[str, OpenRun], split: str, k: int) -> tuple[Tensor, Te
                 f"'{run.folder.path}' takes items out of the ranking (eval.exclude={run.config.eval.exclude}), and "
                 "the oracle knows what the whole catalogue is worth: train with eval.exclude=none"
             )
-        if run.dataset.manifest.fingerprint != first.dataset.manifest.fingerprint or (
+        if run.data.dataset.manifest.fingerprint != first.data.dataset.manifest.fingerprint or (
             run.config.data.split != first.config.data.split
         ):
             raise UserError(
                 f"'{run.folder.path}' and '{first.folder.path}' have different data or splits: compare runs of one"
             )
-    evaluation = Evaluation(first.dataset, first.split, first.config, item_counts=first.item_counts)
+    evaluation = Evaluation(first.data.dataset, first.data.split, first.config, first.data.catalogue)
     oracle = evaluation.baseline(ORACLE)
     scorers = [*(run.model for run in opened.values()), oracle]
     hits: list[list[Tensor]] = [[] for _ in scorers]

@@ -1,33 +1,23 @@
-"""Rebuilding a published table: prepare the data, train every row.
+"""Rebuilding a published table: prepare the data, train every row, each as a cell (gr/train/cells.py).
 
-A table is configs/DATASET/table.yaml.  Each row trains in a process of its own; a finished run is not repeated, an
-interrupted one goes on.
+A table is configs/DATASET/table.yaml.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from gr.config import RunConfig, load
 from gr.data.dataset import SequenceDataset
 from gr.errors import UserError, nearest
-from gr.train import checkpoint
-from gr.train.folder import RunFolder
-from gr.train.job import differences, within
+from gr.launcher import launched
+from gr.shipped import find_table
+from gr.train.cells import Cell, exit_status, train_cells
 from gr.train.reproduction.paired import paired, print_paired, to_json
-from gr.train.reproduction.table import ROOT, Measured, PublishedTable, Row, read_table
-
-NOT_THE_RESULT = (
-    *("run", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
-    *("eval.batch", "eval.max_scores", "eval.buckets"),
-    *("train.device", "train.threads", "train.kernels", "train.micro_batch_actions"),
-)
-"""Keys in which a run that is there may differ from the one asked for."""
+from gr.train.reproduction.table import Measured, PublishedTable, Row, read_table
 
 
 def reproduce(
@@ -43,13 +33,19 @@ def reproduce(
     overrides: Sequence[str] = (),
 ) -> list[Measured]:
     """Prepare ``dataset`` and train the rows (all of them, or those whose config is named) for every seed."""
+    if launched().ranks > 1:
+        raise UserError(
+            "reproduce starts the processes of its trainings itself: start it without torchrun, and say how many "
+            "with --processes",
+            everywhere=True,
+        )
     table = read_table(dataset)
     chosen = [r for r in table.rows if not rows or Path(r.config).stem in rows]
     for name in rows:
         if name not in [Path(r.config).stem for r in table.rows]:
             raise UserError(f"no row '{name}': {nearest(name, (Path(r.config).stem for r in table.rows))}")
     for row in chosen:
-        _check_evaluates(table, row, load(ROOT / "configs" / dataset / row.config, overrides))
+        _check_evaluates(table, row, load(_config(table, row), overrides))
     path = data or f"data/{dataset}"
     if (Path(path) / "manifest.json").is_file():
         _check_options(table, path)
@@ -57,27 +53,50 @@ def reproduce(
             print(f"'{path}' is there: '{source}' is not prepared again", flush=True)
     else:
         _prepare(table, source, path)
-    measured = []
-    for row in chosen:
-        result = Measured(row)
-        for seed in seeds:
-            stem = _folder(out, dataset, row, seed)
-            base = [f"data.path={path}", f"train.seed={seed}", *overrides]
-            if table.oracle:
-                base.append("eval.baselines=[popularity, last_item, oracle]")
-            result.add(_train(dataset, row, stem, base, processes))
-            if selection and not row.valid and not table.oracle:
-                extra = [*base, "data.split.holdout=2", "eval.splits=[valid, test]"]
-                result.add(_train(dataset, row, f"{stem}-holdout2", extra, processes), chosen_only=True)
-        measured.append(result)
+
+    runs = [
+        (row, cell, last)
+        for row in chosen
+        for seed in seeds
+        for cell, last in _cells(table, row, seed, out, path, selection, overrides, processes)
+    ]
+    measured = {row.name: Measured(row) for row in chosen}
+    for (row, _, last), trained in zip(runs, train_cells([cell for _, cell, _ in runs]), strict=True):
+        measured[row.name].add(trained, last)
     if table.oracle:
         for seed in seeds:
-            _pair({row.name: _folder(out, dataset, row, seed) for row in chosen}, f"{out}/{dataset}", seed)
-    return measured
+            _pair({row.name: _folder(table, row, seed, out) for row in chosen}, f"{out}/{dataset}", seed)
+    return list(measured.values())
 
 
-def _folder(out: str, dataset: str, row: Row, seed: int) -> str:
-    return f"{out}/{dataset}/{Path(row.config).stem}-seed{seed}"
+def _cells(
+    table: PublishedTable,
+    row: Row,
+    seed: int,
+    out: str,
+    path: str,
+    selection: bool,
+    overrides: Sequence[str],
+    processes: int,
+) -> Iterator[tuple[Cell, bool]]:
+    """A row's trainings for a seed, and whether each one's last epoch counts: the row as published, and where its
+    protocol holds no validation action out, one more that does, to choose the epoch."""
+    base = [f"data.path={path}", f"train.seed={seed}", *overrides]
+    if table.oracle:
+        base.append("eval.baselines=[popularity, last_item, oracle]")
+    config, folder = _config(table, row), _folder(table, row, seed, out)
+    yield Cell(row.name, config, folder, tuple(base), processes), True
+    if selection and not row.valid and not table.oracle:
+        extra = (*base, "data.split.holdout=2", "eval.splits=[valid, test]")
+        yield Cell(row.name, config, f"{folder}-holdout2", extra, processes), False
+
+
+def _config(table: PublishedTable, row: Row) -> Path:
+    return find_table(table.dataset).with_name(row.config)
+
+
+def _folder(table: PublishedTable, row: Row, seed: int, out: str) -> str:
+    return f"{out}/{table.dataset}/{Path(row.config).stem}-seed{seed}"
 
 
 def _pair(runs: dict[str, str], folder: str, seed: int) -> None:
@@ -111,39 +130,10 @@ def _check_options(table: PublishedTable, path: str) -> None:
 
 
 def _prepare(table: PublishedTable, source: str | None, path: str) -> None:
-    command = [sys.executable, str(ROOT / "launch/prepare.py"), table.dataset, "--out", path]
+    command = [sys.executable, "-m", "gr.programs.prepare", table.dataset, "--out", path]
     if source is not None:
         command += ["--source", source]
     for key, value in table.options.items():
         command += ["--set", f"{key}={value}"]
-    if subprocess.run(command).returncode:
+    if exit_status(command):
         raise UserError(f"preparing '{table.dataset}' failed (see above): give its raw files with --source")
-
-
-def _train(
-    dataset: str, row: Row, folder: str, overrides: Sequence[str], processes: int
-) -> list[dict[str, Any]]:
-    """Metrics of the finished run in ``folder``: trained now, gone on with, or there already."""
-    run = RunFolder(folder)
-    config = ROOT / "configs" / dataset / row.config
-    arguments = ["--config", str(config), f"run.dir={folder}", *overrides]
-    if run.config.is_file():
-        arguments = ["--resume", folder]
-        for key, found, wanted in differences(load(run.config), load(config, overrides)):
-            if not within(key, NOT_THE_RESULT):
-                raise UserError(
-                    f"'{folder}' is there and was trained with {key}={found}, not {wanted}: choose another --out, "
-                    "or move that run away"
-                )
-    newest = checkpoint.newest(run.checkpoints)
-    if newest is None or not checkpoint.read_state(newest)["cursor"]["finished"]:
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        print(f"\n{row.name}: {folder}", flush=True)
-        if subprocess.run([*launcher, str(ROOT / "launch/train.py"), *arguments]).returncode:
-            raise UserError(f"training '{row.name}' failed (see above); run the same command again to go on")
-        newest = checkpoint.newest(run.checkpoints)
-        if newest is None or not checkpoint.read_state(newest)["cursor"]["finished"]:
-            raise UserError(f"training '{row.name}' was stopped; run the same command again to go on")
-    return run.read_metrics()

@@ -12,11 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gr.config import Section, read_yaml
-from gr.errors import UserError, nearest
-from gr.train.selection import best_validation
-
-ROOT = Path(__file__).resolve().parents[3]
+from gr.config import Section, read_yaml, validate
+from gr.shipped import find_table
+from gr.train.cells import Trained
+from gr.train.selection import best_validation, selection_metric
 
 
 class Row(Section):
@@ -41,41 +40,39 @@ class PublishedTable(Section):
 
 @dataclass
 class Measured:
-    """One row's evaluations, a value a seed: at the last epoch, and at the one that validation chose."""
+    """One row's evaluations, a value a seed: at the last epoch, and at the one that validation chose by the run's own
+    metric, ``selection``."""
 
     row: Row
     last: list[dict[str, Any]] = field(default_factory=list)
     chosen: list[dict[str, Any]] = field(default_factory=list)
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
+    selection: str = ""
 
     @property
     def result(self) -> list[dict[str, Any]]:
         """What the row's protocol reports."""
         return self.chosen if self.row.valid else self.last
 
-    def add(self, rows: list[dict[str, Any]], chosen_only: bool = False) -> None:
-        """Take a finished run's metrics in."""
+    def add(self, trained: Trained, last: bool = True) -> None:
+        """Take a finished run in; without ``last`` for the epoch that validation chose alone."""
+        rows = trained.metrics
         tests = {r["step"]: r for r in rows if r["kind"] == "eval" and r["split"] == "test"}
-        if not chosen_only:
+        if last:
             self.last.append(tests[max(tests)])
             self.digests.append([r["data_digest"] for r in rows if r["kind"] == "train"][-1])
-        if (best := best_validation(rows)) is not None:
+        metric = selection_metric(trained.config)
+        if (best := best_validation(rows, metric)) is not None:
             self.chosen.append(tests[best["step"]])
+            self.selection = metric
         self.baselines.update(
             {r["name"]: r for r in rows if r["kind"] == "baseline" and r["split"] == "test"}
         )
 
 
-def table_names() -> list[str]:
-    return sorted(p.parent.name for p in (ROOT / "configs").glob("*/table.yaml"))
-
-
 def read_table(dataset: str) -> PublishedTable:
-    file = ROOT / "configs" / dataset / "table.yaml"
-    if not file.is_file():
-        raise UserError(f"no published table for '{dataset}': {nearest(dataset, table_names())}")
-    return PublishedTable.model_validate(read_yaml(file))
+    return validate(PublishedTable, read_yaml(find_table(dataset), PublishedTable), "")
 
 
 def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
@@ -89,7 +86,8 @@ def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
             f"[bold]{result.row.name}[/] published",
             *(_number(result.row.published.get(c)) for c in table.columns),
         )
-        for label, rows in (("last epoch", result.last), ("chosen on valid", result.chosen)):
+        chosen = f"chosen on valid by {result.selection}"
+        for label, rows in (("last epoch", result.last), (chosen, result.chosen)):
             if rows:
                 epochs = "/".join(str(r["epoch"] + 1) for r in rows)
                 view.add_row(f"  {label} ({epochs})", *(_spread([r[c] for r in rows]) for c in table.columns))

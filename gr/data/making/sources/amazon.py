@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -79,6 +79,12 @@ class SequenceLines:
         self.file = file
         self.rows_read = 0
         self.estimated_rows = file.stat().st_size // 5 + 1  # ids of about 4 digits and a blank
+
+    def remarks(self) -> list[str]:
+        return []
+
+    def facts(self) -> dict[str, Any]:
+        return {}
 
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         users: list[int] = []

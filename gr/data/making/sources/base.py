@@ -1,12 +1,14 @@
-"""Source: the interface of everything that ``launch/prepare.py NAME`` can make."""
+"""Source: the interface of everything that the program ``prepare NAME`` can make."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from gr import registry
-from gr.config import Section, merge, parse_override, validate
+from gr.config import Section, overridden, read_yaml, validate
 from gr.data.dataset import SequenceDataset
 from gr.progress import Progress
 
@@ -40,10 +42,12 @@ class Source:
         raise NotImplementedError
 
 
-def make_source(name: str, given: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Source:
-    """The source ``name`` with the options ``given``, ``settings`` (``key=value`` texts) over them."""
+def make_source(
+    name: str, given: Mapping[str, Any] | str | Path = MappingProxyType({}), settings: Sequence[str] = ()
+) -> Source:
+    """The source ``name`` with the options ``given`` (or those in the YAML file of that path), ``settings``
+    (``key=value`` texts) over them."""
     source_class = registry.resolve(registry.DATASETS, name, "dataset")
-    raw = dict(given or {})
-    for text in settings:
-        raw = merge(raw, parse_override(text))
-    return source_class(source_class.options_from(raw))
+    if isinstance(given, str | Path):
+        given = read_yaml(given, source_class.Options)
+    return source_class(source_class.options_from(overridden(given, settings, source_class.Options)))

@@ -1,8 +1,27 @@
-"""What the programs that use a trained run have in common on the command line."""
+"""What the programs have in common on the command line."""
 
 from __future__ import annotations
 
 import argparse
+
+from gr.errors import UserError
+from gr.launcher import launched
+
+
+def new_parser(text: str | None) -> argparse.ArgumentParser:
+    """A parser that shows ``text``, a program's docstring, as it is written."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def refuse_torchrun(name: str, instead: str) -> None:
+    """Refuse to be one of several processes: of a program that works in one, or starts its own."""
+    if launched().ranks > 1:
+        raise UserError(f"{name} is one process: start it without torchrun, {instead}", everywhere=True)
+
+
+def names(text: str) -> list[str]:
+    """``a,b`` -> ``['a', 'b']``; an empty text has none."""
+    return [name for name in text.split(",") if name]
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,100 @@
+"""The metrics of retrieval: the target's exact rank in the whole catalogue, as HR@k, NDCG@k and MRR.
+
+Shapes: B sequences, I catalogue size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gr.batch import SequenceBatch
+from gr.config import EvalSection, RunConfig
+from gr.embeddings.ranks import Excluded, target_ranks
+from gr.errors import UserError
+from gr.eval.family import MetricFamily
+from gr.eval.metrics import HISTORY_EDGES, POPULARITY_EDGES, RankMetrics, rank_metric_names
+from gr.eval.protocols import Request
+from gr.processes import Axis
+
+
+class CatalogueMetrics(MetricFamily):
+    """``items``: I.  item_counts: (I,) training actions of each item; without them there is no breakdown by
+    popularity."""
+
+    heading = "whole catalogue ranked"
+
+    def __init__(self, config: EvalSection, items: int, item_counts: Tensor | None = None) -> None:
+        self.items, self.max_scores = items, config.max_scores
+        self.item_counts = None if item_counts is None else item_counts.cpu()
+        self.breakdowns: dict[str, Sequence[int]] = {"history": HISTORY_EDGES} if config.buckets else {}
+        if config.buckets and item_counts is not None:
+            self.breakdowns["popularity"] = POPULARITY_EDGES
+        self.ranks = RankMetrics(config.ks, self.breakdowns)
+        self.names = self.ranks.names
+
+    @staticmethod
+    def names_of(config: RunConfig) -> list[str]:
+        return rank_metric_names(config.eval.ks)
+
+    def add(self, scorer: Any, request: Request) -> None:
+        values = {}
+        if "history" in self.breakdowns:
+            values["history"] = request.history_lengths_B.cpu()
+        if "popularity" in self.breakdowns and self.item_counts is not None:
+            values["popularity"] = self.item_counts[request.targets_B.cpu()]
+        self.ranks.add(ranks_of(scorer, request, self.items, self.max_scores), **values)
+
+    def all_reduce(self, axis: Axis) -> None:
+        self.ranks.all_reduce(axis)
+
+    @property
+    def users(self) -> int:
+        return self.ranks.users
+
+    def result(self) -> dict[str, float]:
+        return self.ranks.result()
+
+    def by_bucket(self) -> dict[str, list[dict[str, Any]]]:
+        return self.ranks.by_bucket()
+
+
+def ranks_of(scorer: Any, request: Request, items: int, max_scores: int = 2**24) -> Tensor:
+    """(B,) float64 CPU ranks of the request's targets; at most ``max_scores`` scores (one row at least) at once.
+
+    scorer: a model, which ranks where its table is, or a :class:`gr.eval.protocols.Scorer`.  Raises UserError when a
+    score is NaN, ValueError when a scorer's catalogue is not of ``items`` items.
+    """
+    parts = []
+    for start, batch in _slices(request.batch, max(max_scores // items, 1)):
+        stop = start + batch.sequences
+        offsets = request.exclude_offsets[start : stop + 1]
+        exclude = (offsets - offsets[0], request.exclude_items[offsets[0] : offsets[-1]])
+        ranks_B = _ranks(scorer, batch, request.targets_B[start:stop], items, exclude).cpu()
+        if ranks_B.isnan().any():
+            user = request.users.tolist()[start + int(ranks_B.isnan().nonzero()[0])]
+            raise UserError(
+                f"{type(scorer).__name__} scored items as NaN for {int(ranks_B.isnan().sum())} users, the first is "
+                f"{user!r}: the model has diverged; evaluate an earlier checkpoint, or train with a lower learning rate"
+            )
+        parts.append(ranks_B)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+
+def _ranks(scorer: Any, batch: SequenceBatch, targets_B: Tensor, items: int, exclude: Excluded) -> Tensor:
+    if hasattr(scorer, "ranks"):
+        return scorer.ranks(batch, targets_B, exclude)
+    scores_BI = scorer.scores(batch)
+    if scores_BI.shape != (batch.sequences, items):
+        raise ValueError(
+            f"{type(scorer).__name__}.scores gave {tuple(scores_BI.shape)}, not {(batch.sequences, items)}"
+        )
+    return target_ranks(lambda: iter([(0, scores_BI)]), targets_B, items, exclude)
+
+
+def _slices(batch: SequenceBatch, rows: int) -> Iterator[tuple[int, SequenceBatch]]:
+    for start in range(0, batch.sequences, rows):
+        yield start, batch.slice(start, min(start + rows, batch.sequences))

@@ -1,0 +1,95 @@
+"""What a trainer knows of a model.
+
+A model is the dense part alone: its tables stand beside it (``tables``), so that an engine can wrap the module without
+meeting a table, wherever the table's rows are.  ``gr.registry.MODELS`` has the kinds.
+
+Shapes: B sequences, S targets.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gr.batch import SequenceBatch
+from gr.embeddings.table import Table
+from gr.embeddings.view import View
+from gr.models.step import StepContext
+
+
+class Supervised(Protocol):
+    """A micro-batch as a model's ``supervise`` leaves it.  ``count``: S; ``targets_S``: int64 item rows."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def targets_S(self) -> Tensor: ...
+
+
+class Catalogue(Protocol):
+    """What a model may know of the items: their number, and (counted when first asked for) how often each is a
+    training action, int64 of that length."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def training_counts(self) -> Tensor: ...
+
+
+class Model(nn.Module):
+    """``needs``: the action columns that a batch must carry.  ``judged_by``: the metric family that evaluates it (a
+    name in ``gr.registry.METRICS``).  ``needs_global_targets``: whether ``StepContext.candidates_G`` must be filled."""
+
+    needs: frozenset[str]
+    judged_by: str
+    needs_global_targets = False
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        super().__init__()
+        self.tables = {table.name: table for table in tables}  # in a dict: not a part of the module
+
+    @abstractmethod
+    def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Any:
+        """Inputs and targets of a training micro-batch (a :class:`Supervised`).  Keys, 64 bits: of the step, and of
+        this rank's micro-batch."""
+
+    @abstractmethod
+    def wanted(self, parts: Sequence[Any], context: StepContext) -> dict[str, list[Tensor]]:
+        """Row numbers of each table that the micro-batches ``parts`` of a step will look at, in any form."""
+
+    @abstractmethod
+    def forward(self, part: Any, context: StepContext) -> Tensor:
+        """The sum of the losses of the micro-batch's targets: a float32 scalar."""
+
+    def views(self, parts: Sequence[Any], context: StepContext) -> dict[str, View]:
+        """Views of all tables for the micro-batches of a step; every process of the run calls this together."""
+        wanted: dict[str, list[Tensor]] = {}
+        if any(
+            not table.whole for table in self.tables.values()
+        ):  # else drawing candidates twice would be waste
+            wanted = self.wanted(parts, context)
+        return {name: table.view(wanted.get(name, [])) for name, table in self.tables.items()}
+
+    def named_dense(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters with dense gradients, by name: tables that have such, then the module's own."""
+        for name, table in self.tables.items():
+            if table.dense and isinstance(table, nn.Module):
+                yield from table.named_parameters(prefix=f"tables.{name}")
+        yield from self.named_parameters()
+
+    def place(self, device: torch.device) -> Model:
+        """Move to ``device``, with the tables that are modules; others know where they are."""
+        for table in self.tables.values():
+            if isinstance(table, nn.Module):
+                table.to(device)
+        return self.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device

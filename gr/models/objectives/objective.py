@@ -1,0 +1,35 @@
+"""What every objective is: a loss with its candidates, summed over the targets of a micro-batch.
+
+Shapes: S targets, D model width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+from gr.embeddings.table import Table
+from gr.models.similarity import Similarity
+from gr.models.step import StepContext
+from gr.models.tasks import Supervision
+
+
+class Objective(nn.Module):
+    """``needs_global_targets``: whether the targets of the whole global batch must stand in the step's context."""
+
+    needs_global_targets = False
+
+    def __init__(self, similarity: Similarity) -> None:
+        super().__init__()
+        self.similarity = similarity
+
+    @abstractmethod
+    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
+        """The sum of the losses of the S targets: a float32 scalar.  Rows are looked at through the step's view of
+        ``items``, the whole catalogue through the table itself."""
+
+    @abstractmethod
+    def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
+        """Rows of the items that ``forward`` will look at through the view: known before it, since draws are
+        functions of counters."""

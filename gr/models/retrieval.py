@@ -1,0 +1,127 @@
+"""Retrieval: from a user's sequence to the item that comes next, out of the whole catalogue.
+
+table of items -> input -> sequence encoder -> queries -> similarity -> objective (training) or ranks (evaluation).
+
+Shapes: B sequences, T actions in the batch, S targets, I catalogue size, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gr import registry
+from gr.batch import SequenceBatch
+from gr.config import POSITIVE, ComponentConfig, InputSection, RunConfig, SimilaritySection, component
+from gr.embeddings.ranks import Excluded
+from gr.embeddings.table import TableSpec
+from gr.errors import UserError
+from gr.models.encoder import check_causal
+from gr.models.init import initialise
+from gr.models.input import ItemInput
+from gr.models.model import Catalogue, Model
+from gr.models.similarity import Similarity
+from gr.models.step import StepContext
+from gr.models.tasks import Supervision
+from gr.modes import evaluating
+from gr.processes import Processes
+
+
+class Retrieval(Model):
+    """Sequences in, losses or ranks in the catalogue out.
+
+    Parameters depend on (config.train.seed, their names) alone.
+    """
+
+    class Config(ComponentConfig):
+        """table_std: the spread of a table's first rows.  table: where the rows are (gr.registry.TABLES)."""
+
+        name: Literal["retrieval"] = "retrieval"
+        dim: POSITIVE = 50
+        table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
+        table_std: Annotated[float, Field(ge=0)] = 0.02
+        task: component(registry.TASKS, "model.task", default="next_item")  # type: ignore[valid-type]
+        input: InputSection = InputSection()
+        encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
+        similarity: SimilaritySection = SimilaritySection()
+
+    judged_by = "catalogue"
+
+    def __init__(
+        self, config: Config, run: RunConfig, catalogue: Catalogue, processes: Processes | None = None
+    ) -> None:
+        if run.objective is None:
+            raise UserError("config key 'objective' is missing: set it in the file or as objective=NAME")
+        spec = TableSpec(
+            "items", catalogue.rows, config.dim, config.table_std, run.train.seed, config.similarity.item_bias
+        )
+        super().__init__([config.table.build(spec, processes or Processes(torch.device("cpu")))])
+        self.task = config.task.build()
+        max_length = run.data.max_length + self.task.extra_inputs
+        self.input = ItemInput(config.input, config.dim, max_length, self.task.masks, config.table_std)
+        self.encoder = config.encoder.build(config.dim, max_length)
+        check_causal(self.task, self.encoder, config.encoder.name)
+        self.similarity = Similarity(config.similarity)
+        self.objective = run.objective.build(self.similarity, catalogue)
+        self.needs = frozenset({"item", "time"} if self.encoder.uses_times else {"item"})
+        initialise(self, run.train.seed)
+
+    @property
+    def items(self):
+        """The table of items."""
+        return self.tables["items"]
+
+    @property
+    def needs_global_targets(self) -> bool:  # type: ignore[override]
+        return self.objective.needs_global_targets
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Supervision:
+        return self.task.supervise(batch, key, dropout_key)
+
+    def wanted(self, parts: Sequence[Supervision], context: StepContext) -> dict[str, list[Tensor]]:
+        rows = [part.tokens_T.clamp_min(0) for part in parts]
+        return {"items": [*rows, *(r for part in parts for r in self.objective.wanted(part, context))]}
+
+    def forward(self, part: Supervision, context: StepContext) -> Tensor:
+        queries_SD = part.select(self._encode(part, context))
+        return self.objective(queries_SD, part, context, self.items)
+
+    # -- evaluation: in evaluation mode, without gradients ----------------------------------------------------------
+
+    def encode(self, batch: SequenceBatch) -> Tensor:
+        """(B, D) one query a sequence, before the similarity's normalisation: what its last action is judged by.
+
+        A sequence with no input has a zero query.
+        """
+        with evaluating(self):
+            part = self.task.request(batch)
+            views = {"items": self.items.view([part.tokens_T.clamp_min(0)])}
+            return part.select(self._encode(part, StepContext(0, views=views)))
+
+    def scores(self, batch: SequenceBatch) -> Tensor:
+        """(B, I) float32 scores of the whole catalogue for the last action of each sequence."""
+        return self.similarity.scores(self.items, self.encode(batch))
+
+    def topk(self, batch: SequenceBatch, k: int, exclude: Excluded | None = None) -> tuple[Tensor, Tensor]:
+        """(scores, item rows), both (B, min(k, I)), best first.  exclude: jagged (offsets_B1, item rows) not to
+        return; where too few rows are left, the rest have the score -inf."""
+        return self.similarity.topk(self.items, self.encode(batch), k, exclude)
+
+    def ranks(self, batch: SequenceBatch, targets_B: Tensor, exclude: Excluded | None = None) -> Tensor:
+        """(B,) float64 exact ranks of the targets in the whole catalogue; NaN where the model has diverged."""
+        return self.similarity.ranks(self.items, self.encode(batch), targets_B, exclude)
+
+    def _encode(self, part: Supervision, context: StepContext) -> Tensor:
+        layout = part.layout
+        if self.encoder.uses_times and layout.key_times_T is None:
+            raise UserError(
+                "the encoder uses the times of actions and this dataset has none: "
+                "set model.encoder.relative_time=false"
+            )
+        return self.encoder(self.input(part.tokens_T, layout, context.views["items"]), layout)

@@ -1,0 +1,141 @@
+"""Cells: trainings that belong together, each in a process and a folder of its own.
+
+What is finished is not repeated, what was interrupted goes on, and a folder that was trained otherwise is refused, so
+that the same command, run again, takes the work to its end.  What a cell is trained for (a published table, a sweep)
+is its owner's matter.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gr.config import RunConfig, load
+from gr.data.dataset import SequenceDataset
+from gr.errors import UserError
+from gr.train import checkpoint
+from gr.train.folder import RunFolder
+from gr.train.job import differences, within
+
+TRAIN = (sys.executable, "-m", "gr.programs.train")
+"""A training as a person starts it: by the program's name, in this interpreter."""
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+NOT_THE_RESULT = (
+    *("run", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
+    *("eval.batch", "eval.max_scores", "eval.buckets"),
+    *("train.device", "train.threads", "train.kernels", "train.micro_batch_actions"),
+)
+"""Keys in which a run that is there may differ from the one asked for."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``config`` (a file, or the name of one that ships) with ``overrides``, trained in ``folder`` by ``processes``."""
+
+    name: str
+    config: str | Path
+    folder: str
+    overrides: tuple[str, ...] = ()
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished cell: the config of its run, and the rows of its metrics.jsonl."""
+
+    cell: Cell
+    config: RunConfig
+    metrics: list[dict[str, Any]]
+
+
+def train_cells(cells: Sequence[Cell]) -> list[Trained]:
+    """Train what isn't finished, in the order given; the results are in it too.
+
+    Raises UserError: before anything is trained, where a cell's config can't be read, its folder holds another run or
+    two cells share one; later, where a training fails or is stopped.
+    """
+    owners: dict[Path, Cell] = {}
+    for cell in cells:
+        other = owners.setdefault(Path(cell.folder).resolve(), cell)
+        if other is not cell:
+            raise UserError(
+                f"'{cell.name}' and '{other.name}' both train in '{cell.folder}': give each its own"
+            )
+        if cell.processes < 1:
+            raise UserError(f"'{cell.name}' asks for {cell.processes} processes: one is the least")
+        _refuse_another_run(cell)
+    return [_train(cell) for cell in cells]
+
+
+def is_finished(cell: Cell) -> bool:
+    """Whether the cell's folder holds its run, trained to the end."""
+    cursor = _cursor(cell)
+    return cursor is not None and cursor["finished"]
+
+
+def _cursor(cell: Cell) -> dict[str, Any] | None:
+    """How far the cell's run is by its newest whole checkpoint."""
+    newest = checkpoint.newest(RunFolder(cell.folder).checkpoints)
+    return None if newest is None else checkpoint.read_state(newest)["cursor"]
+
+
+def _refuse_another_run(cell: Cell) -> None:
+    wanted = load(cell.config, cell.overrides)
+    run = RunFolder(cell.folder)
+    if not run.config.is_file():
+        return
+    for key, found, asked in differences(load(run.config), wanted):
+        if not within(key, NOT_THE_RESULT):
+            raise UserError(
+                f"'{cell.folder}' is there and was trained with {key}={found}, not {asked}: choose another --out, "
+                "or move that run away"
+            )
+    cursor = _cursor(cell)
+    generation = SequenceDataset(wanted.data.path).manifest.generation
+    if cursor is not None and cursor["generation"] != generation:
+        raise UserError(
+            f"'{cell.folder}' is there and was trained on another dataset than '{wanted.data.path}' (generation "
+            f"{cursor['generation']}, not {generation}): choose another --out, or move that run away"
+        )
+
+
+def _train(cell: Cell) -> Trained:
+    run = RunFolder(cell.folder)
+    if not is_finished(cell):
+        print(f"\n{cell.name}: {cell.folder}", flush=True)
+        arguments = ["--config", str(cell.config), f"run.dir={cell.folder}", *cell.overrides]
+        if run.config.is_file():
+            arguments = ["--resume", cell.folder]
+        program = TRAIN if cell.processes == 1 else (*TORCHRUN, str(cell.processes), *TRAIN[1:])
+        if exit_status([*program, *arguments]):
+            raise UserError(f"training '{cell.name}' failed (see above); run the same command again to go on")
+        if not is_finished(cell):
+            raise UserError(f"training '{cell.name}' was stopped; run the same command again to go on")
+    return Trained(cell, load(run.config), run.read_metrics())
+
+
+def exit_status(command: Sequence[str]) -> int:
+    """The exit status of a program of ours.  A request to stop is handed on, so that a training saves and leaves."""
+    with subprocess.Popen(command) as process:
+
+        def hand_on(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        try:
+            before = signal.signal(signal.SIGTERM, hand_on)
+        except ValueError:  # not in the main thread: signals are somebody else's
+            before = None
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to the training as well
+            process.wait()
+            raise
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,1 @@
+"""Engines: how gradients become steps, over processes."""

@@ -1,0 +1,258 @@
+"""What every engine does: gradients of the global mean loss, one clipped step of everything, named state.
+
+Gradients are *sums* over processes of the gradients of (sum of losses / global count of targets): no factor of the
+number of processes stands anywhere, and dense parameters and tables have the same scale whatever the engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gr.embeddings.local import LocalTable
+from gr.embeddings.row_updates import Gradient, Piece, RowOptimizer
+from gr.embeddings.table import Table
+from gr.models.model import Model
+from gr.models.step import StepContext
+from gr.processes import Processes
+from gr.train.host_copy import HostCopy
+from gr.train.optimizers import check_rules, counts_steps_in_groups, parameter_groups, set_rate
+from gr.train.slices import Slices
+
+
+class Engine(ABC):
+    """Owns the exchange of gradients, clipping and the optimisers, dense and sparse.
+
+    optimizer: the component of the config (``dense``, ``of_rows``).  clip_norm: of one norm over everything.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        model: Model,
+        optimizer: Any,
+        processes: Processes,
+        clip_norm: float | None,
+        bf16: bool,
+    ) -> None:
+        self.model, self.processes, self.clip_norm, self.bf16 = model, processes, clip_norm, bf16
+        if optimizer.by_rows:
+            for table in model.tables.values():
+                if isinstance(table, LocalTable):
+                    table.keep_rows()
+        self.dense = dict(model.named_dense())
+        self.optimizer: torch.optim.Optimizer = optimizer.dense(self.dense.items())
+        self.moments: tuple[str, ...] = optimizer.moments
+        self.row_tables: dict[str, Table] = {n: t for n, t in model.tables.items() if not t.dense}
+        self.row_optimizers = {name: _of_rows(optimizer, table) for name, table in self.row_tables.items()}
+        self._gradients: dict[str, list[Gradient]] = {}
+        check_rules(optimizer.config.groups, [*self.dense, *self._row_columns()])
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, parts: Sequence[Any], context: StepContext, targets: int) -> HostCopy:
+        """Gradients of (sum of the losses of all processes' micro-batches / ``targets``); returns this process's sum
+        of losses, which never waits for them."""
+        views = self.model.views(parts, context)
+        context = replace(context, views=views)
+        scale, total = 1 / max(targets, 1), torch.zeros((), device=self.processes.device)
+        for number, part in enumerate(parts):
+            last = number + 1 == len(parts)
+            with self.accumulating(last):
+                with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.bf16):
+                    loss = self.module(part, context)
+                total += loss.detach()
+                if last:
+                    copy = HostCopy(total)
+                (loss * scale).backward()
+        self.exchange()
+        self._gradients = {n: table.gather_gradients(views[n]) for n, table in self.row_tables.items()}
+        return copy
+
+    def step(self, rate_factor: float) -> Tensor | None:
+        """Move everything by its gradient, clipped; returns the norm before clipping, or None if nothing is."""
+        for groups in (self.optimizer.param_groups, *(o.param_groups for o in self.row_optimizers.values())):
+            set_rate(groups, rate_factor)
+        norm = None if self.clip_norm is None else self._clip(self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for name, gradients in self._gradients.items():
+            self.row_optimizers[name].step(gradients)
+        if self._gradients:
+            self._gradients = {}
+            self.processes.barrier()  # nobody reads a row that somebody is still moving
+        return norm
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step (the first group's)."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def finite(self) -> bool:
+        """Whether every parameter, and every row of this process, is a number."""
+        checks = [parameter.isfinite().all() for parameter in self.dense.values()]
+        for table in self.row_tables.values():
+            for piece in table.pieces():
+                checks += [piece.values_RC[start:stop].isfinite().all() for start, stop in piece.chunks()]
+        return bool(torch.stack([check.to(self.processes.device) for check in checks]).all())
+
+    # -- what differs between engines -----------------------------------------------------------------------------
+
+    module: nn.Module
+    """What is called for a micro-batch's loss: the model, or what wraps it."""
+
+    @abstractmethod
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Around each micro-batch's forward and backward pass."""
+
+    @abstractmethod
+    def exchange(self) -> None:
+        """After the last micro-batch: dense gradients are the sums over processes when this returns."""
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters as ``model/NAME`` and moments as ``optimizer/MOMENT/NAME``, whole."""
+        tensors = parameters(self.model)
+        for name, parameter in self.dense.items():
+            state = dict(self.optimizer.state.get(parameter, {}))
+            if state and counts_steps_in_groups(self.optimizer):
+                state["step"] = torch.tensor(float(self._group_of(parameter)["step"]))
+            for moment, value in state.items():
+                if value is not None:
+                    tensors[f"optimizer/{moment}/{name}"] = torch.as_tensor(value)
+        for name, optimizer in self.row_optimizers.items():
+            tensors |= _row_moments(self.row_tables[name], optimizer)
+            tensors |= {
+                f"optimizer/step/tables.{name}.{column}": torch.tensor(float(optimizer.steps))
+                for column in dict.fromkeys(piece.column for piece in optimizer.pieces)
+                if optimizer.moments[0]
+            }
+        return tensors
+
+    def load(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors to be filled with what a checkpoint has under ``names``: parameters and moments, in place where
+        that is possible; :meth:`loaded` then takes in the rest."""
+        wanted = parameters(self.model)
+        of_rows: dict[str, Tensor] = {}
+        for name, optimizer in self.row_optimizers.items():
+            of_rows |= _row_moments(self.row_tables[name], optimizer)
+        for name in names:
+            kind, _, rest = name.partition("/")
+            moment, _, owner = rest.partition("/")
+            if kind != "optimizer":
+                continue
+            if moment == "step":
+                wanted[name] = torch.zeros(())
+            elif owner in self.dense:
+                wanted[name] = torch.zeros_like(self.dense[owner], device="cpu")
+            elif name in of_rows:
+                wanted[name] = of_rows[name]
+        return wanted
+
+    def lacking(self, tensors: Iterable[str]) -> list[str]:
+        """Moments of parameters, as tensors of a checkpoint, that the optimisers count on and ``tensors`` hasn't."""
+        needed = [f"optimizer/{moment}/{name}" for name in self.dense for moment in self.moments]
+        for name, optimizer in self.row_optimizers.items():
+            needed += _row_moments(self.row_tables[name], optimizer)
+        return sorted(set(needed) - set(tensors))
+
+    def loaded(self, tensors: dict[str, Tensor]) -> None:
+        """Take the moments that :meth:`load` asked for and that now have their values."""
+        for name, value in tensors.items():
+            kind, _, rest = name.partition("/")
+            moment, _, owner = rest.partition("/")
+            if kind != "optimizer":
+                continue
+            if owner not in self.dense:
+                if moment == "step":
+                    self.row_optimizers[owner.removeprefix("tables.").split(".")[0]].steps = int(value)
+                continue
+            parameter = self.dense[owner]
+            group = self._group_of(parameter)
+            if moment == "step" and counts_steps_in_groups(self.optimizer):
+                group["step"] = int(value)
+                continue
+            # torch counts steps on the CPU, but where one kernel does the whole update
+            on_device = moment != "step" or group.get("fused") or group.get("capturable")
+            self.optimizer.state[parameter][moment] = value.to(parameter.device) if on_device else value
+
+    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+    def _row_columns(self) -> Iterator[str]:
+        for name, table in self.row_tables.items():
+            yield f"tables.{name}.weight"
+            if table.spec.bias:
+                yield f"tables.{name}.bias"
+
+    def _clip(self, clip_norm: float) -> Tensor:
+        """One norm over dense gradients and those of all rows; all are scaled by min(1, clip_norm / norm)."""
+        gradients = [p.grad for p in self.dense.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._gradients:
+            norm = torch.linalg.vector_norm(torch.stack([norm, self._row_norm()]))
+        torch.nn.utils.clip_grads_with_norm_(self.dense.values(), clip_norm, norm)
+        factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # torch's own
+        for pieces in self._gradients.values():
+            for gradient in pieces:
+                gradient.factor = factor.to(gradient.device)
+        return norm
+
+    def _row_norm(self) -> Tensor:
+        """Of the gradients of all rows, wherever they are."""
+        owned, copied = torch.zeros(1), torch.zeros(1)
+        for name, pieces in self._gradients.items():
+            squares = torch.stack([gradient.square_norm().cpu() for gradient in pieces]).sum()
+            (copied if self.row_tables[name].replicated else owned).add_(squares)
+        return (self.processes.world.add_up(owned) + copied).sqrt()[0].to(self.processes.device)
+
+
+def _of_rows(optimizer: Any, table: Table) -> RowOptimizer:
+    config = optimizer.config
+    columns = [f"tables.{table.name}.{piece.column}" for piece in table.pieces()]
+    named = [(name, nn.Parameter(torch.empty(0))) for name in dict.fromkeys(columns)]
+    groups = parameter_groups(named, config.groups, config.lr, config.weight_decay)
+    return RowOptimizer(table.name, table.pieces(), optimizer.of_rows(), groups, table.zeros)
+
+
+def parameters(model: Model) -> dict[str, Tensor]:
+    """All parameters of a model and its tables as ``model/NAME``, their own memory: to be saved, or filled."""
+    tensors: dict[str, Tensor] = {}
+    for table in model.tables.values():
+        pieces = table.pieces()
+        tensors |= _named_slices("model", table, pieces, [piece.values_RC for piece in pieces])
+    return tensors | {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _row_moments(table: Table, optimizer: RowOptimizer) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for moment in optimizer.moments[0] if optimizer.moments else ():
+        values = [moments[moment] for moments in optimizer.moments]
+        tensors |= _named_slices(f"optimizer/{moment}", table, list(optimizer.pieces), values)
+    return tensors
+
+
+def _named_slices(
+    prefix: str, table: Table, pieces: Sequence[Piece], values: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """``values`` beside the pieces of a table, as one named tensor a column: (I, D), or (I,) for one number a row."""
+    parts: dict[str, list[tuple[list[int], Tensor]]] = {}
+    wide: dict[str, bool] = {}
+    for piece, beside in zip(pieces, values, strict=True):
+        wide[piece.column] = piece.column == "weight" and beside.shape[1] == piece.values_RC.shape[1]
+        part = ([piece.row0, piece.col0], beside) if wide[piece.column] else ([piece.row0], beside[:, 0])
+        parts.setdefault(piece.column, []).append(part)
+    tensors: dict[str, Tensor] = {}
+    for column, held in parts.items():
+        size = [table.rows, table.dim] if wide[column] else [table.rows]
+        # what every process has is an ordinary tensor: one of them writes it
+        whole = held[0][1] if table.replicated else Slices(size, held)
+        tensors[f"{prefix}/tables.{table.name}.{column}"] = whole
+    return tensors

@@ -1,0 +1,139 @@
+"""What a config describes, built: data, then the model, then what trains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gr.config import RunConfig, warn_of_idle_keys
+from gr.data.batches import Batches, Plan
+from gr.data.dataset import SequenceDataset
+from gr.data.order import Order
+from gr.data.popularity import training_counts
+from gr.data.split import Split
+from gr.errors import UserError
+from gr.models.model import Model
+from gr.processes import Processes
+from gr.train.engines.engine import Engine
+from gr.train.evaluation import Evaluation
+from gr.train.selection import check_selection
+
+
+class Catalogue:
+    """The items of a dataset, counted under a split."""
+
+    def __init__(self, dataset: SequenceDataset, split: Split) -> None:
+        self.dataset, self.split, self.rows = dataset, split, dataset.items
+
+    @cached_property
+    def training_counts(self) -> Tensor:
+        return torch.from_numpy(training_counts(self.dataset, self.split))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run, opened: enough to evaluate or to recommend."""
+
+    dataset: SequenceDataset
+    split: Split
+    catalogue: Catalogue
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All of a training run but its folder."""
+
+    data: Data
+    model: Model
+    engine: Engine
+    batches: Batches
+    evaluation: Evaluation
+
+
+def build(config: RunConfig, processes: Processes) -> Parts:
+    """Everything that ``config`` describes, on this process's device; refuses what can't train or be evaluated."""
+    if processes.is_main:
+        warn_of_idle_keys(config)
+    check_selection(config)
+    data = open_data(config)
+    model = build_model(config, data, processes)
+    engine = config.train.engine.build(
+        model,
+        config.optimizer.build(),
+        processes,
+        clip_norm=config.train.clip_norm,
+        bf16=config.train.precision == "bf16",
+    )
+    evaluation = Evaluation(
+        data.dataset,
+        data.split,
+        config,
+        data.catalogue,
+        judged_by=model.judged_by,
+        processes=processes,
+        columns=model.needs,
+    )
+    return Parts(data, model, engine, build_batches(config, data, model.needs, processes), evaluation)
+
+
+def open_data(config: RunConfig) -> Data:
+    dataset = SequenceDataset(config.data.path)
+    split = config.data.split.build()
+    return Data(dataset, split, Catalogue(dataset, split))
+
+
+def build_model(config: RunConfig, data: Data, processes: Processes) -> Model:
+    dataset = data.dataset
+    if dataset.items < 1:
+        raise UserError("the dataset's catalogue is empty: prepare it again from a log with items")
+    model = config.model.build(config, data.catalogue, processes)
+    if "time" in model.needs and not dataset.has_timestamps:
+        raise UserError(
+            f"the encoder uses times and dataset '{config.data.path}' has none: "
+            "set model.encoder.relative_time=false, or prepare the dataset with a time column"
+        )
+    return model.place(processes.device)
+
+
+def build_batches(config: RunConfig, data: Data, needs: frozenset[str], processes: Processes) -> Batches:
+    """This process's training batches; refuses a split that leaves none."""
+    dataset, split = data.dataset, data.split
+    order = Order(
+        fingerprint=dataset.manifest.fingerprint,
+        seed=config.train.seed,
+        rows=split.training_rows(dataset.users),
+        block_rows=dataset.manifest.block_rows,
+        window_blocks=config.data.window_blocks,
+        shuffle=config.data.order == "shuffle",
+    )
+    plan = Plan(split, order, config.train.global_batch, config.data.max_length, config.data.tail, needs)
+    batches = config.data.ingest.build(
+        dataset,
+        plan,
+        rank=processes.data.rank,
+        ranks=processes.data.size,
+        prefetch=config.data.prefetch,
+        pin_memory=processes.device.type == "cuda",
+    )
+    if not order.rows:
+        raise UserError(f"data.split leaves no training sequence of dataset '{config.data.path}': change it")
+    if not _has_target(dataset, split):
+        raise UserError(
+            f"data.split leaves no user of dataset '{config.data.path}' two actions to train on, an input and its "
+            "target: hold out fewer, or prepare a log with longer histories"
+        )
+    if not batches.per_epoch:
+        raise UserError(
+            f"dataset '{config.data.path}' has {order.rows} training sequences, fewer than train.global_batch "
+            f"{config.train.global_batch} with data.tail=drop: lower the batch or keep the tail"
+        )
+    return batches
+
+
+def _has_target(dataset: SequenceDataset, split: Split) -> bool:
+    """Whether any user keeps two actions to train on; mostly the first block tells."""
+    blocks = range(len(dataset.manifest.blocks))
+    return any((split.train_stop(dataset.read_block(block)) >= 2).any() for block in blocks)

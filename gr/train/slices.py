@@ -1,0 +1,66 @@
+"""Slices: parts of a large tensor as one named tensor of a checkpoint, whoever holds which part.
+
+torch.distributed.checkpoint asks a tensor for its chunks by three methods and finds overlaps by itself, so that a
+tensor saved in any parts is loaded into any others, in place, without a collective and without the whole anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+PART_NUMBERS = 1 << 24
+"""A part saved whole is read whole, to take a slice of it: 64 MiB at most."""
+
+
+class Slices(Tensor):
+    """A tensor of ``size`` of which this process holds ``parts``: offsets -> values, their memory."""
+
+    parts: dict[torch.Size, Tensor]
+
+    @staticmethod
+    def __new__(cls, size: Sequence[int], parts: Sequence[tuple[Sequence[int], Tensor]]) -> Slices:
+        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(size), dtype=torch.float32)
+        made.parts = {
+            torch.Size(offsets): cut for first, values in parts for offsets, cut in _cuts(first, values)
+        }
+        return made
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets, values.size()) for offsets, values in self.parts.items()]
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                MetadataIndex(name, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.parts[torch.Size(index.offset)]
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, arguments=(), settings=None):  # type: ignore[override]
+        if operator is torch.ops.aten.detach.default:
+            return arguments[0]
+        raise TypeError(f"{operator} isn't to be had of slices: they are for checkpoints")
+
+
+def _cuts(offsets: Sequence[int], values: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """``values`` in parts along the rows, each with its offsets."""
+    rows = max(PART_NUMBERS // max(values[:1].numel(), 1), 1)
+    for start in range(0, len(values), rows):
+        yield [offsets[0] + start, *offsets[1:]], values[start : start + rows]
