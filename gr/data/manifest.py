@@ -81,7 +81,7 @@ def read_manifest(folder: Folder) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no sequence dataset at '{folder.name}' (manifest.json is missing): "
-            "make one with launch/prepare.py, or set data.path to one"
+            "make one with python -m gr prepare, or set data.path to one"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read '{file}' ({first_line(error)}): check the path and its access") from None
@@ -115,7 +115,7 @@ def read_manifest(folder: Folder) -> Manifest:
 def to_json(manifest: Manifest) -> str:
     """The text of manifest.json; its ``digest`` is made here."""
     raw = asdict(manifest)
-    return json.dumps({**raw, "digest": content_digest(raw)}, indent=1, sort_keys=True) + "\n"
+    return json.dumps({**raw, "digest": content_digest(raw)}, indent=1) + "\n"
 
 
 def content_digest(raw: dict[str, Any]) -> str:
