@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class SequenceDataset:
         self.manifest = read_manifest(self.folder)
         self._columns = {info.name: info for info in self.manifest.columns}
         self._checked: set[tuple[int, str]] = set()
-        self._footer = lru_cache(FOOTERS)(self._read_footer)
+        self._footers: dict[str, pq.FileMetaData] = {}
         self._check_files()
 
     users = property(lambda self: self.manifest.users)
@@ -161,9 +161,15 @@ class SequenceDataset:
                 f"column '{info.name}' in {where} does not hold what was written there (its checksum differs): {changed}"
             )
 
-    def _read_footer(self, file: str) -> pq.FileMetaData:
-        with self.folder.opened(file) as source:
-            return pq.read_metadata(source)
+    def _footer(self, file: str) -> pq.FileMetaData:
+        footer = self._footers.get(file)
+        if footer is None:
+            with self.folder.opened(file) as source:
+                footer = pq.read_metadata(source)
+            for oldest in list(self._footers)[: len(self._footers) - FOOTERS + 1]:
+                self._footers.pop(oldest, None)
+            self._footers[file] = footer
+        return footer
 
 
 def same_type(one: pa.DataType, other: pa.DataType) -> bool:

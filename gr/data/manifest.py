@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -160,11 +161,20 @@ def _difference_from_ours(raw: dict[str, Any]) -> str:
 
 
 def _difference_in_keys(kind: type, raw: dict[str, Any]) -> str:
-    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    known, needed = _keys(kind)
+    if raw.keys() == known.keys():
+        return ""
     missing = [name for name in needed if name not in raw]
-    unknown = [name for name in raw if name not in {f.name for f in fields(kind)}]
+    unknown = [name for name in raw if name not in known]
     parts = (("missing", missing), ("unknown", unknown))
     return ", ".join(f"{what} {', '.join(map(repr, names))}" for what, names in parts if names)
+
+
+@cache
+def _keys(kind: type) -> tuple[dict[str, Any], list[str]]:
+    """All keys (in a dictionary), and those that must be there."""
+    known = {f.name: f for f in fields(kind)}
+    return known, [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
 
 
 def _contradiction(manifest: Manifest) -> str:
