@@ -114,10 +114,10 @@ class GlobalTime(Split):
             ("test_from", self.config.test_from, last + 1),
         ):
             if not first < bound <= latest:
+                side = "before" if bound <= first else "at or after"
                 raise UserError(
-                    f"data.split.{name} {bound} ({_date(bound)}) leaves nothing on one side of it, for the actions of "
-                    f"'{dataset.path}' are from {first} ({_date(first)}) to {last} ({_date(last)}): "
-                    f"{_likely(bound, first, last)}"
+                    f"no action of '{dataset.path}' is {side} data.split.{name} {bound} ({_date(bound)}), they are from "
+                    f"{first} ({_date(first)}) to {last} ({_date(last)}): {_likely(bound, first, last)}"
                 )
 
     def train_stop(self, rows: Sequences) -> np.ndarray:
