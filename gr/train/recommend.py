@@ -58,6 +58,7 @@ def recommend(
         batch=config.eval.batch,
         users=users,
         time=time,
+        columns=model.needs,
     )
     count = 0
     with ExitStack() as files, torch.no_grad():
