@@ -75,6 +75,7 @@ def requests(
     rank: int = 0,
     world: int = 1,
     max_users: int | None = None,
+    users: FoundUsers | None = None,
 ) -> HeldOutRequests:
     """The requests of ``split``'s held-out actions ``name`` that belong to process ``rank`` of ``world``."""
     return HeldOutRequests(
@@ -87,6 +88,7 @@ def requests(
         rank=rank,
         world=world,
         max_users=max_users,
+        users=users,
     )
 
 
@@ -98,7 +100,7 @@ class HeldOutRequests:
     number of processes.  ``max_users`` keeps that many users, the same ones for a dataset each time (those with the
     smallest keyed hash).  One block and one batch are in memory; after the first pass, blocks without a target are
     not read again.  ``exclude``: ``kept`` takes the ``max_length`` history items the model is shown out of the
-    ranking, ``all`` the whole history's.
+    ranking, ``all`` the whole history's.  ``users``: these alone.
     """
 
     dataset: SequenceDataset
@@ -110,12 +112,15 @@ class HeldOutRequests:
     rank: int = 0
     world: int = 1
     max_users: int | None = None
+    users: FoundUsers | None = None
     population: int | None = field(default=None, init=False)
     """Users with a target in this split; known once a pass is over."""
 
     def __post_init__(self) -> None:
         self.split.check(self.name)
         self._blocks: Sequence[int] = range(len(self.dataset.manifest.blocks))
+        if self.users is not None:
+            self._blocks = sorted(self.users.rows)
 
     def __iter__(self) -> Iterator[Request]:
         return _requests(self._parts(), self.batch)
@@ -152,6 +157,8 @@ class HeldOutRequests:
             rows = self.dataset.read_block(block)
             index_R = self.split.target(rows, self.name, self.dataset.users)
             who_R = np.flatnonzero(index_R >= 0)
+            if self.users is not None:
+                who_R = np.intersect1d(who_R, self.users.rows[block])
             if len(who_R):
                 found.append(block)
                 population += len(who_R)
@@ -179,14 +186,15 @@ def recommendation_requests(
     max_length: int,
     exclude: Exclude = "kept",
     batch: int = 256,
-    users: Iterable[Any] | None = None,
+    users: Iterable[Any] | FoundUsers | None = None,
     time: int | None = None,
 ) -> Iterator[Request]:
     """Requests for what comes next: all that is known of each user, then an ``UNKNOWN`` action.
 
     users: raw ids (all users without it), each answered once, in the dataset's order.  An id that the dataset
-    does not know is an error, raised by this call and not by the first request.  time: the time of the request in
-    seconds; without it, the time of the user's last action.
+    does not know is an error, raised by this call and not by the first request; who would rather answer the others
+    gives what :func:`find_users` found.  time: the time of the request in seconds; without it, the time of the
+    user's last action.
     """
     if time is not None and not dataset.has_timestamps:
         raise UserError("a time of request was given, but this dataset has no timestamps: leave it out")
@@ -194,8 +202,10 @@ def recommendation_requests(
         raise UserError(
             f"the time of request {time} is not between the years 1740 and 2200: give it in seconds since 1970"
         )
-    blocks = range(len(dataset.manifest.blocks))
-    wanted = dict.fromkeys(blocks) if users is None else find_users(dataset, users)
+    wanted: dict[int, np.ndarray] | dict[int, None] = dict.fromkeys(range(len(dataset.manifest.blocks)))
+    if users is not None:
+        found = users if isinstance(users, FoundUsers) else find_users(dataset, users).refuse_unknown()
+        wanted = found.rows
     return _requests(_recommendation_parts(dataset, wanted, max_length, exclude, time), batch)
 
 
@@ -218,10 +228,37 @@ def _recommendation_parts(
         )
 
 
-def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> dict[int, np.ndarray]:
-    """Where users are: block -> their row numbers in it, ascending.  Ids may be written as text; repeats are dropped.
+@dataclass(frozen=True)
+class FoundUsers:
+    """Where users are.
 
-    Reads the id column alone.  Raises UserError when an id is not in the dataset.
+    rows: block -> their row numbers in it, ascending.  unknown: ids that the dataset does not have, as they were
+    given and in that order, each once.  dataset: its path.
+    """
+
+    rows: dict[int, np.ndarray]
+    unknown: list[Any]
+    dataset: str
+
+    @property
+    def users(self) -> int:
+        """How many were found."""
+        return sum(map(len, self.rows.values()))
+
+    def refuse_unknown(self) -> FoundUsers:
+        """Itself, if all were found; else a UserError."""
+        if not self.unknown:
+            return self
+        raise UserError(
+            f"{len(self.unknown)} of {len(self.unknown) + self.users} users are not in the dataset '{self.dataset}', "
+            f"the first is {self.unknown[0]!r}: take them out of the list, or prepare a dataset that has them"
+        )
+
+
+def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> FoundUsers:
+    """Where the users with these raw ids are.  Ids may be written as text; repeats are dropped.
+
+    Reads the id column alone.
     """
     left = list(dict.fromkeys(ids))
     found: dict[int, np.ndarray] = {}
@@ -237,13 +274,8 @@ def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> dict[int, np.nda
         if len(rows):
             found[number] = rows
             sought.difference_update(known[rows].tolist())
-    if sought:
-        first = next(i for i in left if _as_id(i, integers) in sought)
-        raise UserError(
-            f"{len(sought)} of {len(left)} users are not in the dataset '{dataset.path}', the first is {first!r}: "
-            "take them out of the list, or prepare a dataset that has them"
-        )
-    return found
+    unknown = {_as_id(i, integers): i for i in reversed(left) if _as_id(i, integers) in (sought or set())}
+    return FoundUsers(found, list(unknown.values())[::-1], str(dataset.path))
 
 
 def _as_id(value: Any, integers: bool) -> Any:

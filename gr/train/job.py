@@ -25,7 +25,7 @@ from gr.models.recommender import Recommender
 from gr.processes import Parallel, processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
-from gr.train.environment import record
+from gr.train.environment import missing_operators, record
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
 from gr.train.kernels import advice_on_kernels, check_kernels
@@ -249,6 +249,8 @@ def _train(
     parallel: Parallel,
     on_step: OnStep,
 ) -> RunResult:
+    if parallel.is_main and (said := missing_operators(parallel.device.type)):
+        log.warning(said)
     evaluation = Evaluation(
         parts.dataset, parts.split, config, device=parallel.device, item_counts=parts.item_counts
     )
