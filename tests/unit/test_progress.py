@@ -142,4 +142,4 @@ def test_a_narrow_terminal_cuts_the_end_of_the_status(monkeypatch):
         stage.show("epoch 1/1, loss 10.0129, 2,340 samples/s")
         stage.advance(40)
         stage.bar.refresh()
-    assert re.search(r"training     [━╺╸]+ 40 of 100 steps, 0 s left, ep…", screen.getvalue())
+    assert re.search(r"training     [━╺╸ ]+ 40 of 100 steps, 0 s left, ep…", screen.getvalue())
