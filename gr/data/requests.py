@@ -75,6 +75,7 @@ def requests(
     world: int = 1,
     max_users: int | None = None,
     columns: Iterable[str] | None = None,
+    users: FoundUsers | None = None,
 ) -> HeldOutRequests:
     """The requests of ``split``'s held-out actions ``name`` that belong to process ``rank`` of ``world``."""
     return HeldOutRequests(
@@ -88,6 +89,7 @@ def requests(
         world=world,
         max_users=max_users,
         columns=columns if columns is None else frozenset(columns),
+        users=users,
     )
 
 
@@ -100,7 +102,7 @@ class HeldOutRequests:
     smallest keyed hash).  One block and one batch are in memory; after the first pass, blocks without a target are
     not read again.  ``exclude``: ``kept`` takes the ``max_length`` history items the model is shown out of the
     ranking, ``all`` the whole history's.  ``columns``: those that the batches carry beside ``item``; every one of
-    numbers without it.
+    numbers without it.  ``users``: these alone.
     """
 
     dataset: SequenceDataset
@@ -113,12 +115,15 @@ class HeldOutRequests:
     world: int = 1
     max_users: int | None = None
     columns: frozenset[str] | None = None
+    users: FoundUsers | None = None
     population: int | None = field(default=None, init=False)
     """Users with a target in this split; known once a pass is over."""
 
     def __post_init__(self) -> None:
         self.split.check(self.name)
         self._blocks: Sequence[int] = range(len(self.dataset.manifest.blocks))
+        if self.users is not None:
+            self._blocks = sorted(self.users.rows)
 
     def __iter__(self) -> Iterator[Request]:
         return _requests(self._parts(), self.batch, self.columns)
@@ -169,6 +174,8 @@ class HeldOutRequests:
             rows = self.dataset.read_block(block, columns)
             index_R = self.split.target(rows, self.name, self.dataset.users)
             who_R = np.flatnonzero(index_R >= 0)
+            if self.users is not None:
+                who_R = np.intersect1d(who_R, self.users.rows[block])
             if len(who_R):
                 found.append(block)
                 population += len(who_R)

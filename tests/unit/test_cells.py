@@ -133,7 +133,7 @@ def test_the_epoch_is_chosen_by_the_runs_own_metric(overrides, metric, step, cap
     assert [r["step"] for r in measured.result] == [step]
     table = read_table("ml-1m").model_copy(update={"columns": ["ndcg@10"]})
     print_table(table, [measured])
-    assert f"chosen on valid by {metric} ({step})" in capsys.readouterr().out
+    assert f"chosen by valid {metric} ({step})" in capsys.readouterr().out
     only = Measured(row)
     only.add(Trained(Cell("HSTU", "", ""), config, rows_that_disagree()), last=False)
     assert not only.last and not only.digests and [r["step"] for r in only.chosen] == [step]
