@@ -20,6 +20,7 @@ ENCODERS = {
 
 MODELS = {
     "retrieval": "gr.models.retrieval:Retrieval",
+    "ranking": "gr.models.ranking:Ranking",
 }
 
 TABLES = {
@@ -34,6 +35,7 @@ ENGINES = {
 
 METRICS = {
     "catalogue": "gr.eval.catalogue:CatalogueMetrics",
+    "pointwise": "gr.eval.pointwise:PointwiseMetrics",
 }
 
 SPLITS = {
@@ -64,6 +66,7 @@ BASELINES = {
     "popularity": "gr.eval.baselines:Popularity",
     "last_item": "gr.eval.baselines:LastItem",
     "item_knn": "gr.eval.baselines:ItemKNN",
+    "prior": "gr.eval.baselines:Prior",
     "oracle": "gr.data.making.sources.synthetic_dp:Oracle",
 }
 

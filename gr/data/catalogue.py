@@ -14,6 +14,7 @@ from gr.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from gr.data.dataset import SequenceDataset
+    from gr.data.manifest import Manifest
 
 CATALOGUE = "catalogue.parquet"
 
@@ -32,6 +33,11 @@ class Catalogue:
 
     def __len__(self) -> int:
         return self.num_rows
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the dataset says of itself."""
+        return self._manifest
 
     @property
     def column_names(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -11,13 +11,16 @@ from gr.data.sequences import ITEM, Sequences
 from gr.data.split import Split
 
 
-def training_sequences(dataset: SequenceDataset, split: Split) -> Iterator[Sequences]:
-    """The training users' sequences cut to the actions that training may see, block by block, in order."""
+def training_sequences(
+    dataset: SequenceDataset, split: Split, columns: Iterable[str] = ()
+) -> Iterator[Sequences]:
+    """The training users' sequences cut to the actions that training may see, block by block, in order.  ``columns``:
+    those wanted beside ``item``."""
     left = split.training_rows(dataset.users)
     for block in range(len(dataset.manifest.blocks)):
         if left <= 0:
             return
-        rows = dataset.read_block(block, {ITEM, *split.needs})
+        rows = dataset.read_block(block, {ITEM, *columns, *split.needs})
         stop_R = split.train_stop(rows)[:left]
         left -= len(rows)
         yield rows.take(np.arange(len(stop_R)), stop=stop_R)

@@ -26,6 +26,7 @@ from gr.data.hashing import derive, hash_ids, mix64
 from gr.data.making.times import YEAR_2200
 from gr.data.sequences import ITEM, USER_ID, Sequences
 from gr.data.split import Split
+from gr.data.targets import TargetKinds
 from gr.errors import UserError
 
 Exclude = Literal["none", "kept", "all"]
@@ -75,6 +76,7 @@ def requests(
     world: int = 1,
     max_users: int | None = None,
     columns: Iterable[str] | None = None,
+    kinds: TargetKinds | None = None,
 ) -> HeldOutRequests:
     """The requests of ``split``'s held-out actions ``name`` that belong to process ``rank`` of ``world``."""
     return HeldOutRequests(
@@ -88,6 +90,7 @@ def requests(
         world=world,
         max_users=max_users,
         columns=columns if columns is None else frozenset(columns),
+        kinds=kinds,
     )
 
 
@@ -100,7 +103,7 @@ class HeldOutRequests:
     smallest keyed hash).  One block and one batch are in memory; after the first pass, blocks without a target are
     not read again.  ``exclude``: ``kept`` takes the ``max_length`` history items the model is shown out of the
     ranking, ``all`` the whole history's.  ``columns``: those that the batches carry beside ``item``; every one of
-    numbers without it.
+    numbers without it.  ``kinds``: counts this process's targets in the first pass.
     """
 
     dataset: SequenceDataset
@@ -113,6 +116,7 @@ class HeldOutRequests:
     world: int = 1
     max_users: int | None = None
     columns: frozenset[str] | None = None
+    kinds: TargetKinds | None = None
     population: int | None = field(default=None, init=False)
     """Users with a target in this split; known once a pass is over."""
 
@@ -134,7 +138,9 @@ class HeldOutRequests:
     def _parts(self) -> Iterator[_Part]:
         count = 0
         subset = self._subset
-        read = None if self.columns is None else {ITEM, USER_ID, *self.columns, *self.split.needs}
+        kinds = None if self.kinds is None or self.kinds.complete else self.kinds.restart()
+        needed = self.split.needs if kinds is None else self.split.needs | kinds.needs
+        read = None if self.columns is None else {ITEM, USER_ID, *self.columns, *needed}
         for rows, who_R, target_R in self._held_out(read):
             if subset is not None:
                 inside = np.isin(rows.ordinals_R[who_R], subset, assume_unique=True)
@@ -142,12 +148,16 @@ class HeldOutRequests:
             mine = (count + np.arange(len(who_R))) % self.world == self.rank
             count += len(who_R)
             who_R, target_R = who_R[mine], target_R[mine]
+            if kinds is not None:
+                kinds.add(rows, who_R, target_R)
             first_R = np.maximum(target_R - self.max_length, 0)
             yield _Part(
                 samples=_carried(rows, self.columns).take(who_R, first_R, target_R + 1),
                 excluded=_excluded(rows, who_R, first_R, target_R, self.exclude),
                 history_R=target_R,
             )
+        if kinds is not None:
+            kinds.complete = True
 
     def _held_out(self, columns: Iterable[str] | None) -> Iterator[tuple[Sequences, np.ndarray, np.ndarray]]:
         """Block by block: its rows (with ``columns``), the numbers of those with a target, and the targets' indices."""

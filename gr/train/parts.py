@@ -18,8 +18,8 @@ from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Processes
 from gr.train.engines.engine import Engine
-from gr.train.evaluation import Evaluation
-from gr.train.selection import check_selection
+from gr.train.evaluation import Evaluation, baseline_kind
+from gr.train.selection import check_selection, judged_by
 
 
 class Catalogue:
@@ -27,6 +27,7 @@ class Catalogue:
 
     def __init__(self, dataset: SequenceDataset, split: Split) -> None:
         self.dataset, self.split, self.rows = dataset, split, dataset.items
+        self.manifest = dataset.manifest
 
     @cached_property
     def training_counts(self) -> Tensor:
@@ -58,6 +59,8 @@ def build(config: RunConfig, processes: Processes) -> Parts:
     if processes.is_main:
         warn_of_idle_keys(config)
     check_selection(config)
+    for name in config.eval.baselines:
+        baseline_kind(name, judged_by(config))
     data = open_data(config)
     model = build_model(config, data, processes)
     engine = config.train.engine.build(
