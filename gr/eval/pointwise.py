@@ -111,8 +111,7 @@ class PointwiseMetrics(MetricFamily):
                 notes.append(f"no metrics of {name}: no user's label is known")
             elif not (negatives and positives):
                 notes.append(
-                    f"no auc/{name} and no ne/{name}: all {positives + negatives:,} labels are "
-                    f"{int(positives > 0)}, and they compare the two"
+                    f"no auc/{name} and no ne/{name}: all {positives + negatives:,} labels are {int(positives > 0)}"
                 )
         return notes
 
