@@ -131,9 +131,10 @@ class ScheduleSection(Section):
 
 
 class EarlyStopping(Section):
-    """Stop when ``metric`` of the validation split has not improved for ``patience`` evaluations."""
+    """Stop when ``metric`` of the validation split has not improved for ``patience`` evaluations; without a name it
+    is the model's first of ndcg@10, mrr, auc."""
 
-    metric: str = "ndcg@10"
+    metric: str | None = None
     patience: POSITIVE = 10
 
 

@@ -20,6 +20,7 @@ ENCODERS = {
 
 MODELS = {
     "retrieval": "gr.models.retrieval:Retrieval",
+    "ranking": "gr.models.ranking:Ranking",
 }
 
 TABLES = {
@@ -35,6 +36,7 @@ ENGINES = {
 
 METRICS = {
     "catalogue": "gr.eval.catalogue:CatalogueMetrics",
+    "pointwise": "gr.eval.pointwise:PointwiseMetrics",
 }
 
 SPLITS = {
@@ -65,6 +67,7 @@ BASELINES = {
     "popularity": "gr.eval.baselines:Popularity",
     "last_item": "gr.eval.baselines:LastItem",
     "item_knn": "gr.eval.baselines:ItemKNN",
+    "prior": "gr.eval.baselines:Prior",
     "oracle": "gr.data.making.sources.synthetic_dp:Oracle",
 }
 

@@ -1,4 +1,4 @@
-"""Evaluate a trained run on a held-out split: the whole catalogue ranked for every user.
+"""Evaluate a trained run on a held-out split: every user once, the metrics of its model beside those of baselines.
 
 The program is gr/programs/evaluate.py: `python -m gr evaluate` is the same.
 """

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gr.data.dataset import SequenceDataset
+    from gr.data.manifest import Manifest
     from gr.data.split import Split
     from gr.processes import Processes
 
@@ -71,6 +72,11 @@ class Catalogue:
 
     def __len__(self) -> int:
         return self.rows
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the dataset says of itself."""
+        return self._manifest
 
     @property
     def column_names(self) -> list[str]:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -45,12 +45,15 @@ class Counted:
     targets: dict[str, int]
 
 
-def training_sequences(dataset: SequenceDataset, split: Split) -> Iterator[Sequences]:
-    """The training users' sequences cut to the actions that training may see, block by block, in order."""
+def training_sequences(
+    dataset: SequenceDataset, split: Split, columns: Iterable[str] = ()
+) -> Iterator[Sequences]:
+    """The training users' sequences cut to the actions that training may see, block by block, in order.  ``columns``:
+    those wanted beside ``item``."""
     for block in range(len(dataset.manifest.blocks)):
         if dataset.first_ordinal(block) >= split.training_rows(dataset.users):
             return
-        rows = dataset.read_block(block, {ITEM, *split.needs})
+        rows = dataset.read_block(block, {ITEM, *columns, *split.needs})
         stop_R = _training_stops(dataset, split, rows)
         yield rows.take(np.flatnonzero(stop_R >= 0), stop=stop_R[stop_R >= 0])
 

@@ -26,6 +26,7 @@ from gr.data.hashing import derive, hash_ids, mix64
 from gr.data.making.times import YEAR_2200
 from gr.data.sequences import ITEM, USER_ID, Sequences
 from gr.data.split import Split
+from gr.data.targets import TargetKinds
 from gr.errors import UserError
 
 Exclude = Literal["none", "kept", "all"]
@@ -76,6 +77,7 @@ def requests(
     max_users: int | None = None,
     columns: Iterable[str] | None = None,
     users: FoundUsers | None = None,
+    kinds: TargetKinds | None = None,
 ) -> HeldOutRequests:
     """The requests of ``split``'s held-out actions ``name`` that belong to process ``rank`` of ``world``."""
     return HeldOutRequests(
@@ -90,6 +92,7 @@ def requests(
         max_users=max_users,
         columns=columns if columns is None else frozenset(columns),
         users=users,
+        kinds=kinds,
     )
 
 
@@ -102,7 +105,7 @@ class HeldOutRequests:
     smallest keyed hash).  One block and one batch are in memory; after the first pass, blocks without a target are
     not read again.  ``exclude``: ``kept`` takes the ``max_length`` history items the model is shown out of the
     ranking, ``all`` the whole history's.  ``columns``: those that the batches carry beside ``item``; every one of
-    numbers without it.  ``users``: these alone.
+    numbers without it.  ``users``: these alone.  ``kinds``: counts this process's targets in the first pass.
     """
 
     dataset: SequenceDataset
@@ -116,6 +119,7 @@ class HeldOutRequests:
     max_users: int | None = None
     columns: frozenset[str] | None = None
     users: FoundUsers | None = None
+    kinds: TargetKinds | None = None
     population: int | None = field(default=None, init=False)
     """Users with a target in this split; known once a pass is over."""
 
@@ -130,7 +134,7 @@ class HeldOutRequests:
 
     def empty(self) -> Request:
         """A request about nobody, with the columns of the others."""
-        rows, nobody = self.dataset.read_block(0, self._read), np.empty(0, np.int64)
+        rows, nobody = self.dataset.read_block(0, self._read(())), np.empty(0, np.int64)
         part = _Part(
             samples=_carried(rows, self.columns).take(nobody),
             excluded=_excluded(rows, nobody, nobody, nobody, self.exclude),
@@ -149,23 +153,28 @@ class HeldOutRequests:
     def _parts(self) -> Iterator[_Part]:
         count = 0
         subset = self._subset
-        for rows, who_R, target_R in self._held_out(self._read):
+        kinds = None if self.kinds is None or self.kinds.complete else self.kinds.restart()
+        needed = self.split.needs if kinds is None else self.split.needs | kinds.needs
+        for rows, who_R, target_R in self._held_out(self._read(needed)):
             if subset is not None:
                 inside = np.isin(rows.ordinals_R[who_R], subset, assume_unique=True)
                 who_R, target_R = who_R[inside], target_R[inside]
             mine = (count + np.arange(len(who_R))) % self.world == self.rank
             count += len(who_R)
             who_R, target_R = who_R[mine], target_R[mine]
+            if kinds is not None:
+                kinds.add(rows, who_R, target_R)
             first_R = np.maximum(target_R - self.max_length, 0)
             yield _Part(
                 samples=_carried(rows, self.columns).take(who_R, first_R, target_R + 1),
                 excluded=_excluded(rows, who_R, first_R, target_R, self.exclude),
                 history_R=target_R,
             )
+        if kinds is not None:
+            kinds.complete = True
 
-    @property
-    def _read(self) -> set[str] | None:
-        return None if self.columns is None else {ITEM, USER_ID, *self.columns, *self.split.needs}
+    def _read(self, needed: Iterable[str]) -> set[str] | None:
+        return None if self.columns is None else {ITEM, USER_ID, *self.columns, *needed}
 
     def _held_out(self, columns: Iterable[str] | None) -> Iterator[tuple[Sequences, np.ndarray, np.ndarray]]:
         """Block by block: its rows (with ``columns``), the numbers of those with a target, and the targets' indices."""

@@ -1,19 +1,24 @@
-"""Baselines without gradients: popularity, last item, ItemKNN.  Each is fitted to training actions and is a Scorer.
+"""Baselines without gradients, fitted to training actions: popularity, last item and ItemKNN score the catalogue, the
+prior gives probabilities of labels.
 
-Shapes: B sequences, T actions in the batch, I catalogue size, R users, P (user, item) pairs, C co-occurrences,
-K neighbours of an item.
+``judged_by``: the metric family that a baseline can be asked for.  ``needs``: columns of the training actions beside
+``item``.
+
+Shapes: B sequences, T actions in the batch, A training actions, I catalogue size, R users, P (user, item) pairs, C
+co-occurrences, K neighbours of an item, or tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol, Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gr.batch import SequenceBatch
+from gr.labels import Labels
 
 
 class Rows(Protocol):
@@ -25,6 +30,9 @@ class Rows(Protocol):
     @property
     def items_A(self) -> np.ndarray: ...
 
+    @property
+    def columns(self) -> Mapping[str, Any]: ...
+
 
 class Popularity:
     """Items by their training actions; the same order for every user.
@@ -32,6 +40,8 @@ class Popularity:
     The score is the dense rank of the count: equal counts tie, and float32 holds it exactly up to 2**24 levels.
     """
 
+    judged_by = "catalogue"
+    needs: frozenset[str] = frozenset()
     score_I: Tensor
 
     def fit(self, training: Iterable[Rows], items: int) -> Self:
@@ -49,6 +59,9 @@ class Popularity:
 
 class LastItem:
     """The last item of the history first, then popularity."""
+
+    judged_by = "catalogue"
+    needs: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self.popularity = Popularity()
@@ -79,6 +92,8 @@ class ItemKNN:
     grows with the square of a user's length.
     """
 
+    judged_by = "catalogue"
+    needs: frozenset[str] = frozenset()
     neighbour_IK: Tensor
     similarity_IK: Tensor
 
@@ -125,6 +140,33 @@ class ItemKNN:
         cells = owner[:, None] * items + self.neighbour_IK[item]
         scores.index_add_(0, cells.flatten(), self.similarity_IK[item].flatten())
         return scores.view(batch.sequences, items)
+
+
+class Prior:
+    """For each task the share of the training actions that have its label, the same for every user and item.
+
+    Counted from half an action of each kind (Jeffreys' prior), so that a label that never occurred is not impossible.
+    """
+
+    judged_by = "pointwise"
+    logits_K: Tensor
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels, self.needs = labels, labels.columns
+
+    def fit(self, training: Iterable[Rows], items: int) -> Self:
+        tasks = len(self.labels.names)
+        counts_2K = torch.full((2, tasks), 0.5, dtype=torch.float64)
+        for rows in training:
+            columns = {name: torch.from_numpy(rows.columns[name]) for name in self.needs}
+            labels_AK = self.labels.of(columns)
+            counts_2K += torch.stack([(labels_AK == label).sum(0) for label in (0, 1)])
+        self.logits_K = (counts_2K[1] / counts_2K[0]).log().float()
+        return self
+
+    def logits(self, batch: SequenceBatch) -> Tensor:
+        """(B, K) float32."""
+        return self.logits_K.expand(batch.sequences, -1)
 
 
 def _most_similar_first(row_C: np.ndarray, similarity_C: np.ndarray) -> np.ndarray:

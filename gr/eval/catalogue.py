@@ -6,7 +6,7 @@ Shapes: B sequences, I catalogue size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from gr.batch import SequenceBatch
 from gr.config import EvalSection, RunConfig
 from gr.embeddings.ranks import Excluded, ranks_in
 from gr.errors import UserError
-from gr.eval.family import MetricFamily
+from gr.eval.family import Catalogue, MetricFamily
 from gr.eval.metrics import HISTORY_EDGES, POPULARITY_EDGES, RankMetrics, rank_metric_names
 from gr.eval.protocols import Request
 from gr.processes import Axis
@@ -35,10 +35,24 @@ class CatalogueMetrics(MetricFamily):
             self.breakdowns["popularity"] = POPULARITY_EDGES
         self.ranks = RankMetrics(config.ks, self.breakdowns)
         self.names = self.ranks.names
+        self.shown = _shown(self.names)
+
+    @classmethod
+    def of(cls, config: RunConfig, catalogue: Catalogue) -> Self:
+        counts = catalogue.training_counts if config.eval.buckets else None
+        return cls(config.eval, catalogue.rows, counts)
 
     @staticmethod
     def names_of(config: RunConfig) -> list[str]:
         return rank_metric_names(config.eval.ks)
+
+    @staticmethod
+    def shown_of(config: RunConfig) -> list[str]:
+        return _shown(rank_metric_names(config.eval.ks))
+
+    @staticmethod
+    def protocol_of(config: RunConfig) -> dict[str, Any]:
+        return {"exclude": config.eval.exclude}
 
     def add(self, scorer: Any, request: Request) -> None:
         values = {}
@@ -60,6 +74,11 @@ class CatalogueMetrics(MetricFamily):
 
     def by_bucket(self) -> dict[str, list[dict[str, Any]]]:
         return self.ranks.by_bucket()
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    """Those that are read most, as far as eval.ks has them."""
+    return [name for name in ("hr@10", "ndcg@10", "hr@50", "hr@200") if name in names] + ["mrr"]
 
 
 def ranks_of(scorer: Any, request: Request, items: int, max_scores: int = 2**24) -> Tensor:

@@ -23,7 +23,8 @@ Advance = Callable[[int], None]
 class EvalResult:
     """Metrics over all processes' users.  ``population``: users that could have been evaluated, where only a subset
     was; ``seconds``: this process's time, reading and scoring; ``protocol``: what the figures mean (the rule of
-    exclusion ...); ``heading``: what was measured, for people."""
+    exclusion ...); ``heading``: what was measured, for people; ``shown``: the metrics to show where room is short;
+    ``notes``: sentences about those that are missing; ``targets``: shares of kinds of targets."""
 
     split: str
     users: int
@@ -33,6 +34,9 @@ class EvalResult:
     seconds: float = 0.0
     protocol: dict[str, Any] = field(default_factory=dict)
     heading: str = ""
+    shown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    targets: dict[str, float] = field(default_factory=dict)
 
     @property
     def users_per_second(self) -> float:
@@ -41,7 +45,14 @@ class EvalResult:
     def row(self) -> dict[str, Any]:
         """What a metrics file keeps: deterministic content only.  ``of_users`` says that only some were asked."""
         subset = {} if self.population in (None, self.users) else {"of_users": self.population}
-        return {"split": self.split, "users": self.users, **subset, **self.protocol, **self.metrics}
+        return {
+            "split": self.split,
+            "users": self.users,
+            **subset,
+            **self.protocol,
+            **self.targets,
+            **self.metrics,
+        }
 
 
 def evaluate(
@@ -84,6 +95,8 @@ def evaluate(
         seconds=time.perf_counter() - start,
         protocol=dict(protocol or {}),
         heading=family.heading,
+        shown=family.shown,
+        notes=family.notes(),
     )
 
 

@@ -9,7 +9,7 @@ depend on their order, so that batches, processes and their number change no bit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,33 +31,62 @@ def rank_metric_names(ks: Sequence[int]) -> list[str]:
     return [*(f"hr@{k}" for k in ks), *(f"ndcg@{k}" for k in ks), "mrr"]
 
 
-class RankMetrics:
-    """Streaming sums of the metrics; ``buckets``: ascending lower bounds by the name of a breakdown.
+class Groups:
+    """All users (group 0), then the buckets of each breakdown; ``edges``: ascending lower bounds by its name.
 
     A user whose value lies below the first bound of a breakdown is in none of its buckets.
     """
 
+    def __init__(self, edges: Mapping[str, Sequence[int]]) -> None:
+        self.edges = {name: tuple(bounds) for name, bounds in edges.items()}
+        self.count = 1 + sum(map(len, self.edges.values()))
+
+    def of(self, users: int, **values_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Once for all users and once a breakdown: (numbers of the users in it, the group of each), both int64.
+        ``values_B``: what puts a user in a bucket, by breakdown."""
+        everybody = torch.arange(users)
+        yield everybody, torch.zeros_like(everybody)
+        first = 1
+        for name, bounds in self.edges.items():
+            bucket_B = torch.bucketize(values_B[name], torch.tensor(bounds), right=True) - 1
+            inside = (bucket_B >= 0).nonzero()[:, 0]
+            yield inside, bucket_B[inside] + first
+            first += len(bounds)
+
+    def buckets(
+        self, users_G: Tensor, figures: Callable[[int], Mapping[str, float]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """For each breakdown, its buckets that have users: ``from``, ``to`` (inclusive, None for the open one),
+        ``users`` and the ``figures`` of the group."""
+        result: dict[str, list[dict[str, Any]]] = {}
+        first = 1
+        for name, bounds in self.edges.items():
+            tops = [*(bound - 1 for bound in bounds[1:]), None]
+            result[name] = [
+                {"from": low, "to": top, "users": int(users_G[group]), **figures(group)}
+                for group, (low, top) in enumerate(zip(bounds, tops, strict=True), first)
+                if users_G[group]
+            ]
+            first += len(bounds)
+        return result
+
+
+class RankMetrics:
+    """Streaming sums of the metrics; ``buckets``: ascending lower bounds by the name of a breakdown."""
+
     def __init__(self, ks: Sequence[int], buckets: Mapping[str, Sequence[int]] | None = None):
         self.ks = sorted(set(ks))
         self.names = rank_metric_names(ks)
-        self.buckets = {name: tuple(edges) for name, edges in (buckets or {}).items()}
-        groups = 1 + sum(map(len, self.buckets.values()))
-        self._sums_GM = torch.zeros(groups, len(self.names), dtype=torch.int64)
-        self._users_G = torch.zeros(groups, dtype=torch.int64)
+        self.groups = Groups(buckets or {})
+        self._sums_GM = torch.zeros(self.groups.count, len(self.names), dtype=torch.int64)
+        self._users_G = torch.zeros(self.groups.count, dtype=torch.int64)
 
     def add(self, ranks_B: Tensor, **values_B: Tensor) -> None:
         """Count users by their ranks; ``values_B``: for each breakdown, the value that puts a user in a bucket."""
         gains_BM = (self._gains(ranks_B.double()) * UNIT).round().long()
-        self._sums_GM[0] += gains_BM.sum(0)
-        self._users_G[0] += len(ranks_B)
-        first = 1
-        for name, edges in self.buckets.items():
-            bucket_B = torch.bucketize(values_B[name], torch.tensor(edges), right=True) - 1
-            inside = bucket_B >= 0
-            group_B = bucket_B[inside] + first
-            self._sums_GM.index_add_(0, group_B, gains_BM[inside])
-            self._users_G.index_add_(0, group_B, torch.ones_like(group_B))
-            first += len(edges)
+        for users_U, group_U in self.groups.of(len(ranks_B), **values_B):
+            self._sums_GM.index_add_(0, group_U, gains_BM[users_U])
+            self._users_G.index_add_(0, group_U, torch.ones_like(group_U))
 
     def all_reduce(self, axis: Axis) -> None:
         """Add up over the processes."""
@@ -73,19 +102,7 @@ class RankMetrics:
         return self._means(0)
 
     def by_bucket(self) -> dict[str, list[dict[str, Any]]]:
-        """For each breakdown, its buckets that have users: ``from``, ``to`` (inclusive, None for the open one),
-        ``users`` and the metrics."""
-        result: dict[str, list[dict[str, Any]]] = {}
-        first = 1
-        for name, edges in self.buckets.items():
-            tops = [*(edge - 1 for edge in edges[1:]), None]
-            result[name] = [
-                {"from": low, "to": top, "users": int(self._users_G[group]), **self._means(group)}
-                for group, (low, top) in enumerate(zip(edges, tops, strict=True), first)
-                if self._users_G[group]
-            ]
-            first += len(edges)
-        return result
+        return self.groups.buckets(self._users_G, self._means)
 
     def _gains(self, ranks_B: Tensor) -> Tensor:
         """(B, M) float64 gains of each user."""

@@ -28,13 +28,15 @@ class Encoder(Protocol):
     def __call__(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor: ...
 
 
-def check_causal(task: Task, encoder: Encoder, encoder_name: str) -> None:
-    """Refuse an encoder that would see what it has to predict: the loss would fall to zero and nothing be learnt."""
+def check_causal(
+    task: Task, encoder: Encoder, encoder_name: str, instead: str = ", or model.task=cloze"
+) -> None:
+    """Refuse an encoder that would see what it has to predict: the loss would fall to zero and nothing be learnt.
+    ``instead``: what else could be done."""
     if task.needs_causal and not encoder.causal:
         raise UserError(
             f"model.task {task.config.name} predicts each action from those before it, and model.encoder "
-            f"{encoder_name} sees those behind it too (causal is false): set model.encoder.causal=true, or "
-            "model.task=cloze"
+            f"{encoder_name} sees those behind it too (causal is false): set model.encoder.causal=true{instead}"
         )
 
 

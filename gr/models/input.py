@@ -1,4 +1,4 @@
-"""Item input: x = dropout(sqrt(D) E[item] + P[position]).
+"""Item input: x = dropout(sqrt(D) E[item] + P[position] (+ what a model adds)).
 
 Shapes: T actions in the batch, N positions, D model width.
 """
@@ -58,8 +58,11 @@ class ItemInput(nn.Module):
             "mask": init.truncated_normal(self.item_std),
         }
 
-    def forward(self, tokens_T: Tensor, layout: JaggedLayout, items: View) -> Tensor:
-        """(T, D) float32; ``items``: the view that holds the tokens' vectors."""
+    def forward(
+        self, tokens_T: Tensor, layout: JaggedLayout, items: View, beside_TD: Tensor | None = None
+    ) -> Tensor:
+        """(T, D) float32; ``items``: the view that holds the tokens' vectors; ``beside_TD``: what else is known of the
+        actions, added before the dropout."""
         if hasattr(self, "mask"):
             hidden_T1 = (tokens_T == MASK)[:, None]
             x_TD = torch.where(hidden_T1, self.mask, items.lookup(tokens_T.clamp_min(0)))
@@ -73,4 +76,6 @@ class ItemInput(nn.Module):
                 scale=self.scale,
                 position_PD=self.positions,
             )
+        if beside_TD is not None:
+            x_TD = x_TD + beside_TD
         return self.dropout(x_TD, derive_key(layout.dropout_key, "input"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gr.batch import SequenceBatch
 from gr.embeddings.table import Table
 from gr.embeddings.view import View
+from gr.labels import Described
 from gr.models.step import StepContext
 
 
@@ -32,14 +33,17 @@ class Supervised(Protocol):
 
 
 class Catalogue(Protocol):
-    """What a model may know of the items: their number, and (counted when first asked for) how often each is a
-    training action, int64 of that length."""
+    """What a model may know of the data: the number of items, (counted when first asked for) how often each is a
+    training action, int64 of that length, and what the dataset says of the columns of its actions."""
 
     @property
     def rows(self) -> int: ...
 
     @property
     def training_counts(self) -> Tensor: ...
+
+    @property
+    def manifest(self) -> Described: ...
 
 
 class Model(nn.Module):

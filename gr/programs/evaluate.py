@@ -1,4 +1,5 @@
-"""Evaluate a trained run on a held-out split: the whole catalogue ranked for every user.
+"""Evaluate a trained run on a held-out split: every user once, by what its model is judged by (the target's rank in
+the whole catalogue, or AUC and log loss of labels).
 
 python -m gr evaluate --run runs/NAME --split test --baselines popularity,last_item --buckets
 torchrun --standalone --nproc-per-node 2 -m gr.programs.evaluate runs/NAME eval.exclude=all
@@ -22,9 +23,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--split", default="test", help="a held-out split: test (default) or valid")
     parser.add_argument(
-        "--baselines", default="", metavar="A,B", help="popularity, last_item, item_knn, oracle"
+        "--baselines",
+        default="",
+        metavar="A,B",
+        help="popularity, last_item, item_knn, oracle; of a ranking model: prior",
     )
-    parser.add_argument("--buckets", action="store_true", help="also by history length and item popularity")
+    parser.add_argument(
+        "--buckets", action="store_true", help="also by history length and, of ranks, item popularity"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     options = parser.parse_intermixed_args(arguments)
     settle_run(parser, options)

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from gr import config as configs, registry
+from gr import config as configs
 from gr.config import RunConfig
 from gr.data.making.files import output_file
 from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
 from gr.progress import Progress, default_progress
-from gr.train.evaluation import Evaluation
+from gr.train.evaluation import Evaluation, baseline_kind
 from gr.train.folder import RunFolder
 from gr.train.job import running
 from gr.train.runs import open_run
+from gr.train.selection import judged_by
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,11 @@ def compare(
 
 
 def to_json(done: Comparison) -> str:
-    """Everything of a comparison, buckets included, as JSON."""
-    rows = {name: {**result.row(), "buckets": result.buckets} for name, result in done.results.items()}
+    """Everything of a comparison, buckets included, as JSON: figures, the rule behind them, kinds of targets."""
+    rows = {
+        name: {**result.row(), "notes": result.notes, "buckets": result.buckets}
+        for name, result in done.results.items()
+    }
     content = {"run": done.run, "step": done.step, "epoch": done.epoch, "results": rows}
     return json.dumps(content, indent=1) + "\n"
 
@@ -83,7 +87,7 @@ def _config(run: str, baselines: Sequence[str], overrides: Sequence[str], output
     try:
         config = configs.override(configs.load(RunFolder.existing(run).config), overrides)
         for name in baselines:
-            registry.resolve(registry.BASELINES, name, "baseline")
+            baseline_kind(name, judged_by(config))
         if output is not None:
             output_file(output)
     except UserError as error:

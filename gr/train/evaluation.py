@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from gr.data.dataset import SequenceDataset
 from gr.data.popularity import training_sequences
 from gr.data.requests import HeldOutRequests, requests
 from gr.data.split import Split
-from gr.errors import UserError
+from gr.data.targets import TargetKinds
+from gr.errors import UserError, nearest
 from gr.eval.evaluator import Advance, EvalResult, evaluate
 from gr.eval.family import MetricFamily
+from gr.labels import Labels
 from gr.models.model import Catalogue
 from gr.processes import Processes
 
@@ -24,7 +27,8 @@ from gr.processes import Processes
 class Evaluation:
     """Evaluates scorers on the held-out splits of a dataset, as often as wanted.
 
-    Keeps what does not change between evaluations: which blocks hold targets.  judged_by: the metric family.  Modules
+    Keeps what does not change between evaluations: which blocks hold targets, what kinds of targets they are.
+    judged_by: the metric family.  Modules
     score on the processes' device, other scorers on the CPU; the users are dealt to the data axis.
     columns: of actions that the scorers need beside ``item``; all of numbers without it.
     """
@@ -44,6 +48,7 @@ class Evaluation:
         self.processes = processes or Processes(torch.device("cpu"))
         self.judged_by, self.columns = judged_by, columns
         self._requests: dict[str, HeldOutRequests] = {}
+        self._targets: dict[str, dict[str, float]] = {}
 
     def run(self, name: str, scorer: Any, *, advance: Advance | None = None) -> EvalResult:
         """Metrics of ``scorer`` on the held-out split ``name``, the same on every rank."""
@@ -53,7 +58,7 @@ class Evaluation:
             held_out,
             self.family(),
             split=name,
-            protocol={"exclude": self.config.eval.exclude},
+            protocol=metric_family(self.judged_by).protocol_of(self.config),
             processes=self.processes,
             device=self.processes.device if isinstance(scorer, nn.Module) else "cpu",
             population=lambda: held_out.population,
@@ -65,13 +70,15 @@ class Evaluation:
                 "take it out of eval.splits, or change data.split",
                 everywhere=True,
             )
-        return result
+        if name not in self._targets:
+            assert held_out.kinds is not None
+            counts = self.processes.data.sum(held_out.kinds.counts.tolist(), dtype=torch.int64)
+            self._targets[name] = held_out.kinds.shares(counts)
+        return replace(result, targets=self._targets[name])
 
     def family(self) -> MetricFamily:
         """The metrics, empty."""
-        kind = registry.resolve(registry.METRICS, self.judged_by, "metric family")
-        counts = self.catalogue.training_counts if self.config.eval.buckets else None
-        return kind(self.config.eval, self.catalogue.rows, counts)
+        return metric_family(self.judged_by).of(self.config, self.catalogue)
 
     def baselines(self, name: str, names: Sequence[str] | None = None) -> dict[str, EvalResult]:
         """Metrics of the baselines ``names`` (eval.baselines without it), each fitted to the training actions."""
@@ -80,10 +87,12 @@ class Evaluation:
 
     def baseline(self, name: str) -> Any:
         """The baseline ``name`` ready to score; it has seen training actions only.  It works on the CPU."""
-        kind = registry.resolve(registry.BASELINES, name, "baseline (eval.baselines)")
+        kind = baseline_kind(name, self.judged_by)
         if not hasattr(kind, "fit"):  # knows the dataset's generator
             return kind(self.dataset)
-        return kind().fit(training_sequences(self.dataset, self.split), self.dataset.items)
+        of_labels = self.judged_by == "pointwise"
+        scorer = kind(Labels(self.config.model.tasks, self.catalogue.manifest)) if of_labels else kind()  # type: ignore[attr-defined]
+        return scorer.fit(training_sequences(self.dataset, self.split, scorer.needs), self.dataset.items)
 
     def requests(self, name: str) -> HeldOutRequests:
         """This rank's requests of split ``name``."""
@@ -100,5 +109,29 @@ class Evaluation:
                 world=data.size,
                 max_users=config.max_users,
                 columns=self.columns,
+                kinds=TargetKinds(
+                    lambda: self.catalogue.training_counts.numpy(), timed=self.dataset.has_timestamps
+                ),
             )
         return self._requests[name]
+
+
+def metric_family(judged_by: str) -> type[MetricFamily]:
+    return registry.resolve(registry.METRICS, judged_by, "metric family")
+
+
+def baseline_kind(name: str, judged_by: str) -> Any:
+    """The class of baseline ``name``, if the metric family ``judged_by`` can judge it."""
+    kind = registry.resolve(registry.BASELINES, name, "baseline (eval.baselines)")
+    if kind.judged_by != judged_by:
+        does = {
+            "catalogue": ("ranks the catalogue", "this model gives probabilities of labels"),
+            "pointwise": ("gives probabilities of labels", "this model ranks the catalogue"),
+        }[kind.judged_by]
+        others = [other for other in registry.BASELINES if _judged_by(other) == judged_by]
+        raise UserError(f"baseline '{name}' {does[0]}, and {does[1]}: {nearest('', others)}")
+    return kind
+
+
+def _judged_by(name: str) -> str:
+    return registry.resolve(registry.BASELINES, name, "baseline").judged_by

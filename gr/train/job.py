@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gr.train.memory import advice_when_out_of_memory
 from gr.train.numerics import numerics
 from gr.train.parts import Parts, build
 from gr.train.plots import plot_run
-from gr.train.selection import best_of, best_validation, selection_metric, validations
+from gr.train.selection import best_of, best_validation, family_of, selection_metric, validations
 from gr.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -46,12 +46,15 @@ def nothing(folder: RunFolder) -> None:
 @dataclass(frozen=True)
 class RunResult:
     """``metrics``: the rows of metrics.jsonl, on the main process.  ``finished``: False if stopped by a signal
-    (resume it).  ``selection``: the validation metric by which an epoch is chosen."""
+    (resume it).  ``selection``: the validation metric by which an epoch is chosen.  ``shown``: the metrics that people
+    look at first.  ``model``: its kind."""
 
     path: Path
     metrics: list[dict[str, Any]]
     finished: bool
     selection: str = "ndcg@10"
+    shown: list[str] = field(default_factory=list)
+    model: str = "retrieval"
 
     def evaluation(
         self, split: str = "test", epoch: int | None = None, step: int | None = None
@@ -160,12 +163,12 @@ def _prepare_folder(folder: RunFolder, config: RunConfig, cursor: Cursor, newest
 
 def _reconsider_best(folder: RunFolder, config: RunConfig, cursor: Cursor) -> None:
     """The best validation so far, where the metric or the protocol that chooses it has changed."""
-    metric = selection_metric(config)
-    now = {"metric": metric, "exclude": config.eval.exclude}
+    metric, protocol = selection_metric(config), family_of(config).protocol_of(config)
+    now = {"metric": metric, **protocol}
     before = {key: cursor.best.get(key) for key in now}
     if not cursor.best or before == now:
         return
-    rows = [r for r in folder.read_metrics() if r.get("exclude") == config.eval.exclude]
+    rows = [r for r in folder.read_metrics() if all(r.get(key) == protocol[key] for key in protocol)]
     best, so_far = best_validation(rows, metric), validations(rows, metric)
     cursor.best = {} if best is None else best_of(best, metric)
     cursor.stale = 0 if best is None else len(so_far) - 1 - so_far.index(best)
@@ -189,10 +192,10 @@ def _train(
     rows = folder.read_metrics() if processes.is_main else []
     if processes.is_main:
         try:
-            plot_run(folder)
+            plot_run(folder, trainer.shown)
         except Exception as error:  # a picture can never fail a run
             log.warning("no plot of '%s' (%s)", folder.path, error)
-    return RunResult(folder.path, rows, finished, trainer.selection)
+    return RunResult(folder.path, rows, finished, trainer.selection, trainer.shown, config.model.name)
 
 
 def _new_folder(config: RunConfig, processes: Processes) -> RunFolder:

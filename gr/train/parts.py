@@ -14,8 +14,8 @@ from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Processes
 from gr.train.engines.engine import Engine
-from gr.train.evaluation import Evaluation
-from gr.train.selection import check_selection
+from gr.train.evaluation import Evaluation, baseline_kind
+from gr.train.selection import check_selection, judged_by
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ def build(config: RunConfig, processes: Processes) -> Parts:
 
 def _open_to_train(config: RunConfig) -> Data:
     check_selection(config)
+    for name in config.eval.baselines:
+        baseline_kind(name, judged_by(config))
     data = open_data(config)
     data.split.check_dataset(data.dataset)
     return data

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from gr.train.folder import RunFolder
 
 
-def plot_run(folder: RunFolder) -> Path | None:
-    """Draw ``plots/training.png`` (and ``.svg``) from metrics.jsonl; baselines are dashed lines.  None: no rows."""
+def plot_run(folder: RunFolder, metrics: Sequence[str]) -> Path | None:
+    """Draw ``plots/training.png`` (and ``.svg``) from metrics.jsonl, the first two of ``metrics`` that were evaluated
+    beside the loss; baselines are dashed lines.  None: no rows."""
     rows = folder.read_metrics()
     train = [r for r in rows if r["kind"] == "train"]
     evaluations = [r for r in rows if r["kind"] == "eval"]
@@ -18,7 +20,7 @@ def plot_run(folder: RunFolder) -> Path | None:
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
 
     baselines = {r["name"]: r for r in rows if r["kind"] == "baseline" and r["split"] == "test"}
-    names = [m for m in ("hr@10", "ndcg@10") if evaluations and m in evaluations[0]]
+    names = [name for name in metrics if any(name in row for row in evaluations)][:2]
     figure = Figure(figsize=(4.6 * (1 + len(names)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss_axes, *metric_axes = figure.subplots(1, 1 + len(names), squeeze=False)[0]
@@ -37,7 +39,9 @@ def plot_run(folder: RunFolder) -> Path | None:
             axes.annotate(
                 label, (1, row[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8
             )
-        axes.set(xlabel="step", title=name.upper(), ylim=(0, None))
+        axes.set(xlabel="step", title=name.upper())
+        if "@" in name:  # a share of hits; AUC begins at a half, a loss nowhere
+            axes.set_ylim(0, None)
         if len({r["split"] for r in evaluations}) > 1:
             axes.legend(loc="center right", frameon=False)
     for axes in (loss_axes, *metric_axes):

@@ -11,8 +11,6 @@ from rich.text import Text
 from gr.train.job import RunResult
 from gr.train.selection import best_validation
 
-SHOWN = ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr")
-
 
 def final_rows(result: RunResult) -> dict[str, dict[str, Any]]:
     """Evaluations worth reporting: the baselines, the last epoch, and the epoch that the validation split chose."""
@@ -37,11 +35,11 @@ def print_result(result: RunResult) -> None:
     table = Table(title=Text(str(result.path)), title_justify="left")
     table.add_column("")
     table.add_column("epoch", justify="right")
-    for name in SHOWN:
+    for name in result.shown:
         table.add_column(name, justify="right")
     for label, row in final_rows(result).items():
         epoch = str(row["epoch"] + 1) if row["kind"] == "eval" else ""
-        table.add_row(label, epoch, *(f"{row[name]:.4f}" if name in row else "" for name in SHOWN))
+        table.add_row(label, epoch, *(f"{row[name]:.4f}" if name in row else "" for name in result.shown))
     Console().print(table)
     digests = [r["data_digest"] for r in result.metrics if r["kind"] == "train"]
     # plain lines: a console would break long paths, which are there to be copied
@@ -50,4 +48,5 @@ def print_result(result: RunResult) -> None:
     print(f"plot     {result.path / 'plots' / 'training.png'}")
     print(f"metrics  {result.path / 'metrics.jsonl'}")
     print(f"next     python -m gr evaluate --run {result.path} --split test")
-    print(f"         python -m gr recommend --run {result.path} --users all --k 100 --out recs.parquet")
+    if result.model == "retrieval":
+        print(f"         python -m gr recommend --run {result.path} --users all --k 100 --out recs.parquet")

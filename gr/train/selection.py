@@ -8,6 +8,7 @@ from typing import Any
 from gr import registry
 from gr.config import RunConfig
 from gr.errors import UserError, nearest
+from gr.eval.family import MetricFamily
 
 PROTOCOL = ("exclude", "of_users")
 """Keys of an evaluation's row beside which its figures mean something: others are not compared with it."""
@@ -15,16 +16,24 @@ PROTOCOL = ("exclude", "of_users")
 LOWER_IS_BETTER = ("log_loss", "ne")
 
 
+def judged_by(config: RunConfig) -> str:
+    """The metric family of the config's model."""
+    return config.model.component().judged_by  # type: ignore[attr-defined]
+
+
+def family_of(config: RunConfig) -> type[MetricFamily]:
+    return registry.resolve(registry.METRICS, judged_by(config), "metric family")
+
+
 def metric_names(config: RunConfig) -> list[str]:
     """What an evaluation of the config's model gives."""
-    judged_by = config.model.component().judged_by  # type: ignore[attr-defined]
-    return registry.resolve(registry.METRICS, judged_by, "metric family").names_of(config)
+    return family_of(config).names_of(config)
 
 
 def selection_metric(config: RunConfig) -> str:
-    """The validation metric that chooses: early stopping's, or the first of the model's that is one of ndcg@10, mrr,
-    auc."""
-    if config.train.early_stopping is not None:
+    """The validation metric that chooses: early stopping's where it names one, or the first of the model's that is one
+    of ndcg@10, mrr, auc."""
+    if config.train.early_stopping is not None and config.train.early_stopping.metric is not None:
         return config.train.early_stopping.metric
     known = metric_names(config)
     preferred = [name for want in ("ndcg@10", "mrr", "auc") for name in known if name.split("/")[0] == want]
@@ -39,11 +48,11 @@ def check_selection(config: RunConfig) -> None:
         raise UserError(
             "train.early_stopping looks at split 'valid': add it to eval.splits, or stop by train.epochs"
         )
-    metric, names = config.train.early_stopping.metric, set(metric_names(config))
+    metric, names = selection_metric(config), set(metric_names(config))
     if metric not in names:
+        more = ", or add its k to eval.ks" if "@" in metric and judged_by(config) == "catalogue" else ""
         raise UserError(
-            f"train.early_stopping.metric '{metric}' is not evaluated ({nearest(metric, names)}): "
-            "change it, or add its k to eval.ks"
+            f"train.early_stopping.metric '{metric}' is not evaluated ({nearest(metric, names)}): change it{more}"
         )
 
 

@@ -30,7 +30,7 @@ from gr.train.log import MetricsLog, StepProgress
 from gr.train.memory import give_back_freed_memory
 from gr.train.parts import Parts
 from gr.train.schedule import rate_factor
-from gr.train.selection import best_of, better, comparable, selection_metric
+from gr.train.selection import best_of, better, comparable, family_of, selection_metric
 from gr.train.stopping import StopSignal
 from gr_kernels.counter_random import derive_key
 
@@ -50,7 +50,8 @@ class Trainer:
         self.config, self.processes, self.folder, self.cursor = config, processes, folder, cursor
         self.model, self.engine = parts.model, parts.engine
         self.batches, self.evaluation = parts.batches, parts.evaluation
-        self.selection = selection_metric(config)
+        self.selection, self.shown = selection_metric(config), family_of(config).shown_of(config)
+        self._noted: set[str] = set()
         self.on_step = on_step
         self.total_steps = config.train.epochs * parts.batches.per_epoch
         if config.train.max_steps is not None:
@@ -125,7 +126,7 @@ class Trainer:
             result = self.evaluation.run(split, self.model)
             row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step, **result.row()}
             self.cursor.metrics_rows += self.metrics.write(row)
-            self.progress.say(summary(row))
+            self._say(row, result.notes)
             if split == "valid":
                 self._compare_with_best(row)
 
@@ -135,7 +136,7 @@ class Trainer:
             for name, result in self.evaluation.baselines(split).items():
                 row = {"kind": "baseline", "name": name, "epoch": 0, "step": 0, **result.row()}
                 self.cursor.metrics_rows += self.metrics.write(row)
-                self.progress.say(summary(row))
+                self._say(row, result.notes)
 
     def save(self) -> None:
         """Publish a checkpoint of this moment."""
@@ -249,8 +250,23 @@ class Trainer:
         """Over all processes: of a part of the world each would go its own way."""
         return self.processes.world.sum(counts, dtype=torch.int64)
 
+    def _say(self, row: dict[str, Any], notes: list[str]) -> None:
+        self.progress.say(summary(row, self.shown))
+        for note in notes:
+            if (said := f"{row['split']}: {note}") not in self._noted:  # it is so in every evaluation
+                self._noted.add(said)
+                self.progress.say(said)
+
     def _compare_with_best(self, row: dict[str, Any]) -> None:
         best, metric = self.cursor.best, self.selection
+        if metric not in row:
+            if self.config.train.early_stopping is None:
+                return
+            raise UserError(
+                f"train.early_stopping looks at {metric}, and the labels of split 'valid' have none (all are the same, "
+                "or none is known): choose another metric, or stop by train.epochs",
+                everywhere=True,
+            )
         if not comparable(best, row, metric) or better(metric, row[metric], best["value"]):
             self.cursor.best, self.cursor.stale = best_of(row, metric), 0
         else:
@@ -294,10 +310,8 @@ class Trainer:
         )
 
 
-def summary(row: dict[str, Any]) -> str:
-    """An evaluation in one line."""
-    shown = [
-        f"{name} {row[name]:.4f}" for name in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr") if name in row
-    ]
+def summary(row: dict[str, Any], shown: list[str]) -> str:
+    """An evaluation in one line: its metrics ``shown``."""
+    figures = [f"{name} {row[name]:.4f}" for name in shown if name in row]
     who = row["name"] if row["kind"] == "baseline" else f"epoch {row['epoch'] + 1}"
-    return f"{who:<10}  {row['split']:<5} {'  '.join(shown)}  ({row['users']:,} users)"
+    return f"{who:<10}  {row['split']:<5} {'  '.join(figures)}  ({row['users']:,} users)"

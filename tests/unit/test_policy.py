@@ -28,6 +28,7 @@ KNOWN_TO_ALL = {
     "gr.progress",
     "gr.launcher",
     "gr.shipped",
+    "gr.labels",
 }
 BOTTOM = {"gr_kernels"}
 LOWER = BOTTOM | {"gr.embeddings", "gr.modality"}
@@ -45,6 +46,7 @@ MAY_IMPORT = {
     "gr.sections": {"gr.errors", "gr.registry"},
     "gr.overlay": {"gr.errors", "gr.sections", "gr.yaml12"},
     "gr.config": {"gr.errors", "gr.registry", "gr.sections", "gr.overlay", "gr.yaml12", "gr.shipped"},
+    "gr.labels": {"gr.config", "gr.errors"},
     "gr.embeddings": KNOWN_TO_ALL | BOTTOM | {"gr.modality"},
     "gr.modality": KNOWN_TO_ALL | BOTTOM | {"gr.embeddings"},
     "gr.data": KNOWN_TO_ALL | LOWER,

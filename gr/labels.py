@@ -1,0 +1,150 @@
+"""Labels: what is true of an action or not, by a threshold or a set of one of its columns.
+
+Shapes: A actions, K tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+import torch
+from pydantic import AfterValidator, Field, model_validator
+from torch import Tensor
+
+from gr.config import DISTINCT, Section
+from gr.errors import UserError, nearest
+
+TYPE = "type"
+"""The column whose numbers are codes of names."""
+
+
+def _plain(tasks: dict[str, Any]) -> dict[str, Any]:
+    if odd := [name for name in tasks if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+        raise ValueError(f"{odd[0]!r} becomes a part of metrics' names: use letters, digits, _ and - alone")
+    return tasks
+
+
+class LabelTask(Section):
+    """An action has the label if its ``column`` is ``at_least`` so much, or ``any_of`` these; one of the two is
+    given.  Action types are called by the log's names."""
+
+    column: str
+    at_least: Annotated[float, Field(ge=-(2**53), le=2**53)] | None = None
+    any_of: Annotated[list[int | float | str], DISTINCT, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> LabelTask:
+        if (self.at_least is None) == (self.any_of is None):
+            raise ValueError("give it either at_least, a number, or any_of, a list")
+        return self
+
+
+TASKS = Annotated[dict[str, LabelTask], Field(min_length=1), AfterValidator(_plain)]
+"""The type of a config's key that names tasks."""
+
+
+class ColumnLike(Protocol):
+    """What is known of a column: ``gr.data.columns.ColumnInfo``."""
+
+    name: str
+    type: str
+    of: str
+    multi: bool
+
+
+class Described(Protocol):
+    """What a dataset says of its columns: ``gr.data.manifest.Manifest``."""
+
+    @property
+    def columns(self) -> Sequence[Any]:
+        """Each a :class:`ColumnLike`."""
+        ...
+
+    @property
+    def action_type_names(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A task with its names resolved: ``column`` >= ``at_least``, or one of ``any_of``."""
+
+    column: str
+    at_least: float | None
+    any_of: tuple[float, ...] = ()
+
+    def of(self, column_A: Tensor) -> Tensor:
+        """(A,) float32: 1 or 0, NaN where the column is NaN: nobody knows."""
+        if self.at_least is not None:
+            # of float32 torch compares float32 with the threshold as float32: 4.1 is at least 4.1
+            label_A = column_A >= self.at_least
+        else:
+            label_A = torch.zeros_like(column_A, dtype=torch.bool)
+            for value in self.any_of:  # no tensor of them: it would have to go to the device in every step
+                label_A = label_A | (column_A == value)
+        label_A = label_A.float()
+        return label_A.masked_fill(column_A.isnan(), torch.nan) if column_A.is_floating_point() else label_A
+
+
+class Labels:
+    """The labels of tasks, for columns of a dataset.  ``names``: of the tasks, in the config's order.  ``columns``:
+    those that are looked at.  Raises UserError where a task doesn't fit the dataset's columns."""
+
+    def __init__(self, tasks: Mapping[str, LabelTask], dataset: Described) -> None:
+        self.names = list(tasks)
+        self.rules = [_rule(f"model.tasks.{name}", task, dataset) for name, task in tasks.items()]
+        self.columns = frozenset(rule.column for rule in self.rules)
+
+    def of(self, columns: Mapping[str, Any]) -> Tensor:
+        """(A, K) float32 of columns of A values each: 1 where an action has the label, 0 where not, NaN unknown."""
+        return torch.stack([rule.of(columns[rule.column]) for rule in self.rules], dim=1)
+
+
+def _rule(key: str, task: LabelTask, dataset: Described) -> Rule:
+    known: dict[str, ColumnLike] = {info.name: info for info in dataset.columns if info.of == "actions"}
+    if task.column not in known:
+        raise UserError(
+            f"config key '{key}.column' is '{task.column}', which is no column of the dataset's actions: "
+            f"{nearest(task.column, known)}"
+        )
+    info = known[task.column]
+    if info.multi or info.type == "string":
+        what = "holds lists" if info.multi else "is text"
+        raise UserError(
+            f"config key '{key}.column' is '{task.column}', and that column {what}: choose a column of numbers, "
+            "one an action"
+        )
+    if info.name == TYPE:
+        return Rule(TYPE, None, _codes(key, task, dataset.action_type_names))
+    if names := [value for value in task.any_of or () if isinstance(value, str)]:
+        raise UserError(
+            f"config key '{key}.any_of' has '{names[0]}', and column '{task.column}' holds numbers: give numbers"
+        )
+    values: Sequence[Any] = task.any_of or ()
+    if not info.type.startswith("int"):
+        return Rule(task.column, task.at_least, tuple(float(value) for value in values))
+    # integers are compared as such: as float32 they would lose digits
+    if broken := [value for value in values if value != int(value)]:
+        raise UserError(
+            f"config key '{key}.any_of' has {broken[0]}, and column '{task.column}' holds integers: give integers"
+        )
+    least = None if task.at_least is None else math.ceil(task.at_least)
+    return Rule(task.column, least, tuple(int(value) for value in values))
+
+
+def _codes(key: str, task: LabelTask, names: Sequence[str]) -> tuple[int, ...]:
+    if task.any_of is None:
+        raise UserError(
+            f"config key '{key}.at_least' is {task.at_least:g}, and action types have no order: name those that have "
+            f"the label in {key}.any_of ({nearest('', names)})"
+        )
+    for value in task.any_of:
+        if str(value) not in names:
+            raise UserError(
+                f"config key '{key}.any_of' has '{value}', which is no action type of the dataset: "
+                f"{nearest(str(value), names)}"
+            )
+    return tuple(names.index(str(value)) for value in task.any_of)

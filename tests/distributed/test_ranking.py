@@ -1,0 +1,76 @@
+"""A ranking model over processes: the same losses and weights but for rounding, and the same metrics to the bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gr.train.folder import RunFolder
+from tests.end_to_end.tiny import ROOT, train, weights
+from tests.unit.test_ranking_run import CONFIG, make_dataset
+
+PLAIN = [
+    *("model.input.dropout=0", "model.encoder.dropout=0", "train.epochs=1", "eval.splits=[test]"),
+    "optimizer={name: sgd, lr: 0.5}",  # its steps are as large as the gradients: a wrong scale would show
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ranking")
+    make_dataset(path / "data")
+    return path
+
+
+def run(folder, name, overrides=(), processes=1):
+    file, path = folder / f"{name}.yaml", folder / name
+    file.write_text(CONFIG.format(run=path, data=folder / "data"))
+    train(["--config", file, *PLAIN, *overrides], processes)
+    rows = RunFolder(path).read_metrics()
+    tensors = {key: value for key, value in weights(path).items() if key.startswith("model/")}
+    return [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "baseline"], tensors
+
+
+def evaluated(folder, name, processes):
+    out = folder / f"{name}-{processes}.json"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    program = [str(ROOT / "launch/evaluate.py"), str(folder / name), "--baselines", "prior", "--buckets"]
+    command = [sys.executable, *(launcher if processes > 1 else []), *program, "--json", str(out)]
+    done = subprocess.run([*command, "eval.batch=37"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(out.read_text())["results"]
+
+
+def test_processes_micro_batches_engines_and_tables_train_alike(folder):
+    rows, baselines, tensors = run(folder, "one")
+    for name, overrides, processes in (
+        ("micro", ["train.micro_batch_actions=60"], 1),
+        ("ddp", [], 2),
+        ("all_reduce", ["train.engine=all_reduce", "train.micro_batch_actions=60"], 2),
+        ("mapped", ["model.table=mapped"], 2),
+    ):
+        other_rows, other_baselines, other = run(folder, name, overrides, processes)
+        for key in ("step", "targets", "samples", "data_digest"):
+            assert [r[key] for r in other_rows] == [r[key] for r in rows], name
+        assert other_baselines == baselines, f"{name}: not the same bits"
+        # sums of some hundred float32 terms in another order (1e-5 of their size at most), carried on by 13 steps
+        losses = [[r["loss"] for r in found] for found in (other_rows, rows)]
+        np.testing.assert_allclose(*losses, rtol=2e-5, err_msg=name)
+        for key, tensor in tensors.items():
+            np.testing.assert_allclose(other[key], tensor, atol=2e-5, rtol=0, err_msg=f"{name} {key}")
+
+
+def test_two_processes_measure_what_one_does(folder):
+    if not (folder / "one").exists():
+        run(folder, "one")
+    (text, alone), (_, both) = (evaluated(folder, "one", processes) for processes in (1, 2))
+    assert alone == both, "not the same bits"
+    lines = " ".join(text.split())
+    assert "targets: 0.0% never a training action" in lines and "labels of the last action" in lines
+    row = alone["hstu"]
+    assert {"auc/like", "cold_targets", "repeated_targets", "tied_targets", "notes", "buckets"} <= row.keys()
+    assert 0 < row["repeated_targets"] < 1 and 0.3 < row["tied_targets"] < 0.7

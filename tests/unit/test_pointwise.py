@@ -1,0 +1,217 @@
+"""AUC, NE and log loss against counting every pair, and the sums behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from gr.batch import SequenceBatch
+from gr.config import EvalSection
+from gr.data.columns import ColumnInfo
+from gr.errors import UserError
+from gr.eval.baselines import Prior
+from gr.eval.evaluator import evaluate
+from gr.eval.pointwise import LARGEST_LOSS, WIDTH, PointwiseMetrics
+from gr.eval.tables import buckets_tables, results_table
+from gr.labels import Labels, LabelTask
+
+COLUMNS = [ColumnInfo("item", "int32"), ColumnInfo("value", "float32")]
+LABELS = Labels(
+    {"like": LabelTask(column="value", at_least=4), "love": LabelTask(column="value", at_least=5)},
+    SimpleNamespace(columns=COLUMNS, action_type_names=[]),
+)
+
+
+@dataclass
+class Asked:
+    """Users with a history of one action, which must not count, and the action that is judged."""
+
+    batch: SequenceBatch
+    history_lengths_B: torch.Tensor
+    users: np.ndarray
+
+    def __len__(self):
+        return self.batch.sequences
+
+    def to(self, device):
+        return self
+
+
+def asked(values, lengths, ordinals=None):
+    count = len(values)
+    both = torch.stack([torch.full((count,), 5.0), torch.as_tensor(values, dtype=torch.float32)], dim=1)
+    ordinals = torch.arange(count) if ordinals is None else ordinals
+    columns = {"item": torch.zeros(2 * count, dtype=torch.int64), "value": both.flatten()}
+    batch = SequenceBatch(torch.arange(count + 1) * 2, ordinals, (2,) * count, columns)
+    return Asked(batch, torch.as_tensor(lengths), ordinals.numpy() + 1000)
+
+
+class Fixed:
+    """Logits by ordinal."""
+
+    def __init__(self, logits):
+        self.table = torch.as_tensor(logits, dtype=torch.float32)
+
+    def logits(self, batch):
+        return self.table[batch.ordinals_B]
+
+
+def measured(logits, values, lengths, order=None, size=None, buckets=True):
+    family = PointwiseMetrics(EvalSection(buckets=buckets), LABELS)
+    order = torch.arange(len(values)) if order is None else order
+    for part in order.split(size or len(values)):
+        family.add(Fixed(logits), asked(np.asarray(values)[part], np.asarray(lengths)[part], part))
+    return family
+
+
+def brute_auc(logits, labels):
+    positives, negatives = logits[labels == 1], logits[labels == 0]
+    above = (positives[:, None] > negatives[None]).mean()
+    return above + (positives[:, None] == negatives[None]).mean() / 2
+
+
+def brute_loss(logits, labels):
+    logits = logits.astype(np.float64)
+    return np.mean(np.logaddexp(0, logits) - labels * logits)
+
+
+def brute_entropy(labels):
+    rate = labels.mean()
+    return -rate * np.log(rate) - (1 - rate) * np.log(1 - rate)
+
+
+def case(seed, users=400, scale=2.0):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(1, 6, users).astype(np.float32)
+    logits = (rng.normal(0, scale, (users, 2)) + 0.4 * values[:, None] - 1.5).astype(np.float32)
+    logits[rng.random(users) < 0.2] = 0.5  # exact ties
+    values[rng.random(users) < 0.1] = np.nan
+    return logits, values, rng.integers(1, 60, users)
+
+
+@pytest.mark.parametrize("seed,scale", [(0, 2.0), (1, 0.01), (2, 30.0)])
+def test_metrics_agree_with_counting_every_pair(seed, scale):
+    logits, values, lengths = case(seed, scale=scale)
+    result = measured(logits, values, lengths).result()
+    known = ~np.isnan(values)
+    for task, (name, least) in enumerate((("like", 4), ("love", 5))):
+        labels, own = (values[known] >= least).astype(float), logits[known, task]
+        cells = np.floor(own.astype(np.float64) / WIDTH).clip(-(2**15), 2**15 - 1)
+        shared = (cells[labels == 1][:, None] == cells[labels == 0][None]).mean() / 2
+        assert abs(result[f"auc/{name}"] - brute_auc(own, labels)) <= shared + 1e-12
+        assert result[f"log_loss/{name}"] == pytest.approx(brute_loss(own, labels), abs=2.0**-25 + 1e-12)
+        wanted = brute_loss(own, labels) / brute_entropy(labels)
+        assert result[f"ne/{name}"] == pytest.approx(wanted, abs=1e-6)
+        assert result[f"base_rate/{name}"] == labels.mean() and result[f"labels/{name}"] == known.sum()
+
+
+def test_auc_is_exact_on_logits_that_are_far_apart_and_says_how_exact():
+    rng = np.random.default_rng(5)
+    values = rng.integers(3, 6, 500).astype(np.float32)
+    logits = (rng.integers(-300, 300, (500, 2)) / 32).astype(np.float32)
+    family = measured(logits, values, np.ones(500, int))
+    for task, (name, least) in enumerate((("like", 4), ("love", 5))):
+        assert family.result()[f"auc/{name}"] == pytest.approx(
+            brute_auc(logits[:, task], values >= least), abs=1e-12
+        )
+    shared = [
+        (logits[values >= least, task][:, None] == logits[values < least, task][None]).mean() / 2
+        for task, least in ((0, 4), (1, 5))
+    ]
+    assert family.heading == f"labels of the last action, AUC exact to {max(shared):.0e}"
+
+
+def test_sums_depend_on_no_order():
+    logits, values, lengths = case(3, users=997)
+    whole = measured(logits, values, lengths)
+    for order, size in ((torch.arange(997).flip(0), 7), (torch.randperm(997), 640)):
+        other = measured(logits, values, lengths, order, size)
+        assert other.result() == whole.result() and other.by_bucket() == whole.by_bucket()
+
+
+def test_buckets_are_the_metrics_of_their_users():
+    logits, values, lengths = case(4)
+    buckets = measured(logits, values, lengths).by_bucket()["history"]
+    assert [b["from"] for b in buckets] == [1, 5, 10, 20, 50]
+    for bucket in buckets:
+        inside = (lengths >= bucket["from"]) & (lengths <= (bucket["to"] or 10**9))
+        alone = measured(logits[inside], values[inside], lengths[inside]).result()
+        assert {k: v for k, v in bucket.items() if "/" in k} == alone and bucket["users"] == inside.sum()
+    assert measured(logits, values, lengths, buckets=False).by_bucket() == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "missing", "note"),
+    [
+        ([4, 4, 4], ["auc/like", "ne/like"], "no auc/like and no ne/like: all 3 labels are 1"),
+        ([4, 4, 4], ["auc/love", "ne/love"], "no auc/love and no ne/love: all 3 labels are 0"),
+        (
+            [np.nan] * 2,
+            ["auc/like", "ne/like", "log_loss/like"],
+            "no metrics of like: no user's label is known",
+        ),
+    ],
+)
+def test_without_both_labels_there_is_no_auc_but_a_sentence(values, missing, note):
+    family = measured(np.zeros((len(values), 2)), values, [1] * len(values))
+    result = family.result()
+    assert not set(missing) & result.keys() and note in family.notes()
+    assert family.users == len(values) and result["labels/like"] == np.isfinite(values).sum()
+    for table in (results_table({"x": evaluate(Fixed([[0, 0]]), [], family)}, "title"),):
+        assert note in table.caption
+    assert measured(np.zeros((2, 2)), [1, 5], [1, 1]).notes() == []
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_logit_that_is_no_number_is_one_sentence(bad):
+    logits = np.zeros((6, 2), np.float32)
+    logits[4, 1] = bad
+    with pytest.raises(
+        UserError, match=r"Fixed gave logits that are no finite numbers for 1 users, the first is 1004"
+    ):
+        measured(logits, [1, 2, 3, 4, 5, 1], [1] * 6, size=3)
+    with pytest.raises(ValueError, match=r"gave \(6, 1\), not \(6, 2\)"):
+        measured(np.zeros((6, 1)), [1, 2, 3, 4, 5, 1], [1] * 6)
+
+
+def test_enormous_logits_overflow_nothing():
+    logits = np.array([[3e38, 0], [-3e38, 0], [1e6, 0]])
+    result = measured(logits, [5, 1, 1], [1, 1, 1]).result()
+    assert result["auc/like"] == 0.75  # both large ones share the last bin
+    assert result["log_loss/like"] == pytest.approx(LARGEST_LOSS / 3)
+
+
+def test_the_prior_is_the_base_rate_of_the_training_actions():
+    values = np.array([5, 4, 3, np.nan, 1, 4], np.float32)
+    training = [
+        SimpleNamespace(columns={"value": values[:2], "item": np.zeros(2, np.int32)}),
+        SimpleNamespace(columns={"value": values[2:], "item": np.zeros(4, np.int32)}),
+    ]
+    prior = Prior(LABELS).fit(training, 9)
+    logits = prior.logits(asked([1, 2], [1, 1]).batch)
+    wanted = torch.tensor([[3.5 / 2.5, 1.5 / 4.5]]).log().expand(2, -1)
+    torch.testing.assert_close(logits, wanted)
+    assert prior.needs == {"value"} and prior.judged_by == "pointwise"
+    untold = Prior(LABELS).fit([], 9).logits(asked([1], [1]).batch)
+    assert untold.tolist() == [[0, 0]]
+
+
+def test_tables_have_a_row_a_task_and_fit_a_terminal():
+    import io
+
+    from rich.console import Console
+
+    logits, values, lengths = case(6)
+    family = measured(logits, values, lengths)
+    result = evaluate(Fixed(logits), [], family)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table({"prior": result, "hstu": result}, "title"))
+    for table in buckets_tables(result, "hstu"):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text and "log_loss" in text and "love" in text and "400 users, labels of" in text
+    assert text.count(f"{result.metrics['auc/love']:.4f}") == 2 and "by actions in the user's history" in text
