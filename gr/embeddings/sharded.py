@@ -64,8 +64,8 @@ class TorchRecTable(Table):
         self.spec, self.processes = spec, processes
         self.by_columns = config.sharding == "column_wise" and processes.world.size > 1
         width = spec.dim + spec.bias
-        if self.by_columns:  # columns divide evenly
-            width += -width % processes.world.size
+        if self.by_columns:  # TorchRec cuts columns into fours, evenly, or else not at all and says nothing
+            width += -width % (4 * processes.world.size)
         self.width = width
         self.module, self.plan = shard(spec, width, config.sharding, processes)
         self.shards = [
