@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tests.kernels.precision import assert_precise
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,7 +15,6 @@ from gr_kernels.bias_table_gradient import bias_table_gradient, triton_op
 from gr_kernels.dispatch import explain
 from gr_kernels.triton_common import sums_by_entry
 from gr_kernels.triton_common.available import why_unavailable
-from tests.kernels.precision import assert_precise
 
 IMPLEMENTATIONS = ["reference", "cpp", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Values, entries, type of the buckets.

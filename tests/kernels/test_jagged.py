@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.kernels.precision import assert_precise
 from torch import Tensor
 
 from gr_kernels import native
@@ -27,7 +28,6 @@ from gr_kernels.jagged import (
 )
 from gr_kernels.triton_common import sums_by_entry
 from gr_kernels.triton_common.available import why_unavailable
-from tests.kernels.precision import assert_precise
 
 MOVING = ["reference", "cpp", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 COMPUTING = ["reference", "triton"]
