@@ -32,12 +32,11 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return flat.unflatten(0, a.shape[:-2])
 
 
-def sum_of_rows(weights_CN: Tensor, rows_ND: Tensor) -> Tensor:
-    """weights @ rows, (C, D), for sums so long that their order matters (N the size of a catalogue)."""
+def sum_of_rows(weights_CN: Tensor, rows_ND: Tensor, scale: float, out_CD: Tensor) -> None:
+    """out = scale * weights @ rows, for sums so long that their order matters (N the size of a catalogue)."""
     count = rows_ND.shape[0]
-    if rows_ND.device.type != "cpu" or count <= BLOCK:
-        return weights_CN @ rows_ND
-    total_CD = weights_CN[:, :BLOCK] @ rows_ND[:BLOCK]
-    for start in range(BLOCK, count, BLOCK):
-        total_CD += weights_CN[:, start : start + BLOCK] @ rows_ND[start : start + BLOCK]
-    return total_CD
+    step = BLOCK if rows_ND.device.type == "cpu" else max(1, count)
+    torch.addmm(out_CD, weights_CN[:, :step], rows_ND[:step], beta=0, alpha=scale, out=out_CD)
+    for start in range(step, count, step):
+        block = slice(start, start + step)
+        out_CD += (weights_CN[:, block] @ rows_ND[block]).mul_(scale)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LONG = 65_536
 DIVISOR = 100.0
 NAMES = ("q", "k", "v", "position", "time")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def with_tile(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int) -> None:

@@ -258,14 +258,6 @@ def check(case: Case, device: torch.device, inputs: Inputs | None = None) -> Non
     assert_within(results(inputs.moved(device, case.dtype)), exact, allowed, case.dtype)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_specification(case: Case, device: torch.device) -> None:
     check(case, device)

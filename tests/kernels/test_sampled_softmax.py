@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,6 @@ from tests.kernels.loss_problems import EPS, LEAVES, assert_precise, inputs, res
 
 WAYS = ["triton", "scores"]
 LOG_P = -2.0  # about the log share of an item among a few
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

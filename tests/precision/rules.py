@@ -28,18 +28,24 @@ def size(x: Any) -> Tensor:
     return x.masked_fill(~x.isfinite(), 0.0)
 
 
+def _operand(a: Any, x: Any) -> Tensor:
+    """The bound of an operand; a constant of the program has been rounded once."""
+    return a.error(x) if isinstance(x, Tensor) else a.sums * size(x)
+
+
 def _add(a: Any, out: Tensor, x: Any, y: Any, alpha: float = 1) -> Tensor:
-    return a.error(x) + abs(alpha) * a.error(y) + a.sums * size(out)
+    e_y = abs(alpha) * _operand(a, y)
+    return _operand(a, x) + e_y + a.sums * (size(out) + (size(out) + size(x) if alpha not in (1, -1) else 0))
 
 
 def _mul(a: Any, out: Tensor, x: Any, y: Any) -> Tensor:
-    ex, ey = a.error(x), a.error(y)
+    ex, ey = _operand(a, x), _operand(a, y)
     return size(x) * ey + size(y) * ex + ex * ey + a.sums * size(out) + FLUSHED * (out != 0)
 
 
 def _div(a: Any, out: Tensor, x: Any, y: Any) -> Tensor:
     # (x + ex) / (y - ey) - x / y
-    ex, ey = a.error(x), a.error(y)
+    ex, ey = _operand(a, x), _operand(a, y)
     error = (ex + size(out) * ey) / (size(y) - ey).clamp_min(0.0)
     return torch.where((ex == 0) & (ey == 0), 0.0, error) + a.sums * size(out) + FLUSHED * (out != 0)
 

@@ -16,8 +16,6 @@ from gr.eval.evaluator import evaluate
 from gr.eval.metrics import RankMetrics
 from gr.eval.ranking import ranks_of, target_ranks
 
-torch.set_num_threads(1)
-
 
 def batch_of(users: int) -> SequenceBatch:
     """``users`` sequences of two actions, items 0 and 0."""

@@ -24,7 +24,6 @@ from gr.train.folder import RunFolder
 from gr.train.recommend import read_user_ids, recommend, write_item_vectors
 from gr.train.runs import OpenRun
 
-torch.set_num_threads(1)
 ITEMS, K = 23, 20
 
 

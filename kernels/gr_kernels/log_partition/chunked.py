@@ -49,8 +49,8 @@ class _LogPartition(torch.autograd.Function):
                 log_sums_T[chunk] = peaks_C + sums_C.log()
                 if grad_queries_TD is not None:
                     shares_CI = logits_CI.div_(_divisors(sums_C)[:, None])
-                    grad_CD = sum_of_rows(shares_CI.to(table_ID.dtype), table_ID)
-                    grad_queries_TD[chunk] = grad_CD.mul_(problem.scale)
+                    shares_CI = shares_CI.to(table_ID.dtype)
+                    sum_of_rows(shares_CI, table_ID, problem.scale, grad_queries_TD[chunk])
         if queries_alone:
             ctx.save_for_backward(grad_queries_TD)
         else:
@@ -129,7 +129,7 @@ class Gradients:
             self.bias_I += grad_CI.sum(0)
         grad_CI = grad_CI.to(self.table_ID.dtype)
         if self.queries_TD is not None:
-            self.queries_TD[chunk] = sum_of_rows(grad_CI, self.table_ID).mul_(self.scale)
+            sum_of_rows(grad_CI, self.table_ID, self.scale, self.queries_TD[chunk])
         if self.sums_ID is None:
             return
         if self.sums_ID.dtype == grad_CI.dtype:

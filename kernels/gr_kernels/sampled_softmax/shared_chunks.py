@@ -49,8 +49,8 @@ class _SharedLoss(torch.autograd.Function):
         gradients = Gradients((want_queries, want_rows, want_bias), negatives)
         wanted = any(ctx.needs_input_grad[:5])
         for chunk in chunks(queries_TD, rows_KD, problem.max_scores):
-            wide_CD = queries_TD[chunk].to(losses_T.dtype)
-            label_C = (wide_CD * labels_TD[chunk].to(losses_T.dtype)).sum(1) * problem.scale
+            scaled_CD = queries_TD[chunk].to(losses_T.dtype) * problem.scale
+            label_C = (scaled_CD * labels_TD[chunk].to(losses_T.dtype)).sum(1)
             if bias_T is not None:
                 label_C = label_C + bias_T[chunk]
             scores_CK = scaled_scores(queries_TD[chunk], rows_KD, problem.scale)
