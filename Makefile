@@ -1,16 +1,17 @@
 # `make help` lists the targets.  Variables: VENV (folder of the environment), DEVICE (auto, cpu, cuda),
-# PYTHON (the interpreter to make the environment with), TESTS (what `make test` runs).
+# PYTHON (the interpreter to make the environment with), TESTS (what `make test` runs), JOBS (its processes: the cores, 8 at most).
 VENV ?= .venv
 DEVICE ?= auto
 TESTS ?= tests
 PYTHON ?=
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 export PYTHON
 
 PY = $(VENV)/bin/python
 STEP = @bash launch/setup_environment.sh
 DONE = @touch $@
 
-.PHONY: help setup setup-sharded train test bench-gpu bench-cpu check format clean
+.PHONY: help setup setup-sharded train test test-instruction-sets bench-gpu bench-cpu check format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -46,7 +47,10 @@ train: setup ## quickstart: makes a small synthetic stream, trains HSTU on it, e
 	@$(PY) launch/quickstart.py
 
 test: setup ## all tests (TESTS=tests/unit for some)
-	@$(PY) -m pytest $(TESTS)
+	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+test-instruction-sets: setup ## the numeric tests under other instruction sets, libraries' settings and threads (hours)
+	@$(PY) tests/instruction_sets.py $(if $(SETTINGS),--only $(SETTINGS))
 
 bench-gpu: setup ## kernels on a GPU: tests, sanitizer, resources, every benchmark, one report (STEPS="tests block" for some)
 	@$(PY) benchmarks/kernels/suite.py --device cuda $(if $(STEPS),--steps $(STEPS))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-THREADS = 1
+# GR_TEST_THREADS: of each process.  One by default: inputs are small, and `make test` has a process for each core.
+THREADS = int(os.environ.get("GR_TEST_THREADS", "1"))
 
-# Before torch is imported anywhere, and for the processes that tests start: results of sums depend on the number of
-# threads, and tests must not.
-os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# Before torch is imported anywhere, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
 # Processes that tests start see the checkout too, whether it is installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -34,6 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A training run sets its own number of threads; the next test has the suite's."""
+    import torch
+
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
+    yield
 
 
 def _find_data(name: str) -> Path:

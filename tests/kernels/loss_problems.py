@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tests.kernels.precision import FORWARD, assert_precise, error
+from tests.precision import analysed, assert_within
 
 EPS = 1e-6
 LEAVES = ("queries", "table", "bias")
@@ -59,22 +59,17 @@ def results(
     return found
 
 
-def assert_loss_precise(
+def assert_precise(
     found: Mapping[str, Tensor],
-    plain: Mapping[str, Tensor],
-    exact: Mapping[str, Tensor],
-    typical: float = 0.0,
+    definition: Callable[[dict[str, Tensor]], Tensor],
+    made: dict[str, Tensor],
+    wanted: Sequence[str] = LEAVES,
+    scale: float = 1.0,
 ) -> None:
-    """The rule on precision, where the loss may be a sum: one number, which plain PyTorch may have right by luck.
-
-    It gets two last places more, and ``typical``, the root of the sum of squares of its terms' errors in plain PyTorch,
-    counts as plain's error where that is smaller.
-    """
-    out = found["out"]
-    if out.dim():
-        return assert_precise(found, plain, exact)
-    assert out.dtype == plain["out"].dtype
-    allowed = FORWARD * max(typical, error(plain["out"], exact["out"])) + 2.0**-22 * abs(float(exact["out"]))
-    assert error(out, exact["out"]) <= allowed, f"loss: {error(out, exact['out']):.3g}, {allowed:.3g} allowed"
-    rest = [{name: x for name, x in every.items() if name != "out"} for every in (found, plain, exact)]
-    assert_precise(*rest)
+    """``results`` of an implementation against those of its definition in float64, within the bound on rounding."""
+    dtype = made["queries"].dtype
+    exact, allowed = analysed(lambda: results(definition, made, torch.float64, wanted), dtype, scale=scale)
+    at_least_float32 = torch.promote_types(dtype, torch.float32)
+    assert_within(
+        found, exact, allowed, {"out": at_least_float32, **{name: made[name].dtype for name in wanted}}
+    )

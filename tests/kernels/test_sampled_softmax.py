@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,20 +10,11 @@ from torch import Tensor
 
 from gr_kernels import native
 from gr_kernels.dispatch import explain
-from gr_kernels.sampled_softmax import reference, sampled_softmax
-from tests.kernels.loss_problems import EPS, LEAVES, assert_loss_precise, inputs, results
-from tests.kernels.precision import error
+from gr_kernels.sampled_softmax import sampled_softmax
+from tests.kernels.loss_problems import EPS, LEAVES, assert_precise, inputs, results
 
 WAYS = ["triton", "scores"]
 LOG_P = -2.0  # about the log share of an item among a few
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -93,15 +83,8 @@ def test_loss_and_gradients(case: tuple[Any, ...], shared: bool, way: str, devic
     tokens, catalogue, width, negatives, dtype, eps = case
     made = problem(tokens, catalogue, width, negatives, shared, dtype, device)
     settings = {"scale": 20.0 if eps else width**-0.5, "normalize_eps": eps}
-    exact = results(lambda x: call(x, "reference", **settings), made, torch.float64)
-    plain = results(lambda x: call(x, "reference", **settings), made)
-    terms = [made[name] for name in ("queries", "table", "targets", "negatives")]
-    losses_T = reference.losses(*terms, **settings, bias_I=made["bias"])
-    exact_T = reference.losses(
-        *(x.double() if x.is_floating_point() else x for x in terms), **settings, bias_I=made["bias"].double()
-    )
-    typical = error(losses_T * made["weights"], exact_T * made["weights"])
-    assert_loss_precise(results(lambda x: call(x, way, **settings), made), plain, exact, typical)
+    found = results(lambda x: call(x, way, **settings), made)
+    assert_precise(found, lambda x: call(x, "reference", **settings), made, scale=settings["scale"])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -115,9 +98,8 @@ def test_without_bias_and_weights(shared: bool, way: str, device: torch.device) 
         )
 
     leaves = ("queries", "table")
-    exact = results(lambda x: loss(x, "reference"), made, torch.float64, leaves)
-    plain = results(lambda x: loss(x, "reference"), made, None, leaves)
-    assert_loss_precise(results(lambda x: loss(x, way), made, None, leaves), plain, exact)
+    found = results(lambda x: loss(x, way), made, None, leaves)
+    assert_precise(found, lambda x: loss(x, "reference"), made, leaves)
 
 
 @pytest.mark.parametrize("way", ["reference", *WAYS])
@@ -176,9 +158,7 @@ def test_in_batch_softmax_debiased(way: str, device: torch.device) -> None:
         return total
 
     leaves = ("queries", "table")
-    exact = results(by_the_formula, made, torch.float64, leaves)
-    plain = results(by_the_formula, made, None, leaves)
-    assert_loss_precise(results(loss, made, None, leaves), plain, exact)
+    assert_precise(results(loss, made, None, leaves), by_the_formula, made, leaves)
 
 
 @pytest.mark.parametrize("way", ["reference", *WAYS])
@@ -213,22 +193,18 @@ def test_counts_stand_for_repeated_negatives(way: str, biased: bool, device: tor
     drawn = torch.tensor([3, 3, 3, 0, 7, 7, 9, 1], device=device)
     counts = torch.bincount(drawn, minlength=10)
     repeated, counted = {**made, "negatives": drawn}, {**made, "negatives": torch.arange(10, device=device)}
-    exact = results(lambda x: call(x, "reference", biased), repeated, torch.float64, LEAVES[: 2 + biased])
-    plain = results(lambda x: call(x, "reference", biased), repeated, None, LEAVES[: 2 + biased])
     found = results(lambda x: call(x, way, biased, counts_K=counts), counted, None, LEAVES[: 2 + biased])
-    assert_loss_precise(found, plain, exact)
+    assert_precise(found, lambda x: call(x, "reference", biased), repeated, LEAVES[: 2 + biased])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_of_shared_scores(dtype: torch.dtype) -> None:
     made = problem(30, 25, 12, 17, True, dtype, torch.device("cpu"))
-    exact = results(lambda x: call(x, "reference", normalize_eps=EPS), made, torch.float64)
-    plain = results(lambda x: call(x, "reference", normalize_eps=EPS), made)
     for max_scores in (1, 17 * 7):
         found = results(
             lambda x, most=max_scores: call(x, "scores", normalize_eps=EPS, max_scores=most), made
         )
-        assert_loss_precise(found, plain, exact)
+        assert_precise(found, lambda x: call(x, "reference", normalize_eps=EPS), made)
 
 
 @pytest.mark.parametrize("way", WAYS)

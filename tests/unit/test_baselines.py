@@ -11,8 +11,6 @@ import torch
 from gr.batch import SequenceBatch
 from gr.eval.baselines import ItemKNN, LastItem, Popularity
 
-torch.set_num_threads(1)
-
 
 @dataclass
 class Rows:

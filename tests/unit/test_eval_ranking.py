@@ -18,8 +18,6 @@ from gr.eval.catalogue import CatalogueMetrics, ranks_of
 from gr.eval.evaluator import evaluate
 from gr.eval.metrics import RankMetrics
 
-torch.set_num_threads(1)
-
 
 def batch_of(users: int) -> SequenceBatch:
     """``users`` sequences of two actions, items 0 and 0."""

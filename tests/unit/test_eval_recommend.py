@@ -32,7 +32,6 @@ from gr.train.recommend import (
 from gr.train.runs import OpenRun
 from tests.unit.models_common import retrieval
 
-torch.set_num_threads(1)
 ITEMS, K = 23, 20
 
 

@@ -10,7 +10,6 @@ width, V value width. Dimensions 1 or B, and 1 or H, are written B1 and H1.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor
 from gr_kernels.counter_random import philox
 from gr_kernels.hstu_attention.mask import AttentionMask, allowed
 from gr_kernels.hstu_attention.problem import AttentionProblem, Gradients
+from gr_kernels.products import wide_product
 
 # Scores of a block: on CPU few enough that its half dozen tensors stay near the cache, elsewhere enough to fill a GPU.
 BLOCK_SCORES = 2**19
@@ -110,24 +110,19 @@ class _Precision:
 
     @staticmethod
     def of(q: Tensor) -> _Precision:
-        """That of q, but float32 for lower ones, where only products that the device is quick at stay bfloat16.
+        """That of q, but float32 for lower ones; where tensor cores multiply bfloat16, factors of products stay so.
 
-        (Not float16: the scores of unscaled inputs, and gradients divided by a long length, may leave its range.)
+        (Not float16: the scores of unscaled inputs, and gradients divided by a long length, may leave its range. Not on
+        CPUs, with instructions for bfloat16 or without: PyTorch rounds their products' results to it too.)
         """
         if q.dtype in (torch.float32, torch.float64):
             return _Precision(q.dtype, q.dtype)
-        quick = q.dtype == torch.bfloat16 and (q.device.type != "cpu" or _cpu_multiplies_bfloat16())
+        quick = q.dtype == torch.bfloat16 and q.device.type != "cpu"
         return _Precision(torch.bfloat16 if quick else torch.float32, torch.float32)
 
 
-@functools.cache
-def _cpu_multiplies_bfloat16() -> bool:
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
 def _matmul(a: Tensor, b: Tensor, precision: _Precision) -> Tensor:
-    return torch.matmul(a.to(precision.factors), b.to(precision.factors)).to(precision.sums)
+    return wide_product(a.to(precision.factors), b.to(precision.factors))
 
 
 def _zeros(shape: Sequence[int], like: Tensor, precision: _Precision) -> Tensor:

@@ -1,7 +1,9 @@
 """Any device and dtype, in PyTorch operations, a chunk of queries at a time: autograd functions over GEMMs.
 
 Shapes: T queries, I catalogue size, D width, C queries of a chunk. At most ``max_scores`` logits exist at once.
-Logits and sums are float32 (float64 for float64 inputs), whatever the inputs' precision.
+Logits and sums are float32 (float64 for float64 inputs), whatever the inputs' precision. Sums over the catalogue are
+made in blocks (gr_kernels/products.py), so that chunks of few queries, which the CPU's BLAS may add up one item after
+the other, are as exact as large ones.
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ from torch.autograd.function import once_differentiable
 
 from gr_kernels.log_partition.logits import full_precision
 from gr_kernels.log_partition.problem import Problem
+from gr_kernels.products import NARROW, sum_of_rows, wide_product
 
 _CPU_BLOCK = 1 << 19  # logits of a chunk on CPU: a few MB, which stay in cache between the passes over them
 
 
 def log_partition(problem: Problem) -> Tensor:
-    problem = problem.with_normalized_table()
+    problem = problem.widened().with_normalized_table()
     return _LogPartition.apply(problem.queries, problem.table, problem.bias, problem)
 
 
 def cross_entropy(problem: Problem) -> Tensor:
-    problem = problem.with_normalized_table()
+    problem = problem.widened().with_normalized_table()
     return _CrossEntropy.apply(problem.queries, problem.table, problem.bias, problem)
 
 
@@ -46,7 +49,8 @@ class _LogPartition(torch.autograd.Function):
                 log_sums_T[chunk] = peaks_C + sums_C.log()
                 if grad_queries_TD is not None:
                     shares_CI = logits_CI.div_(_divisors(sums_C)[:, None])
-                    grad_queries_TD[chunk] = shares_CI.to(table_ID.dtype) @ table_ID * problem.scale
+                    shares_CI = shares_CI.to(table_ID.dtype)
+                    sum_of_rows(shares_CI, table_ID, problem.scale, grad_queries_TD[chunk])
         if queries_alone:
             ctx.save_for_backward(grad_queries_TD)
         else:
@@ -125,8 +129,7 @@ class Gradients:
             self.bias_I += grad_CI.sum(0)
         grad_CI = grad_CI.to(self.table_ID.dtype)
         if self.queries_TD is not None:
-            out_CD = self.queries_TD[chunk]
-            torch.addmm(out_CD, grad_CI, self.table_ID, beta=0, alpha=self.scale, out=out_CD)
+            sum_of_rows(grad_CI, self.table_ID, self.scale, self.queries_TD[chunk])
         if self.sums_ID is None:
             return
         if self.sums_ID.dtype == grad_CI.dtype:
@@ -141,10 +144,15 @@ class Gradients:
 
 def _logits(problem: Problem, chunk: slice) -> Tensor:
     """(C, I) logits, in float32 at least; -inf for what a query doesn't see."""
-    logits_CI = torch.mm(problem.queries[chunk] * problem.scale, problem.table.t())
-    if logits_CI.dtype in (torch.float16, torch.bfloat16):
-        logits_CI = logits_CI.float()
+    logits_CI = scaled_scores(problem.queries[chunk], problem.table, problem.scale)
     return problem.exclude(logits_CI if problem.bias is None else logits_CI.add_(problem.bias), chunk)
+
+
+def scaled_scores(queries_CD: Tensor, table_ID: Tensor, scale: float) -> Tensor:
+    """(C, I) scale * q . e in float32 at least.  Scaled where that rounds nothing to 16 bits."""
+    if queries_CD.dtype in NARROW:
+        return wide_product(queries_CD, table_ID.t()).mul_(scale)
+    return wide_product(queries_CD * scale, table_ID.t())  # C x D numbers, rather than C x I
 
 
 def _exponentiate(logits_CI: Tensor) -> tuple[Tensor, Tensor]:

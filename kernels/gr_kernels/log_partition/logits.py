@@ -10,8 +10,10 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gr_kernels.candidate_scores import check_inputs
+from gr_kernels.products import NARROW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,21 @@ class Logits:
             return self
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, queries=self.queries.detach(), table=self.table.detach(), bias=bias)
+
+    def widened(self) -> Self:
+        """On CPU, 16-bit queries and table in float32: PyTorch rounds 16-bit products there to 16 bits.
+
+        Autograd rounds the gradients.  Two bytes more a number of the table, beside its dense gradient.
+        """
+        if self.queries.device.type != "cpu" or self.queries.dtype not in NARROW:
+            return self
+        return replace(self, queries=self.queries.float(), table=self.table.float())
+
+
+def normalized(rows: Tensor, eps: float) -> Tensor:
+    """Rows (..., D) divided by max(their length, eps), in float32 at least and rounded once: eps is beyond float16."""
+    wide = rows.float() if rows.dtype in NARROW else rows
+    return F.normalize(wide, dim=-1, eps=eps).to(rows.dtype)
 
 
 def full_precision(like: Tensor) -> torch.autocast:

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gr_kernels.candidate_scores import values_are_at_hand
-from gr_kernels.log_partition.logits import Logits, check_logits
+from gr_kernels.log_partition.logits import Logits, check_logits, normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class Problem(Logits):
         """The same problem over a table of normalised rows; autograd goes through the normalisation."""
         if self.normalize_eps is None:
             return self
-        table_ID = F.normalize(self.table, dim=-1, eps=self.normalize_eps)
+        table_ID = normalized(self.table, self.normalize_eps)
         return replace(self, table=table_ID, normalize_eps=None)
 
     def keeping_targets(self) -> Problem:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr_kernels.candidate_scores import candidate_scores
-from gr_kernels.log_partition.logits import full_precision
+from gr_kernels.log_partition.logits import full_precision, normalized
 from gr_kernels.sampled_softmax.first_of_row import cross_entropy_of_first
 from gr_kernels.sampled_softmax.problem import Problem
 from gr_kernels.sampled_softmax.shared_chunks import shared_loss
@@ -19,6 +19,7 @@ from gr_kernels.sampled_softmax.shared_chunks import shared_loss
 def loss(problem: Problem) -> Tensor:
     """The sum of the losses: a scalar."""
     with full_precision(problem.queries):
+        problem = problem.widened()
         return _shared(problem) if problem.shared else _own(problem)
 
 
@@ -51,7 +52,7 @@ def gathered(problem: Problem) -> tuple[Tensor, Tensor]:
     rows = torch.cat([problem.negatives.long(), problem.targets.long()])
     vectors = F.embedding(rows, problem.table)
     if problem.normalize_eps is not None:
-        vectors = F.normalize(vectors, dim=-1, eps=problem.normalize_eps)
+        vectors = normalized(vectors, problem.normalize_eps)
     return vectors[: len(problem.negatives)], vectors[len(problem.negatives) :]
 
 

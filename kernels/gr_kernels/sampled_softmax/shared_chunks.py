@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gr_kernels.log_partition.chunked import Gradients, accumulator, chunks
+from gr_kernels.log_partition.chunked import Gradients, accumulator, chunks, scaled_scores
 from gr_kernels.log_partition.problem import Problem as Partition
 from gr_kernels.sampled_softmax.problem import Problem
 
@@ -49,11 +49,11 @@ class _SharedLoss(torch.autograd.Function):
         gradients = Gradients((want_queries, want_rows, want_bias), negatives)
         wanted = any(ctx.needs_input_grad[:5])
         for chunk in chunks(queries_TD, rows_KD, problem.max_scores):
-            scaled_CD = queries_TD[chunk] * problem.scale
-            label_C = (scaled_CD.to(losses_T.dtype) * labels_TD[chunk].to(losses_T.dtype)).sum(1)
+            scaled_CD = queries_TD[chunk].to(losses_T.dtype) * problem.scale
+            label_C = (scaled_CD * labels_TD[chunk].to(losses_T.dtype)).sum(1)
             if bias_T is not None:
                 label_C = label_C + bias_T[chunk]
-            scores_CK = (scaled_CD @ rows_KD.t()).to(losses_T.dtype)
+            scores_CK = scaled_scores(queries_TD[chunk], rows_KD, problem.scale)
             if bias_K is not None:
                 scores_CK = scores_CK.add_(bias_K)
             # comparing into floats and adding is several times faster on the CPU than filling through booleans

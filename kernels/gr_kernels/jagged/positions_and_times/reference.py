@@ -34,7 +34,10 @@ def position_entries(
 
 
 def add_positions_and_times(x_TD: Tensor, call: Call) -> Tensor:
-    """(T, D): computed in float32 at least, rounded once; zeros in rows of no sequence."""
+    """(T, D): computed in float32 at least, rounded once; zeros in rows of no sequence.
+
+    Tables are widened before rows are taken: their gradients are sums, which wouldn't be 16 bits' to make.
+    """
     rows, inside_T = x_TD.shape[0], None
     covered = covers_all_rows(call.offsets, rows)
     if covered and call.targets is None and call.count_from == "front":  # training on a CPU: the least work
@@ -45,12 +48,12 @@ def add_positions_and_times(x_TD: Tensor, call: Call) -> Tensor:
     if call.position is None:
         sum_TD = sum_TD * call.scale
     else:
-        position_TD = F.embedding(entry_T, call.position).to(sum_TD.dtype)
+        position_TD = F.embedding(entry_T, call.position.to(sum_TD.dtype))
         sum_TD = torch.add(position_TD, sum_TD, alpha=call.scale)
     if call.time is not None:
         assert call.time_differences is not None
-        time_TD = F.embedding(bucket(call.time_differences, call.buckets), call.time)
-        sum_TD = sum_TD + time_TD.to(sum_TD.dtype)
+        bucket_T = bucket(call.time_differences, call.buckets)
+        sum_TD = sum_TD + F.embedding(bucket_T, call.time.to(sum_TD.dtype))
     if inside_T is not None and not covered:
         sum_TD = sum_TD.masked_fill(~inside_T[:, None], 0.0)
     return sum_TD.to(x_TD.dtype)
