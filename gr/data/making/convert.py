@@ -95,6 +95,8 @@ def cast_rows(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray
 
 def to_ids(column: pa.Array, integer: bool, fix: str) -> Converted:
     """Ids as int64 or string; empty ones are missing.  ``fix``: what to do about text among integers."""
+    if integer and (written := as_written(column)) is not None:
+        return checked(written, [])
     column, problems = readable(
         column, "is not an integer id" if integer else "is not an id in UTF-8", fix if integer else ""
     )
@@ -104,10 +106,20 @@ def to_ids(column: pa.Array, integer: bool, fix: str) -> Converted:
         return checked(_as_text(exact), problems)
     values, bad = cast_rows(exact, pa.int64())
     problems += some(bad, "is not an integer id", fix)
-    if is_text(column.type):  # 0x1F and 007 have passed the cast
-        odd = pc.or_(pc.starts_with(column, "-0"), pc.and_(pc.starts_with(column, "0"), _longer(column, 1)))
-        problems += some(odd, "would become another id as an integer", fix)
+    if is_text(column.type):
+        problems += some(_zero_first(column), "would become another id as an integer", fix)
     return checked(values, problems)
+
+
+def as_written(column: pa.Array) -> pa.Array | None:
+    """A column of text as int64 if all of it are integers as they are written; None sends it the long way."""
+    if not is_text(column.type) or pa.types.is_dictionary(column.type):
+        return None
+    try:
+        values = column.cast(pa.int64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return None
+    return None if pc.any(_zero_first(column)).as_py() else values
 
 
 def to_numbers(column: pa.Array) -> tuple[Converted, int]:
@@ -249,5 +261,9 @@ def _numbers(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray 
     return values, bad
 
 
-def _longer(column: pa.Array, length: int) -> pa.Array:
-    return pc.greater(pc.binary_length(column), length)
+def _zero_first(text: pa.Array) -> pa.Array:
+    """Where digits come after a zero, and -0: 0x1F and 007, which a cast takes for 31 and 7."""
+    zero, minus = pc.starts_with(text, "0"), pc.starts_with(text, "-0")
+    if not pc.any(zero).as_py():
+        return minus
+    return pc.or_(minus, pc.and_(zero, pc.greater(pc.binary_length(text), 1)))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data.making.convert import Converted, Problem, cast_rows, checked, exact_integers, plain, readable, some
+from gr.data.making.convert import Converted, Problem, as_written, cast_rows, checked, exact_integers, plain, readable, some
 from gr.data.making.schema import LAST_DAY, TICKS_PER_SECOND, LogSchema, TimeUnit
 
 DATE = r"^\d{4}-\d{2}-\d{2}"
@@ -138,6 +138,8 @@ class Times:
             ticks, problems = self._iso(column, seen)
         elif clock.fractions:
             ticks, problems = _seconds(column)
+        elif (written := as_written(column)) is not None:
+            ticks, problems = written, []
         else:
             problem, fix = f"is not a whole number of time_unit '{clock.unit}'", "check time_unit"
             column, problems = readable(column, problem, fix)
