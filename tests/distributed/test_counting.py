@@ -1,0 +1,75 @@
+"""One process counts the dataset for all; where it refuses, all do and none waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+import numpy as np
+import pyarrow as pa
+import torch.multiprocessing as multiprocessing
+
+from gr.data import popularity
+from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.sequences import Sequences
+from gr.data.split import LeaveOneOut
+from gr.errors import UserError
+from gr.processes import processes
+
+ITEMS = 9
+
+
+def made(path, items) -> str:
+    writer = DatasetWriter(path, "made", block_rows=4)
+    writer.add(Sequences.of(np.arange(10), np.arange(11) * 3, item=np.arange(30) % items))
+    writer.finish(pa.table({"item_id": np.arange(ITEMS), "count": np.zeros(ITEMS, np.int64)}))
+    return str(path)
+
+
+def worker(rank: int, ranks: int, port: int, sound: str, wrong: str, out: str) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    counted, count = [], popularity.count
+    popularity.count = lambda *given: (
+        counted.append(1) or count(*given)
+    )  # in this process, which ends with the test
+    split = LeaveOneOut(LeaveOneOut.Config())
+    with processes("cpu", threads=1) as joined:
+        catalogue = SequenceDataset(sound).catalogue.under(split)
+        found = catalogue.count_once(joined)
+        told = {
+            "counts": catalogue.training_counts.tolist(),
+            "users": found.users,
+            "targets": found.targets,
+            "counted": len(counted),
+        }
+        try:
+            SequenceDataset(wrong).catalogue.under(split).count_once(joined)
+        except UserError as error:
+            told["refusal"] = str(error)
+    with open(f"{out}/{rank}.json", "w") as file:
+        json.dump(told, file)
+
+
+def test_one_of_three_processes_counts(tmp_path):
+    sound, wrong = made(tmp_path / "sound", ITEMS), made(tmp_path / "wrong", ITEMS + 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(worker, (3, port, sound, wrong, str(tmp_path)), nprocs=3)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert [one.pop("counted") for one in told] == [1, 0, 0]
+    assert told[0] == told[1] == told[2]
+    expected = np.bincount(
+        np.arange(0, 30, 3) % ITEMS, minlength=ITEMS
+    )  # the first of three actions of each user
+    assert told[0]["counts"] == expected.tolist() and told[0]["targets"] == {"valid": 10, "test": 10}
+    assert told[0]["users"] == 0
+    assert "has actions on items that its catalogue of 9 does not have" in told[0]["refusal"]
