@@ -50,6 +50,12 @@ class MappedTable(Table):
                 "choose another table",
                 everywhere=True,
             )
+        if spec.rows < processes.world.size:
+            raise UserError(
+                f"model.table mapped can't deal the {spec.rows} rows of '{spec.name}' to {processes.world.size} "
+                "processes: use model.table=local",
+                everywhere=True,
+            )
         self.folder = Path(processes.broadcast(processes.together(lambda: self._make_folder(config))))
         if processes.is_main:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)

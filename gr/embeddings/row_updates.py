@@ -119,7 +119,7 @@ class AllRows(RowUpdate):
                 state.update({m: values[start:stop] for m, values in self._moments[column].items()})
 
     def step(self, gradients: RowGradients) -> None:
-        bounds = torch.searchsorted(gradients.rows_U, torch.tensor([s for s, _, _ in self.chunks] or [0]))
+        bounds = torch.searchsorted(gradients.rows_U, torch.tensor([start for start, _, _ in self.chunks]))
         ends = [*bounds.tolist()[1:], len(gradients.rows_U)]
         given = {"weight": gradients.weight_UD, "bias": gradients.bias_U}
         for (start, _, parameters), first, last in zip(self.chunks, bounds.tolist(), ends, strict=True):
@@ -138,9 +138,8 @@ class AllRows(RowUpdate):
     def steps(self) -> int | None:
         if not self.counts_steps:
             return None
-        for _, _, parameters in self.chunks:
-            return int(self.optimizer.state[parameters["weight"]]["step"])
-        return 0
+        _, _, parameters = self.chunks[0]
+        return int(self.optimizer.state[parameters["weight"]]["step"])
 
     @steps.setter
     def steps(self, steps: int | None) -> None:
