@@ -13,6 +13,7 @@ from rich.table import Table
 from gr.config import RunConfig
 from gr.progress import clock
 from gr.train.cursor import Cursor
+from gr.train.engines.engine import parameters
 from gr.train.folder import RunFolder
 from gr.train.job import running
 from gr.train.log import StepProgress
@@ -58,11 +59,12 @@ def dry_run(config: RunConfig) -> None:
         table.add_row("processes, device", f"{processes.world.size}, {processes.device}")
         table.add_row("first batch of this rank", f"{shape.sequences} sequences, {shape.actions:,} actions, "
                                                   f"longest {shape.max_length}")  # fmt: skip
-        parameters = sum(p.numel() for _, p in parts.model.named_dense())
-        table.add_row("parameters", f"{parameters:,} ({4 * parameters / 2**20:.1f} MiB; "
+        named = parameters(parts.model)  # rows of tables that keep them to themselves, too
+        total = sum(values.numel() for values in named.values())
+        table.add_row("parameters", f"{total:,} ({4 * total / 2**20:.1f} MiB; "
                                     f"AdamW holds twice as much more)")  # fmt: skip
-        for name, parameter in parts.model.named_dense():
-            table.add_row(f"  {name}", " x ".join(map(str, parameter.shape)))
+        for name, values in named.items():
+            table.add_row(f"  {name.removeprefix('model/')}", " x ".join(map(str, values.shape)))
         table.add_row("peak memory", f"{peak_bytes(processes.device) / 2**20:,.0f} MiB")
         table.add_row("loss of the first step", f"{losses[0]:.4f}")
         table.add_row("seconds a step", f"{per_step:.3f} (first {seconds[0]:.3f})")

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,13 @@ class RunFolder:
                 f"cannot write a run to '{self.path}' ({error.strerror}): choose another run.dir"
             ) from None
         return True
+
+    def give_up(self) -> None:
+        """Take back what :meth:`make` made, for a run that won't be: the same command can be given again."""
+        for file in (self.config, self.environment):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody has put something there
+            self.path.rmdir()
 
     @staticmethod
     def existing(path: str | os.PathLike) -> RunFolder:

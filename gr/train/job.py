@@ -72,7 +72,12 @@ def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
     with running(config) as processes:
         parts = processes.together(lambda: build(config, processes))
         folder = _new_folder(config, processes)
-        processes.check_shared(folder.path, "run.dir")
+        try:
+            processes.check_shared(folder.path, "run.dir")
+        except UserError:
+            if processes.is_main:
+                folder.give_up()
+            raise
         with _locked(folder, processes):
             cursor = Cursor(parts.data.dataset.manifest.generation)
             return _train(config, parts, folder, cursor, processes, on_step)

@@ -89,9 +89,9 @@ def local_table(rows, dim, std=1.0, seed=1, name="items", bias=False):
     return LocalTable(LocalTable.Config(), TableSpec(name, rows, dim, std, seed, bias))
 
 
-def retrieval(run, items, counts=None):
+def retrieval(run, items, counts=None, processes=None):
     """The model of a run's config; ``counts`` are 0, 1, 2, ... without it."""
-    return run.model.build(run, Items(items, torch.arange(items) if counts is None else counts))
+    return run.model.build(run, Items(items, torch.arange(items) if counts is None else counts), processes)
 
 
 def loss_of(model, supervision, step=7, candidates=None):

@@ -213,7 +213,7 @@ class Engine(ABC):
         """Of the gradients of all rows, wherever they are."""
         owned, copied = torch.zeros(1), torch.zeros(1)
         for name, pieces in self._gradients.items():
-            squares = torch.stack([gradient.square_norm().cpu() for gradient in pieces]).sum()
+            squares = sum((gradient.square_norm().cpu() for gradient in pieces), torch.zeros(()))
             (copied if self.row_tables[name].replicated else owned).add_(squares)
         return (self.processes.world.add_up(owned) + copied).sqrt()[0].to(self.processes.device)
 
