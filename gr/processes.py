@@ -8,6 +8,7 @@ them, for what is done once a run.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -28,6 +29,7 @@ from gr.launcher import Launched, launched
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
+_GROUPS = itertools.count()  # a process may join more than once, one run after another
 _LOST = re.compile("connection (closed|reset) by peer|broken pipe", re.IGNORECASE)  # gloo's words
 
 
@@ -46,6 +48,20 @@ class Axis:
         total = torch.tensor(values, dtype=dtype)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
+
+    def maximum(self, values: Sequence[int]) -> list[int]:
+        """Element-wise maxima over the axis, exchanged between hosts."""
+        return self.maximum_of(torch.tensor(values)).tolist() if self.size > 1 else list(values)
+
+    def maximum_of(self, tensor: Tensor) -> Tensor:
+        """``tensor``'s maxima over the axis, in place, NaN where anybody has NaN."""
+        if self.size > 1:
+            broken = tensor.isnan().to(torch.uint8) if tensor.is_floating_point() else None
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+            if broken is not None:  # a maximum may lose a NaN
+                dist.all_reduce(broken, dist.ReduceOp.MAX, group=self.group)
+                tensor.masked_fill_(broken.bool(), torch.nan)
+        return tensor
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """``tensor`` summed over the axis, in place, on its own device."""
@@ -187,7 +203,8 @@ def processes(device: str = "auto", threads: int | None = None, context: int = 1
         ) from error
     finally:
         torch.set_num_threads(previous_threads)
-        if started:
+        # made above, or for a table that can't do without one
+        if not joined and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -202,22 +219,16 @@ def _place_on_machine(rank: int, ranks: int) -> tuple[int, int]:
 def _store(rank: int, ranks: int) -> dist.Store | None:
     """A store of this attempt's own.  torchrun keeps one for all attempts of a job, and gloo would find the addresses
     of the processes that died in it."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            ranks,
-            is_master=rank == 0,
-            timeout=TIMEOUT,
-        )
+    kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         ranks,
-        is_master=False,
+        is_master=rank == 0 and not kept_by_agent,
         timeout=TIMEOUT,
     )
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"attempt {attempt}, group {next(_GROUPS)}", store)
 
 
 def _on_mesh(device: torch.device, rank: int, ranks: int, context: int, local: Axis) -> Processes:

@@ -26,6 +26,7 @@ MODELS = {
 TABLES = {
     "local": "gr.embeddings.local:LocalTable",
     "mapped": "gr.embeddings.mapped:MappedTable",
+    "torchrec": "gr.embeddings.sharded:TorchRecTable",
 }
 
 ENGINES = {

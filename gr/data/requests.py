@@ -127,6 +127,16 @@ class HeldOutRequests:
     def __iter__(self) -> Iterator[Request]:
         return _requests(self._parts(), self.batch, self.columns)
 
+    def empty(self) -> Request:
+        """A request about nobody, with the columns of the others."""
+        rows, nobody = self.dataset.read_block(0, self._read), np.empty(0, np.int64)
+        part = _Part(
+            samples=_carried(rows, self.columns).take(nobody),
+            excluded=_excluded(rows, nobody, nobody, nobody, self.exclude),
+            history_R=nobody,
+        )
+        return _request(part, self.columns)
+
     @property
     def share(self) -> int | None:
         """Users of this rank; known once a pass is over."""
@@ -139,8 +149,7 @@ class HeldOutRequests:
         count = 0
         subset = self._subset
         kinds = None if self.kinds is None or self.kinds.complete else self.kinds.restart()
-        needed = self.split.needs if kinds is None else self.split.needs | kinds.needs
-        read = None if self.columns is None else {ITEM, USER_ID, *self.columns, *needed}
+        read = self._read if kinds is None or self._read is None else self._read | kinds.needs
         for rows, who_R, target_R in self._held_out(read):
             if subset is not None:
                 inside = np.isin(rows.ordinals_R[who_R], subset, assume_unique=True)
@@ -158,6 +167,10 @@ class HeldOutRequests:
             )
         if kinds is not None:
             kinds.complete = True
+
+    @property
+    def _read(self) -> set[str] | None:
+        return None if self.columns is None else {ITEM, USER_ID, *self.columns, *self.split.needs}
 
     def _held_out(self, columns: Iterable[str] | None) -> Iterator[tuple[Sequences, np.ndarray, np.ndarray]]:
         """Block by block: its rows (with ``columns``), the numbers of those with a target, and the targets' indices."""

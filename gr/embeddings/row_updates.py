@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -144,26 +145,35 @@ class RowOptimizer:
     def step(self, gradients: Sequence[Gradient]) -> None:
         """Move the pieces by their gradients, in the same order."""
         self.steps += 1
-        for piece, gradient, moments in zip(self.pieces, gradients, self.moments, strict=True):
-            group = self._group(piece.column)
-            settings = (self.steps, group["lr"], group["weight_decay"])
-            seen = gradient.rows()
-            if self.maths.all_rows or seen is None:
-                for start, stop in piece.chunks():
-                    here = {name: moment[start:stop] for name, moment in moments.items()}
-                    self.maths.step(piece.values_RC[start:stop], gradient.dense(start, stop), here, *settings)
+        parts = list(zip(self.pieces, gradients, self.moments, strict=True))
+        for _, beside in groupby(parts, key=lambda part: (part[0].row0, len(part[0].values_RC))):
+            together = list(beside)  # columns of the same rows
+            seen = [gradient.rows() for _, gradient, _ in together]
+            if self.maths.all_rows or any(rows is None for rows in seen):
+                for start, stop in together[0][0].chunks():
+                    # all before any moves: one column's gradient may be formed from another's values
+                    formed = [gradient.dense(start, stop) for _, gradient, _ in together]
+                    for (piece, _, moments), gradient_RC in zip(together, formed, strict=True):
+                        here = {name: moment[start:stop] for name, moment in moments.items()}
+                        self.maths.step(
+                            piece.values_RC[start:stop], gradient_RC, here, *self._settings(piece)
+                        )
                 continue
-            rows_U, gradient_UC = seen
-            values_UC = piece.values_RC[rows_U]
-            here = {name: moment[rows_U] for name, moment in moments.items()}
-            self.maths.step(values_UC, gradient_UC, here, *settings)
-            piece.values_RC[rows_U] = values_UC
-            for name, moment in moments.items():
-                moment[rows_U] = here[name]
+            for (piece, _, moments), rows in zip(together, seen, strict=True):
+                assert rows is not None
+                rows_U, gradient_UC = rows
+                values_UC = piece.values_RC[rows_U]
+                here = {name: moment[rows_U] for name, moment in moments.items()}
+                self.maths.step(values_UC, gradient_UC, here, *self._settings(piece))
+                piece.values_RC[rows_U] = values_UC
+                for name, moment in moments.items():
+                    moment[rows_U] = here[name]
 
-    def _group(self, column: str) -> dict[str, Any]:
-        name = f"tables.{self.table}.{column}"
-        return next(group for group in self.param_groups if name in group["names"])
+    def _settings(self, piece: Piece) -> tuple[int, float, float]:
+        """Steps, rate and decay."""
+        name = f"tables.{self.table}.{piece.column}"
+        group = next(group for group in self.param_groups if name in group["names"])
+        return self.steps, group["lr"], group["weight_decay"]
 
 
 def adam(betas: Sequence[float], eps: float, all_rows: bool) -> Maths:

@@ -42,6 +42,8 @@ class TableSpec:
     std: float
     seed: int
     bias: bool = False
+    moments: int = 0
+    """Numbers that the optimiser keeps beside each, for plans."""
 
     def first_rows(self, start: int, stop: int) -> Tensor:
         """(stop - start, D) float32: the first values of a range of rows."""
@@ -55,7 +57,8 @@ class Table(ABC):
     whole: a view is the whole table, so that nobody needs to say which rows are wanted.  dense: the gradient is a
     tensor of the table's size on every process, which the engine adds up and moves as it does any other parameter's;
     others keep their rows to themselves, in pieces.  replicated: every process has the same pieces.  collective: all
-    processes must ask for views and search the catalogue together, the same number of times.
+    processes must ask for views and search the catalogue together, the same number of times.  by_columns: a row lies
+    on several processes.
     """
 
     spec: TableSpec
@@ -63,6 +66,7 @@ class Table(ABC):
     dense = False
     replicated = False
     collective = False
+    by_columns = False
 
     name = property(lambda self: self.spec.name)
     rows = property(lambda self: self.spec.rows)

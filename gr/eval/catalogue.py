@@ -88,7 +88,9 @@ def ranks_of(scorer: Any, request: Request, items: int, max_scores: int = 2**24)
     score is NaN, ValueError when a scorer's catalogue is not of ``items`` items.
     """
     parts = []
-    for start, batch in _slices(request.batch, max(max_scores // items, 1)):
+    together = getattr(scorer, "collective", False)  # then its table minds the number of scores
+    slices = [(0, request.batch)] if together else _slices(request.batch, max(max_scores // items, 1))
+    for start, batch in slices:
         stop = start + batch.sequences
         offsets = request.exclude_offsets[start : stop + 1]
         exclude = (offsets - offsets[0], request.exclude_items[offsets[0] : offsets[-1]])

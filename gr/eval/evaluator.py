@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from gr.errors import UserError
 from gr.eval.family import MetricFamily
-from gr.eval.protocols import Request
+from gr.eval.protocols import Request, Requests
 from gr.modes import evaluating
 from gr.processes import Axis, Processes
 
@@ -57,7 +57,7 @@ class EvalResult:
 
 def evaluate(
     scorer: Any,
-    requests: Iterable[Request],
+    requests: Requests,
     family: MetricFamily,
     *,
     split: str = "test",
@@ -78,7 +78,7 @@ def evaluate(
     failure: UserError | None = None
     with evaluating(scorer):
         try:
-            for request in requests:
+            for request in _in_step(requests, scorer, world):
                 family.add(scorer, request.to(device))
                 if advance is not None:
                     advance(len(request))
@@ -98,6 +98,19 @@ def evaluate(
         shown=family.shown,
         notes=family.notes(),
     )
+
+
+def _in_step(requests: Requests, scorer: Any, world: Axis) -> Iterator[Request]:
+    """The requests; where all processes must ask the scorer together, those that have no more ask empty ones."""
+    if world.size == 1 or not getattr(scorer, "collective", False):
+        yield from requests
+        return
+    own = iter(requests)
+    while True:
+        request = next(own, None)
+        if not world.sum([int(request is not None)], dtype=torch.int64)[0]:
+            return
+        yield requests.empty() if request is None else request
 
 
 def _stop_together(failure: UserError | None, world: Axis) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -42,3 +43,12 @@ class Request(Protocol):
     def __len__(self) -> int: ...
 
     def to(self, device: torch.device | str) -> Request: ...
+
+
+class Requests(Protocol):
+    """A process's requests, as often as wanted."""
+
+    def __iter__(self) -> Iterator[Request]: ...
+
+    def empty(self) -> Request:
+        """A request about nobody."""

@@ -95,5 +95,10 @@ class Model(nn.Module):
         return self.to(device)
 
     @property
+    def collective(self) -> bool:
+        """Whether every process must call the model together, evaluation included, the same number of times."""
+        return any(table.collective for table in self.tables.values())
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device

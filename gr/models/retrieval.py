@@ -57,7 +57,13 @@ class Retrieval(Model):
         if run.objective is None:
             raise UserError("config key 'objective' is missing: set it in the file or as objective=NAME")
         spec = TableSpec(
-            "items", catalogue.rows, config.dim, config.table_std, run.train.seed, config.similarity.item_bias
+            "items",
+            catalogue.rows,
+            config.dim,
+            config.table_std,
+            run.train.seed,
+            bias=config.similarity.item_bias,
+            moments=len(run.optimizer.build().of_rows().moments),
         )
         super().__init__([config.table.build(spec, processes or Processes(torch.device("cpu")))])
         self.task = config.task.build()

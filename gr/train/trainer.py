@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gr.batch import SequenceBatch
 from gr.config import RunConfig, to_dict
 from gr.data.batches import GlobalBatch
 from gr.errors import UserError
@@ -103,7 +104,7 @@ class Trainer:
         share = batch.share.to(self.processes.device)
         parts = [
             self.model.supervise(part, key, derive_key(key, "dropout", rank, number))
-            for number, part in enumerate(share.split(config.micro_batch_actions))
+            for number, part in enumerate(self._micro_batches(share))
         ]
         targets, stops = self._agree([sum(part.count for part in parts), int(stop)])
         loss = self.engine.forward_backward(parts, StepContext(key, self._candidates(parts)), targets)
@@ -188,6 +189,14 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.cursor.step % every == 0
+
+    def _micro_batches(self, share: SequenceBatch) -> list[SequenceBatch]:
+        """The share, cut; where a micro-batch is an exchange, everybody has as many, the last ones perhaps empty."""
+        parts = share.split(self.config.train.micro_batch_actions)
+        if self.model.collective or self.engine.collective:
+            (most,) = self.processes.world.maximum([len(parts)])
+            parts += [share.slice(0, 0)] * (most - len(parts))
+        return parts
 
     def _agree(self, values: list[int]) -> tuple[int, int]:
         """Targets of the global batch and stop requests over ranks; raises if any rank's previous loss was broken."""

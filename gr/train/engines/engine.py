@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gr.embeddings.local import LocalTable
 from gr.embeddings.row_updates import Gradient, Piece, RowOptimizer
 from gr.embeddings.table import Table
+from gr.errors import UserError
 from gr.models.model import Model
 from gr.models.step import StepContext
 from gr.processes import Processes
@@ -104,6 +105,9 @@ class Engine(ABC):
 
     # -- what differs between engines -----------------------------------------------------------------------------
 
+    collective = False
+    """Whether a micro-batch's forward or backward pass is an exchange, so that everybody needs as many."""
+
     module: nn.Module
     """What is called for a micro-batch's loss: the model, or what wraps it."""
 
@@ -131,8 +135,8 @@ class Engine(ABC):
             tensors |= _row_moments(self.row_tables[name], optimizer)
             tensors |= {
                 f"optimizer/step/tables.{name}.{column}": torch.tensor(float(optimizer.steps))
-                for column in dict.fromkeys(piece.column for piece in optimizer.pieces)
-                if optimizer.moments[0]
+                for column in ("weight", *["bias"] * self.row_tables[name].spec.bias)
+                if optimizer.maths.moments
             }
         return tensors
 
@@ -215,11 +219,17 @@ class Engine(ABC):
 
 
 def _of_rows(optimizer: Any, table: Table) -> RowOptimizer:
-    config = optimizer.config
+    config, maths = optimizer.config, optimizer.of_rows()
+    if table.by_columns and not maths.by_columns:
+        raise UserError(
+            f"optimizer {config.name} keeps one number a row, and of a table cut by columns each process would keep "
+            "another one: use model.table.sharding=row_wise, or optimizer=lazy_adam",
+            everywhere=True,
+        )
     columns = [f"tables.{table.name}.{piece.column}" for piece in table.pieces()]
     named = [(name, nn.Parameter(torch.empty(0))) for name in dict.fromkeys(columns)]
     groups = parameter_groups(named, config.groups, config.lr, config.weight_decay)
-    return RowOptimizer(table.name, table.pieces(), optimizer.of_rows(), groups, table.zeros)
+    return RowOptimizer(table.name, table.pieces(), maths, groups, table.zeros)
 
 
 def parameters(model: Model) -> dict[str, Tensor]:
@@ -233,25 +243,28 @@ def parameters(model: Model) -> dict[str, Tensor]:
 
 def _row_moments(table: Table, optimizer: RowOptimizer) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for moment in optimizer.moments[0] if optimizer.moments else ():
+    for moment in (*optimizer.maths.moments, *optimizer.maths.row_moments):
         values = [moments[moment] for moments in optimizer.moments]
-        tensors |= _named_slices(f"optimizer/{moment}", table, list(optimizer.pieces), values)
+        a_row = moment in optimizer.maths.row_moments
+        tensors |= _named_slices(f"optimizer/{moment}", table, list(optimizer.pieces), values, a_row)
     return tensors
 
 
 def _named_slices(
-    prefix: str, table: Table, pieces: Sequence[Piece], values: Sequence[Tensor]
+    prefix: str, table: Table, pieces: Sequence[Piece], values: Sequence[Tensor], a_row: bool = False
 ) -> dict[str, Tensor]:
-    """``values`` beside the pieces of a table, as one named tensor a column: (I, D), or (I,) for one number a row."""
-    parts: dict[str, list[tuple[list[int], Tensor]]] = {}
-    wide: dict[str, bool] = {}
+    """``values`` beside the pieces of a table, as one named tensor a column: (I, D), or (I,) for a bias or (``a_row``)
+    one number a row."""
+    parts: dict[str, list[tuple[list[int], Tensor]]] = {
+        c: [] for c in ["weight", *["bias"] * table.spec.bias]
+    }
     for piece, beside in zip(pieces, values, strict=True):
-        wide[piece.column] = piece.column == "weight" and beside.shape[1] == piece.values_RC.shape[1]
-        part = ([piece.row0, piece.col0], beside) if wide[piece.column] else ([piece.row0], beside[:, 0])
-        parts.setdefault(piece.column, []).append(part)
+        wide = piece.column == "weight" and not a_row
+        part = ([piece.row0, piece.col0], beside) if wide else ([piece.row0], beside[:, 0])
+        parts[piece.column].append(part)
     tensors: dict[str, Tensor] = {}
     for column, held in parts.items():
-        size = [table.rows, table.dim] if wide[column] else [table.rows]
+        size = [table.rows, table.dim] if column == "weight" and not a_row else [table.rows]
         # what every process has is an ordinary tensor: one of them writes it
         whole = held[0][1] if table.replicated else Slices(size, held)
         tensors[f"{prefix}/tables.{table.name}.{column}"] = whole
