@@ -253,7 +253,8 @@ def warn_of_idle_keys(config: RunConfig) -> None:
 
 
 def read_yaml(path: str | Path, schema: type[Section] | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, over what its ``extends:`` names (paths relative to the file).
+    """The mapping in a YAML file, over what its ``extends:`` names (paths relative to the file, or names of configs
+    that come with gr).
 
     schema: what the file describes; ``gr.overlay.merge`` needs it to know a component when it sees one.
     """
@@ -277,7 +278,11 @@ def _read(
         raw = _mapping(file, shown, above)
         merged: dict[str, Any] = {}
         for base in _bases(raw.pop("extends", []), shown):
-            below = _read(find_config(base, file.parent), base, schema, (*above, file), known)
+            try:
+                found = find_config(base, file.parent)
+            except UserError as error:
+                raise UserError(f"'{shown}' extends '{base}': {error}") from None
+            below = _read(found, base, schema, (*above, file), known)
             merged = merge(merged, below, schema)
         known[file] = merge(merged, raw, schema)
     return known[file]
@@ -289,9 +294,6 @@ def _mapping(file: Path, shown: str, above: Sequence[Path]) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        if above:
-            raise UserError(f"'{above[-1]}' extends '{shown}', and there is no such file: paths are relative "
-                            "to the file that says so") from None  # fmt: skip
         raise UserError(f"no config file '{shown}': give a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read ({error}): give a YAML file in UTF-8") from None

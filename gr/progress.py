@@ -61,12 +61,14 @@ class _Counted(Stage):
         return (self.done - self.first) / self.seconds
 
     def status(self) -> str:
-        """How much is done, how fast (or what is shown instead), how long the rest takes."""
+        """How much is done, how fast, how long the rest takes; what is shown goes last, where a terminal may cut it."""
         of = f" of {self.total:,}" if self.total else ""
         left = (
             f", {clock(max(self.total - self.done, 0) / self.rate)} left" if self.total and self.rate else ""
         )
-        return f"{self.done:,}{of} {self.unit}, {self.shown or f'{self.rate:,.0f}/s'}{left}"
+        rate = "" if self.shown else f", {self.rate:,.0f}/s"
+        shown = f", {self.shown}" if self.shown else ""
+        return f"{self.done:,}{of} {self.unit}{rate}{left}{shown}"
 
     def result(self) -> str:
         """The same when all is done; a total that was an estimate is of no more interest."""
@@ -117,6 +119,10 @@ class PlainProgress(Progress):
         print(text, file=self.stream, flush=True)
 
 
+_NAME, _BAR = 12, 16
+"""Widths of a stage's name and of its bar."""
+
+
 class _BarStage(_Counted):
     def __init__(self, bar, *stage):
         super().__init__(*stage)
@@ -125,7 +131,10 @@ class _BarStage(_Counted):
 
     def advance(self, units: int) -> None:
         self.done += units
-        self.bar.update(self.task, completed=self.done, status=self.status())
+        room = max(self.bar.console.width - max(_NAME, len(self.name)) - _BAR - 2, 1)
+        status = self.status()  # a narrow terminal cuts its end, not the name or the bar
+        status = status if len(status) <= room else f"{status[: room - 1]}…"
+        self.bar.update(self.task, completed=self.done, status=status)
 
     def say(self, text: str) -> None:
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -148,8 +157,8 @@ class BarProgress(Progress):
         from rich.console import Console
 
         columns = (
-            bars.TextColumn("{task.description:<12}", markup=False),
-            bars.BarColumn(bar_width=16),
+            bars.TextColumn(f"{{task.description:<{_NAME}}}", markup=False),
+            bars.BarColumn(bar_width=_BAR),
             bars.TextColumn("{task.fields[status]}", markup=False),
         )
         with bars.Progress(*columns, console=Console(file=self.stream)) as bar:

@@ -14,9 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.training.padded_baseline import PaddedHSTU
-from benchmarks.training.shapes import Shape, config
+from benchmarks.training.shapes import Shape, model
 from gr.batch import SequenceBatch
-from gr.models.recommender import Recommender
 from gr.models.step import StepContext
 from gr_kernels.candidate_scores import candidate_scores
 from gr_kernels.dispatch import explain
@@ -61,7 +60,8 @@ class _Ours:
     """The objective of gr's config, and the same loss from scores computed in a given way."""
 
     def __init__(self, shape: Shape, targets: int) -> None:
-        self.model = Recommender(config(shape), shape.items, torch.ones(shape.items))
+        self.model = model(shape)
+        self.items = self.model.items
         lengths = (targets + 1,)
         batch = SequenceBatch(
             offsets_B1=torch.tensor([0, *lengths]),
@@ -73,34 +73,34 @@ class _Ours:
         self.queries_TD = torch.randn(targets, shape.dim, requires_grad=True)
         self.negatives = shape.negatives
         rows = torch.zeros(targets, 1 + shape.negatives, dtype=torch.int32)
-        self.why = explain(candidate_scores, self.queries_TD, self.model.table.weight, rows)
+        self.why = explain(candidate_scores, self.queries_TD, self.items.weight, rows)
 
     def step(self) -> None:
         """Forward and backward, as training runs it."""
-        self._backward(self.model.objective(self.queries_TD, self.supervision, StepContext(1)))
+        context = StepContext(1, views={"items": self.items.view()})
+        self._backward(self.model.objective(self.queries_TD, self.supervision, context, self.items))
 
     def scored(self, way: str) -> None:
         """Forward and backward through ``candidate_scores`` in that way."""
         similarity = self.model.similarity
         rows = self.model.objective.sampler.own(1, self.supervision, self.negatives)
-        queries_TD = F.normalize(self.queries_TD, dim=-1) / similarity.config.temperature
-        eps = similarity.normalize_eps
-        table = self.model.table.weight
-        scores = candidate_scores(queries_TD, table, rows, normalize_eps=eps, implementation=way)
+        queries_TD = F.normalize(self.queries_TD, dim=-1) * similarity.scoring.scale
+        eps = similarity.scoring.normalize_eps
+        scores = candidate_scores(queries_TD, self.items.weight, rows, normalize_eps=eps, implementation=way)
         self._backward(cross_entropy_of_first(scores, rows, rows[:, :1]))
 
     def _backward(self, loss: torch.Tensor) -> None:
-        self.model.table.weight.grad = self.queries_TD.grad = None
+        self.items.weight.grad = self.queries_TD.grad = None
         (loss / len(self.queries_TD)).backward()
 
 
 def _baseline(shape: Shape, targets: int) -> Callable[[], None]:
-    model = PaddedHSTU(**shape.baseline())
+    baseline = PaddedHSTU(**shape.baseline())
     targets_T = torch.randint(1, shape.items + 1, (targets,))
     queries_TD = torch.randn(targets, shape.dim, requires_grad=True)
 
     def run() -> None:
-        model.embedding.weight.grad = queries_TD.grad = None
-        model.loss(queries_TD, targets_T).backward()
+        baseline.embedding.weight.grad = queries_TD.grad = None
+        baseline.loss(queries_TD, targets_T).backward()
 
     return run

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from benchmarks import lengths
 from gr.config import RunConfig, from_dict
@@ -15,6 +17,7 @@ from gr.data.dataset import SequenceDataset
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
+from gr.models.retrieval import Retrieval
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,23 @@ def config(shape: Shape, threads: int | None = None) -> RunConfig:
             "train": {"global_batch": shape.batch, "threads": threads},
         }
     )
+
+
+@dataclass(frozen=True)
+class _Items:
+    """A catalogue whose items are all alike."""
+
+    rows: int
+
+    @property
+    def training_counts(self) -> Tensor:
+        return torch.ones(self.rows, dtype=torch.int64)
+
+
+def model(shape: Shape) -> Retrieval:
+    """gr's model of a shape, on the CPU."""
+    run = config(shape)
+    return run.model.build(run, _Items(shape.items))
 
 
 def read(path: Path) -> tuple[Sequences, int]:

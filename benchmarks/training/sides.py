@@ -12,11 +12,11 @@ import torch
 from torch.profiler import record_function
 
 from benchmarks.training import padded_baseline
-from benchmarks.training.shapes import Shape, config
+from benchmarks.training.shapes import Shape, config, model
 from gr.data.collate import collate
 from gr.data.sequences import Sequences
-from gr.models.recommender import Recommender
 from gr.models.step import StepContext
+from gr.processes import Processes
 from gr_kernels.counter_random import derive_key
 
 
@@ -32,8 +32,9 @@ class Ours:
     def __init__(self, shape: Shape, samples: Sequences, seed: int = 1):
         self.samples, self.seed, self.steps = samples, seed, 0
         settings = config(shape)
-        self.model = Recommender(settings, shape.items, torch.ones(shape.items))
-        self.optimizer = settings.optimizer.build().build(self.model)
+        self.model = model(shape)
+        alone, optimizer = Processes(torch.device("cpu")), settings.optimizer.build()
+        self.engine = settings.train.engine.build(self.model, optimizer, alone, clip_norm=None, bf16=False)
         _mark(self.model.objective, "region:loss")
 
     def step(self, rows: np.ndarray) -> float:
@@ -42,11 +43,9 @@ class Ours:
         key = derive_key(self.seed, "step", self.steps)
         torch.manual_seed(derive_key(self.seed, "dropout", self.steps, 0))
         supervision = self.model.supervise(batch, key)
-        loss = self.model(supervision, StepContext(key))
-        (loss / supervision.count).backward()
+        loss = self.engine.forward_backward([supervision], StepContext(key), supervision.count)
         with record_function("region:optimiser"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.engine.step(1.0)
         self.steps += 1
         return loss.item() / supervision.count
 

@@ -1,4 +1,4 @@
-"""Catalogue: the items of a dataset, row by row.  I: catalogue size."""
+"""Catalogue: the items of a dataset, row by row, and what training has of them.  I: catalogue size."""
 
 from __future__ import annotations
 
@@ -8,31 +8,70 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.columns import column_digest
+from gr.data.columns import checksum
 from gr.data.folder import first_line
+from gr.data.popularity import Counted, counted
 from gr.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gr.data.dataset import SequenceDataset
     from gr.data.manifest import Manifest
+    from gr.data.split import Split
+    from gr.processes import Processes
 
 CATALOGUE = "catalogue.parquet"
 
 
 class Catalogue:
-    """Rows, raw ids, columns; each column is read, and checked against the manifest, when it is first asked for."""
+    """Rows, raw ids, columns, and under a split the training counts; all of it is read, checked or counted when it is
+    first asked for."""
 
-    def __init__(self, dataset: SequenceDataset):
+    def __init__(self, dataset: SequenceDataset, split: Split | None = None):
+        self._dataset, self._split = dataset, split
         self._folder, self._manifest = dataset.folder, dataset.manifest
         self._read: dict[str, pa.ChunkedArray] = {}
+        self._counted: Counted | None = None
+
+    def under(self, split: Split) -> Catalogue:
+        """The same items, counted under ``split``."""
+        other = Catalogue(self._dataset, split)
+        other._read = self._read
+        return other
 
     @property
-    def num_rows(self) -> int:
+    def counted(self) -> Counted:
+        """What is counted under the split: read from beside the dataset, or counted now and kept there."""
+        if self._counted is None:
+            if self._split is None:
+                raise ValueError("training counts hang on a split: ask catalogue.under(split)")
+            self._counted = counted(self._dataset, self._split)
+        return self._counted
+
+    @property
+    def training_counts(self) -> Tensor:
+        """(I,) int64: how many training actions each item has."""
+        import torch
+
+        return torch.from_numpy(self.counted.counts_I)
+
+    def count_once(self, processes: Processes) -> Counted:
+        """:attr:`counted`, by the main process for all: the dataset is read at most once.  Every process calls this;
+        where the main one refuses, all do."""
+        mine = processes.together(lambda: self.counted if processes.is_main else None)
+        self._counted = processes.broadcast(mine)
+        return self.counted
+
+    @property
+    def rows(self) -> int:
         """I."""
         return self._manifest.items
 
+    num_rows = rows
+
     def __len__(self) -> int:
-        return self.num_rows
+        return self.rows
 
     @property
     def manifest(self) -> Manifest:
@@ -95,8 +134,8 @@ class Catalogue:
         for name in names:
             if name not in table.column_names:
                 raise self._changed(f"has no column '{name}', the manifest says it has")
-            if column_digest(table[name].combine_chunks()) != self._manifest.catalogue[name]:
-                raise self._changed(f"does not hold in column '{name}' what was written there (its digest differs)")
+            if checksum(table[name].combine_chunks()) != self._manifest.catalogue[name]:
+                raise self._changed(f"does not hold in column '{name}' what was written there (its checksum differs)")
         return {name: table[name] for name in names}
 
     def _unreadable(self, error: Exception) -> UserError:

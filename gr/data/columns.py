@@ -1,12 +1,13 @@
-"""Columns between memory and Parquet, and digests of what they hold.
+"""Columns between memory and Parquet, and digests and checksums of what they hold.
 
 A column of actions is stored as one list a user (a multi-valued one as a list of lists), a column of users as it is.
-Digests are of the content, not of its encoding: the same whatever wrote the file.
+Digests and checksums are of the content, not of its encoding: the same whatever wrote the file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -120,23 +121,29 @@ def block_digest(rows: Sequences) -> str:
     for name in (ITEM, TIME, TYPE, VALUE):
         column = rows.columns.get(name)
         digest.update(b"|" if column is None else _bytes(column))  # type: ignore[arg-type]
-    for name in sorted(rows.columns.keys() - DTYPES.keys()):
-        digest.update(f"|{name}|{column_digest(_to_arrow(rows.columns[name]))}".encode())
-    for name in sorted(rows.user_columns.keys() - {USER_ID}):
-        digest.update(f"|{name} of users|{column_digest(_to_arrow(rows.user_columns[name]))}".encode())
+    others = [(name, rows.columns[name]) for name in sorted(rows.columns.keys() - DTYPES.keys())]
+    others += [(f"{name} of users", rows.user_columns[name]) for name in sorted(rows.user_columns.keys() - {USER_ID})]
+    for name, column in others:
+        digest.update(f"|{name}|".encode())
+        for part in _content(_to_arrow(column)):
+            digest.update(part)
     return digest.hexdigest()
 
 
-def column_digest(array: pa.Array) -> str:
-    """Digest of a column as it is read from Parquet, whatever its type: where nulls are, the lengths of lists, outer
-    ones first, then values."""
-    digest = hashlib.blake2b(digest_size=8)
+def checksum(array: pa.Array) -> str:
+    """CRC-32 of a column as it is read from Parquet, whatever its type.
+
+    It is made whenever a column is read for the first time, and finds what accidents do to a column at ten times
+    the speed of a digest that would also resist an attacker.
+    """
+    crc = 0
     for part in _content(array):
-        digest.update(part)
-    return digest.hexdigest()
+        crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"
 
 
 def _content(array: pa.Array) -> Iterator[Any]:
+    """A column's bytes: where nulls are, the lengths of lists (outer ones first) and of texts, then values."""
     kind = array.type
     if pa.types.is_dictionary(kind):
         array, kind = array.dictionary_decode(), kind.value_type

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from gr.data.columns import (
     ColumnInfo,
     block_digest,
     canonical,
-    column_digest,
+    checksum,
     described,
     from_table,
     to_table,
@@ -49,7 +49,7 @@ COLUMN_OF_LOG = {"time": "columns.time", "type": "columns.action_type", "value":
 class SequenceDataset:
     """A sequence dataset opened for reading; blocks are read when asked for.
 
-    Opening checks the manifest, and that all files are there.  What is read is checked against the digests that the
+    Opening checks the manifest, and that all files are there.  What is read is checked against the checksums that the
     manifest keeps: a column of a block the first time that this object reads it.
     """
 
@@ -59,7 +59,7 @@ class SequenceDataset:
         self.manifest = read_manifest(self.folder)
         self._columns = {info.name: info for info in self.manifest.columns}
         self._checked: set[tuple[int, str]] = set()
-        self._footer = lru_cache(FOOTERS)(self._read_footer)
+        self._footers: dict[str, pq.FileMetaData] = {}
         self._check_files()
 
     users = property(lambda self: self.manifest.users)
@@ -156,14 +156,20 @@ class SequenceDataset:
             raise UserError(
                 f"column '{info.name}' in {where} is of type {column.type}, the manifest says {info.arrow}: {changed}"
             )
-        if column_digest(column) != entry.columns[info.name]:
+        if checksum(column) != entry.columns[info.name]:
             raise UserError(
-                f"column '{info.name}' in {where} does not hold what was written there (its digest differs): {changed}"
+                f"column '{info.name}' in {where} does not hold what was written there (its checksum differs): {changed}"
             )
 
-    def _read_footer(self, file: str) -> pq.FileMetaData:
-        with self.folder.opened(file) as source:
-            return pq.read_metadata(source)
+    def _footer(self, file: str) -> pq.FileMetaData:
+        footer = self._footers.get(file)
+        if footer is None:
+            with self.folder.opened(file) as source:
+                footer = pq.read_metadata(source)
+            for oldest in list(self._footers)[: len(self._footers) - FOOTERS + 1]:
+                self._footers.pop(oldest, None)
+            self._footers[file] = footer
+        return footer
 
 
 def same_type(one: pa.DataType, other: pa.DataType) -> bool:
@@ -249,7 +255,7 @@ class DatasetWriter:
             first_time=min(self._times, default=None),
             last_time=max(self._times, default=None),
             action_type_names=self.action_type_names,
-            catalogue={n: column_digest(stored[n].combine_chunks()) for n in stored.column_names},
+            catalogue={n: checksum(stored[n].combine_chunks()) for n in stored.column_names},
             fingerprint=fingerprint(*identity),
             generation=fingerprint(*identity, catalogue["item_id"].to_pylist()),
             blocks=self._blocks if self._sorted else [replace(b, first_hash=None) for b in self._blocks],
@@ -282,7 +288,7 @@ class DatasetWriter:
             self._writer = pq.ParquetWriter(self._scratch / file, table.schema, compression="zstd")
         assert self._writer is not None
         self._writer.write_table(table, row_group_size=len(rows))
-        columns = {name: column_digest(table[name].combine_chunks()) for name in table.column_names}
+        columns = {name: checksum(table[name].combine_chunks()) for name in table.column_names}
         first_hash = self._next_users(rows.users_R)
         actions = len(rows.items_A)
         self._blocks.append(Block(file, row_group, len(rows), actions, block_digest(rows), columns, first_hash))

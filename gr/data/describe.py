@@ -58,7 +58,7 @@ class Description:
         if self.last_time is None or EARLY <= self.last_time < LIKELY[1]:
             return ""
         for scale in (10**3, 10**6, 10**9):
-            if LIKELY[0] <= self.last_time * scale < LIKELY[1]:
+            if LIKELY[0] <= (self.first_time or 0) * scale and self.last_time * scale < LIKELY[1]:
                 coarser = f"a unit {scale:,} times as long they would end at {when(self.last_time * scale)}"
                 return f"is the schema's time_unit right? In {coarser}"
         return "is the schema's time_unit right?"

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -25,7 +26,7 @@ MANIFEST = "manifest.json"
 class Block:
     """One row group: the unit of reading and of shuffling.
 
-    digest: of all of it (:func:`gr.data.columns.block_digest`).  columns: name -> digest of that column.
+    digest: of all of it (:func:`gr.data.columns.block_digest`).  columns: name -> checksum of that column.
     first_hash: hash64 of its first user's id, where rows are stored in that order, so that a user is found without
     reading all ids; else None.
     """
@@ -44,7 +45,7 @@ class Manifest:
     """What manifest.json says.  ``provenance``: free for people, as is ``name``.
 
     columns: of actions and of users.  first_time, last_time: of all actions, seconds; None without times.
-    catalogue: column -> digest of it.
+    catalogue: column -> checksum of it.
     fingerprint: of the sequences; the order of training hangs on it.  generation: of the sequences and the raw ids
     that the item rows stand for; a run goes on with the generation that it began with.
     digest: of all this but ``name`` and ``provenance``.
@@ -81,7 +82,7 @@ def read_manifest(folder: Folder) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no sequence dataset at '{folder.name}' (manifest.json is missing): "
-            "make one with launch/prepare.py, or set data.path to one"
+            "make one with python -m gr prepare, or set data.path to one"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read '{file}' ({first_line(error)}): check the path and its access") from None
@@ -115,7 +116,7 @@ def read_manifest(folder: Folder) -> Manifest:
 def to_json(manifest: Manifest) -> str:
     """The text of manifest.json; its ``digest`` is made here."""
     raw = asdict(manifest)
-    return json.dumps({**raw, "digest": content_digest(raw)}, indent=1, sort_keys=True) + "\n"
+    return json.dumps({**raw, "digest": content_digest(raw)}, indent=1) + "\n"
 
 
 def content_digest(raw: dict[str, Any]) -> str:
@@ -160,11 +161,20 @@ def _difference_from_ours(raw: dict[str, Any]) -> str:
 
 
 def _difference_in_keys(kind: type, raw: dict[str, Any]) -> str:
-    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    known, needed = _keys(kind)
+    if raw.keys() == known.keys():
+        return ""
     missing = [name for name in needed if name not in raw]
-    unknown = [name for name in raw if name not in {f.name for f in fields(kind)}]
+    unknown = [name for name in raw if name not in known]
     parts = (("missing", missing), ("unknown", unknown))
     return ", ".join(f"{what} {', '.join(map(repr, names))}" for what, names in parts if names)
+
+
+@cache
+def _keys(kind: type) -> tuple[dict[str, Any], list[str]]:
+    """All keys (in a dictionary), and those that must be there."""
+    known = {f.name: f for f in fields(kind)}
+    return known, [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
 
 
 def _contradiction(manifest: Manifest) -> str:
@@ -202,7 +212,7 @@ def _contradiction_in_columns(manifest: Manifest) -> str:
         return f"first_time {manifest.first_time} and last_time {manifest.last_time} can't be those of its actions"
     for number, block in enumerate(manifest.blocks):
         if block.columns.keys() != columns.keys():
-            return f"block {number} has digests of other columns"
+            return f"block {number} has checksums of other columns"
     return ""
 
 

@@ -1,14 +1,48 @@
-"""What training may see: its sequences, and how often each item occurs in them.  I: catalogue size."""
+"""What training may see, and what is counted of it once: how often each item occurs, who has targets.
+
+I: catalogue size, R: users of a block.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from gr.data.dataset import SequenceDataset
+from gr.data.columns import checksum
+from gr.data.folder import first_line
 from gr.data.sequences import ITEM, Sequences
-from gr.data.split import Split
+from gr.errors import UserError
+
+if TYPE_CHECKING:
+    from gr.data.dataset import SequenceDataset
+    from gr.data.split import Split
+
+log = logging.getLogger(__name__)
+
+COUNTING = 1
+"""Goes up when the same dataset and split would be counted otherwise."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of a dataset under a split.
+
+    counts_I: int64, training actions of each item.  users: users with two training actions, an input and its target.
+    targets: held-out split -> users with a target in it.
+    """
+
+    counts_I: np.ndarray
+    users: int
+    targets: dict[str, int]
 
 
 def training_sequences(
@@ -16,19 +50,84 @@ def training_sequences(
 ) -> Iterator[Sequences]:
     """The training users' sequences cut to the actions that training may see, block by block, in order.  ``columns``:
     those wanted beside ``item``."""
-    left = split.training_rows(dataset.users)
     for block in range(len(dataset.manifest.blocks)):
-        if left <= 0:
+        if dataset.first_ordinal(block) >= split.training_rows(dataset.users):
             return
         rows = dataset.read_block(block, {ITEM, *columns, *split.needs})
-        stop_R = split.train_stop(rows)[:left]
-        left -= len(rows)
-        yield rows.take(np.arange(len(stop_R)), stop=stop_R)
+        stop_R = _training_stops(dataset, split, rows)
+        yield rows.take(np.flatnonzero(stop_R >= 0), stop=stop_R[stop_R >= 0])
 
 
 def training_counts(dataset: SequenceDataset, split: Split) -> np.ndarray:
     """(I,) int64: how many training actions each item has."""
+    return counted(dataset, split).counts_I
+
+
+def counted(dataset: SequenceDataset, split: Split) -> Counted:
+    """What :func:`count` finds, kept beside the dataset the first time, in ``counts/``.
+
+    What is kept belongs to one generation and one split; what doesn't fit, or can't be read, is counted again, and a
+    folder that can't be written to is left as it is.
+    """
+    about = {"counting": COUNTING, "generation": dataset.manifest.generation, "split": split.description}
+    key = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
+    file = f"counts/{key}.parquet"
+    kept = _kept(dataset, file, about)
+    if kept is not None:
+        return kept
+    found = count(dataset, split)
+    table = pa.table({"count": found.counts_I})
+    said = {**about, **asdict(found), "checksum": checksum(table["count"].combine_chunks())}
+    del said["counts_I"]
+    content = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"gr": json.dumps(said)}), content, compression="zstd")
+    try:
+        dataset.folder.publish(file, content.getvalue())
+    except OSError as error:
+        log.info("what was counted is not kept in '%s' (%s)", dataset.folder.of(file), first_line(error))
+    return found
+
+
+def count(dataset: SequenceDataset, split: Split) -> Counted:
+    """Reads the whole dataset, its items alone (and what the split looks at)."""
     counts = np.zeros(dataset.items, np.int64)
-    for rows in training_sequences(dataset, split):
-        counts += np.bincount(rows.items_A, minlength=dataset.items)
-    return counts
+    users, targets = 0, dict.fromkeys(split.names, 0)
+    for block in range(len(dataset.manifest.blocks)):
+        rows = dataset.read_block(block, {ITEM, *split.needs})
+        if len(rows.items_A) and not 0 <= rows.items_A.min() <= rows.items_A.max() < dataset.items:
+            raise UserError(
+                f"block {block} of '{dataset.path}' has actions on items that its catalogue of {dataset.items} does "
+                "not have: prepare the dataset again"
+            )
+        stop_R = _training_stops(dataset, split, rows)
+        kept = rows.take(np.flatnonzero(stop_R >= 0), stop=stop_R[stop_R >= 0])
+        counts += np.bincount(kept.items_A, minlength=dataset.items)
+        users += int((stop_R >= 2).sum())
+        for name in split.names:
+            targets[name] += int((split.target(rows, name, dataset.users) >= 0).sum())
+    return Counted(counts, users, targets)
+
+
+def _training_stops(dataset: SequenceDataset, split: Split, rows: Sequences) -> np.ndarray:
+    """(R,) how many leading actions of each user train, -1 for users who don't take part."""
+    return np.where(rows.ordinals_R < split.training_rows(dataset.users), split.train_stop(rows), -1)
+
+
+def _kept(dataset: SequenceDataset, file: str, about: dict) -> Counted | None:
+    try:
+        with dataset.folder.opened(file) as source:
+            table = pq.read_table(source)
+        said = json.loads((table.schema.metadata or {})[b"gr"])
+        column = table["count"].combine_chunks()
+        fits = (
+            {key: said[key] for key in about} == about
+            and len(column) == dataset.items
+            and column.type == pa.int64()
+            and checksum(column) == said["checksum"]
+        )
+        return Counted(column.to_numpy().copy(), int(said["users"]), dict(said["targets"])) if fits else None
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        log.info("'%s' is counted again, what was kept is no use (%s)", dataset.folder.of(file), first_line(error))
+        return None

@@ -76,6 +76,7 @@ def requests(
     world: int = 1,
     max_users: int | None = None,
     columns: Iterable[str] | None = None,
+    users: FoundUsers | None = None,
     kinds: TargetKinds | None = None,
 ) -> HeldOutRequests:
     """The requests of ``split``'s held-out actions ``name`` that belong to process ``rank`` of ``world``."""
@@ -90,6 +91,7 @@ def requests(
         world=world,
         max_users=max_users,
         columns=columns if columns is None else frozenset(columns),
+        users=users,
         kinds=kinds,
     )
 
@@ -103,7 +105,7 @@ class HeldOutRequests:
     smallest keyed hash).  One block and one batch are in memory; after the first pass, blocks without a target are
     not read again.  ``exclude``: ``kept`` takes the ``max_length`` history items the model is shown out of the
     ranking, ``all`` the whole history's.  ``columns``: those that the batches carry beside ``item``; every one of
-    numbers without it.  ``kinds``: counts this process's targets in the first pass.
+    numbers without it.  ``users``: these alone.  ``kinds``: counts this process's targets in the first pass.
     """
 
     dataset: SequenceDataset
@@ -116,6 +118,7 @@ class HeldOutRequests:
     world: int = 1
     max_users: int | None = None
     columns: frozenset[str] | None = None
+    users: FoundUsers | None = None
     kinds: TargetKinds | None = None
     population: int | None = field(default=None, init=False)
     """Users with a target in this split; known once a pass is over."""
@@ -123,13 +126,15 @@ class HeldOutRequests:
     def __post_init__(self) -> None:
         self.split.check(self.name)
         self._blocks: Sequence[int] = range(len(self.dataset.manifest.blocks))
+        if self.users is not None:
+            self._blocks = sorted(self.users.rows)
 
     def __iter__(self) -> Iterator[Request]:
         return _requests(self._parts(), self.batch, self.columns)
 
     def empty(self) -> Request:
         """A request about nobody, with the columns of the others."""
-        rows, nobody = self.dataset.read_block(0, self._read), np.empty(0, np.int64)
+        rows, nobody = self.dataset.read_block(0, self._read(())), np.empty(0, np.int64)
         part = _Part(
             samples=_carried(rows, self.columns).take(nobody),
             excluded=_excluded(rows, nobody, nobody, nobody, self.exclude),
@@ -149,8 +154,8 @@ class HeldOutRequests:
         count = 0
         subset = self._subset
         kinds = None if self.kinds is None or self.kinds.complete else self.kinds.restart()
-        read = self._read if kinds is None or self._read is None else self._read | kinds.needs
-        for rows, who_R, target_R in self._held_out(read):
+        needed = self.split.needs if kinds is None else self.split.needs | kinds.needs
+        for rows, who_R, target_R in self._held_out(self._read(needed)):
             if subset is not None:
                 inside = np.isin(rows.ordinals_R[who_R], subset, assume_unique=True)
                 who_R, target_R = who_R[inside], target_R[inside]
@@ -168,9 +173,8 @@ class HeldOutRequests:
         if kinds is not None:
             kinds.complete = True
 
-    @property
-    def _read(self) -> set[str] | None:
-        return None if self.columns is None else {ITEM, USER_ID, *self.columns, *self.split.needs}
+    def _read(self, needed: Iterable[str]) -> set[str] | None:
+        return None if self.columns is None else {ITEM, USER_ID, *self.columns, *needed}
 
     def _held_out(self, columns: Iterable[str] | None) -> Iterator[tuple[Sequences, np.ndarray, np.ndarray]]:
         """Block by block: its rows (with ``columns``), the numbers of those with a target, and the targets' indices."""
@@ -179,6 +183,8 @@ class HeldOutRequests:
             rows = self.dataset.read_block(block, columns)
             index_R = self.split.target(rows, self.name, self.dataset.users)
             who_R = np.flatnonzero(index_R >= 0)
+            if self.users is not None:
+                who_R = np.intersect1d(who_R, self.users.rows[block])
             if len(who_R):
                 found.append(block)
                 population += len(who_R)

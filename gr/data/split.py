@@ -5,7 +5,8 @@ Shapes: R users.  A split answers from lengths and times alone; nothing is copie
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,6 +14,9 @@ from pydantic import Field
 from gr.config import FRACTION, SEED, ComponentConfig
 from gr.data.sequences import TIME, Sequences
 from gr.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from gr.data.dataset import SequenceDataset
 
 
 class Split:
@@ -22,6 +26,14 @@ class Split:
     names: tuple[str, ...] = ("valid", "test")
     needs: frozenset[str] = frozenset()
     config: ComponentConfig
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Its config as JSON has it: what is counted under a split is kept under this."""
+        return self.config.model_dump(mode="json")
+
+    def check_dataset(self, dataset: SequenceDataset) -> None:
+        """Refuse a dataset that can't be cut this way, as far as its manifest tells."""
 
     def training_rows(self, users: int) -> int:
         """How many of the dataset's first users take part in training."""
@@ -87,6 +99,27 @@ class GlobalTime(Split):
             raise UserError("data.split.valid_from is after data.split.test_from: swap them")
         self.config = config
 
+    def check_dataset(self, dataset: SequenceDataset) -> None:
+        """Bounds lie after the log's first action and up to its last one (a second later if nothing is to be tested):
+        others are in another unit, or of another log."""
+        first, last = dataset.manifest.first_time, dataset.manifest.last_time
+        if not dataset.has_timestamps:
+            raise UserError(
+                f"data.split 'global_time' needs timestamps, and dataset '{dataset.path}' has none: use leave_one_out"
+            )
+        if first is None or last is None:
+            return
+        for name, bound, latest in (
+            ("valid_from", self.config.valid_from, last),
+            ("test_from", self.config.test_from, last + 1),
+        ):
+            if not first < bound <= latest:
+                side = "before" if bound <= first else "at or after"
+                raise UserError(
+                    f"no action of '{dataset.path}' is {side} data.split.{name} {bound} ({_date(bound)}), they are from "
+                    f"{first} ({_date(first)}) to {last} ({_date(last)}): {_likely(bound, first, last)}"
+                )
+
     def train_stop(self, rows: Sequences) -> np.ndarray:
         return self._before(rows, self.config.valid_from)
 
@@ -133,3 +166,27 @@ class Records(Split):
         if name == "test":
             inside = rows.ordinals_R >= second
         return np.where(inside & (rows.lengths_R >= 2), rows.lengths_R - 1, -1)
+
+
+def _date(seconds: int) -> str:
+    return str(np.datetime64(seconds, "s")).replace("T", " ") if abs(seconds) < 2**60 else "beyond all dates"
+
+
+def _likely(bound: int, first: int, last: int) -> str:
+    """What to do about a bound outside of a log's times: the unit in which it would be inside, if there is one."""
+    text = str(bound)
+    if re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", text):
+        day = f"{text[:4]}-{text[4:6]}-{text[6:]}"
+        try:
+            seconds = int(np.datetime64(day, "s").astype(np.int64))
+        except ValueError:  # there is no 31st of that month
+            seconds = first
+        if first < seconds <= last:
+            return f"it looks like the day {day}, give it in seconds since 1970 ({seconds})"
+    for unit, ticks in (("milliseconds", 10**3), ("microseconds", 10**6), ("nanoseconds", 10**9)):
+        if first < bound // ticks <= last:
+            return f"it looks like {unit}, give it in seconds ({bound // ticks})"
+    for unit, seconds in (("minutes", 60), ("hours", 3600), ("days", 86400)):
+        if first < bound * seconds <= last:
+            return f"it looks like {unit} since 1970, give it in seconds ({bound * seconds})"
+    return "give a time between the two, in seconds since 1970"

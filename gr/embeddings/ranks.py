@@ -104,6 +104,11 @@ def target_ranks(
     return ranks_from(*count_above(again(), bars_B, targets_B, excluding), bars_B)
 
 
+def ranks_in(scores_BI: Tensor, targets_B: Tensor, exclude: Excluded | None = None) -> Tensor:
+    """(B,) float64 ranks of the targets in scores that are all there: :func:`target_ranks` of one chunk."""
+    return target_ranks(lambda: iter([(0, scores_BI)]), targets_B, scores_BI.shape[1], exclude)
+
+
 def best_rows(
     chunks: Chunks, queries: int, k: int, rows: int, exclude: Excluded | None, like: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -103,13 +103,15 @@ class Maths:
 
     all_rows: whether rows without a gradient move too.  moments: names, each as large as the table; ``row_moments``:
     names of those that are one number a row.  step(values, gradient, moments, count, lr, weight_decay): moves values in
-    place; all of one shape but row moments, which are (rows, 1).  by_columns: whether columns may be cut.
+    place; all of one shape but row moments, which are (rows, 1).  counts: whether the number of steps matters.
+    by_columns: whether columns may be cut.
     """
 
     all_rows: bool
     step: Callable[[Tensor, Tensor, dict[str, Tensor], int, float, float], None]
     moments: tuple[str, ...] = ()
     row_moments: tuple[str, ...] = ()
+    counts: bool = False
 
     @property
     def by_columns(self) -> bool:
@@ -189,7 +191,7 @@ def adam(betas: Sequence[float], eps: float, all_rows: bool) -> Maths:
         root = square.sqrt().div_((1 - beta2**count) ** 0.5).add_(eps)
         values.addcdiv_(mean, root, value=-lr / (1 - beta1**count))
 
-    return Maths(all_rows, step, ("exp_avg", "exp_avg_sq"))
+    return Maths(all_rows, step, ("exp_avg", "exp_avg_sq"), counts=True)
 
 
 def descent(momentum: float, decays: bool) -> Maths:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gr.batch import SequenceBatch
 from gr.config import EvalSection, RunConfig
-from gr.embeddings.ranks import Excluded, target_ranks
+from gr.embeddings.ranks import Excluded, ranks_in
 from gr.errors import UserError
 from gr.eval.family import Catalogue, MetricFamily
 from gr.eval.metrics import HISTORY_EDGES, POPULARITY_EDGES, RankMetrics, rank_metric_names
@@ -113,7 +113,7 @@ def _ranks(scorer: Any, batch: SequenceBatch, targets_B: Tensor, items: int, exc
         raise ValueError(
             f"{type(scorer).__name__}.scores gave {tuple(scores_BI.shape)}, not {(batch.sequences, items)}"
         )
-    return target_ranks(lambda: iter([(0, scores_BI)]), targets_B, items, exclude)
+    return ranks_in(scores_BI, targets_B, exclude)
 
 
 def _slices(batch: SequenceBatch, rows: int) -> Iterator[tuple[int, SequenceBatch]]:

@@ -2,6 +2,7 @@
 
 python -m gr recommend --run runs/NAME --users all --k 100 --out recs.parquet
 python -m gr recommend --run runs/NAME --users ids.txt --out recs.parquet --user-vectors users.parquet
+python -m gr recommend --run runs/NAME --users all --held-out test --out tested.parquet
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from gr.programs._arguments import add_run, new_parser, refuse_torchrun, settle_
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_run(parser)
-    parser.add_argument(
-        "--users",
-        required=True,
-        metavar="FILE|all",
-        help="ids: text, one a line, or Parquet or CSV with user_id",
+    users = "ids: text, one a line, or Parquet or CSV with user_id"
+    parser.add_argument("--users", required=True, metavar="FILE|all", help=users)
+    unknown = (
+        "users that the dataset doesn't have: list them beside OUT and serve the others (default), or refuse"
     )
+    parser.add_argument("--unknown", choices=["list", "refuse"], default="list", help=unknown)
     parser.add_argument("--out", required=True, metavar="FILE", help="Parquet: user_id, item_ids, scores")
     parser.add_argument("--k", type=int, default=100, help="items a user (default 100)")
     excluded = "history items left out: none, those the model is shown, all (default: the run's eval.exclude)"
@@ -30,6 +31,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--time", type=int, metavar="SECONDS", help="time of the request (default: the user's last)"
     )
+    held_out = (
+        "recommend as the evaluation of a split (test, valid) asks, without the held-out action, which goes to a column"
+        " target_id: the run's metrics can be computed from OUT"
+    )
+    parser.add_argument("--held-out", metavar="SPLIT", help=held_out)
     parser.add_argument("--user-vectors", metavar="FILE", help="write user_id, vector there")
     parser.add_argument("--item-vectors", metavar="FILE", help="write item_id, vector there")
     options = parser.parse_args(arguments)
@@ -45,25 +51,40 @@ def main(arguments: list[str] | None = None) -> int:
     refuse_torchrun("recommend", "with a part of the users each if one isn't enough")
 
     from gr.data.making.files import output_files
+    from gr.data.requests import find_users
     from gr.progress import default_progress
+    from gr.train import recommend as library
     from gr.train.folder import RunFolder
     from gr.train.job import running
-    from gr.train.recommend import read_user_ids, recommend, write_item_vectors
     from gr.train.runs import open_run
 
     names = ("users", "out", "user_vectors", "item_vectors")
-    output_files({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
-    users = None if options.users == "all" else list(dict.fromkeys(read_user_ids(options.users)))
+    files = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    if options.users != "all":
+        files["the file of unknown users"] = str(library.unknown_users_file(options.out))
+    output_files(files)
+    ids = None if options.users == "all" else library.read_user_ids(options.users)
     config = configs.load(RunFolder.existing(options.run).config)
     with running(config) as processes:
         run = open_run(options.run, options.checkpoint, processes)
-        total = run.data.dataset.users if users is None else len(users)
+        found = None if ids is None else find_users(run.data.dataset, ids)
+        if found is not None and (options.unknown == "refuse" or not found.users):
+            found.refuse_unknown()
+        total = run.data.dataset.users if found is None else found.users
         with default_progress().stage("recommending", total, "users") as stage:
-            wanted = {name: getattr(options, name) for name in ("k", "exclude", "time", "user_vectors")}
-            count = recommend(run, options.out, users=users, advance=stage.advance, **wanted)
+            wanted = {
+                name: getattr(options, name) for name in ("k", "exclude", "time", "held_out", "user_vectors")
+            }
+            count = library.recommend(run, options.out, users=found, advance=stage.advance, **wanted)
         if options.item_vectors:
-            write_item_vectors(run, options.item_vectors)
+            library.write_item_vectors(run, options.item_vectors)
     print(f"wrote {count:,} users to {options.out} (step {run.step:,} of {options.run})")
+    if found is not None and (listed := library.write_unknown_users(found, options.out)):
+        print(
+            f"{len(found.unknown):,} users are not in the dataset '{found.dataset}': they are listed in {listed}"
+        )
+    if count < total:
+        print(f"{total - count:,} users have no action that split '{options.held_out}' holds out")
     if vectors := [file for file in (options.user_vectors, options.item_vectors) if file]:
         print(f"wrote {' and '.join(vectors)}: inner products of user and item vectors are the scores")
     return 0

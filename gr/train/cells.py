@@ -113,18 +113,24 @@ def _train(cell: Cell) -> Trained:
         if run.config.is_file():
             arguments = ["--resume", cell.folder]
         program = TRAIN if cell.processes == 1 else (*TORCHRUN, str(cell.processes), *TRAIN[1:])
-        if exit_status([*program, *arguments]):
+        status = exit_status([*program, *arguments])
+        if status > 0:
             raise UserError(f"training '{cell.name}' failed (see above); run the same command again to go on")
-        if not is_finished(cell):
+        if status < 0 or not is_finished(cell):
             raise UserError(f"training '{cell.name}' was stopped; run the same command again to go on")
     return Trained(cell, load(run.config), run.read_metrics())
 
 
 def exit_status(command: Sequence[str]) -> int:
-    """The exit status of a program of ours.  A request to stop is handed on, so that a training saves and leaves."""
+    """The exit status of a program of ours, or less than 0 where a signal ended it.
+
+    A request to stop is handed on, so that a training saves and leaves; however it ends then, it was stopped."""
+    asked = 0
     with subprocess.Popen(command) as process:
 
         def hand_on(number: int, frame: FrameType | None) -> None:
+            nonlocal asked
+            asked = number
             process.send_signal(number)
 
         try:
@@ -132,7 +138,8 @@ def exit_status(command: Sequence[str]) -> int:
         except ValueError:  # not in the main thread: signals are somebody else's
             before = None
         try:
-            return process.wait()
+            status = process.wait()
+            return -asked if asked else status
         except KeyboardInterrupt:  # the terminal has sent it to the training as well
             process.wait()
             raise

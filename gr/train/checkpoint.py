@@ -136,6 +136,10 @@ def load(path: Path, model: Model, engine: Engine | None = None) -> Cursor:
         for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
+    if foreign := [n for n in described if n.startswith("model/") and n not in parameters(model)]:
+        raise UserError(
+            f"checkpoint '{path}' has {_words(foreign[0])}, which this model has not: it is of another model"
+        )
     wanted = parameters(model) if engine is None else engine.load(list(described))
     for name, tensor in wanted.items():
         if name not in described:

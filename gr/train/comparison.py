@@ -59,7 +59,9 @@ def compare(
             data.catalogue,
             judged_by=opened.model.judged_by,
             processes=joined,
+            columns=opened.model.needs,
         )
+        data.catalogue.count_once(joined)
         requests = joined.together(lambda: evaluation.requests(split))
         progress = default_progress() if joined.is_main else Progress()
         for name in [*baselines, model]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Cursor:
     """``generation``: the dataset's.  ``epoch``, ``batch``: the next global batch.  ``step``: optimiser steps done.
     ``data_digest``: chained over all global batches so far, the same for any number of processes.
-    ``metrics_rows``: rows of metrics.jsonl so far.  ``best``: the best validation so far (epoch, step, value).
+    ``metrics_rows``: rows of metrics.jsonl so far.  ``best``: the best validation so far (gr.train.selection.best_of).
     ``stale``: validations since."""
 
     generation: str
@@ -20,7 +21,7 @@ class Cursor:
     step: int = 0
     data_digest: str = ""
     metrics_rows: int = 0
-    best: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
     stale: int = 0
     finished: bool = False
 

@@ -75,6 +75,18 @@ def operators() -> str:
     return native.why_unavailable() or "compiled"
 
 
+def missing_operators(device: str) -> str | None:
+    """One line for the beginning of a run on ``device`` (cpu, cuda) that would be slower than it could be, because the
+    C++ operators are missing or broken; None where they are there, or where the run doesn't need them."""
+    found = operators()
+    if device != "cpu" or found == "compiled":
+        return None
+    return (
+        f"the C++ operators are not used ({found}): training on CPU is slower without; "
+        "python -m gr doctor names the fix"
+    )
+
+
 def code_version() -> str | None:
     """The commit of the checkout whose files this package's are, ``+changes`` when files differ from it; None
     elsewhere, as where a wheel is installed into an environment inside somebody's checkout."""

@@ -15,7 +15,7 @@ from gr.errors import UserError
 from gr.processes import Processes, processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
-from gr.train.environment import record
+from gr.train.environment import missing_operators, record
 from gr.train.folder import RunFolder
 from gr.train.memory import advice_when_out_of_memory
 from gr.train.numerics import numerics
@@ -185,6 +185,8 @@ def _train(
     processes: Processes,
     on_step: OnStep,
 ) -> RunResult:
+    if processes.is_main and (said := missing_operators(processes.device.type)):
+        log.warning(said)
     trainer = Trainer(config, parts, processes, folder, cursor, on_step)
     finished = trainer.train()
     rows = folder.read_metrics() if processes.is_main else []

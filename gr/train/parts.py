@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-
-import torch
-from torch import Tensor
 
 from gr.config import RunConfig, warn_of_idle_keys
 from gr.data.batches import Batches, Plan
+from gr.data.catalogue import Catalogue
 from gr.data.dataset import SequenceDataset
 from gr.data.order import Order
-from gr.data.popularity import training_counts
 from gr.data.split import Split
 from gr.errors import UserError
 from gr.models.model import Model
@@ -20,18 +16,6 @@ from gr.processes import Processes
 from gr.train.engines.engine import Engine
 from gr.train.evaluation import Evaluation, baseline_kind
 from gr.train.selection import check_selection, judged_by
-
-
-class Catalogue:
-    """The items of a dataset, counted under a split."""
-
-    def __init__(self, dataset: SequenceDataset, split: Split) -> None:
-        self.dataset, self.split, self.rows = dataset, split, dataset.items
-        self.manifest = dataset.manifest
-
-    @cached_property
-    def training_counts(self) -> Tensor:
-        return torch.from_numpy(training_counts(self.dataset, self.split))
 
 
 @dataclass(frozen=True)
@@ -56,12 +40,24 @@ class Parts:
 
 def build(config: RunConfig, processes: Processes) -> Parts:
     """Everything that ``config`` describes, on this process's device; refuses what can't train or be evaluated."""
+    data = processes.together(lambda: _open_to_train(config))
     if processes.is_main:
         warn_of_idle_keys(config)
+    data.catalogue.count_once(processes)
+    return processes.together(lambda: _build(config, data, processes))
+
+
+def _open_to_train(config: RunConfig) -> Data:
     check_selection(config)
     for name in config.eval.baselines:
         baseline_kind(name, judged_by(config))
     data = open_data(config)
+    data.split.check_dataset(data.dataset)
+    return data
+
+
+def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
+    check_targets(config, data)
     model = build_model(config, data, processes)
     engine = config.train.engine.build(
         model,
@@ -85,7 +81,7 @@ def build(config: RunConfig, processes: Processes) -> Parts:
 def open_data(config: RunConfig) -> Data:
     dataset = SequenceDataset(config.data.path)
     split = config.data.split.build()
-    return Data(dataset, split, Catalogue(dataset, split))
+    return Data(dataset, split, dataset.catalogue.under(split))
 
 
 def build_model(config: RunConfig, data: Data, processes: Processes) -> Model:
@@ -98,7 +94,26 @@ def build_model(config: RunConfig, data: Data, processes: Processes) -> Model:
             f"the encoder uses times and dataset '{config.data.path}' has none: "
             "set model.encoder.relative_time=false, or prepare the dataset with a time column"
         )
+    dataset.require(model.needs, "the model")
     return model.place(processes.device)
+
+
+def check_targets(config: RunConfig, data: Data) -> None:
+    """Refuse a split that leaves nothing to train on, or nothing to evaluate."""
+    counted, path = data.catalogue.counted, config.data.path
+    if not data.split.training_rows(data.dataset.users):
+        raise UserError(f"data.split leaves no training sequence of dataset '{path}': change it")
+    if not counted.users:
+        raise UserError(
+            f"data.split leaves no user of dataset '{path}' two actions to train on, an input and its "
+            "target: hold out fewer, or prepare a log with longer histories"
+        )
+    for name in config.eval.splits:
+        if not counted.targets[name]:
+            raise UserError(
+                f"no user of '{path}' has a held-out action in split '{name}': "
+                "take it out of eval.splits, or change data.split"
+            )
 
 
 def build_batches(config: RunConfig, data: Data, needs: frozenset[str], processes: Processes) -> Batches:
@@ -121,22 +136,9 @@ def build_batches(config: RunConfig, data: Data, needs: frozenset[str], processe
         prefetch=config.data.prefetch,
         pin_memory=processes.device.type == "cuda",
     )
-    if not order.rows:
-        raise UserError(f"data.split leaves no training sequence of dataset '{config.data.path}': change it")
-    if not _has_target(dataset, split):
-        raise UserError(
-            f"data.split leaves no user of dataset '{config.data.path}' two actions to train on, an input and its "
-            "target: hold out fewer, or prepare a log with longer histories"
-        )
     if not batches.per_epoch:
         raise UserError(
             f"dataset '{config.data.path}' has {order.rows} training sequences, fewer than train.global_batch "
             f"{config.train.global_batch} with data.tail=drop: lower the batch or keep the tail"
         )
     return batches
-
-
-def _has_target(dataset: SequenceDataset, split: Split) -> bool:
-    """Whether any user keeps two actions to train on; mostly the first block tells."""
-    blocks = range(len(dataset.manifest.blocks))
-    return any((split.train_stop(dataset.read_block(block)) >= 2).any() for block in blocks)

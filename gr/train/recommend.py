@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.data.making.convert import is_number, is_text, to_ids
-from gr.data.requests import Exclude, recommendation_requests
+from gr.data.requests import (
+    Exclude,
+    FoundUsers,
+    Request,
+    find_users,
+    recommendation_requests,
+    requests,
+)
 from gr.errors import UserError
 from gr.models.retrieval import Retrieval
 from gr.train.runs import OpenRun
@@ -33,48 +40,97 @@ def recommend(
     run: OpenRun,
     out: str | os.PathLike,
     *,
-    users: Iterable[Any] | None = None,
+    users: Iterable[Any] | FoundUsers | None = None,
     k: int = 100,
     exclude: Exclude | None = None,
     time: int | None = None,
+    held_out: str | None = None,
     user_vectors: str | os.PathLike | None = None,
     advance: Callable[[int], None] = lambda users: None,
 ) -> int:
     """Write the ``k`` best items of each user to ``out``; returns the number of users.
 
-    Columns: user_id, item_ids (raw ids, best first), scores (float32).  users: raw ids, all without it, each written
-    once in the dataset's order.  exclude: history items not to recommend, as in evaluation (the run's without it);
-    a user for whom fewer than k items are left has the shorter list.  time: the time of the request in seconds; each
-    user's last time without it.  user_vectors: a second file of user_id, vector (see :func:`query_vectors`).
-    advance: called with the users done.  Files appear when they are complete.
+    Columns: user_id, item_ids (raw ids, best first), scores (float32).  users: raw ids (one that is unknown is an
+    error), or those that were found; all without it; each written once in the dataset's order.  exclude: history
+    items not to recommend, as in evaluation (the run's without it); a user for whom fewer than k items are left has
+    the shorter list.  time: the time of the request in seconds; each user's last time without it.  held_out: ask what
+    the evaluation of this split asks: what comes after the actions before the held-out one, at its time, the held-out
+    item never excluded; users without one are left out, and a column target_id has the held-out item.  user_vectors:
+    a second file of user_id, vector (see :func:`query_vectors`).  advance: called with the users done.  Files appear
+    when they are complete.
     """
-    model, config = retrieval(run), run.config
+    model, config, data = retrieval(run), run.config, run.data
     device = model.device
-    item_ids = run.data.dataset.catalogue.column("item_id").combine_chunks()
-    requests = recommendation_requests(
-        run.data.dataset,
-        max_length=config.data.max_length,
-        exclude=config.eval.exclude if exclude is None else exclude,
-        batch=config.eval.batch,
-        users=users,
-        time=time,
-    )
+    item_ids = data.dataset.catalogue.column("item_id").combine_chunks()
+    exclude = config.eval.exclude if exclude is None else exclude
+    asked: Iterable[Request]
+    if held_out is None:
+        asked = recommendation_requests(
+            data.dataset,
+            max_length=config.data.max_length,
+            exclude=exclude,
+            batch=config.eval.batch,
+            users=users,
+            time=time,
+            columns=model.needs,
+        )
+    else:
+        if time is not None:
+            raise UserError("--held-out asks at the time of the held-out action: leave --time out")
+        if users is not None and not isinstance(users, FoundUsers):
+            users = find_users(data.dataset, users).refuse_unknown()
+        asked = requests(
+            data.dataset,
+            data.split,
+            held_out,
+            max_length=config.data.max_length,
+            exclude=exclude,
+            batch=config.eval.batch,
+            users=users,
+            columns=model.needs,
+        )
     count = 0
     with ExitStack() as files, torch.no_grad():
         lists = files.enter_context(parquet_rows(out))
         vectors = files.enter_context(parquet_rows(user_vectors)) if user_vectors is not None else None
-        for request in requests:
+        for request in asked:
             request = request.to(device)
             queries_BD = model.encode(request.batch)
             excluded = (request.exclude_offsets, request.exclude_items)
             scores_BK, rows_BK = model.similarity.topk(model.items, queries_BD, k, excluded)
             names = pa.array(request.users.tolist())
-            lists(_lists_table(names, scores_BK.cpu(), rows_BK.cpu(), item_ids))
+            table = _lists_table(names, scores_BK.cpu(), rows_BK.cpu(), item_ids)
+            if held_out is not None:
+                table = table.append_column(
+                    "target_id", item_ids.take(pa.array(request.targets_B.cpu().numpy()))
+                )
+            lists(table)
             if vectors is not None:
                 vectors(vectors_table("user_id", names, query_vectors(model, queries_BD)))
             count += len(request)
             advance(len(request))
+        if not count and held_out is not None:
+            raise UserError(
+                f"nothing to write to '{out}': none of these users has an action that split '{held_out}' holds out"
+            )
     return count
+
+
+def unknown_users_file(out: str | os.PathLike) -> Path:
+    """The file beside ``out`` that lists the users who were asked for and are unknown: recs.unknown-users.txt."""
+    path = Path(out)
+    return path.with_name(f"{path.stem}.unknown-users.txt")
+
+
+def write_unknown_users(found: FoundUsers, out: str | os.PathLike) -> Path | None:
+    """List the unknown users beside ``out``, an id a line as ``--users`` reads them; returns the file.  Where all are
+    known there is none, nor one that an earlier call left."""
+    file = unknown_users_file(out)
+    if not found.unknown:
+        file.unlink(missing_ok=True)
+        return None
+    file.write_text("".join(f"{user}\n" for user in found.unknown), encoding="utf-8")
+    return file
 
 
 def write_item_vectors(run: OpenRun, out: str | os.PathLike) -> None:

@@ -20,8 +20,9 @@ from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
 from gr.eval.baselines import ItemKNN
-from gr.processes import processes
+from gr.processes import Processes, processes
 from gr.train.evaluation import Evaluation
+from gr.train.parts import Catalogue
 
 ITEMS, USERS = 40, 61
 CASES: dict = {"all": {}, "subset": {"max_users": 17, "exclude": "all"}}
@@ -57,6 +58,11 @@ def opened(path: str, **changes):
     return SequenceDataset(path), LeaveOneOut(config.data.split), config
 
 
+def evaluating(path: str, joined: Processes | None = None, **changes) -> Evaluation:
+    dataset, split, config = opened(path, **changes)
+    return Evaluation(dataset, split, config, Catalogue(dataset, split), processes=joined)
+
+
 class Diverged:
     """NaN for the user of one ordinal."""
 
@@ -69,10 +75,10 @@ class Diverged:
         return scores
 
 
-def measure(path: str, **changes) -> dict:
+def measure(path: str, joined: Processes | None = None, **changes) -> dict:
     """What this process gets to know, alone or as one of a group."""
     dataset, split, config = opened(path, **changes)
-    evaluation = Evaluation(dataset, split, config)
+    evaluation = evaluating(path, joined, **changes)
     scorer = ItemKNN(neighbours=6).fit(training_sequences(dataset, split), ITEMS)
     knn = evaluation.run("test", scorer)
     again = evaluation.run("test", scorer)
@@ -98,8 +104,9 @@ def worker(rank: int, ranks: int, port: int, path: str, out: str) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    with processes("cpu", threads=1), open(f"{out}/{rank}.json", "w") as file:
-        json.dump({name: measure(path, **changes) for name, changes in CASES.items()}, file)
+    with processes("cpu", threads=1) as joined, open(f"{out}/{rank}.json", "w") as file:
+        assert (joined.world.size, joined.data.size, joined.local.size) == (ranks,) * 3
+        json.dump({name: measure(path, joined, **changes) for name, changes in CASES.items()}, file)
 
 
 def test_two_processes_measure_what_one_does(path, tmp_path):
@@ -126,7 +133,7 @@ def test_two_processes_measure_what_one_does(path, tmp_path):
 def test_every_user_with_a_target_is_measured_once(path):
     dataset, split, config = opened(path)
     lengths = np.concatenate([dataset.read_block(b).lengths_R for b in range(len(dataset.manifest.blocks))])
-    result = Evaluation(dataset, split, config).run("test", Diverged(-1))
+    result = evaluating(path).run("test", Diverged(-1))
     assert result.users == result.population == (lengths >= 2).sum()
     assert "of_users" not in result.row()
     assert sum(b["users"] for b in result.buckets["history"]) == result.users
@@ -148,15 +155,14 @@ def test_baselines_do_not_see_held_out_actions(path, tmp_path):
     other = writer.finish(pa.table({"item_id": np.arange(ITEMS), "count": np.zeros(ITEMS, np.int64)}))
     assert other.manifest.fingerprint != dataset.manifest.fingerprint
     for name in ("popularity", "last_item", "item_knn"):
-        mine = Evaluation(dataset, split, config).baseline(name)
-        theirs = Evaluation(other, split, config).baseline(name)
-        for request in Evaluation(dataset, split, config).requests("test"):
+        mine = evaluating(path).baseline(name)
+        theirs = evaluating(str(tmp_path / "other")).baseline(name)
+        for request in evaluating(path).requests("test"):
             assert torch.equal(mine.scores(request.batch), theirs.scores(request.batch))
 
 
 def test_baselines_by_config_and_by_name(path):
-    dataset, split, config = opened(path, baselines=["popularity", "last_item"], exclude="none")
-    evaluation = Evaluation(dataset, split, config)
+    evaluation = evaluating(path, baselines=["popularity", "last_item"], exclude="none")
     results = evaluation.baselines("test")
     assert list(results) == ["popularity", "last_item"]
     with pytest.raises(UserError, match="did you mean 'popularity'"):
@@ -171,4 +177,4 @@ def test_a_split_without_users_is_an_error(path):
     rows = dataset.read_block(0)
     split.target = lambda r, name, users: np.full(len(rows), -1)
     with pytest.raises(UserError, match="has a held-out action in split 'test'"):
-        Evaluation(dataset, split, config).run("test", Diverged(-1))
+        Evaluation(dataset, split, config, Catalogue(dataset, split)).run("test", Diverged(-1))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -198,6 +199,42 @@ def test_recommendations_for_a_list_of_users(folder, trained, histories):
     assert all(sorted(row["item_ids"]) == [f"SKU-{i:03d}" for i in range(ITEMS)] for row in table)
 
 
+def test_known_users_are_served_and_unknown_ones_listed(folder, trained):
+    (folder / "asked.txt").write_text("customer 7\nnobody\ncustomer 3\nno one\nnobody\n")
+    wanted = ["--users", "asked.txt", "--k", 3, "--out", "served.parquet"]
+    text = run("recommend", "runs/shop", *wanted, folder=folder)
+    assert text.splitlines() == [
+        "wrote 2 users to served.parquet (step 9 of runs/shop)",
+        "2 users are not in the dataset 'data/shop': they are listed in served.unknown-users.txt",
+    ]
+    served = pq.read_table(folder / "served.parquet")["user_id"].to_pylist()
+    assert sorted(served) == ["customer 3", "customer 7"]
+    assert (folder / "served.unknown-users.txt").read_text() == "nobody\nno one\n"
+    (folder / "asked.txt").write_text("customer 7\n")
+    assert "not in the dataset" not in run("recommend", "runs/shop", *wanted, folder=folder)
+    assert not (folder / "served.unknown-users.txt").exists()
+
+
+def test_the_runs_test_metrics_can_be_computed_from_its_recommendations(folder, trained, histories):
+    wanted = ["--users", "all", "--k", ITEMS, "--held-out", "test", "--out", "tested.parquet"]
+    run("recommend", "runs/shop", *wanted, folder=folder)
+    rows = pq.read_table(folder / "tested.parquet").to_pylist()
+    assert {r["user_id"]: r["target_id"] for r in rows} == {user: h[-1] for user, h in histories.items()}
+    ranks = np.array([1.0 + r["item_ids"].index(r["target_id"]) for r in rows])
+    logged = RunFolder(folder / "runs" / "shop").read_metrics()[-1]
+    assert logged["kind"] == "eval" and logged["users"] == len(rows) == USERS
+
+    def mean(
+        gains: np.ndarray,
+    ) -> float:  # gains are added up as whole numbers of 2**-32: in any order the same
+        return int(np.round(gains * 2.0**32).sum()) / 2.0**32 / len(gains)
+
+    for k in (1, 5, 10):
+        assert logged[f"hr@{k}"] == mean(1.0 * (ranks <= k))
+        assert logged[f"ndcg@{k}"] == mean(np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0))
+    assert logged["mrr"] == mean(1 / ranks)
+
+
 REFUSALS = [
     (
         "prepare log --source logs --schema schema.yaml --out data/shop",
@@ -234,7 +271,7 @@ REFUSALS = [
     ),
     ("evaluate runs/shop --json none/out.json", "there is no folder 'none' to write 'out.json' in: make it"),
     (
-        "recommend runs/shop --users strangers.txt --out recs2.parquet",
+        "recommend runs/shop --users strangers.txt --unknown refuse --out recs2.parquet",
         "1 of 2 users are not in the dataset 'data/shop', the first is 'nobody': take them out of the list, or prepare "
         "a dataset that has them",
     ),
@@ -267,6 +304,102 @@ def test_several_processes_refuse_with_one_voice(folder, trained):
     done = start("evaluate", "runs/shop", "--checkpoint", "4", folder=folder, processes=2)
     message = "error: run 'runs/shop' has no checkpoint '4': it has last, best and the steps "
     assert done.returncode != 0 and done.stderr.count("error: run") == done.stderr.count(message) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "reproduce ml-1m --data data/shop --out refused",
+            "reproduce starts the processes of its trainings itself: start it without torchrun, and say how many with "
+            "--processes",
+        ),
+        (
+            "prepare synthetic-dp --out refused",
+            "prepare is one process: start it without torchrun, its result doesn't depend on how many read it",
+        ),
+        (
+            "recommend runs/shop --users all --out refused",
+            "recommend is one process: start it without torchrun, with a part of the users each if one isn't enough",
+        ),
+    ],
+)
+def test_programs_of_one_process_refuse_torchrun_with_one_sentence(folder, trained, line, message):
+    program, *arguments = line.split()
+    done = start(program, *arguments, folder=folder, processes=2)
+    assert done.returncode != 0 and done.stdout == ""
+    assert [text for text in done.stderr.splitlines() if text.startswith("error: ")] == [f"error: {message}"]
+    assert not (folder / "refused").exists()
+
+
+def test_a_launcher_that_says_half_is_refused(folder, trained):
+    done = start(
+        "train", "--config", "ml-1m/hstu", "data.path=data/shop", folder=folder, RANK="1", WORLD_SIZE="2"
+    )
+    message = (
+        "error: RANK (1) and WORLD_SIZE (2) are set and MASTER_ADDR and MASTER_PORT are not: start with torchrun, "
+        "which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset them all\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_programs_by_name(folder, trained):
+    """``python -m gr NAME`` is ``launch/NAME.py``; configs that ship are found by name."""
+    command = [sys.executable, "-m", "gr"]
+
+    def by_name(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    listed = by_name().stdout
+    for program in (ROOT / "launch").glob("*.py"):
+        assert f"\n  {program.stem} " in listed
+    shown, file = (
+        by_name("train", "--config", "ml-1m/hstu", "data.path=x", "--print-config"),
+        start("train", "--config", "configs/ml-1m/hstu.yaml", "data.path=x", "--print-config", folder=folder),
+    )
+    assert shown.returncode == 0 and shown.stdout == file.stdout != ""
+    wrong = by_name("trian")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "error: gr has no program 'trian': did you mean 'train'?\n",
+    )
+
+
+TABLE = ["ml-1m", "--data", "data/shop", "--rows", "hstu", "--processes", "2", "--out", "tables", *SMALL]
+TABLE += [
+    "train.early_stopping={metric: mrr, patience: 50}",
+    "eval.splits=[test, valid]",
+    "log.every_steps=1",
+]
+TABLE += ["data.split.holdout=2", "train.epochs=15", "--no-selection"]
+
+
+def test_a_table_is_stopped_goes_on_and_is_printed(folder, trained, monkeypatch):
+    """SIGTERM to reproduce alone: its training, of two processes, saves; the same command goes on to the table."""
+    monkeypatch.setenv("COLUMNS", "160")
+    metrics = RunFolder(folder / "tables" / "ml-1m" / "hstu-seed1").metrics
+    command = [sys.executable, str(ROOT / "launch" / "reproduce.py"), *TABLE]
+    with (folder / "stopped.txt").open("w+") as text:
+        process = subprocess.Popen(command, cwd=folder, stdout=text, stderr=text, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count('"train"') >= 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(timeout=60) == 2
+        text.seek(0)
+        assert "was stopped; run the same command again to go on" in text.read()
+    before = metrics.read_text()
+    assert before.count('"train"') < 15 * 4
+    done = run("reproduce", *TABLE, folder=folder)
+    assert "resuming" in done and metrics.read_text().startswith(before)
+    rows = [r for r in RunFolder(metrics.parent).read_metrics() if r["kind"] == "eval"]
+    best = max((r for r in rows if r["split"] == "valid"), key=lambda r: r["mrr"])
+    (table,) = json.loads((folder / "tables" / "ml-1m" / "table.json").read_text())
+    assert [r["step"] for r in table["chosen"]] == [best["step"]]
+    assert f"chosen by valid mrr ({best['epoch'] + 1})" in done
 
 
 def test_a_stream_is_ranked_beside_its_oracle(tmp_path):

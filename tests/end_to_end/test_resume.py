@@ -5,12 +5,21 @@ GR_KILL_TRIALS=10 kills ten times at other random moments, for one and for two p
 
 import os
 import random
+import re
 import signal
+import subprocess
 
 import pytest
 
 from gr.train.folder import RunFolder
-from tests.end_to_end.tiny import assert_same_run, make_dataset, train, train_and_signal, write_config
+from tests.end_to_end.tiny import (
+    assert_same_run,
+    command,
+    make_dataset,
+    train,
+    train_and_signal,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,12 @@ def test_kill_and_resume_gives_the_same_bits(folder, uninterrupted, processes, t
     config = write_config(folder, folder / "data", run)
     moment = random.Random(f"{processes} {trial}")
     step, delay = moment.randrange(1, 25), moment.uniform(0, 0.1)
-    train_and_signal(["--config", config], run, step, signal.SIGKILL, processes, delay)
-    train(["--resume", run], processes)
+    status = train_and_signal(["--config", config], run, step, signal.SIGKILL, processes, delay)
+    assert status == -signal.SIGKILL
+    said = train(["--resume", run], processes)
+    going_on = re.search(r"^resuming '(.+)' at epoch (\d), step (\d+)$", said, re.MULTILINE)
+    assert going_on is not None, said
+    assert going_on[1] == str(run) and int(going_on[3]) < 30, "there was nothing left to do"
     assert_same_run(run, uninterrupted[processes])
 
 
@@ -52,7 +65,7 @@ def test_sigterm_saves_and_leaves_cleanly(folder, uninterrupted):
     config = write_config(folder, folder / "data", run)
     assert train_and_signal(["--config", config], run, 6, signal.SIGTERM) == 0
     assert list((run / "checkpoints").glob("step-*"))
-    train(["--resume", run])
+    assert "step" in train(["--resume", run]).split("resuming")[1].splitlines()[0]
     assert_same_run(run, uninterrupted[1])
 
 
@@ -72,10 +85,6 @@ def test_a_damaged_checkpoint_is_named_and_skipped(folder, uninterrupted):
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     victim = next(newest.glob("*.distcp"))
     victim.write_bytes(victim.read_bytes()[:-7])
-    import subprocess
-
-    from tests.end_to_end.tiny import command
-
     done = subprocess.run(command(["--resume", run, "train.max_steps=null"]), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"skipping damaged checkpoint '{newest}'" in done.stderr
@@ -83,10 +92,6 @@ def test_a_damaged_checkpoint_is_named_and_skipped(folder, uninterrupted):
 
 
 def test_runs_never_overwrite_each_other_and_resume_refuses_other_mathematics(folder, uninterrupted):
-    import subprocess
-
-    from tests.end_to_end.tiny import command
-
     def refused(arguments):
         done = subprocess.run(command(arguments), capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -102,10 +107,6 @@ def test_runs_never_overwrite_each_other_and_resume_refuses_other_mathematics(fo
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_samples_and_the_last_good_checkpoint(folder):
-    import subprocess
-
-    from tests.end_to_end.tiny import command
-
     run = folder / "broken"
     config = write_config(folder, folder / "data", run)
     # temperature 1e-38 overflows the first logits

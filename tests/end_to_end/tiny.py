@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +82,8 @@ def train(arguments: list, processes: int = 1) -> str:
 def train_and_signal(
     arguments: list, run: Path, step: int, number: signal.Signals, processes: int = 1, delay: float = 0.0
 ) -> int:
-    """Start train.py, send ``number`` to all its processes ``delay`` seconds after ``step`` was logged; returns the
-    exit status."""
+    """Start train.py, send ``number`` to every one of its processes ``delay`` seconds after ``step`` was logged; the
+    exit status, when all of them have ended."""
     process = subprocess.Popen(
         command(arguments, processes),
         stdout=subprocess.DEVNULL,
@@ -95,8 +97,42 @@ def train_and_signal(
         time.sleep(0.005)
     time.sleep(delay)
     assert process.poll() is None, "training ended before the signal"
-    os.killpg(process.pid, number)
-    return process.wait(timeout=60)
+    workers = _descendants(
+        process.pid
+    )  # torchrun gives each a session of its own: a signal to its group misses them
+    assert len(workers) >= (processes if processes > 1 else 0)
+    for pid in (process.pid, *workers):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    status = process.wait(timeout=60)
+    while left := [pid for pid in workers if _runs(pid)]:
+        assert time.monotonic() < deadline + 60, f"processes {left} outlived the signal"
+        time.sleep(0.01)
+    return status
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that ``pid`` started, theirs, and so on."""
+    table = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout
+    children: dict[int, list[int]] = {}
+    for child, parent in (map(int, line.split()) for line in table.splitlines()):
+        children.setdefault(parent, []).append(child)
+    found, waiting = [], [pid]
+    while waiting:
+        started = children.get(waiting.pop(), [])
+        found += started
+        waiting += started
+    return found
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and is no zombie."""
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    ).stdout.strip()
+    return bool(state) and not state.startswith("Z")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -106,7 +142,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()
     }
-    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DCP tells every time that it runs in one process
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
     return tensors
 
 

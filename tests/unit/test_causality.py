@@ -1,7 +1,7 @@
 """No model is shown what it has to predict: every task with every encoder of the tables, whatever its options."""
 
 import dataclasses
-from types import NoneType
+from types import NoneType, SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -9,11 +9,11 @@ import torch
 
 from gr import registry
 from gr.errors import UserError
-from gr.models.recommender import Recommender
+from gr.models.step import StepContext
 from tests.unit.models_common import batch, layout, randomise, run_config
 
 DIM, LENGTHS = 8, (5, 2, 1)
-ITEMS = 2 * sum(LENGTHS)
+CATALOGUE = SimpleNamespace(rows=2 * sum(LENGTHS), training_counts=torch.ones(2 * sum(LENGTHS)))
 
 
 def options(name):
@@ -63,24 +63,29 @@ def test_no_query_depends_on_its_target(task, variant):
     settings = config(variant, task)
     if settings.model.task.component().needs_causal and variant.get("causal") is False:
         with pytest.raises(UserError) as refusal:
-            Recommender(settings, ITEMS, torch.ones(ITEMS))
+            settings.model.build(settings, CATALOGUE)
         for key in (f"model.task {task}", "model.encoder.causal=true", "model.task=cloze"):
             assert key in str(refusal.value)
         return
-    model = randomise(Recommender(settings, ITEMS, torch.ones(ITEMS))).eval()
+    model = randomise(settings.model.build(settings, CATALOGUE)).eval()
     b = batch(LENGTHS)
-    b = dataclasses.replace(b, items_T=torch.arange(b.actions))  # an item tells which action it is
+    b = with_items(b, torch.arange(b.actions))  # an item tells which action it is
     queries, targets = encoded(model, b)
     assert len(targets)
     for s, target in enumerate(targets):
         other = b.items_T.clone()
         other[target] = b.actions + s
-        moved = (encoded(model, dataclasses.replace(b, items_T=other))[0][s] - queries[s]).abs().amax()
+        moved = (encoded(model, with_items(b, other))[0][s] - queries[s]).abs().amax()
         assert moved < 1e-6, f"the query for action {target} sees it"
 
 
+def with_items(b, items_T):
+    return dataclasses.replace(b, columns={**b.columns, "item": items_T})
+
+
 def encoded(model, b):
-    supervision = model.supervise(b, key=5)
+    part = model.supervise(b, key=5)
+    context = StepContext(0, views={name: table.view([b.items_T]) for name, table in model.tables.items()})
     with torch.no_grad():
-        states = model.encoder(model.input(supervision.tokens_T, supervision.layout), supervision.layout)
-    return supervision.select(states), supervision.targets_S.tolist()
+        states = model.encoder(model.input(part.tokens_T, part.layout, context.views["items"]), part.layout)
+    return part.select(states), part.targets_S.tolist()

@@ -116,7 +116,11 @@ def rows_that_disagree() -> list[dict]:
     ("overrides", "metric", "step"),
     [
         ([], "ndcg@10", 2),
-        (["train.early_stopping={metric: mrr}", "eval.splits=[valid, test]"], "mrr", 3),
+        (
+            ["train.early_stopping={metric: mrr}", "eval.splits=[valid, test]", "data.split.holdout=2"],
+            "mrr",
+            3,
+        ),
         (["eval.ks=[50]"], "mrr", 3),
     ],
 )
@@ -129,7 +133,7 @@ def test_the_epoch_is_chosen_by_the_runs_own_metric(overrides, metric, step, cap
     assert [r["step"] for r in measured.result] == [step]
     table = read_table("ml-1m").model_copy(update={"columns": ["ndcg@10"]})
     print_table(table, [measured])
-    assert f"chosen on valid by {metric} ({step})" in capsys.readouterr().out
+    assert f"chosen by valid {metric} ({step})" in capsys.readouterr().out
     only = Measured(row)
     only.add(Trained(Cell("HSTU", "", ""), config, rows_that_disagree()), last=False)
     assert not only.last and not only.digests and [r["step"] for r in only.chosen] == [step]

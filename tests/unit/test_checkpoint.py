@@ -5,34 +5,32 @@ import shutil
 
 import pytest
 import torch
-from torch import nn
 
 from gr.errors import UserError
-from gr.processes import Parallel
+from gr.processes import Processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
+from gr.train.optimizers import SGD, AdamW
+from tests.unit.models_common import Tiny, engine_of, local_table, named, train_step
 
-ALONE = Parallel(0, 1, torch.device("cpu"))
-
-
-def model_and_optimizer(kind="adamw", width=3):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(7, width), nn.Linear(width, 2))
-    if kind == "adamw":
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+ALONE = Processes(torch.device("cpu"))
 
 
-def train(model, optimizer, steps):
+def model_and_engine(kind="adamw", width=3, device="cpu", **changes):
+    model = Tiny(local_table(7, width), **changes).place(torch.device(device))
+    adamw, sgd = AdamW(AdamW.Config(lr=0.1)), SGD(SGD.Config(lr=0.1, momentum=0.9))
+    return model, engine_of(model, adamw if kind == "adamw" else sgd)
+
+
+def train(engine, steps):
     for step in range(steps):
-        optimizer.zero_grad()
-        model(torch.tensor([step % 7, 3])).square().sum().backward()
-        optimizer.step()
+        train_step(engine, [torch.tensor([step % 7, 3], device=engine.model.device)])
 
 
-def save(folder, step, pair=None):
-    model, optimizer = pair or model_and_optimizer()
-    return checkpoint.save(folder, model, optimizer, Cursor("g", step=step), {}, ALONE)
+def save(folder, step, engine=None):
+    engine = engine or model_and_engine()[1]
+    train(engine, 1)  # a checkpoint of a step has moments
+    return checkpoint.save(folder, engine.tensors(), Cursor("g", step=step), {}, ALONE)
 
 
 def damage(path):
@@ -46,57 +44,62 @@ def steps(folder):
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_training_goes_on_from_a_checkpoint_to_the_bit(tmp_path, kind):
-    model, optimizer = model_and_optimizer(kind)
-    train(model, optimizer, 5)
+    model, engine = model_and_engine(kind)
+    train(engine, 5)
     cursor = Cursor("g", 1, 2, 5, "digest", 9, {"epoch": 0, "step": 3, "value": 0.5}, 1)
-    path = checkpoint.save(tmp_path, model, optimizer, cursor, {"a": 1}, ALONE)
-    train(model, optimizer, 5)
+    path = checkpoint.save(tmp_path, engine.tensors(), cursor, {"a": 1}, ALONE)
+    train(engine, 5)
 
-    other, its_optimizer = model_and_optimizer(kind)
-    assert checkpoint.load(path, other, its_optimizer) == cursor
-    train(other, its_optimizer, 5)
-    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+    other, its_engine = model_and_engine(kind)
+    assert checkpoint.load(path, other, its_engine) == cursor
+    train(its_engine, 5)
+    assert named(model).keys() == named(other).keys()
+    for one, two in zip(named(model).values(), named(other).values(), strict=True):
         assert torch.equal(one, two)
-        for moment, value in optimizer.state[one].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(its_optimizer.state[two][moment])), (
-                moment
-            )
+        moments = engine.optimizer.state[one]
+        assert moments.keys() == its_engine.optimizer.state[two].keys() and moments
+        for moment, value in moments.items():
+            found = its_engine.optimizer.state[two][moment]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(found)), moment
 
 
 @pytest.mark.gpu
 def test_a_checkpoint_of_the_cpu_goes_on_on_a_gpu(tmp_path):
-    pair = model_and_optimizer()
-    train(*pair, 5)
-    path = save(tmp_path, 5, pair)
-    model, _ = model_and_optimizer()
-    model.cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    checkpoint.load(path, model, optimizer)
-    train(pair[0], pair[1], 1)
-    model(torch.tensor([0, 3], device="cuda")).square().sum().backward()
-    optimizer.step()
-    for one, two in zip(pair[0].parameters(), model.parameters(), strict=True):
-        assert optimizer.state[two]["step"].device == two.device
+    on_cpu, engine = model_and_engine()
+    train(engine, 5)
+    path = save(tmp_path, 5, engine)
+    model, its_engine = model_and_engine(device="cuda")
+    checkpoint.load(path, model, its_engine)
+    train(engine, 1)
+    train(its_engine, 1)
+    for one, two in zip(named(on_cpu).values(), named(model).values(), strict=True):
+        assert its_engine.optimizer.state[two]["step"].device == two.device
         torch.testing.assert_close(one.detach(), two.detach().cpu())
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path):
     path = save(tmp_path, 1)
-    with pytest.raises(UserError, match=r"parameter '0.weight' is \[7, 3\] in checkpoint .* and \[7, 4\]"):
-        checkpoint.load(path, model_and_optimizer(width=4)[0])
-    with pytest.raises(UserError, match=r"has no parameter '2\.weight'"):
-        checkpoint.load(path, model_and_optimizer()[0].append(nn.Linear(2, 2)))
+    sentence = r"parameter 'tables.items.weight' is \[7, 3\] in checkpoint .* and \[7, 4\]"
+    for give in (0, 1):  # the model alone, and its engine too
+        with pytest.raises(UserError, match=sentence):
+            checkpoint.load(path, *model_and_engine(width=4)[: give + 1])
+        with pytest.raises(UserError, match=r"has no parameter 'more\.weight'"):
+            checkpoint.load(path, *model_and_engine(extra=True)[: give + 1])
+    path = save(tmp_path, 2, model_and_engine(extra=True)[1])
+    for give in (0, 1):
+        with pytest.raises(UserError, match=r"has parameter 'more\.\w+', which this model has not"):
+            checkpoint.load(path, *model_and_engine()[: give + 1])
 
 
 @pytest.mark.parametrize("moment", ["replace", "rmtree"])
 def test_saving_the_same_step_again_leaves_a_checkpoint_at_every_moment(tmp_path, monkeypatch, moment):
     """The process dies before each change of the folder in turn; what is left can always be loaded."""
-    pair = model_and_optimizer()
+    pair = model_and_engine()
     owner = os if moment == "replace" else shutil
     real = getattr(owner, moment)
     for deaths in range(1, 5):
         folder = tmp_path / str(deaths)
-        save(folder, 4, pair)
+        save(folder, 4, pair[1])
         calls = 0
 
         def dies(*arguments, deaths=deaths, **options):
@@ -109,7 +112,7 @@ def test_saving_the_same_step_again_leaves_a_checkpoint_at_every_moment(tmp_path
         with monkeypatch.context() as patch:
             patch.setattr(owner, moment, dies)
             try:
-                save(folder, 4, pair)
+                save(folder, 4, pair[1])
             except InterruptedError:
                 pass
             else:
@@ -117,7 +120,7 @@ def test_saving_the_same_step_again_leaves_a_checkpoint_at_every_moment(tmp_path
         newest = checkpoint.newest(folder)
         assert newest is not None
         assert checkpoint.load(newest, *pair).step == 4
-        save(folder, 5, pair)
+        save(folder, 5, pair[1])
         checkpoint.prune(folder, 1, 5, None)
         assert [p.name for p in folder.iterdir()] == ["step-00000005"]
 

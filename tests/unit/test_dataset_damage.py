@@ -102,7 +102,7 @@ EDITS = {
     "a block's rows are null": at("blocks", 0, "rows", value=None),
     "a block's file is a number": at("blocks", 0, "file", value=7),
     "a block's digest is a list": at("blocks", 0, "digest", value=["x"]),
-    "a block's column digests are a list": at("blocks", 0, "columns", value=[]),
+    "a block's checksums are a list": at("blocks", 0, "columns", value=[]),
     "a block's first hash is text": at("blocks", 0, "first_hash", value="12"),
     "catalogue is a list": at("catalogue", value=[]),
     "fingerprint is a number": at("fingerprint", value=3),
@@ -141,13 +141,13 @@ EDITS = {
     # digests
     "a block's digest": at("blocks", 1, "digest", value="0" * 32),
     "a block's digest is no digest": at("blocks", 1, "digest", value="nothing"),
-    "a column's digest": at("blocks", 1, "columns", "item", value="0" * 16),
-    "a column's digest is missing": lambda raw: raw["blocks"][1]["columns"].pop("time"),
-    "digest of a column that is not there": lambda raw: raw["blocks"][1]["columns"].update(price="0" * 16),
+    "a column's checksum": at("blocks", 1, "columns", "item", value="0" * 8),
+    "a column's checksum is missing": lambda raw: raw["blocks"][1]["columns"].pop("time"),
+    "checksum of a column that is not there": lambda raw: raw["blocks"][1]["columns"].update(price="0" * 8),
     "fingerprint": at("fingerprint", value="0" * 32),
     "generation": at("generation", value="0" * 32),
     "the digest of the manifest": at("digest", value="0" * 32),
-    "the digest of the catalogue": at("catalogue", "item_id", value="0" * 16),
+    "a checksum of the catalogue": at("catalogue", "item_id", value="0" * 8),
     "first hashes out of order": moved(1, first_hash=0),
     "a first hash is missing": moved(1, first_hash=None),
     "a first hash beyond 64 bits": moved(2, first_hash=2**64),
@@ -388,15 +388,15 @@ def test_what_is_not_asked_for_is_not_read(copy):
     dataset = SequenceDataset(copy)
     for _ in range(2):
         dataset.read_block(1, ["item", "time"])
-        with pytest.raises(UserError, match=r"column 'type' in row group 1 of .*its digest differs"):
+        with pytest.raises(UserError, match=r"column 'type' in row group 1 of .*its checksum differs"):
             dataset.read_block(1)
 
 
 def test_a_manifest_with_its_digest_made_anew_still_has_to_fit_the_files(copy):
     file = copy / "manifest.json"
     raw = json.loads(file.read_text())
-    raw["blocks"][1]["columns"]["item"] = "0" * 16
+    raw["blocks"][1]["columns"]["item"] = "0" * 8
     raw["digest"] = content_digest(raw)
     file.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=r"column 'item' in row group 1 .*its digest differs"):
+    with pytest.raises(UserError, match=r"column 'item' in row group 1 .*its checksum differs"):
         SequenceDataset(copy).read_block(1)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from gr import doctor
-from gr.train import environment
+import gr
+from gr import config as configs, doctor
+from gr.train import environment, job
+from tests.end_to_end.tiny import make_dataset, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -154,3 +156,43 @@ def test_environment_record(monkeypatch):
     assert record["cpu"]["torch_threads"] >= 1 and record["cpu"]["usable_cores"] >= 1
     if (ROOT / ".git").exists() and record["code"]:
         assert len(record["code"].removesuffix("+changes")) == 40
+
+
+def test_operators_that_are_missing_are_said_when_a_run_begins(tmp_path, monkeypatch, caplog):
+    make_dataset(tmp_path / "data")
+    wanted = ["train.epochs=1", "train.max_steps=1"]
+    config = configs.load(write_config(tmp_path, tmp_path / "data", tmp_path / "whole"), wanted)
+
+    def said() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.name.startswith("gr.")]
+
+    job.run(config)
+    assert environment.operators() == "compiled" and not said()
+    broken = "the C++ operators were built for another torch: undefined symbol (reinstall gr_kernels)"
+    monkeypatch.setattr(environment, "operators", lambda: broken)
+    job.run(configs.override(config, [f"run.dir={tmp_path / 'broken'}"]))
+    assert said() == [
+        f"the C++ operators are not used ({broken}): training on CPU is slower without; "
+        "python -m gr doctor names the fix"
+    ]
+    assert environment.missing_operators("cuda") is None
+
+
+def test_the_code_of_a_run_is_a_commit_only_where_these_files_are_tracked(tmp_path, monkeypatch):
+    """An installed package in an environment inside somebody's checkout is not of that checkout's commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    package = tmp_path / ".venv" / "gr"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (tmp_path / "theirs.py").write_text("")
+    monkeypatch.setattr(gr, "__file__", str(package / "__init__.py"))
+    assert environment.code_version() is None
+    for command in (["init", "-q"], ["add", "theirs.py"], ["commit", "-q", "-m", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    assert environment.code_version() is None
+    subprocess.run([*git, "add", "-f", ".venv/gr/__init__.py"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    commit = environment.code_version()
+    assert commit is not None and re.fullmatch("[0-9a-f]{40}", commit)
+    (package / "__init__.py").write_text("changed = True\n")
+    assert environment.code_version() == f"{commit}+changes"

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from gr.batch import SequenceBatch
+from gr.config import EvalSection
+from gr.embeddings.ranks import ranks_in
 from gr.errors import UserError
+from gr.eval.catalogue import CatalogueMetrics, ranks_of
 from gr.eval.evaluator import evaluate
 from gr.eval.metrics import RankMetrics
-from gr.eval.ranking import ranks_of, target_ranks
 
 torch.set_num_threads(1)
 
@@ -89,11 +91,12 @@ def brute_force(scores, targets, exclude):
 def test_ranks_are_exact_with_ties_and_exclusions(seed):
     scores, exclude, asked = random_case(seed)
     expected = brute_force(scores, asked.targets_B.tolist(), exclude)
-    got = target_ranks(torch.from_numpy(scores), asked.targets_B, asked.exclude_offsets, asked.exclude_items)
+    exclude_rows = (asked.exclude_offsets, asked.exclude_items)
+    got = ranks_in(torch.from_numpy(scores), asked.targets_B, exclude_rows)
     assert got.dtype == torch.float64
     assert got.tolist() == expected
     plain = brute_force(scores, asked.targets_B.tolist(), [np.array([], np.int64)] * len(exclude))
-    assert target_ranks(torch.from_numpy(scores), asked.targets_B).tolist() == plain
+    assert ranks_in(torch.from_numpy(scores), asked.targets_B).tolist() == plain
     assert plain != expected, "the case excludes nothing that matters"
 
 
@@ -110,7 +113,7 @@ def test_ranks_do_not_depend_on_the_chunk(max_scores):
 @pytest.mark.parametrize("items", [1, 2, 11])
 def test_constant_scores_give_the_middle_rank(items):
     targets = torch.arange(items)
-    assert target_ranks(torch.full((items, items), 0.25), targets).tolist() == [(items + 1) / 2] * items
+    assert ranks_in(torch.full((items, items), 0.25), targets).tolist() == [(items + 1) / 2] * items
 
 
 def test_a_nan_score_is_one_clear_sentence():
@@ -185,19 +188,14 @@ def test_evaluate_joins_ranks_metrics_and_modes():
             return torch.from_numpy(scores)[batch.ordinals_B] * self.scale
 
     model, done = Model(), []
-    result = evaluate(
-        model,
-        [asked],
-        items=53,
-        ks=[5],
-        item_counts=torch.arange(53),
-        advance=done.append,
-    )
+    family = CatalogueMetrics(EvalSection(ks=[5]), 53, torch.arange(53))
+    result = evaluate(model, [asked], family, protocol={"exclude": "all"}, advance=done.append)
     ranks = np.array(brute_force(scores, asked.targets_B.tolist(), exclude))
     assert result.users == 37 and done == [37]
+    assert result.row()["exclude"] == "all" and result.heading == "whole catalogue ranked"
     assert result.row()["hr@5"] == pytest.approx((ranks <= 5).mean(), abs=1e-12)
     assert sum(b["users"] for b in result.buckets["popularity"]) == 37
     assert set(model.seen) == {(False, False)}
     assert model.training and not model.part.training, "modes come back as they were"
     with pytest.raises(UserError, match="NaN"):
-        evaluate(Fixed(torch.full((37, 53), torch.nan)), [asked], items=53, ks=[5])
+        evaluate(Fixed(torch.full((37, 53), torch.nan)), [asked], CatalogueMetrics(EvalSection(ks=[5]), 53))

@@ -13,16 +13,24 @@ from rich.console import Console
 
 from gr import config as configs
 from gr.data.dataset import DatasetWriter
-from gr.data.requests import recommendation_requests
+from gr.data.requests import find_users, recommendation_requests
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
 from gr.eval.tables import buckets_tables, results_table
-from gr.models.recommender import Recommender
+from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
-from gr.train.recommend import read_user_ids, recommend, write_item_vectors
+from gr.train.parts import Catalogue, Data
+from gr.train.recommend import (
+    read_user_ids,
+    recommend,
+    unknown_users_file,
+    write_item_vectors,
+    write_unknown_users,
+)
 from gr.train.runs import OpenRun
+from tests.unit.models_common import retrieval
 
 torch.set_num_threads(1)
 ITEMS, K = 23, 20
@@ -58,18 +66,18 @@ def run(request, tmp_path):
             "train": {"kernels": "reference"},
         }
     )
-    counts = torch.zeros(ITEMS, dtype=torch.int64)
-    model = Recommender(config, ITEMS, counts).eval()
+    model = retrieval(config, ITEMS, torch.zeros(ITEMS, dtype=torch.int64)).eval()
     if biased:
-        torch.nn.init.normal_(model.similarity.bias, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(model.items.bias, generator=torch.Generator().manual_seed(1))
     split = LeaveOneOut(config.data.split)
-    return OpenRun(RunFolder(tmp_path), config, dataset, split, counts, model, step=1, epoch=1)
+    data = Data(dataset, split, Catalogue(dataset, split))
+    return OpenRun(RunFolder(tmp_path), config, data, model, step=1, epoch=1)
 
 
 def expected_lists(run, exclude, k, time=None):
     """Raw user -> (raw items, scores), by sorting all scores."""
     lists = {}
-    for asked in recommendation_requests(run.dataset, max_length=6, exclude=exclude, batch=3, time=time):
+    for asked in recommendation_requests(run.data.dataset, max_length=6, exclude=exclude, batch=3, time=time):
         scores_BI = run.model.scores(asked.batch)
         for i, user in enumerate(asked.users.tolist()):
             gone = asked.exclude_items[asked.exclude_offsets[i] : asked.exclude_offsets[i + 1]]
@@ -113,6 +121,78 @@ def test_inner_products_of_the_vectors_are_the_scores(run, tmp_path):
         np.testing.assert_allclose(row[[int(name[1:]) for name in names]], scores, rtol=1e-4, atol=1e-4)
 
 
+def all_gains(ranks, ks):
+    """Each user's HR@k, NDCG@k and reciprocal rank."""
+    gains = {f"hr@{k}": (ranks <= k).astype(float) for k in ks}
+    gains |= {f"ndcg@{k}": np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0) for k in ks}
+    return {**gains, "mrr": 1 / ranks}
+
+
+def mean(gains):
+    """As the evaluation adds gains up, whole numbers of 2**-32 each: the same to the last digit in any order."""
+    return int(np.round(gains * 2.0**32).sum()) / 2.0**32 / len(gains)
+
+
+@pytest.mark.parametrize("exclude", ["none", "kept", "all"])
+def test_metrics_computed_from_the_lists_are_the_evaluations(run, tmp_path, exclude):
+    """Without the held-out action, the lists rank what the evaluation ranks: same histories, same exclusion."""
+    config = configs.override(run.config, [f"eval.exclude={exclude}", "eval.batch=5"])
+    evaluated = Evaluation(run.dataset, run.split, config, item_counts=run.item_counts).run("test", run.model)
+    out = tmp_path / "r.parquet"
+    count = recommend(run, out, k=ITEMS, exclude=exclude, held_out="test")
+    rows = pq.read_table(out).to_pylist()
+    histories = {}
+    for number in range(len(run.dataset.manifest.blocks)):
+        block = run.dataset.read_block(number)
+        items = np.split(block.items_A, block.offsets_R1[1:-1])
+        histories |= dict(zip(block.users_R.tolist(), items, strict=True))
+    assert {r["user_id"]: r["target_id"] for r in rows} == {
+        user: f"i{items[-1]}" for user, items in histories.items() if len(items) > 1
+    }
+    assert count == len(rows) == evaluated.users < 13, "some users have one action alone"
+    ranks = np.array([1.0 + row["item_ids"].index(row["target_id"]) for row in rows])
+    assert {
+        name: mean(gains) for name, gains in all_gains(ranks, config.eval.ks).items()
+    } == evaluated.metrics
+    if exclude != "none":
+        assert min(len(row["item_ids"]) for row in rows) < ITEMS
+
+
+def test_held_out_actions_of_some_users(run, tmp_path):
+    asked = [101, 103, 5, 107, "nobody"]
+    found = find_users(run.dataset, asked)
+    assert found.unknown == [5, "nobody"] and found.users == 3
+    recommend(run, tmp_path / "some.parquet", k=K, users=found, held_out="test")
+    recommend(run, tmp_path / "all.parquet", k=K, held_out="test")
+    every = {row["user_id"]: row for row in pq.read_table(tmp_path / "all.parquet").to_pylist()}
+    some = {row["user_id"]: row for row in pq.read_table(tmp_path / "some.parquet").to_pylist()}
+    assert some.keys() == {101, 103, 107} & every.keys() and some
+    for user, row in some.items():
+        assert row["item_ids"] == every[user]["item_ids"] and row["target_id"] == every[user]["target_id"]
+    with pytest.raises(UserError, match="'tset'"):
+        recommend(run, tmp_path / "r.parquet", held_out="tset")
+    with pytest.raises(UserError, match="leave --time out"):
+        recommend(run, tmp_path / "r.parquet", held_out="test", time=7)
+    alone = [user for user in range(100, 113) if user not in every]
+    with pytest.raises(UserError, match="none of these users has an action that split 'test' holds out"):
+        recommend(run, tmp_path / "r.parquet", held_out="test", users=alone)
+    assert not (tmp_path / "r.parquet").exists()
+
+
+def test_unknown_users_are_listed_beside_the_known_ones(run, tmp_path):
+    out = tmp_path / "r.parquet"
+    found = find_users(run.dataset, ["nobody", 104, "104", 5, "nobody", "5"])
+    assert found.unknown == ["nobody", 5] and found.users == 1
+    assert recommend(run, out, users=found) == 1
+    assert list(read_lists(out)) == [104]
+    listed = write_unknown_users(found, out)
+    assert listed == tmp_path / "r.unknown-users.txt" == unknown_users_file(out)
+    assert read_user_ids(listed) == ["nobody", "5"]
+    assert write_unknown_users(find_users(run.dataset, [104]), out) is None and not listed.exists()
+    with pytest.raises(UserError, match=r"2 of 3 users are not in the dataset .*, the first is 'nobody'"):
+        found.refuse_unknown()
+
+
 def test_nothing_half_written_is_left(run, tmp_path):
     with pytest.raises(UserError, match="1 of 2 users are not in the dataset"):
         recommend(run, tmp_path / "r.parquet", users=["100", "5"])
@@ -120,7 +200,7 @@ def test_nothing_half_written_is_left(run, tmp_path):
         recommend(run, tmp_path / "r.parquet", users=[])
     with pytest.raises(UserError, match="there is no folder"):
         recommend(run, tmp_path / "none" / "r.parquet")
-    run.model.table.weight.data.fill_(torch.nan)
+    run.model.items.weight.data.fill_(torch.nan)
     with pytest.raises(UserError, match="scores items as NaN"):
         recommend(run, tmp_path / "r.parquet")
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
@@ -163,12 +243,22 @@ def test_tables_fit_a_terminal_and_hold_the_figures():
     metrics["mrr"] = 0.0567
     bucket = {"from": 1000, "to": None, "users": 12, **metrics}
     result = EvalResult(
-        "test", 12, metrics, {"history": [{**bucket, "from": 1, "to": 4}, bucket]}, population=99
+        "test",
+        12,
+        metrics,
+        {"history": [{**bucket, "from": 1, "to": 4}, bucket]},
+        population=99,
+        heading="whole catalogue ranked",
     )
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(results_table({"popularity": result, "last_item": result}, "title"))
     for table in buckets_tables(result, "hstu"):
         console.print(table)
     text = console.export_text()
-    assert "…" not in text and "12 users of 99" in text and "1,000 and more" in text and "1 to 4" in text
+    assert (
+        "…" not in text
+        and "12 users of 99, whole catalogue ranked" in text
+        and "1,000 and more" in text
+        and "1 to 4" in text
+    )
     assert text.count("0.1234") == 2 * 12 + 2 * 4 and text.count("0.0567") == 4

@@ -1,5 +1,6 @@
-"""train.kernels: what can't be had is refused in one sentence."""
+"""train.kernels: what can't be had is refused in one sentence, and the setting reaches the operators."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 
 from gr import config as configs
 from gr.errors import UserError
-from gr.train.kernels import advice_on_kernels, check_kernels
+from gr.train.numerics import numerics
 from gr_kernels import hstu_attention
-from gr_kernels.dispatch import known_or_auto
+from gr_kernels.dispatch import known_or_auto, preferred
 from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/ml-1m/hstu.yaml"
@@ -18,9 +19,18 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs/ml-1m/hstu.yaml"
 @pytest.mark.parametrize("kernels", ["triton", "cuda"])
 def test_gpu_kernels_on_a_cpu_are_refused(kernels):
     config = configs.load(CONFIG, [f"train.kernels={kernels}"])
-    with pytest.raises(UserError, match=f"train.kernels is {kernels}, which needs an NVIDIA GPU"):
-        check_kernels(config, torch.device("cpu"))
-    check_kernels(config, torch.device("cuda"))
+    with pytest.raises(UserError, match=f"train.kernels is {kernels}, which needs an NVIDIA GPU") as refusal:
+        with numerics(config, torch.device("cpu")):
+            raise AssertionError("the run went on")
+    assert refusal.value.everywhere, "every process sees the same"
+
+
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_gpu_kernels_on_a_gpu_are_not(kernels, monkeypatch):
+    if not torch.cuda.is_available():  # the generator of a GPU that isn't there has no state to keep
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    with numerics(configs.load(CONFIG, [f"train.kernels={kernels}"]), torch.device("cuda", 0)):
+        assert preferred() == kernels
 
 
 def test_an_operators_refusal_is_a_user_error():
@@ -29,10 +39,15 @@ def test_an_operators_refusal_is_a_user_error():
     with pytest.raises(
         UserError, match=r"train.kernels is cpp, and hstu_attention: .*can't run here.*: use auto$"
     ):
-        with advice_on_kernels(config):
-            hstu_attention(
-                x, x, x, torch.tensor([0, 3]), max_length=3, divisor=3.0, implementation=config.train.kernels
-            )
+        with numerics(config, torch.device("cpu")):
+            hstu_attention(x, x, x, torch.tensor([0, 3]), max_length=3, divisor=3.0)
+    assert preferred() == "auto"
+
+
+def test_the_setting_holds_for_the_run_alone():
+    with numerics(configs.load(CONFIG, ["train.kernels=reference"]), torch.device("cpu")):
+        assert preferred() == "reference"
+    assert preferred() == "auto"
 
 
 def test_an_operator_without_that_implementation_chooses():

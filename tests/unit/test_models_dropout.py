@@ -5,15 +5,20 @@ import torch
 
 from gr.models.dropout import Dropout
 from gr.models.hstu import GatedOutput
-from gr.models.recommender import Recommender
-from gr.models.step import StepContext
+from gr_kernels.dispatch import preferring
 from gr_kernels.jagged import jagged_dropout
-from tests.unit.models_common import batch, randomise, run_config
+from tests.unit.models_common import batch, loss_of, randomise, retrieval, run_config
 
 KEY = 0xFEDC_BA98_7654_3210
 # On a CPU "auto" is torch's generator; the reference is the operator's, as on every device.
 BITS = {"generator": "auto", "counter": "reference"}
 ITEMS = 40
+
+
+def dropped(probability, kernels, x, key=KEY):
+    """What training makes of x where the run prefers ``kernels``."""
+    with preferring(kernels):
+        return Dropout(probability)(x, key)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -22,7 +27,7 @@ ITEMS = 40
 def test_rate_and_scale(bits, probability, dtype):
     torch.manual_seed(1)
     x = torch.ones(999, 201, dtype=dtype)
-    y = Dropout(probability, BITS[bits])(x, KEY)
+    y = dropped(probability, BITS[bits], x)
     kept = y != 0
     sigma = (probability * (1 - probability) / x.numel()) ** 0.5
     assert y.shape == x.shape and y.dtype == dtype
@@ -39,7 +44,7 @@ def test_rate_and_scale(bits, probability, dtype):
 def test_means_are_kept(bits):
     torch.manual_seed(1)
     x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(2)) + 3.0
-    y = Dropout(0.3, BITS[bits])(x, KEY)
+    y = dropped(0.3, BITS[bits], x)
     # the standard error of the mean of x u / 0.7, u kept with probability 0.7
     error = (x.double().square().mean() * 0.3 / 0.7 / x.numel()).sqrt().item()
     assert y.double().mean().item() == pytest.approx(x.double().mean().item(), abs=5 * error)
@@ -48,7 +53,7 @@ def test_means_are_kept(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_the_gradient_goes_where_the_values_went(bits):
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    y = Dropout(0.4, BITS[bits])(x, KEY)
+    y = dropped(0.4, BITS[bits], x)
     y.sum().backward()
     torch.testing.assert_close(x.grad * x.detach(), y.detach())
     assert set((x.grad == 0).flatten().tolist()) == {True, False}
@@ -57,30 +62,31 @@ def test_the_gradient_goes_where_the_values_went(bits):
 @pytest.mark.parametrize("kernels", ["auto", "cpp", "reference"])
 def test_off(kernels):
     x = torch.randn(6, 5)
-    assert Dropout(0.5, kernels).eval()(x, KEY) is x
-    assert Dropout(0.0, kernels)(x, KEY) is x
-    assert Dropout(0.5, kernels)(x[:0], KEY).shape == (0, 5)
+    with preferring(kernels):
+        assert Dropout(0.5).eval()(x, KEY) is x
+        assert Dropout(0.0)(x, KEY) is x
+        assert Dropout(0.5)(x[:0], KEY).shape == (0, 5)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "cpp"])  # the operator has no C++: it chooses
 def test_on_a_cpu_the_bits_are_the_generators(kernels):
-    x, dropout = torch.randn(6, 5), Dropout(0.5, kernels)
+    x = torch.randn(6, 5)
     torch.manual_seed(4)
-    first, second = dropout(x, KEY), dropout(x, KEY)
+    first, second = dropped(0.5, kernels, x), dropped(0.5, kernels, x)
     torch.manual_seed(4)
-    assert torch.equal(dropout(x, KEY + 1), first)
+    assert torch.equal(dropped(0.5, kernels, x, KEY + 1), first)
     assert not torch.equal(first, second)
 
 
 def test_the_operators_bits_are_a_function_of_the_key():
-    x, dropout = torch.randn(6, 5), Dropout(0.5, "reference")
+    x = torch.randn(6, 5)
     torch.manual_seed(4)
-    first = dropout(x, KEY)
+    first = dropped(0.5, "reference", x)
     state = torch.get_rng_state()
-    assert torch.equal(dropout(x, KEY), first)
+    assert torch.equal(dropped(0.5, "reference", x), first)
     assert torch.equal(torch.get_rng_state(), state), "nothing is drawn from the generator"
     assert torch.equal(first, jagged_dropout(x, 0.5, key=KEY))
-    assert not torch.equal(dropout(x, KEY + 1), first)
+    assert not torch.equal(dropped(0.5, "reference", x, KEY + 1), first)
 
 
 @pytest.mark.gpu
@@ -88,7 +94,7 @@ def test_the_operators_bits_are_a_function_of_the_key():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_the_bits_are_the_operators(kernels, dtype):
     x = torch.randn(70, 51, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = Dropout(0.3, kernels)(x.cuda(), KEY).cpu()
+    found = dropped(0.3, kernels, x.cuda()).cpu()
     assert torch.equal(found, jagged_dropout(x, 0.3, key=KEY, implementation="reference"))
 
 
@@ -101,32 +107,34 @@ MODELS = {
 SITES = {"hstu": 1 + 2, "sasrec": 1 + 2 * 2, "transformer": 1 + 1 + 2 * 3, "gru4rec": 1 + 1}
 
 
-def build(name, kernels):
-    config = run_config(MODELS[name], train={"kernels": kernels}, model={"input": {"dropout": 0.3}})
-    return randomise(Recommender(config, ITEMS, torch.arange(ITEMS)))
+def build(name):
+    return randomise(retrieval(run_config(MODELS[name], model={"input": {"dropout": 0.3}}), ITEMS))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_place_of_a_model_has_a_key_of_its_own(name):
     """Equal keys would drop the same rows and columns in two places."""
-    model, keys = build(name, "reference"), []
+    model, keys = build(name), []
     for module in model.modules():
         if isinstance(module, Dropout | GatedOutput):  # the key is their last argument
             module.register_forward_pre_hook(lambda module, arguments: keys.append(arguments[-1]))
-    for key in (1, 2):
-        model(model.supervise(batch(items=ITEMS), 1, key), StepContext(7))
+    with preferring("reference"):
+        for key in (1, 2):
+            loss_of(model, model.supervise(batch(items=ITEMS), 1, key))
     assert len(keys) == 2 * SITES[name] and len(set(keys)) == len(keys)
     assert all(0 <= key < 2**64 for key in keys)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_models_loss_is_a_function_of_the_key(name):
-    model = build(name, "reference")
+    model = build(name)
 
     def loss(key):
-        return model(model.supervise(batch(items=ITEMS), 1, key), StepContext(7))
+        with preferring("reference"):
+            return loss_of(model, model.supervise(batch(items=ITEMS), 1, key))
 
     torch.manual_seed(1)
     first, again, other = loss(1), loss(1), loss(2)
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(model.eval().forward(model.supervise(batch(items=ITEMS), 1), StepContext(7)), loss(2))
+    with preferring("reference"):
+        assert torch.equal(loss_of(model.eval(), model.supervise(batch(items=ITEMS), 1)), loss(2))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gr.models.hstu import HSTU, GatedOutput, Projection
+from gr_kernels.dispatch import preferring
 from gr_kernels.fused_layer import gated_output, norm_linear_silu
 from tests.unit.models_common import generator, layout, randomise
 
@@ -26,7 +27,7 @@ def test_parameters_are_those_of_plain_layers() -> None:
 
 
 def test_the_gate_of_cpu_is_the_fused_one_without_dropout() -> None:
-    layer = randomise(GatedOutput(6, 5, 0.0, "auto"))
+    layer = randomise(GatedOutput(6, 5, 0.0))
     attended, u = (torch.randn(7, 6, generator=generator(seed)) for seed in (0, 1))
     x = torch.randn(7, 5, generator=generator(2))
     fused = gated_output(attended, u, x, layer.weight, layer.bias, eps=1e-6)
@@ -34,20 +35,22 @@ def test_the_gate_of_cpu_is_the_fused_one_without_dropout() -> None:
 
 
 def test_the_gate_drops_by_its_key_where_the_operator_is_named() -> None:
-    layer = randomise(GatedOutput(6, 5, 0.5, "reference"))
+    layer = randomise(GatedOutput(6, 5, 0.5))
     attended, u = (torch.randn(7, 6, generator=generator(seed)) for seed in (0, 1))
     x = torch.randn(7, 5, generator=generator(2))
-    first, again, other = (layer(attended, u, x, key) for key in (1, 1, 2))
+    with preferring("reference"):
+        first, again, other = (layer(attended, u, x, key) for key in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     fused = gated_output(attended, u, x, layer.weight, layer.bias, eps=1e-6, dropout=0.5, dropout_key=1)
     torch.testing.assert_close(first, fused)
 
 
 def test_the_projection_is_cut_by_widths() -> None:
-    layer = randomise(Projection(5, (2, 3, 1, 4), "reference"))
+    layer = randomise(Projection(5, (2, 3, 1, 4)))
     x = torch.randn(7, 5, generator=generator(0))
-    whole = norm_linear_silu(x, layer.weight, eps=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(layer(x), whole.split((2, 3, 1, 4), dim=1)))
+    with preferring("reference"):
+        whole = norm_linear_silu(x, layer.weight, eps=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(layer(x), whole.split((2, 3, 1, 4), dim=1)))
 
 
 @pytest.mark.gpu
@@ -56,12 +59,13 @@ def test_gpu_equals_cpu(kernels: str) -> None:
     where = layout()
     x = torch.randn(where.rows, DIM, generator=generator())
     weights = torch.randn(where.rows, DIM, generator=generator(5))
-    model = randomise(HSTU(CONFIG, DIM, MAX_LENGTH, kernels))
+    model = randomise(HSTU(CONFIG, DIM, MAX_LENGTH))
     gradients = []
     for device in ("cpu", "cuda"):
         there = copy.deepcopy(model).to(device)
         leaf = x.to(device).requires_grad_()
-        out = there(leaf, _to(where, device))
+        with preferring(kernels if device == "cuda" else "auto"):
+            out = there(leaf, _to(where, device))
         (out * weights.to(device)).sum().backward()
         gradients.append([out.detach().cpu(), leaf.grad.cpu(), *(p.grad.cpu() for p in there.parameters())])
     for on_cpu, on_gpu in zip(*gradients):
@@ -70,7 +74,7 @@ def test_gpu_equals_cpu(kernels: str) -> None:
 
 @pytest.mark.gpu
 def test_dropout_on_gpu_is_a_function_of_the_key() -> None:
-    layer = randomise(GatedOutput(64, 32, 0.3, "auto")).cuda()
+    layer = randomise(GatedOutput(64, 32, 0.3)).cuda()
     attended, u = (torch.randn(50, 64, generator=generator(seed)).cuda() for seed in (0, 1))
     x = torch.zeros(50, 32, device="cuda")
     first, again, other = (layer(attended, u, x, key) for key in (1, 1, 2))

@@ -7,7 +7,6 @@ import torch
 
 from gr import registry
 from gr.config import SimilaritySection
-from gr.embeddings.table import LocalTable
 from gr.models.objectives.in_batch import InBatchDebiased
 from gr.models.objectives.negatives import NegativeSampler, popularity
 from gr.models.objectives.pairwise import BCE, BPR
@@ -16,7 +15,7 @@ from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import NextItem, Supervision
 from gr_kernels.sampled_softmax import op as sampled_softmax_op
-from tests.unit.models_common import batch, generator, gradients, randomise
+from tests.unit.models_common import Items, batch, generator, gradients, local_table, randomise
 
 ITEMS, DIM, KEY = 12, 5, 77  # few items, so that negatives often hit the target
 COUNTS = torch.tensor([0, 5, 1, 0, 20, 3, 3, 2, 9, 1, 1, 4])
@@ -28,9 +27,12 @@ SIMILARITIES = {
 
 @pytest.fixture(params=SIMILARITIES)
 def similarity(request):
-    config = SIMILARITIES[request.param]
-    table = LocalTable("items", ITEMS, DIM, 1.0, 1).double()
-    return randomise(Similarity(config, table), std=1.0).double()
+    return Similarity(SIMILARITIES[request.param])
+
+
+@pytest.fixture
+def table(similarity):
+    return randomise(local_table(ITEMS, DIM, bias=similarity.scoring.bias), std=1.0).double()
 
 
 @pytest.fixture
@@ -43,28 +45,33 @@ def queries(supervision):
     return torch.randn(supervision.count, DIM, generator=g, dtype=torch.float64).requires_grad_()
 
 
-def all_scores(similarity, q_SD):
+def all_scores(similarity, table, q_SD):
     """(S, I) by the definition."""
-    config, e_ID = similarity.config, similarity.table.weight
+    config, e_ID = similarity.config, table.weight
     if config.normalize:
         q_SD = q_SD / q_SD.norm(dim=1, keepdim=True).clamp_min(config.eps)
         e_ID = e_ID / e_ID.norm(dim=1, keepdim=True).clamp_min(config.eps)
     scores = q_SD @ e_ID.T / config.temperature
-    return scores if similarity.bias is None else scores + similarity.bias
+    return scores + table.bias if config.item_bias else scores
 
 
 def build(config, similarity):
-    return config.build(similarity, ITEMS, COUNTS)
+    return config.build(similarity, Items(ITEMS, COUNTS))
 
 
-def check(objective, similarity, supervision, loop, candidates=None):
+def step(table, candidates=None):
+    """A step's context on the table, which is its own view."""
+    return StepContext(KEY, candidates, {"items": table.view()})
+
+
+def check(objective, table, supervision, loop, candidates=None):
     """``loop(row of scores, target, s) -> loss of target s``."""
     q = queries(supervision)
-    actual = objective(q, supervision, StepContext(KEY, candidates))
-    scores = all_scores(similarity, q)
+    actual = objective(q, supervision, step(table, candidates), table)
+    scores = all_scores(objective.similarity, table, q)
     expected = sum(loop(scores[s], int(y), s) for s, y in enumerate(supervision.targets_S))
     torch.testing.assert_close(actual, expected, check_dtype=False, atol=1e-5, rtol=1e-6)  # log q is float32
-    inputs = [q, similarity.table.weight, *similarity.parameters()]
+    inputs = [q, *table.parameters()]
     for a, e in zip(gradients(actual, *inputs), gradients(expected, *inputs)):
         torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-6)
 
@@ -81,7 +88,7 @@ def log_q(item):
 @pytest.mark.parametrize("sampling", ["uniform", "popularity"])
 @pytest.mark.parametrize("logq", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_sampled_softmax(similarity, supervision, negatives, sampling, logq, shared):
+def test_sampled_softmax(similarity, table, supervision, negatives, sampling, logq, shared):
     config = SampledSoftmax.Config(negatives=negatives, sampling=sampling, logq=logq, shared=shared)
     objective = build(config, similarity)
     if shared:
@@ -97,17 +104,17 @@ def test_sampled_softmax(similarity, supervision, negatives, sampling, logq, sha
         lowered = [score - (log_q(i) if corrected else 0.0) for i, score in enumerate(scores)]
         return minus_log_share(lowered[y], [lowered[r] for r in drawn[s] if r != y])
 
-    check(objective, similarity, supervision, loop)
+    check(objective, table, supervision, loop)
 
 
-def test_full_softmax(similarity, supervision):
+def test_full_softmax(similarity, table, supervision):
     objective = build(registry.resolve(registry.OBJECTIVES, "full_softmax", "").Config(), similarity)
-    check(objective, similarity, supervision, lambda scores, y, s: scores.logsumexp(0) - scores[y])
+    check(objective, table, supervision, lambda scores, y, s: scores.logsumexp(0) - scores[y])
 
 
 @pytest.mark.parametrize("negatives", [1, 4])
 @pytest.mark.parametrize("kind", [BCE, BPR])
-def test_pairwise(similarity, supervision, negatives, kind):
+def test_pairwise(similarity, table, supervision, negatives, kind):
     objective = build(kind.Config(negatives=negatives), similarity)
     drawn = objective.sampler.own(KEY, supervision, negatives)[:, 1:].tolist()
     zero = torch.zeros((), dtype=torch.float64)
@@ -119,13 +126,13 @@ def test_pairwise(similarity, supervision, negatives, kind):
     def bpr(scores, y, s):
         return sum((-torch.log(torch.sigmoid(scores[y] - scores[r])) for r in drawn[s] if r != y), zero)
 
-    check(objective, similarity, supervision, bce if kind is BCE else bpr)
+    check(objective, table, supervision, bce if kind is BCE else bpr)
 
 
 @pytest.mark.parametrize("logq", [False, True])
 @pytest.mark.parametrize("candidates", ["few", "more than items", "the target alone"])
 @pytest.mark.parametrize("max_scores", [1, 40, 1 << 24])
-def test_in_batch(similarity, supervision, monkeypatch, logq, candidates, max_scores):
+def test_in_batch(similarity, table, supervision, monkeypatch, logq, candidates, max_scores):
     monkeypatch.setattr(sampled_softmax_op, "MAX_SCORES", {"cpu": max_scores})
     objective = build(InBatchDebiased.Config(logq=logq), similarity)
     targets = supervision.targets_S
@@ -139,14 +146,14 @@ def test_in_batch(similarity, supervision, monkeypatch, logq, candidates, max_sc
         lowered = [score - (log_q(i) if logq else 0.0) for i, score in enumerate(scores)]
         return minus_log_share(lowered[y], [lowered[r] for r in pool.tolist() if r != y])
 
-    check(objective, similarity, supervision, loop, pool)
+    check(objective, table, supervision, loop, pool)
 
 
-def test_in_batch_needs_the_global_targets(similarity, supervision):
+def test_in_batch_needs_the_global_targets(similarity, table, supervision):
     objective = build(InBatchDebiased.Config(), similarity)
     assert objective.needs_global_targets
     with pytest.raises(ValueError, match="candidates_G"):
-        objective(queries(supervision), supervision, StepContext(KEY))
+        objective(queries(supervision), supervision, step(table), table)
 
 
 OBJECTIVES = [
@@ -160,7 +167,7 @@ OBJECTIVES = [
 
 
 @pytest.mark.parametrize("config", OBJECTIVES, ids=lambda c: c.name)
-def test_micro_batches_sum_to_the_batch(similarity, config):
+def test_micro_batches_sum_to_the_batch(similarity, table, config):
     task, whole = NextItem(NextItem.Config()), batch((9, 0, 1, 6, 4), ITEMS)
     objective = build(config, similarity)
     vectors = torch.randn(whole.actions, DIM, generator=generator(3), dtype=torch.float64)
@@ -170,20 +177,19 @@ def test_micro_batches_sum_to_the_batch(similarity, config):
         supervision = task.supervise(part, 1)
         # a query of its own for each (sample, position), wherever the sample is
         q = vectors[(supervision.ordinals_S * 5 + supervision.positions_S) % len(vectors)]
-        return objective(q, supervision, StepContext(KEY, targets))
+        return objective(q, supervision, step(table, targets), table)
 
     halves = loss(whole.slice(0, 3)) + loss(whole.slice(3, 5))
     torch.testing.assert_close(loss(whole), halves, check_dtype=False)
 
 
 @pytest.mark.parametrize("config", OBJECTIVES, ids=lambda c: c.name)
-def test_losses_are_float32_whatever_the_queries(similarity, supervision, config):
-    similarity.table.float()
-    objective = build(config, similarity.float())
+def test_losses_are_float32_whatever_the_queries(similarity, table, supervision, config):
+    objective, context = build(config, similarity), step(table.float(), supervision.targets_S)
     q = queries(supervision).detach()
-    exact = objective(q.float(), supervision, StepContext(KEY, supervision.targets_S))
+    exact = objective(q.float(), supervision, context, table)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = objective(q.bfloat16(), supervision, StepContext(KEY, supervision.targets_S))
+        rough = objective(q.bfloat16(), supervision, context, table)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.02, atol=0.02)
 
@@ -195,7 +201,7 @@ def many(targets=3000):
 
 
 def test_popular_items_are_drawn_in_proportion():
-    sampler = NegativeSampler("popularity", ITEMS, COUNTS)
+    sampler = NegativeSampler("popularity", Items(ITEMS, COUNTS))
     drawn = sampler.own(KEY, many(), 10)[:, 1:].flatten()
     share = COUNTS / COUNTS.sum()
     seen = torch.bincount(drawn, minlength=ITEMS) / len(drawn)
@@ -204,7 +210,7 @@ def test_popular_items_are_drawn_in_proportion():
 
 
 def test_uniform_items_are_drawn_alike():
-    drawn = NegativeSampler("uniform", ITEMS, COUNTS).own(KEY, many(), 10)[:, 1:].flatten()
+    drawn = NegativeSampler("uniform", Items(ITEMS, COUNTS)).own(KEY, many(), 10)[:, 1:].flatten()
     seen = torch.bincount(drawn, minlength=ITEMS) / len(drawn)
     assert ((seen - 1 / ITEMS).abs() <= 4.5 * (1 / ITEMS / len(drawn)) ** 0.5).all()
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from gr.config import ParameterGroup, ScheduleSection
 from gr.errors import UserError
-from gr.train.optimizers import SGD, AdamW, parameter_groups, set_rate
+from gr.train.optimizers import SGD, AdamW, check_rules, parameter_groups, set_rate
 from gr.train.schedule import rate_factor
 
 
@@ -19,6 +19,10 @@ class Model(nn.Module):
         self.layer = nn.Linear(3, 2)
 
 
+def named(model):
+    return list(model.named_parameters())
+
+
 def rule(match, **values):
     return ParameterGroup(match=match, **values)
 
@@ -26,12 +30,12 @@ def rule(match, **values):
 def test_the_first_rule_that_matches_takes_a_parameter_and_the_rest_keep_the_defaults():
     model = Model()
     rules = [rule(r"^layer\.weight$", lr=0.5), rule("layer|table", weight_decay=0.25)]
-    first, second = parameter_groups(model, rules, lr=0.1, weight_decay=0.01)
+    first, second = parameter_groups(named(model), rules, lr=0.1, weight_decay=0.01)
     assert (first["lr"], first["base_lr"], first["weight_decay"]) == (0.5, 0.5, 0.01)
     assert (second["lr"], second["weight_decay"]) == (0.1, 0.25)
     assert [p is model.layer.weight for p in first["params"]] == [True]
     assert {id(p) for p in second["params"]} == {id(model.table.weight), id(model.layer.bias)}
-    first, rest = parameter_groups(model, [rule("table", lr=0.0)], lr=0.1, weight_decay=0.01)
+    first, rest = parameter_groups(named(model), [rule("table", lr=0.0)], lr=0.1, weight_decay=0.01)
     assert (first["lr"], rest["lr"], rest["weight_decay"], len(rest["params"])) == (0.0, 0.1, 0.01, 2)
 
 
@@ -45,16 +49,19 @@ def test_the_first_rule_that_matches_takes_a_parameter_and_the_rest_keep_the_def
 )
 def test_a_rule_that_takes_nothing_is_refused(rules, sentence):
     with pytest.raises(UserError) as refusal:
-        parameter_groups(Model(), [rule(match) for match in rules], lr=0.1, weight_decay=0.0)
+        given = [rule(match) for match in rules]
+        parameter_groups(named(Model()), given, lr=0.1, weight_decay=0.0)
+        check_rules(given, [name for name, _ in named(Model())])
     assert sentence in str(refusal.value)
 
 
 def test_the_schedule_scales_each_groups_own_rate():
     model = Model()
-    optimizer = AdamW(AdamW.Config(lr=0.1, groups=[rule("table", lr=0.4)])).build(model)
-    assert set_rate(optimizer, 0.5) == 0.2
+    optimizer = AdamW(AdamW.Config(lr=0.1, groups=[rule("table", lr=0.4)])).dense(named(model))
+    set_rate(optimizer.param_groups, 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.2  # what a run logs: Engine.rate
     assert [g["lr"] for g in optimizer.param_groups] == [0.2, 0.05]
-    set_rate(optimizer, 0.25)  # of the base rate, not of the last one
+    set_rate(optimizer.param_groups, 0.25)  # of the base rate, not of the last one
     assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.025]
 
 
@@ -66,7 +73,7 @@ def gradients(steps, shape):
 def test_adamw_is_adam_with_decoupled_decay():
     model = Model()
     config = AdamW.Config(lr=0.1, betas=[0.8, 0.9], eps=1e-3, weight_decay=0.2, implementation="torch")
-    optimizer = AdamW(config).build(model)
+    optimizer = AdamW(config).dense(named(model))
     parameter = model.table.weight
     expected = parameter.detach().double()
     first, second = torch.zeros_like(expected), torch.zeros_like(expected)
@@ -81,7 +88,7 @@ def test_adamw_is_adam_with_decoupled_decay():
 
 def test_adamw_moves_rows_without_a_gradient_too():
     model = Model()
-    optimizer = AdamW(AdamW.Config(lr=0.1, weight_decay=0.5)).build(model)
+    optimizer = AdamW(AdamW.Config(lr=0.1, weight_decay=0.5)).dense(named(model))
     before = model.table.weight.detach().clone()
     model.table(torch.tensor([1])).sum().backward()
     optimizer.step()
@@ -90,7 +97,7 @@ def test_adamw_moves_rows_without_a_gradient_too():
 
 def test_sgd_adds_momentum_and_coupled_decay():
     model = Model()
-    optimizer = SGD(SGD.Config(lr=0.1, momentum=0.5, weight_decay=0.2)).build(model)
+    optimizer = SGD(SGD.Config(lr=0.1, momentum=0.5, weight_decay=0.2)).dense(named(model))
     parameter = model.layer.weight
     expected, velocity = parameter.detach().double(), 0.0
     for gradient in gradients(4, expected.shape):

@@ -1,15 +1,18 @@
 """The order is a permutation, a pure function of its key, and independent of ranks and restarts."""
 
+import fsspec
 import numpy as np
 import pytest
+import torch
 
 from gr.data.batches import Plan
-from gr.data.dataset import DatasetWriter
+from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.deal import deal
-from gr.data.loader import Arrow
+from gr.data.loader import Arrow, Direct
 from gr.data.order import Order, permute
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
+from gr.errors import UserError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000])
@@ -86,6 +89,66 @@ def test_global_batches_do_not_depend_on_ranks_or_restarts(dataset):
             assert max(counts) - min(counts) <= 1
 
 
+@pytest.fixture(scope="module")
+def places(dataset):
+    """The dataset under the URLs of two storages."""
+    memory = fsspec.filesystem("memory")
+    for file in dataset.path.rglob("*"):
+        if file.is_file():
+            memory.pipe_file(f"/bucket/set/{file.relative_to(dataset.path)}", file.read_bytes())
+    yield {"file": f"file://{dataset.path}", "memory": "memory://bucket/set"}
+    memory.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("engine", [Arrow, Direct])
+@pytest.mark.parametrize("where", ["path", "file", "memory"])
+def test_every_ingest_from_everywhere_gives_the_same_batches(dataset, places, engine, where):
+    opened = SequenceDataset({**places, "path": dataset.path}[where])
+    assert opened.manifest == dataset.manifest
+    assert opened.catalogue.to_pydict() == dataset.catalogue.to_pydict()
+    for rank, ranks in ((0, 1), (1, 3)):
+        expected = batches(dataset, rank, ranks, start=1, epoch=2)
+        got = batches(opened, rank, ranks, start=1, epoch=2, engine=engine)
+        assert [(b.index, b.samples, b.digest) for b in got] == [
+            (b.index, b.samples, b.digest) for b in expected
+        ]
+        for one, other in zip(got, expected, strict=True):
+            one, other = one.share, other.share
+            assert one.lengths == other.lengths and one.columns.keys() == other.columns.keys() == {
+                "item",
+                "time",
+            }
+            for name in one.columns:
+                assert one.columns[name].dtype == other.columns[name].dtype
+                assert torch.equal(one.columns[name], other.columns[name])
+            assert torch.equal(one.offsets_B1, other.offsets_B1)
+            assert torch.equal(one.ordinals_B, other.ordinals_B)
+
+
+def test_what_goes_wrong_with_a_url_is_one_sentence(dataset, places, tmp_path):
+    memory = fsspec.filesystem("memory")
+    for url, said in (
+        ("memory://bucket/none", "no sequence dataset at 'memory://bucket/none' \\(manifest.json is missing"),
+        ("nothing://bucket/set", "cannot open 'nothing://bucket/set' \\(Protocol not known: nothing"),
+        ("s3://me:secret@bucket/set", "the URL of 's3://bucket/set' holds a password"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            SequenceDataset(url)
+        assert "secret" not in str(error.value)
+    memory.copy("/bucket/set", "/bucket/other", recursive=True)
+    memory.pipe_file("/bucket/other/sequences/part-00000.parquet", b"PAR1 nonsense")
+    other = SequenceDataset("memory://bucket/other")
+    with pytest.raises(
+        UserError, match=r"row group .* of 'memory://bucket/other/sequences/part-00000.parquet'"
+    ):
+        batches(other)
+    memory.rm("/bucket/other/sequences/part-00000.parquet")
+    with pytest.raises(UserError, match=r"'memory://bucket/other/sequences/part-00000.parquet' is missing"):
+        SequenceDataset("memory://bucket/other")
+    with pytest.raises(UserError, match="is a URL, and a dataset is written to a path of this machine"):
+        DatasetWriter("memory://bucket/third", "third")
+
+
 def test_samples_are_the_latest_training_actions(dataset):
     seen = {}
     for batch in batches(dataset):
@@ -106,9 +169,6 @@ def test_tail_drop_leaves_the_short_batch_out(dataset):
 
 def test_an_error_in_the_reading_thread_reaches_the_reader(dataset, tmp_path):
     import shutil
-
-    from gr.data.dataset import SequenceDataset
-    from gr.errors import UserError
 
     shutil.copytree(dataset.path, tmp_path / "broken")
     (tmp_path / "broken/sequences/part-00000.parquet").write_bytes(b"PAR1 nonsense")

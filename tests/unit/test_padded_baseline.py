@@ -14,8 +14,8 @@ from benchmarks.training import shares
 from benchmarks.training.padded_baseline import PaddedBatch, PaddedHSTU, pad
 from benchmarks.training.shapes import BOOKS, ML_1M, Shape, config
 from gr.batch import SequenceBatch
-from gr.models.recommender import Recommender
-from gr.models.step import StepContext
+from gr.models.retrieval import Retrieval
+from tests.unit.models_common import loss_of, named, retrieval
 
 ITEMS, LENGTH, KEY = 40, 12, 0x1234_5678_9ABC_DEF0
 LENGTHS = (13, 2, 7, 5)  # actions, the one to be predicted included: from one input to the longest
@@ -25,12 +25,12 @@ def small(shape: Shape, dropout: float = 0.0) -> Shape:
     return replace(shape, items=ITEMS, length=LENGTH, negatives=30, dropout=dropout)
 
 
-def models(shape: Shape) -> tuple[Recommender, PaddedHSTU]:
+def models(shape: Shape) -> tuple[Retrieval, PaddedHSTU]:
     """Ours, with tables of unit scale so that every term matters, and the baseline with the same weights."""
-    ours = Recommender(config(shape), shape.items, torch.ones(shape.items))
+    ours = retrieval(config(shape), shape.items, torch.ones(shape.items))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in ours.parameters():
+        for parameter in named(ours).values():
             scale = 0.3 if parameter.dim() == 2 else 1.0
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     baseline = PaddedHSTU(**shape.baseline())
@@ -42,10 +42,10 @@ def models(shape: Shape) -> tuple[Recommender, PaddedHSTU]:
     return ours, baseline
 
 
-def same_parameters(ours: Recommender, baseline: PaddedHSTU) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+def same_parameters(ours: Retrieval, baseline: PaddedHSTU) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     """(ours, the baseline's, its first row that corresponds: 1 where row 0 is padding)."""
     pairs = [
-        (ours.table.weight, baseline.embedding.weight, 1),
+        (ours.items.weight, baseline.embedding.weight, 1),
         (ours.input.positions, baseline.positions, 0),
     ]
     for a, b in zip(ours.encoder.layers, baseline.layers, strict=True):
@@ -80,7 +80,7 @@ def test_loss_and_gradients_equal_ours(shape: Shape) -> None:
     supervision = ours.supervise(jagged, KEY)
     drawn = ours.objective.sampler.own(KEY, supervision, shape.negatives)[:, 1:]
     assert (drawn == supervision.targets_S[:, None]).any(), "no collision: the masking would go untested"
-    loss = ours(supervision, StepContext(KEY)) / supervision.count
+    loss = loss_of(ours, supervision, KEY) / supervision.count
     expected = baseline(padded, drawn.long() + 1)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 

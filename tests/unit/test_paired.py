@@ -57,10 +57,11 @@ def test_hits_and_their_worth_are_what_counting_gives(stream):
 
     hits, worth = {}, {}
     first = open_run(runs["one"])
-    oracle = Oracle(first.dataset)
+    oracle = Oracle(first.data.dataset)
     from gr.train.evaluation import Evaluation
 
-    requests = list(Evaluation(first.dataset, first.split, first.config).requests("test"))
+    data = first.data
+    requests = list(Evaluation(data.dataset, data.split, first.config, data.catalogue).requests("test"))
     for name, scorer in {"one": first.model, "two": open_run(runs["two"]).model, "oracle": oracle}.items():
         hits[name], worth[name] = [], []
         for request in requests:

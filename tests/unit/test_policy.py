@@ -246,7 +246,7 @@ def test_programs_are_short(folder, lines):
 
 
 TABLES = {name: table for name, table in vars(registry).items() if name.isupper() and isinstance(table, dict)}
-COMPONENTS = ("ENCODERS", "SPLITS", "TASKS", "OBJECTIVES", "OPTIMIZERS")
+COMPONENTS = ("ENCODERS", "SPLITS", "INGEST", "TASKS", "OBJECTIVES", "OPTIMIZERS")
 
 
 @pytest.mark.parametrize(("table", "name"), [(t, n) for t, entries in TABLES.items() for n in entries])
@@ -263,7 +263,16 @@ def test_every_registered_name_resolves(table, name):
 
 
 def test_tables_of_names_are_known_here():
-    assert {"ENCODERS", "SPLITS", "TASKS", "OBJECTIVES", "BASELINES", "OPTIMIZERS", "DATASETS"} <= set(TABLES)
+    assert {
+        "ENCODERS",
+        "SPLITS",
+        "TASKS",
+        "OBJECTIVES",
+        "BASELINES",
+        "OPTIMIZERS",
+        "DATASETS",
+        "INGEST",
+    } <= set(TABLES)
 
 
 # Hosts of package registries and paths of somebody's machine. Spelt apart, so that this file passes its own test.

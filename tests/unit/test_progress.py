@@ -61,7 +61,7 @@ def test_what_was_done_before_counts_in_the_total_and_not_in_the_rate(seconds):
         stage.advance(20)
         stage.say("a line that stays")
     assert text.getvalue().splitlines() == [
-        "training: 920 of 1,000 steps, loss 0.5, 8 s left",
+        "training: 920 of 1,000 steps, 8 s left, loss 0.5",
         "a line that stays",
         "training: 20 steps in 2.0 s, 10/s",
     ]
@@ -85,9 +85,9 @@ def test_the_rate_after_an_evaluation_does_not_count_its_time(seconds, capsys):
     progress.close()
     lines = capsys.readouterr().out.splitlines()
     rates = "epoch 1/2, loss 1.2500, 256 samples/s, 2,000 tokens/s"
-    assert lines[0] == f"training: 2 of 100 steps, {rates}, 49 s left"
+    assert lines[0] == f"training: 2 of 100 steps, 49 s left, {rates}"
     assert lines[1] == "epoch 1  test"
-    assert lines[2] == f"training: 16 of 100 steps, {rates}, 44:27 left", "evaluations will come again"
+    assert lines[2] == f"training: 16 of 100 steps, 44:27 left, {rates}", "evaluations will come again"
     assert lines[-1] == "training: 30 steps in 8:35, 0/s"
 
 
@@ -130,3 +130,16 @@ def test_a_bar_shows_its_rate_after_one_advance(monkeypatch):
     assert re.search(r"scoring .*120 of 200 users \[b\], [\d,]+/s, 0 s left", shown)
     assert re.search(r"scoring .*120 users \[b\] in 0\.\d s, [\d,]+/s", shown)
     assert "…" not in shown
+
+
+def test_a_narrow_terminal_cuts_the_end_of_the_status(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        "rich.console.Console",
+        lambda **_: Console(file=screen, force_terminal=True, width=60, color_system=None),
+    )
+    with BarProgress().stage("training", 100, "steps") as stage:
+        stage.show("epoch 1/1, loss 10.0129, 2,340 samples/s")
+        stage.advance(40)
+        stage.bar.refresh()
+    assert re.search(r"training     [━╺╸ ]+ 40 of 100 steps, 0 s left, ep…", screen.getvalue())

@@ -4,16 +4,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gr.config import SimilaritySection
 from gr.embeddings import table as table_module
-from gr.embeddings.table import LocalTable
-from tests.unit.models_common import generator
+from gr.embeddings.scoring import Scoring
+from gr.models.similarity import Similarity
+from gr_kernels.candidate_scores import candidate_scores
+from tests.unit.models_common import generator, local_table
 
 ITEMS, DIM, QUERIES = 57, 6, 5
 
 
 @pytest.fixture
 def table():
-    return LocalTable("items", ITEMS, DIM, 1.0, seed=3)
+    return local_table(ITEMS, DIM, seed=3)
 
 
 def queries():
@@ -21,22 +24,24 @@ def queries():
 
 
 def logits(table, normalize_eps=None):
-    weight = table.lookup(torch.arange(ITEMS))
+    weight = table.view().lookup(torch.arange(ITEMS))
     return queries() @ (weight if normalize_eps is None else F.normalize(weight, dim=1, eps=normalize_eps)).T
 
 
 @pytest.mark.parametrize("max_scores", [1, QUERIES * 20, 1 << 24])
 @pytest.mark.parametrize("normalize_eps", [None, 1e-6])
-def test_topk_equals_sorting_everything(table, monkeypatch, max_scores, normalize_eps):
+def test_topk_equals_sorting_everything(monkeypatch, max_scores, normalize_eps):
     monkeypatch.setattr(table_module, "MAX_SCORES", max_scores)
+    table = local_table(ITEMS, DIM, seed=3, bias=True)
     bias = torch.randn(ITEMS, generator=generator(1))
+    table.bias.data.copy_(bias)
     counts = torch.tensor([0, 3, 0, 20, 55])
     excluded = torch.cat([torch.randperm(ITEMS, generator=generator(2))[:n] for n in counts.tolist()])
     expected = (logits(table, normalize_eps) + bias).detach()
     for b, rows in enumerate(excluded.split(counts.tolist())):
         expected[b, rows] = -torch.inf
     exclude = (F.pad(counts.cumsum(0), (1, 0)), excluded)
-    scores, rows = table.topk(queries(), 9, normalize_eps, exclude, bias)
+    scores, rows = table.topk(queries(), 9, Scoring(1.0, normalize_eps, bias=True), exclude)
     best = expected.sort(dim=1, descending=True)
     torch.testing.assert_close(scores, best.values[:, :9])
     left = best.values[:, :9] > -torch.inf
@@ -45,24 +50,43 @@ def test_topk_equals_sorting_everything(table, monkeypatch, max_scores, normaliz
 
 
 def test_topk_of_more_than_there_is_or_of_nothing(table):
-    scores, rows = table.topk(queries(), 1000)
+    scores, rows = table.topk(queries(), 1000, Scoring())
     assert scores.shape == (QUERIES, ITEMS)
     assert torch.equal(rows.sort(dim=1).values, torch.arange(ITEMS).expand(QUERIES, -1))
-    assert table.topk(queries()[:0], 4)[0].shape == (0, 4)
+    assert table.topk(queries()[:0], 4, Scoring())[0].shape == (0, 4)
 
 
 def test_scores_of_every_form_of_rows(table):
-    everything = logits(table, 1e-6)
+    everything, scoring = logits(table, 1e-6), Scoring(1.0, 1e-6)
     shared = torch.tensor([4, 4, 56, 0])
     own = torch.randint(0, ITEMS, (QUERIES, 7), generator=generator(4))
-    torch.testing.assert_close(table.scores(queries(), shared, 1e-6), everything[:, shared])
-    torch.testing.assert_close(table.scores(queries(), range(10, 30), 1e-6), everything[:, 10:30])
-    torch.testing.assert_close(table.scores(queries(), own, 1e-6), everything.gather(1, own))
+    torch.testing.assert_close(table.scores(queries(), scoring), everything.detach())
+    torch.testing.assert_close(table.chunk_scores(queries(), 10, 30, scoring), everything[:, 10:30])
+    view = table.view()
+    found = candidate_scores(queries(), view.weight_UD, view.place(shared), normalize_eps=1e-6)
+    torch.testing.assert_close(found, everything[:, shared])
+    found = candidate_scores(queries(), view.weight_UD, view.place(own), normalize_eps=1e-6)
+    torch.testing.assert_close(found, everything.gather(1, own))
+
+
+def test_a_scoring_scales_and_adds_the_bias_to_every_answer_alike():
+    """scores, topk, ranks and the candidates of a step say the same of each item."""
+    table = local_table(ITEMS, DIM, seed=3, bias=True)
+    table.bias.data.copy_(torch.randn(ITEMS, generator=generator(1)))
+    similarity = Similarity(SimilaritySection(normalize=False, temperature=0.25, item_bias=True))
+    expected = (4.0 * logits(table) + table.bias).detach()
+    torch.testing.assert_close(similarity.scores(table, queries()), expected)
+    every = torch.arange(ITEMS).expand(QUERIES, -1)
+    torch.testing.assert_close(similarity.candidates(table.view(), queries(), every).detach(), expected)
+    targets = torch.tensor([0, 56, 3, 3, 9])
+    ranks = similarity.ranks(table, queries(), targets)
+    assert ranks.tolist() == (1.0 + (expected > expected.gather(1, targets[:, None])).sum(1)).tolist()
+    torch.testing.assert_close(similarity.topk(table, queries(), 5)[0], expected.topk(5, dim=1).values)
 
 
 def test_cross_entropy(table):
     targets = torch.tensor([0, 56, 3, 3, 9])
-    loss = table.cross_entropy(queries(), targets, 2.0, 1e-6)
+    loss = table.cross_entropy(queries(), targets, Scoring(2.0, 1e-6))
     torch.testing.assert_close(loss, F.cross_entropy(2.0 * logits(table, 1e-6), targets, reduction="sum"))
     loss.backward()
     actual, table.weight.grad = table.weight.grad, None
@@ -71,10 +95,10 @@ def test_cross_entropy(table):
 
 
 def test_a_row_starts_from_its_seed_name_and_number(table):
-    longer = LocalTable("items", 2 * ITEMS, DIM, 1.0, seed=3)
+    longer = local_table(2 * ITEMS, DIM, seed=3)
     assert torch.equal(longer.weight[:ITEMS], table.weight)
-    assert not torch.equal(LocalTable("users", ITEMS, DIM, 1.0, seed=3).weight, table.weight)
-    assert not torch.equal(LocalTable("items", ITEMS, DIM, 1.0, seed=4).weight, table.weight)
-    wide = LocalTable("items", 2000, 64, 0.02, seed=3).weight
+    assert not torch.equal(local_table(ITEMS, DIM, seed=3, name="users").weight, table.weight)
+    assert not torch.equal(local_table(ITEMS, DIM, seed=4).weight, table.weight)
+    wide = local_table(2000, 64, 0.02, seed=3).weight
     assert wide.abs().max() <= 0.04
     assert wide.std().item() == pytest.approx(0.02 * 0.8796, rel=0.01)  # the spread of N(0, 1) cut at +-2

@@ -13,7 +13,7 @@ from gr import config as configs
 from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
 from gr.errors import UserError
-from gr.models.recommender import Recommender
+from gr.models.retrieval import Retrieval
 from gr.train import checkpoint, job
 from gr.train.folder import RunFolder
 from gr.train.report import final_rows
@@ -54,16 +54,16 @@ def test_steps_and_epochs_say_when_to_evaluate_and_each_moment_counts_once(confi
 def test_a_step_is_saved_once(config, monkeypatch):
     saved = []
     real = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *given: saved.append(given[3].step) or real(*given))
+    monkeypatch.setattr(checkpoint, "save", lambda *given: saved.append(given[2].step) or real(*given))
     job.run(config("checkpoint.every_steps=5"))
     assert saved == sorted(set(saved)) and {5, 10, 15, 20, 25, 30} <= set(saved)
 
 
 def test_every_micro_batch_drops_differently(config, monkeypatch):
     """Though the batches' lengths may be the same."""
-    keys, real = [], Recommender.supervise
+    keys, real = [], Retrieval.supervise
     monkeypatch.setattr(
-        Recommender, "supervise", lambda model, *given: keys.append(given[-1]) or real(model, *given)
+        Retrieval, "supervise", lambda model, *given: keys.append(given[-1]) or real(model, *given)
     )
     job.run(config("train.max_steps=4", "train.micro_batch_actions=30"))
     assert len(keys) > 4 and len(set(keys)) == len(keys)
@@ -180,14 +180,13 @@ def test_lost_rows_are_said_and_training_goes_on(config, caplog):
 
 def test_parameters_that_are_not_finite_are_never_saved(config, monkeypatch):
     """A finite loss whose gradients are not: the step is refused before its checkpoint."""
-    real = torch.nn.utils.clip_grad_norm_
+    real = torch.nn.utils.get_total_norm
 
-    def overflow(parameters, limit):
-        parameters = list(parameters)
-        parameters[0].grad.fill_(float("inf"))
-        return real(parameters, limit)
+    def overflow(gradients):
+        gradients[0].fill_(float("inf"))
+        return real(gradients)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", overflow)
     wanted = config("checkpoint.every_steps=1")
     with pytest.raises(UserError, match=r"the update of step 1 is not finite.*last good checkpoint is none"):
         job.run(wanted)

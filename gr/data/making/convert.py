@@ -205,7 +205,10 @@ def exact_integers(column: pa.Array) -> tuple[pa.Array, list[Problem]]:
     integers where one is missing.  2.0 is 2; what is too large to be told from its neighbours is bad."""
     if pa.types.is_boolean(column.type) or not pa.types.is_floating(column.type):
         return column, []
-    problems = _large(pc.abs(column), MANTISSA[column.type], f"is a {_name(column.type)}")
+    kind = column.type
+    if kind == pa.float16():  # which has few operations
+        column = column.cast(pa.float32())
+    problems = _large(pc.abs(column), MANTISSA[kind], f"is a float{kind.bit_width}")
     if problems:
         column = pc.if_else(pa.array(problems[0].rows), None, column)
     return column, problems
@@ -248,7 +251,3 @@ def _numbers(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray 
 
 def _longer(column: pa.Array, length: int) -> pa.Array:
     return pc.greater(pc.binary_length(column), length)
-
-
-def _name(kind: pa.DataType) -> str:
-    return f"float{kind.bit_width}"

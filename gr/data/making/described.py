@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,10 +16,13 @@ from gr.errors import UserError
 RESERVED = ("item_id", "count")
 
 
-def read_catalogue(schema: CatalogueSchema, integer_ids: bool) -> pa.Table:
-    """``item_id`` (int64 or string, distinct) and the described columns (CSV: text)."""
+def read_catalogue(
+    schema: CatalogueSchema, integer_ids: bool, note: Callable[[str], None] | None = None
+) -> pa.Table:
+    """``item_id`` (int64 or string, distinct) and the described columns (CSV: text).  ``note`` is told of files in a
+    folder that are left out."""
     parts = []
-    for file in find_files(schema.path, schema.format, key="catalogue.format"):
+    for file in find_files(schema.path, schema.format, key="catalogue.format", note=note):
         if file.format == "parquet":
             names = file.parquet().schema_arrow.names
         else:

@@ -27,7 +27,8 @@ ENOUGH = 20
 """Distinct values of which half would be odd by chance: all even is one in a million."""
 COUNTED = ("unit", "early")
 """Names of the doubts of times that are counted again when all rows are known; so are unknown ones."""
-GRID = 16  # a power of two in the steps of a clock; real ones tick in 1, 10, 60, 1000, 3600
+GRID = 64
+"""A power of two in the steps of times; clocks tick in 1, 10, 60, 3600 (with hours and days 128 divides too) or 1000."""
 WORDS_FOR_NOTHING = ("nan", "NaN", "None", "none", "null", "NULL", "<NA>", "N/A", "\\N")
 
 
@@ -70,8 +71,8 @@ def of_times(column: str, clock: Clock, files: dict[str, FileTimes], sampled: bo
         # a log whose clock starts at 0 has zeros of its own
         if count and (sentinel > 0 or later or "unit" in doubts or nothing_else):
             doubts[f"unknown {sentinel}"] = (
-                f"column '{column}': {count:,} {among}times are {sentinel} ({when(sentinel)}), which often stands for "
-                f"an unknown time: set unknown_times: [{sentinel}] to make them bad rows"
+                f"column '{column}': {count:,} of the {among}times: {sentinel} ({when(sentinel)}), which often stands "
+                f"for an unknown time: set unknown_times: [{sentinel}] to make them bad rows"
             )
     return doubts
 
@@ -89,8 +90,11 @@ def of_time_sample(column: str, clock: Clock, ticks: pa.Array) -> Doubts:
             "dates": f"column '{column}': {values[0]} and the other sampled times look like dates written as numbers: "
             f"write them as text like {text} with time_unit: iso"
         }
-    step = int(np.gcd.reduce(values))
-    if len(values) >= ENOUGH and step >= GRID and step & (step - 1) == 0:
+    common = int(np.gcd.reduce(values))
+    step = common & -common
+    of_clock = common % 1000 == 0 or common % 3600 == 0
+    # numbers of a float32 or float64 of this step are at least 2^23 steps large
+    if len(values) >= 3 and step >= GRID and not of_clock and int(values.max()) >= step << 22:
         unit = "s" if clock.fractions else "us" if clock.unit == "iso" else clock.unit
         return {
             "steps": f"column '{column}': all sampled times are multiples of {step} {unit}, as if they had gone through "

@@ -64,7 +64,7 @@ class DataFile:
         for folder in self.path.split("/")[:-1]:
             name, sign, value = folder.partition("=")
             if sign and name:
-                columns[unquote(name)] = None if value == MISSING_IN_PATH else unquote(value)
+                columns[unquote(name)] = None if value in ("", MISSING_IN_PATH) else unquote(value)
         return columns
 
     def parquet(self) -> pq.ParquetFile:
@@ -92,20 +92,16 @@ def find_files(
     ``format``: parquet or csv; auto goes by the names, and in a folder leaves out what they don't tell; ``key``: what
     the schema calls it.  ``note`` is told of files in a folder that are left out.
     """
+    paths: list[str] = []
     left_out: list[str] = []
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
         if any(c in path for c in "*?[") and not filesystem.exists(path):
-            hidden = path.rsplit("/", 1)[-1][0] not in ("_", ".")  # unless they are asked for
-            paths: Sequence[str] = [
-                p
-                for p in filesystem.glob(path)
-                if not filesystem.isdir(p) and not (hidden and p.rsplit("/", 1)[-1].startswith(("_", ".")))
-            ]
+            paths, left_out = _by_glob(filesystem, path, source, format)
         elif filesystem.isdir(path):
             paths, left_out = _in_folder(filesystem, path, source, format)
-        else:
-            paths = [path] if filesystem.exists(path) else []
+        elif filesystem.exists(path):
+            paths = [path]
     except ImportError as error:  # the protocol's package isn't there
         raise UserError(f"cannot open '{source}' ({_first_line(error)}): install what it names") from None
     except (ValueError, OSError) as error:
@@ -144,6 +140,22 @@ def natural(path: str) -> list[tuple[list[Any], str]]:
         ([int(piece) if n % 2 else piece for n, piece in enumerate(re.split("([0-9]+)", part))], part)
         for part in path.split("/")
     ]
+
+
+def _by_glob(filesystem: Any, path: str, source: str, format: str) -> tuple[list[str], list[str]]:
+    """The files that a glob names, hidden ones only if it asks for them, and those of the folders that it names."""
+    taken: list[str] = []
+    left_out: list[str] = []
+    asked = path.rsplit("/", 1)[-1].startswith(("_", "."))
+    for found in filesystem.glob(path):
+        if not asked and found.rsplit("/", 1)[-1].startswith(("_", ".")):
+            continue
+        if filesystem.isdir(found):
+            more, others = _in_folder(filesystem, found, source, format)
+            taken, left_out = taken + more, left_out + others
+        else:
+            taken.append(found)
+    return taken, left_out
 
 
 def _in_folder(filesystem: Any, path: str, source: str, format: str) -> tuple[list[str], list[str]]:

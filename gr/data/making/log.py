@@ -104,8 +104,8 @@ class LogReader:
         if self.times is not None:
             clock, seen = self.times.clock, self.times.seen
             spans = [(f.first, f.last) for f in seen.values() if f.first is not None and f.last is not None]
-            mixed = self.types.clock is not None and clock.zone is not None
             without = [name for name, f in seen.items() if f.naive]
+            mixed = without and any(f.zoned for f in seen.values())
             facts["times"] = {
                 "unit": clock.unit,
                 "first": when(min(s[0] for s in spans) // clock.per_second) if spans else None,
@@ -125,10 +125,8 @@ class LogReader:
                 f"no times: a user's order is that of the {len(self.files):,} files by the numbers in their names, from "
                 f"'{first}' to '{last}', and of the rows in them"
             ]
-        clock = self.times.clock
-        if not clock.typed and clock.unit != "iso":
-            return []
-        return [f"times without a zone are taken as {clock.zone or 'UTC'}"]
+        naive = any(f.naive for f in self.times.seen.values()) if self.rows_read else self.layout.naive
+        return [f"times without a zone are taken as {self.times.clock.zone or 'UTC'}"] if naive else []
 
     def _of_sample(self) -> Doubts:
         """Doubts about the first rows of a few files, and about what their statistics say of all."""
@@ -185,7 +183,10 @@ class LogReader:
             try:
                 return next(
                     parquet.iter_batches(
-                        SAMPLED_ROWS, row_groups=[0] if parquet.num_row_groups else [], columns=names
+                        SAMPLED_ROWS,
+                        row_groups=[0] if parquet.num_row_groups else [],
+                        columns=names,
+                        use_threads=False,
                     ),
                     empty,
                 )
@@ -320,10 +321,9 @@ def _in_stream(stream: CsvStream, start: int, row: int) -> tuple[int | None, int
 
 def _readable(column: pa.Array, row: int) -> Any:
     """The value as text, number or None; times as text, since Python's reach from the year 1 to 9999 only."""
-    value = column.slice(row, 1)
-    if pa.types.is_temporal(value.type):
-        value = pc.cast(value, pa.string())
-    found = value[0].as_py()
+    if pa.types.is_temporal(column.type):
+        return pc.cast(column.slice(row, 1), pa.string())[0].as_py()
+    found = column[row].as_py()
     return found.decode("utf-8", errors="backslashreplace") if isinstance(found, bytes) else found
 
 

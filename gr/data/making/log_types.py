@@ -54,6 +54,8 @@ class Layout:
     """Role -> column."""
     types: LogTypes = field(init=False)
     rows: int = 0
+    naive: bool = False
+    """Whether times may name no zone."""
     constants: dict[str, dict[str, str | None]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     spans: dict[str, Span] = field(default_factory=dict)
@@ -147,6 +149,7 @@ def lay_out_parquet(
             kinds[role].append(pa.string())
     if "time" in columns and any(k != pa.null() for k in layout.folder_kinds(columns["time"])):
         clocks.setdefault("text", next(n.name for n in files if n.path in layout.constants))
+    layout.naive = "naive" in clocks or schema.time_unit == "iso"
     first = {role: (kinds[role] or [empty.get(role, pa.null())])[0] for role in columns}
     layout.types = LogTypes(
         integers=frozenset(
@@ -194,6 +197,7 @@ def lay_out_csv(
         decimals = any(v is not None and "." in v for v in convert.readable(times, "")[0].to_pylist())
         clock = Clock.of(schema, schema.time_unit, fractions=schema.time_unit == "s" and decimals)
         _check_zone(schema, schema.time_unit == "iso")
+        layout.naive = schema.time_unit == "iso"
     layout.types = LogTypes(
         integers=frozenset(r for r in IDS if r in columns and _integer(_wanted(schema, r), all_integers(r))),
         fields={name: field_type(name, spec) for name, spec in fields.items()},

@@ -199,7 +199,7 @@ def group(table: pa.Table) -> Grouped:
     rank[by_hash] = np.arange(len(users))
     rank_A = rank[encoded.indices.to_numpy()]
     order = pa.array(
-        _order(rank_A, table["time"].to_numpy() if "time" in table.column_names else None, len(users))
+        time_order(rank_A, table["time"].to_numpy() if "time" in table.column_names else None, len(users))
     )
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rank_A, minlength=len(users)))])
     columns = {n: table[n].combine_chunks().take(order) for n in table.column_names if n != "user"}
@@ -213,53 +213,6 @@ def grouped_before(table: pa.Table) -> Grouped:
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
     columns = {n: table[n].combine_chunks() for n in table.column_names if n != "user"}
     return Grouped(user.take(pa.array(starts)), np.concatenate([starts, [len(user)]]), columns)
-
-
-def latest(table: pa.Table, most: int) -> tuple[pa.Table, pa.Array]:
-    """Each user's latest ``most`` actions, by time and then by order, in the table's order; and the users that had
-    more."""
-    encoded = table["user"].combine_chunks().dictionary_encode()
-    codes = encoded.indices.to_numpy()
-    counts = np.bincount(codes, minlength=len(encoded.dictionary))
-    if not (counts > most).any():
-        return table, encoded.dictionary[:0]
-    rows = np.flatnonzero(counts[codes] > most)
-    times = table["time"].to_numpy()[rows] if "time" in table.column_names else None
-    order = rows[_order(codes[rows].astype(np.int64), times, len(counts))]
-    many = np.flatnonzero(counts > most)
-    stops = np.cumsum(counts[many])
-    from_end = np.repeat(stops, counts[many]) - np.arange(len(order))  # 1 is a user's last
-    kept = np.ones(table.num_rows, dtype=bool)
-    kept[order[from_end > most]] = False
-    return table.filter(pa.array(kept)), encoded.dictionary.take(pa.array(many))
-
-
-class Capped:
-    """A partition's actions added piece by piece, of which each user's latest ``most`` stay.  The latest of all are
-    among the latest of each part, so memory is that of what stays, and as much again."""
-
-    def __init__(self, most: int):
-        self.most = most
-        self.users: set[Any] = set()
-        """Those that had more."""
-        self._kept: list[pa.Table] = []
-        self._rows = self._limit = 0
-
-    def add(self, piece: pa.Table) -> None:
-        self._kept.append(piece)
-        self._rows += piece.num_rows
-        if self._rows > self._limit + PIECE_ROWS:
-            self.table()
-            self._limit = 2 * self._rows
-
-    def table(self) -> pa.Table | None:
-        """What stays, None if nothing was added."""
-        if not self._kept:
-            return None
-        table, users = latest(pa.concat_tables(self._kept).combine_chunks(), self.most)
-        self.users.update(users.to_pylist())
-        self._kept, self._rows = [table], table.num_rows
-        return table.combine_chunks()
 
 
 def duplicates(grouped: Grouped) -> np.ndarray:
@@ -277,7 +230,7 @@ def duplicates(grouped: Grouped) -> np.ndarray:
     return again
 
 
-def _order(rank_A: np.ndarray, time_A: np.ndarray | None, users: int) -> np.ndarray:
+def time_order(rank_A: np.ndarray, time_A: np.ndarray | None, users: int) -> np.ndarray:
     """Stable order by (rank, time)."""
     if time_A is None or not len(time_A):
         return np.argsort(rank_A, kind="stable")

@@ -6,8 +6,8 @@
 3. Items are numbered in the order of their raw ids, and the partitions are written one after the other: since users
    are stored in the order of their hash, that is the dataset's order.
 
-Memory: a chunk, one partition (``memory_mb``; a single user's actions are never cut) and tables of the distinct
-items; it does not grow with the number of actions.  Disk: the partitions take about 20 bytes an action with integer
+Memory: a chunk, one partition (``memory_mb``; a single user's actions are cut by nothing but ``max_user_actions``) and
+tables of the distinct items; it does not grow with the number of actions.  Disk: the partitions take about 20 bytes an action with integer
 ids, beside OUT or in ``scratch``, until the dataset is complete.  The result does not depend on the chunk size, the
 number of partitions, or how the log is cut into files.
 
@@ -26,11 +26,11 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from gr.data.making import huge
 from gr.data.making.described import join
 from gr.data.dataset import BLOCK_ROWS, DatasetWriter, SequenceDataset
 from gr.data.making.ids import IdCodes, numbering
 from gr.data.making.partitions import (
-    Capped,
     Grouped,
     PartitionStore,
     choose_bits,
@@ -97,7 +97,9 @@ def prepare(
             return work.run(provenance or {})
         except MemoryError:
             pass  # the frames that hold the memory must go before the sentence can be made
-        raise work.out_of_memory()
+        if work.partition is None or work.store is None:
+            raise huge.out_of_memory_reading(work.out, options.chunk_rows)
+        raise huge.out_of_memory(work.out, work.store, work.partition, work.row_bytes, options.memory_mb)
     except BaseException:
         work.writer.abandon()
         raise
@@ -146,7 +148,10 @@ class _Work:
         self.say()
         self.cut()
         self.say()
-        self.say_who_is_huge()
+        assert self.store is not None
+        if self.options.max_user_actions is None:
+            for remark in huge.who_is_huge(self.store, self.row_bytes, self.options.memory_mb):
+                self.progress.note(remark)
         described = self.describe()
         kept = self.apply_policies()
         if described is not None and self.options.items == "listed":
@@ -335,7 +340,7 @@ class _Work:
     def cap(self, partition: int) -> pa.Table | None:
         """The partition's actions without those before the last ``max_user_actions`` of their user."""
         assert self.store is not None and self.options.max_user_actions is not None
-        capped, read = Capped(self.options.max_user_actions), 0
+        capped, read = huge.Capped(self.options.max_user_actions), 0
         for piece in self.store.pieces(partition):
             self.counts.add_read(piece, len(self.items))
             read += piece.num_rows
@@ -352,40 +357,6 @@ class _Work:
         else:
             self.counts.add_users(len(grouped.users_R))
             self.counts.add("latest of each user", grouped, len(self.items))
-
-    def say_who_is_huge(self) -> None:
-        """Name users whose actions alone take more than the memory meant for a partition: they are not cut."""
-        assert self.store is not None
-        budget = self.options.memory_mb << 20
-        if self.options.max_user_actions is not None:
-            return
-        for partition in np.flatnonzero(self.store.rows * self.row_bytes > 2 * budget).tolist():
-            user, actions = self.store.busiest(partition)
-            if actions * self.row_bytes > budget:
-                self.progress.note(
-                    f"user {user!r} has {actions:,} of the {self.rows:,} actions, which take about "
-                    f"{2 * actions * self.row_bytes >> 20:,} MiB of memory where memory_mb is {self.options.memory_mb}: set "
-                    "max_user_actions to keep only the latest of each user"
-                )
-
-    def out_of_memory(self) -> UserError:
-        """The sentence for it: who needs the memory, and what to do."""
-        if self.store is None or self.partition is None:
-            return UserError(
-                f"out of memory while reading the log for '{self.out}': set chunk_rows to less than "
-                f"{self.options.chunk_rows:,}, or give it more memory"
-            )
-        user, actions = self.store.busiest(self.partition)
-        rows = int(self.store.rows[self.partition])
-        if 2 * actions > rows and actions * self.row_bytes > self.options.memory_mb << 19:
-            return UserError(
-                f"out of memory for '{self.out}': user {user!r} has {actions:,} of the {self.rows:,} actions, and a user's "
-                "actions are not cut; set max_user_actions to keep only the latest of each user, or give it more memory"
-            )
-        return UserError(
-            f"out of memory for '{self.out}' at a partition of {rows:,} actions: set memory_mb to less than "
-            f"{self.options.memory_mb}, or give it more memory"
-        )
 
     def stages(self, items: int) -> list[StageCount]:
         """The table of counts by stage."""

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data.making.convert import Converted, Problem, cast_rows, checked, exact_integers, readable, some
+from gr.data.making.convert import Converted, Problem, cast_rows, checked, exact_integers, plain, readable, some
 from gr.data.making.schema import LAST_DAY, TICKS_PER_SECOND, LogSchema, TimeUnit
 
+DATE = r"^\d{4}-\d{2}-\d{2}"
 # text that ends in an offset from UTC: 2024-01-31T12:30:00Z, 2024-01-31 12:30:00.25+02:00
 WITH_OFFSET = r":\d{2}(\.\d+)?(Z|[+-]\d{2}(:?\d{2})?)$"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -127,6 +128,7 @@ class Times:
 
     def read(self, column: pa.Array, file: str) -> Converted:
         """``column`` of ``file`` as ticks (n, int64; null where bad)."""
+        column = plain(column)
         clock, kind = self.clock, column.type
         seen = self.seen.setdefault(file, FileTimes())
         problems: list[Problem]
@@ -141,6 +143,9 @@ class Times:
             column, problems = readable(column, problem, fix)
             exact, inexact = exact_integers(column)
             ticks, bad = cast_rows(exact, pa.int64())
+            if bad is not None and column.type == pa.string():
+                dates = pc.match_substring_regex(column, DATE)
+                problems += some(dates, problem, "set time_unit: iso if times are text")
             problems += inexact + some(bad, problem, fix)
             if column.type == pa.string():
                 problems += some(pc.match_substring_regex(column, "^-?0[xX]"), problem, fix)
@@ -221,22 +226,18 @@ class Times:
         first, stop = clock.first * clock.per_second, clock.stop * clock.per_second
         if low < first:
             rows = pc.less(ticks, min(first, INT64[1]))
-            numbers = pc.filter(ticks, rows)
-            problems += some(
-                rows, f"is before {_day(clock.first)}{unit}", self._bounds_fix(pc.max(numbers).as_py())
-            )
+            fix = self._unit_fix(pc.max(pc.filter(ticks, rows)).as_py()) or "set earliest if such times are meant"
+            problems += some(rows, f"is before {_day(clock.first)}{unit}", fix)
         if high >= stop:
             rows = pc.greater_equal(ticks, max(stop, INT64[0]))
-            numbers = pc.filter(ticks, rows)
-            problems += some(
-                rows, f"is not before {_day(clock.stop)}{unit}", self._bounds_fix(pc.min(numbers).as_py())
-            )
+            fix = self._unit_fix(pc.min(pc.filter(ticks, rows)).as_py()) or "set latest if such times are meant"
+            problems += some(rows, f"is not before {_day(clock.stop)}{unit}", fix)
         return problems
 
-    def _bounds_fix(self, number: int | None) -> str:
-        """What to do about a time outside of the bounds."""
+    def _unit_fix(self, number: int) -> str:
+        """What to do about a time outside of the bounds that would be likely in another unit, else ""."""
         clock = self.clock
-        if number is not None and clock.unit != "iso":
+        if clock.unit != "iso":
             numeric = not clock.typed and not clock.fractions
             raw = number if numeric else number // clock.per_second if clock.fractions else number
             if numeric and (like := dates_as_numbers(np.array([raw]))):
@@ -247,7 +248,7 @@ class Times:
                 if clock.typed:
                     return f"write the column as integers with time_unit: {unit} if it holds these"
                 return f"set time_unit: {unit} if it is {when(seconds)}"
-        return "set earliest or latest if such times are meant"
+        return ""
 
     def _note(self, ticks: pa.Array, seen: FileTimes, span: pa.Scalar) -> None:
         seen.rows += len(ticks) - ticks.null_count

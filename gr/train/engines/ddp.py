@@ -1,7 +1,6 @@
 """DistributedDataParallel around the dense part: gradients are exchanged while the backward pass runs."""
 
-from __future__ import annotations
-
+# not from __future__ import annotations: DDP looks at what its hook's annotations are, and refuses their text
 import contextlib
 from contextlib import AbstractContextManager
 from typing import Any, Literal

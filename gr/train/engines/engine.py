@@ -136,7 +136,7 @@ class Engine(ABC):
             tensors |= {
                 f"optimizer/step/tables.{name}.{column}": torch.tensor(float(optimizer.steps))
                 for column in ("weight", *["bias"] * self.row_tables[name].spec.bias)
-                if optimizer.maths.moments
+                if optimizer.maths.counts
             }
         return tensors
 

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from gr.embeddings.ranks import ranks_in
 from gr.errors import UserError
-from gr.eval.ranking import target_ranks
 from gr.modes import evaluating
 from gr.train.evaluation import Evaluation
 from gr.train.runs import OpenRun, open_run
@@ -135,6 +135,6 @@ def _hits(opened: Mapping[str, OpenRun], split: str, k: int) -> tuple[Tensor, Te
                 raise UserError(
                     f"{type(scorer).__name__} scored items as NaN: the model has diverged, train it again"
                 )
-            hit.append((target_ranks(scores_BI, request.targets_B) <= k).double())
+            hit.append((ranks_in(scores_BI, request.targets_B) <= k).double())
             worth.append(probability_BI.gather(1, scores_BI.topk(k).indices).sum(1))
     return torch.stack([torch.cat(h) for h in hits]), torch.stack([torch.cat(w) for w in expected])

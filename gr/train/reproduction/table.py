@@ -86,7 +86,7 @@ def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
             f"[bold]{result.row.name}[/] published",
             *(_number(result.row.published.get(c)) for c in table.columns),
         )
-        chosen = f"chosen on valid by {result.selection}"
+        chosen = f"chosen by valid {result.selection}"
         for label, rows in (("last epoch", result.last), (chosen, result.chosen)):
             if rows:
                 epochs = "/".join(str(r["epoch"] + 1) for r in rows)

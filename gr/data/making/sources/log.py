@@ -46,7 +46,7 @@ class ActionLog(Source):
             out,
             Path(out).name,
             options,
-            described=None if catalogue is None else lambda integer: read_catalogue(catalogue, integer),
+            described=None if catalogue is None else lambda integer: read_catalogue(catalogue, integer, progress.note),
             overwrite=overwrite,
             progress=progress,
             provenance={"source": source, "options": options.model_dump(mode="json")},

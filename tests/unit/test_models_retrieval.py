@@ -1,4 +1,4 @@
-"""The recommender as a whole."""
+"""Retrieval as a whole."""
 
 import pytest
 import torch
@@ -8,12 +8,19 @@ from gr.batch import UNKNOWN
 from gr.errors import UserError
 from gr.models.init import initialise, normal
 from gr.models.layers import Linear
-from gr.models.recommender import Recommender
-from gr.models.step import StepContext
-from tests.unit.models_common import LENGTHS, batch, named, randomise, run_config
+from gr.train.engines.engine import parameters
+from tests.unit.models_common import (
+    LENGTHS,
+    batch,
+    in_double,
+    loss_of,
+    named,
+    randomise,
+    retrieval,
+    run_config,
+)
 
 ITEMS = 40
-COUNTS = torch.arange(ITEMS)
 MODELS = {
     "hstu": {},
     "sasrec": {"encoder": "sasrec", "objective": "bce"},
@@ -28,23 +35,23 @@ MODELS = {
 
 
 def build(name="hstu", **changes):
-    return Recommender(run_config(**{**MODELS[name], **changes}), ITEMS, COUNTS)
+    return retrieval(run_config(**{**MODELS[name], **changes}), ITEMS)
 
 
 def loss(model, b, targets=None):
     supervision = model.supervise(b, key=5)
     candidates = supervision.targets_S if targets is None else targets
-    return model(supervision, StepContext(7, candidates))
+    return loss_of(model, supervision, candidates=candidates)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_agree_with_finite_differences(name):
-    model = randomise(build(name)).double().eval()
+    model = in_double(randomise(build(name))).eval()
     b, targets = batch(items=ITEMS), None
     total = loss(model, b, targets)
     total.backward()
     step = 1e-6
-    for parameter in model.parameters():
+    for parameter in named(model).values():
         direction = torch.randn(
             parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
         )
@@ -153,7 +160,7 @@ def test_the_published_first_values():
         (layer.time_bias, 0.02),
         (layer.output.weight, (2 / 64) ** 0.5),
         (model.input.positions, (2 / 232) ** 0.5),
-        (model.table.weight, 0.02 * 0.8796),
+        (model.items.weight, 0.02 * 0.8796),
     ]:
         assert value.std().item() == pytest.approx(std, rel=5 / value.numel() ** 0.5)
     assert (layer.output.bias == 0).all()
@@ -182,18 +189,27 @@ def test_the_first_values_of_both_public_sasrecs(linear_std, positions):
     assert not block.query.bias.any() and not block.key_value.bias.any() and not block.output.bias.any()
 
 
-def test_report_counts_every_parameter():
-    model = build()
-    assert sum(n for _, _, n in model.report()) == sum(p.numel() for p in model.parameters())
-    assert ("table.weight", (ITEMS, 8), ITEMS * 8) in model.report()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tables_come_first_among_the_parameters_and_are_no_part_of_the_module(name):
+    model = build(name)
+    tables = [n for n in named(model) if n.startswith("tables.")]
+    biased = name == "bert4rec"
+    assert tables == ["tables.items.weight", *(["tables.items.bias"] if biased else [])]
+    assert list(named(model))[: len(tables)] == tables
+    assert named(model)["tables.items.weight"].shape == (ITEMS, 8)
+    own = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in named(model).values()) == own + ITEMS * 8 + ITEMS * biased
+    assert not any(module is model.items for module in model.modules())
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_state_dict_holds_every_parameter_once(name):
+def test_a_checkpoints_parameters_are_all_once_and_the_models_own_memory(name):
     model = build(name)
-    assert set(model.state_dict()) == set(named(model))
+    assert set(model.state_dict()) == {n for n, _ in model.named_parameters()}
+    assert set(parameters(model)) == {f"model/{n}" for n in named(model)}
     other = build(name, train={"seed": 9})
-    other.load_state_dict(model.state_dict())
+    for key, values in parameters(other).items():
+        values.copy_(parameters(model)[key])
     assert torch.equal(other.scores(batch(items=ITEMS)), model.scores(batch(items=ITEMS)))
 
 
@@ -205,4 +221,4 @@ def test_bf16_autocast_trains():
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.02, atol=0.0)
     rough.backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in named(model).values())
