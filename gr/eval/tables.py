@@ -100,7 +100,7 @@ def _kinds(targets: Mapping[str, Any]) -> str:
         "repeated_targets": "in the user's history already",
         "tied_targets": "at the time of the action before",
     }
-    return ", ".join(f"{share:.1%} {words.get(name, name)}" for name, share in targets.items())
+    return ", ".join(f"{share:.2%} {words.get(name, name)}" for name, share in targets.items())
 
 
 def _range(low: int, top: int | None) -> str:

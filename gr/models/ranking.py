@@ -99,7 +99,14 @@ class Ranking(Model):
                 "leave it out (objective=null), or use model=retrieval"
             )
         labels = Labels(config.tasks, catalogue.manifest)
-        spec = TableSpec("items", catalogue.rows, config.dim, config.table_std, run.train.seed)
+        spec = TableSpec(
+            "items",
+            catalogue.rows,
+            config.dim,
+            config.table_std,
+            run.train.seed,
+            moments=len(run.optimizer.build().of_rows().moments),
+        )
         super().__init__([config.table.build(spec, processes or Processes(torch.device("cpu")))])
         self.labels = labels
         self.task = NextItem.Config().build()

@@ -1,5 +1,4 @@
-"""Evaluate a trained run on a held-out split: every user once, by what its model is judged by (the target's rank in
-the whole catalogue, or AUC and log loss of labels).
+"""Evaluate a trained run on a held-out split: every user once, the metrics of its model beside those of baselines.
 
 python -m gr evaluate --run runs/NAME --split test --baselines popularity,last_item --buckets
 torchrun --standalone --nproc-per-node 2 -m gr.programs.evaluate runs/NAME eval.exclude=all

@@ -61,8 +61,7 @@ def compare(
             processes=joined,
             columns=opened.model.needs,
         )
-        if config.eval.buckets:
-            data.catalogue.count_once(joined)
+        data.catalogue.count_once(joined)
         requests = joined.together(lambda: evaluation.requests(split))
         progress = default_progress() if joined.is_main else Progress()
         for name in [*baselines, model]:

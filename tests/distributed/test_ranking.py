@@ -70,7 +70,7 @@ def test_two_processes_measure_what_one_does(folder):
     (text, alone), (_, both) = (evaluated(folder, "one", processes) for processes in (1, 2))
     assert alone == both, "not the same bits"
     lines = " ".join(text.split())
-    assert "targets: 0.0% never a training action" in lines and "labels of the last action" in lines
+    assert "targets: 0.00% never a training action" in lines and "labels of the last action" in lines
     row = alone["hstu"]
     assert {"auc/like", "cold_targets", "repeated_targets", "tied_targets", "notes", "buckets"} <= row.keys()
     assert 0 < row["repeated_targets"] < 1 and 0.3 < row["tied_targets"] < 0.7
