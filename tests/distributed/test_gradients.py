@@ -15,7 +15,7 @@ from gr.registry import ENGINES, TABLES, resolve
 from gr.train.engines.engine import parameters
 from gr.train.optimizers import SGD
 from tests.distributed.group import in_group
-from tests.unit.models_common import batch, engine_of, generator, retrieval, run_config
+from tests.unit.models_common import batch, engine_of, fill, generator, retrieval, run_config
 
 ITEMS, DIM, RATE, CLIP = 40, 8, 0.5, 0.25
 LENGTHS = (9, 7, 0, 1, 1, 5, 12, 2)  # of four processes, the second has no target
@@ -39,7 +39,7 @@ def step_of(joined: Processes, table: str, engine: str, objective: str, clip: fl
     model = retrieval(run, ITEMS, processes=joined)
     values = generator()
     for parameter in parameters(model).values():  # rows that processes share are filled alike by all
-        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=values))
+        fill(parameter, 0.3 * torch.randn(parameter.shape, generator=values))
     joined.barrier()
     kind = resolve(ENGINES, engine, "engine")
     stepping = engine_of(model, SGD(SGD.Config(lr=RATE)), clip, joined, kind)
@@ -52,10 +52,10 @@ def step_of(joined: Processes, table: str, engine: str, objective: str, clip: fl
     candidates = None
     if model.needs_global_targets:
         candidates = joined.world.gather(torch.cat([part.targets_S for part in parts]))
-    before = {name: value.clone() for name, value in stepping.tensors().items()}
+    before = {name: whole(value, joined.world) for name, value in stepping.tensors().items()}
     stepping.forward_backward(parts, StepContext(5, candidates), int(targets))
     norm = stepping.step(1.0)
-    moved = {name: before[name] - value for name, value in stepping.tensors().items()}
+    moved = {name: before[name] - whole(value, joined.world) for name, value in stepping.tensors().items()}
     return {"moved": moved, "norm": None if norm is None else float(norm), "targets": int(targets)}
 
 

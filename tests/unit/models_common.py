@@ -12,8 +12,9 @@ from gr.embeddings.table import TableSpec
 from gr.models.layout import JaggedLayout
 from gr.models.model import Model
 from gr.models.step import StepContext
-from gr.processes import Processes
+from gr.processes import Axis, Processes
 from gr.train.engines.all_reduce import AllReduce
+from gr.train.slices import Slices
 
 LENGTHS = (9, 0, 1, 5, 8, 2)
 
@@ -134,6 +135,24 @@ def engine_of(model, optimizer, clip_norm=None, processes=None, kind=AllReduce):
     """The plain engine of a model, as a run has it; ``optimizer``: the component."""
     processes = processes or Processes(model.device)
     return kind.Config().build(model, optimizer, processes, clip_norm=clip_norm, bf16=False)
+
+
+def whole(tensor, world=Axis()):
+    """A copy of a named tensor, with the slices that other processes hold."""
+    if not isinstance(tensor, Slices):
+        return tensor.clone()
+    total = torch.zeros(tensor.size())
+    for offsets, values in tensor.parts.items():
+        total[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = values
+    return world.add_up(total)
+
+
+def fill(tensor, values):
+    """Give a named tensor, or this process's slices of it, new values."""
+    for offsets, part in (
+        tensor.parts.items() if isinstance(tensor, Slices) else [((0,) * tensor.dim(), tensor)]
+    ):
+        part.copy_(values[tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))])
 
 
 def train_step(engine, parts, targets=1, key=0, rate=1.0):

@@ -136,13 +136,14 @@ def mean(gains):
 def test_metrics_computed_from_the_lists_are_the_evaluations(run, tmp_path, exclude):
     """Without the held-out action, the lists rank what the evaluation ranks: same histories, same exclusion."""
     config = configs.override(run.config, [f"eval.exclude={exclude}", "eval.batch=5"])
-    evaluated = Evaluation(run.dataset, run.split, config, item_counts=run.item_counts).run("test", run.model)
+    data = run.data
+    evaluated = Evaluation(data.dataset, data.split, config, data.catalogue).run("test", run.model)
     out = tmp_path / "r.parquet"
     count = recommend(run, out, k=ITEMS, exclude=exclude, held_out="test")
     rows = pq.read_table(out).to_pylist()
     histories = {}
-    for number in range(len(run.dataset.manifest.blocks)):
-        block = run.dataset.read_block(number)
+    for number in range(len(run.data.dataset.manifest.blocks)):
+        block = run.data.dataset.read_block(number)
         items = np.split(block.items_A, block.offsets_R1[1:-1])
         histories |= dict(zip(block.users_R.tolist(), items, strict=True))
     assert {r["user_id"]: r["target_id"] for r in rows} == {
@@ -159,7 +160,7 @@ def test_metrics_computed_from_the_lists_are_the_evaluations(run, tmp_path, excl
 
 def test_held_out_actions_of_some_users(run, tmp_path):
     asked = [101, 103, 5, 107, "nobody"]
-    found = find_users(run.dataset, asked)
+    found = find_users(run.data.dataset, asked)
     assert found.unknown == [5, "nobody"] and found.users == 3
     recommend(run, tmp_path / "some.parquet", k=K, users=found, held_out="test")
     recommend(run, tmp_path / "all.parquet", k=K, held_out="test")
@@ -180,14 +181,14 @@ def test_held_out_actions_of_some_users(run, tmp_path):
 
 def test_unknown_users_are_listed_beside_the_known_ones(run, tmp_path):
     out = tmp_path / "r.parquet"
-    found = find_users(run.dataset, ["nobody", 104, "104", 5, "nobody", "5"])
+    found = find_users(run.data.dataset, ["nobody", 104, "104", 5, "nobody", "5"])
     assert found.unknown == ["nobody", 5] and found.users == 1
     assert recommend(run, out, users=found) == 1
     assert list(read_lists(out)) == [104]
     listed = write_unknown_users(found, out)
     assert listed == tmp_path / "r.unknown-users.txt" == unknown_users_file(out)
     assert read_user_ids(listed) == ["nobody", "5"]
-    assert write_unknown_users(find_users(run.dataset, [104]), out) is None and not listed.exists()
+    assert write_unknown_users(find_users(run.data.dataset, [104]), out) is None and not listed.exists()
     with pytest.raises(UserError, match=r"2 of 3 users are not in the dataset .*, the first is 'nobody'"):
         found.refuse_unknown()
 
