@@ -29,6 +29,10 @@ TYPES = {
 """Types of values by the name that a manifest gives them."""
 
 
+STORED = {ITEM: "items", TIME: "timestamps", TYPE: "action_types", VALUE: "values"}
+"""Names in the files of the columns that every dataset may have: each is a list a user."""
+
+
 @dataclass(frozen=True)
 class ColumnInfo:
     """What a column holds.  ``of``: "actions" or "users".  ``type``: of its values, a key of TYPES.  ``multi``: a list
@@ -38,6 +42,13 @@ class ColumnInfo:
     type: str
     of: str = "actions"
     multi: bool = False
+
+    @property
+    def stored(self) -> str:
+        """Its name in the Parquet files, where a field may not be taken for a column that every dataset may have."""
+        if self.of == "users":
+            return self.name if self.name == USER_ID else f"user.{self.name}"
+        return STORED.get(self.name, f"field.{self.name}")
 
     @property
     def arrow(self) -> pa.DataType:

@@ -134,7 +134,7 @@ class SequenceDataset:
             with self.folder.opened(entry.file) as source, pq.ParquetFile(
                 source, metadata=self._footer(entry.file), pre_buffer=self.folder.local is None
             ) as parquet:
-                table = parquet.read_row_group(entry.row_group, columns=[info.name for info in infos])
+                table = parquet.read_row_group(entry.row_group, columns=[info.stored for info in infos])
         except (OSError, pa.ArrowException, IndexError) as error:
             raise UserError(f"cannot read {where} ({first_line(error)}): prepare the dataset again") from error
         changed = "the files were changed after preparing; prepare the dataset again"
@@ -143,8 +143,10 @@ class SequenceDataset:
                 f"{where} has {table.num_rows} rows, the manifest says {entry.rows}: {changed}"
             )
         for info in infos:
-            if info.name not in table.column_names:
-                raise UserError(f"{where} has no column '{info.name}', the manifest says it has: {changed}")
+            if info.stored not in table.column_names:
+                raise UserError(f"{where} has no column '{info.stored}', the manifest says it has: {changed}")
+        table = table.select([info.stored for info in infos]).rename_columns([info.name for info in infos])
+        for info in infos:
             if (block, info.name) not in self._checked:
                 self._check(table.column(info.name).combine_chunks(), info, entry, where, changed)
                 self._checked.add((block, info.name))
@@ -277,6 +279,7 @@ class DatasetWriter:
     def _write(self, rows: Sequences) -> None:
         rows = canonical(rows)
         infos, table = described(rows), to_table(rows)
+        stored = table.rename_columns([{i.name: i.stored for i in infos}[name] for name in table.column_names])
         file, row_group = place(len(self._blocks))
         if not self._blocks:
             self._columns = infos
@@ -285,9 +288,9 @@ class DatasetWriter:
         if row_group == 0:
             if self._writer is not None:
                 self._writer.close()
-            self._writer = pq.ParquetWriter(self._scratch / file, table.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._scratch / file, stored.schema, compression="zstd")
         assert self._writer is not None
-        self._writer.write_table(table, row_group_size=len(rows))
+        self._writer.write_table(stored, row_group_size=len(rows))
         columns = {name: checksum(table[name].combine_chunks()) for name in table.column_names}
         first_hash = self._next_users(rows.users_R)
         actions = len(rows.items_A)

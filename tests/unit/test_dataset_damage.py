@@ -268,12 +268,12 @@ def dropped_null(values):
 
 
 def other_lengths(number, table):
-    lists = table["item"].combine_chunks()
+    lists = table["items"].combine_chunks()
     offsets = lists.offsets.to_pylist()
     offsets[1] -= 1
     return table.set_column(
-        table.column_names.index("item"),
-        table.field("item"),
+        table.column_names.index("items"),
+        table.field("items"),
         pa.ListArray.from_arrays(offsets, lists.flatten()),
     )
 
@@ -319,31 +319,31 @@ ON_READING = {
         ),
     ),
     "users are exchanged": rewritten(SEQUENCES, lambda n, table: reorder(table) if n == 1 else table),
-    "items are reversed": rewritten(SEQUENCES, with_column("item", lambda v: v.to_pylist()[::-1])),
-    "an item is another": rewritten(SEQUENCES, with_column("item", lambda v: [5, *v.to_pylist()[1:]])),
+    "items are reversed": rewritten(SEQUENCES, with_column("items", lambda v: v.to_pylist()[::-1])),
+    "an item is another": rewritten(SEQUENCES, with_column("items", lambda v: [5, *v.to_pylist()[1:]])),
     "an item is beyond the catalogue": rewritten(
-        SEQUENCES, with_column("item", lambda v: [6, *v.to_pylist()[1:]])
+        SEQUENCES, with_column("items", lambda v: [6, *v.to_pylist()[1:]])
     ),
-    "an item is null": rewritten(SEQUENCES, with_column("item", dropped_null)),
-    "times are shifted": rewritten(SEQUENCES, with_column("time", lambda v: [t + 1 for t in v.to_pylist()])),
+    "an item is null": rewritten(SEQUENCES, with_column("items", dropped_null)),
+    "times are shifted": rewritten(SEQUENCES, with_column("timestamps", lambda v: [t + 1 for t in v.to_pylist()])),
     "types are exchanged": rewritten(
-        SEQUENCES, with_column("type", lambda v: [1 - t for t in v.to_pylist()])
+        SEQUENCES, with_column("action_types", lambda v: [1 - t for t in v.to_pylist()])
     ),
-    "a field is another": rewritten(SEQUENCES, with_column("page", lambda v: ["p9", *v.to_pylist()[1:]])),
+    "a field is another": rewritten(SEQUENCES, with_column("field.page", lambda v: ["p9", *v.to_pylist()[1:]])),
     "text is cut elsewhere": rewritten(
-        SEQUENCES, with_column("page", lambda v: [v[0].as_py() + "p", v[1].as_py()[1:], *v.to_pylist()[2:]])
+        SEQUENCES, with_column("field.page", lambda v: [v[0].as_py() + "p", v[1].as_py()[1:], *v.to_pylist()[2:]])
     ),
     "sequences are cut elsewhere": rewritten(SEQUENCES, other_lengths),
-    "a column is missing": rewritten(SEQUENCES, lambda n, table: table.drop_columns("time")),
+    "a column is missing": rewritten(SEQUENCES, lambda n, table: table.drop_columns("timestamps")),
     "a column is of another type": rewritten(
         SEQUENCES,
         lambda n, table: table.set_column(
-            table.column_names.index("time"), "time", table["time"].cast(pa.list_(pa.int32()))
+            table.column_names.index("timestamps"), "timestamps", table["timestamps"].cast(pa.list_(pa.int32()))
         ),
     ),
     "a column is no list": rewritten(
         SEQUENCES,
-        lambda n, table: table.set_column(table.column_names.index("item"), "item", table["user_id"]),
+        lambda n, table: table.set_column(table.column_names.index("items"), "items", table["user_id"]),
     ),
     "catalogue: items exchanged": catalogue(reorder),
     "catalogue: an id is another": catalogue(

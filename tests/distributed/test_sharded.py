@@ -1,0 +1,211 @@
+"""A table sharded by TorchRec trains, ranks and is saved as a local one in one process is: by rows, by columns, whole,
+and copied, on one, two and four processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchrec", reason="make setup-sharded installs it")
+
+from gr.errors import UserError
+from gr.models.step import StepContext
+from gr.processes import Processes, processes
+from gr.train import checkpoint
+from gr.train.cursor import Cursor
+from gr.train.engines.ddp import DDP
+from gr.train.optimizers import SGD, AdamW, LazyAdam, RowwiseAdagrad
+from tests.distributed.group import in_group
+from tests.unit.models_common import batch, engine_of, retrieval, run_config, whole
+
+ITEMS, DIM, STEPS, CLIP = 43, 6, 5, 0.5  # neither divides evenly by two or four
+LENGTHS = (9, 7, 0, 1, 1, 5, 12, 2)  # of four processes, the second has no target
+SHARDINGS = ("row_wise", "column_wise", "table_wise", "data_parallel", "auto")
+OBJECTIVES = {
+    "own": {"name": "sampled_softmax", "negatives": 7},
+    "in_batch": {"name": "in_batch"},
+    "full": {"name": "full_softmax"},
+}
+OPTIMIZERS = {
+    "adamw": AdamW(AdamW.Config(lr=0.01, weight_decay=0.1)),
+    "sgd": SGD(SGD.Config(lr=0.3, momentum=0.5)),
+    "lazy_adam": LazyAdam(LazyAdam.Config(lr=0.01)),
+    "rowwise_adagrad": RowwiseAdagrad(RowwiseAdagrad.Config(lr=0.05)),
+}
+CASES = [
+    ("own", "adamw"),
+    ("own", "lazy_adam"),
+    ("own", "rowwise_adagrad"),
+    ("in_batch", "sgd"),
+    ("full", "adamw"),
+    ("full", "sgd"),
+]
+
+
+def made(joined: Processes, table: dict | str, objective: str, optimizer: str):
+    encoder = {"name": "hstu", "layers": 1, "heads": 1, "qk_dim": 4, "v_dim": 4, "dropout": 0.0}
+    similarity = {"normalize": True, "temperature": 0.2, "item_bias": True}
+    section = {"table": table, "similarity": similarity, "input": {"dropout": 0.0}, "table_std": 0.5}
+    run = run_config(encoder, OBJECTIVES[objective], dim=DIM, length=12, model=section)
+    model = retrieval(run, ITEMS, processes=joined)
+    return model, engine_of(model, OPTIMIZERS[optimizer], CLIP, joined, DDP)
+
+
+def train(joined: Processes, model, engine, first: int = 0, last: int = STEPS) -> list[float]:
+    """The losses of some steps; every process has a part of each batch, in micro-batches of few actions."""
+    losses, rank, ranks = [], joined.data.rank, joined.data.size
+    for step in range(first, last):
+        every = batch(LENGTHS, ITEMS, seed=step)
+        share = every.slice(rank * len(LENGTHS) // ranks, (rank + 1) * len(LENGTHS) // ranks)
+        cut = share.split(9)
+        (most,) = joined.world.maximum([len(cut)])
+        parts = [model.supervise(part, 3) for part in [*cut, *[share.slice(0, 0)] * (most - len(cut))]]
+        (targets,) = joined.world.sum([sum(part.count for part in parts)])
+        candidates = None
+        if model.needs_global_targets:
+            candidates = joined.world.gather(torch.cat([part.targets_S for part in parts]))
+        loss = engine.forward_backward(parts, StepContext(step, candidates), int(targets))
+        losses.append(joined.world.sum([loss.item()])[0] / targets)
+        engine.step(1.0)
+    return losses
+
+
+def answers(joined: Processes, model) -> dict[str, torch.Tensor]:
+    """Ranks and best rows of this process's own queries: as many as its rank, and one."""
+    asked = batch((4,) * (1 + joined.world.rank), ITEMS, seed=8)
+    targets = torch.arange(asked.sequences) * 7
+    exclude = (torch.arange(asked.sequences + 1), torch.full((asked.sequences,), 5))
+    scores, rows = model.topk(asked, 9, exclude)
+    return {"ranks": model.ranks(asked, targets, exclude), "scores": scores, "rows": rows}
+
+
+def everything(folder: str) -> dict:
+    found: dict = {}
+    with processes("cpu", threads=1) as joined:
+        for objective, optimizer in CASES:
+            tables = ["local"] if joined.world.size == 1 else []
+            for table in [*tables, *({"name": "torchrec", "sharding": s} for s in SHARDINGS)]:
+                kind = table if isinstance(table, str) else table["sharding"]
+                if kind == "column_wise" and optimizer == "rowwise_adagrad" and joined.world.size > 1:
+                    continue
+                if kind == "data_parallel" and (objective, optimizer) == ("full", "sgd"):
+                    continue
+                model, engine = made(joined, table, objective, optimizer)
+                losses = train(joined, model, engine)
+                tensors = {name: whole(values, joined.world) for name, values in engine.tensors().items()}
+                if kind == "data_parallel" or kind == "local":
+                    tensors = {name: values.clone() for name, values in engine.tensors().items()}
+                found[objective, optimizer, kind] = {
+                    "losses": losses,
+                    "tensors": tensors,
+                    **answers(joined, model),
+                }
+        for kind in SHARDINGS[:3]:
+            model, engine = made(joined, {"name": "torchrec", "sharding": kind}, "own", "adamw")
+            train(joined, model, engine, 0, 3)
+            cursor = Cursor("g", step=3)
+            checkpoint.save(
+                Path(folder) / f"{joined.world.size}-{kind}", engine.tensors(), cursor, {}, joined
+            )
+            found["saved", kind] = {n: whole(v, joined.world) for n, v in engine.tensors().items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Number of processes -> what each of them found."""
+    folder = tmp_path_factory.mktemp("sharded")
+    many = {n: in_group(everything, n, folder / str(n), str(folder), by_hand=False) for n in (2, 4)}
+    return folder, {1: [everything(str(folder))], **many}
+
+
+# A loss is a mean of log-sums over at most 43 scores of size 5, that shards add in another order: log2(43) roundings
+# of 5; a step divides a gradient's rounding (30 targets x 43 rows in another order, log2 of that) by its size in Adam,
+# so that five steps of 0.01 differ by that part of them.  Scores are products of 6 numbers over a temperature of 0.2.
+LOSS = 5 * 8 * 5 * 2.0**-24
+MOVE = (
+    5 * 0.01 * 16 * 11 * 2.0**-24 * 100
+)  # gradients a hundredth of their tensor's largest, and no smaller ones
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_losses_rows_moments_and_ranks_are_a_local_tables(found, case, sharding, ranks):
+    _, by_ranks = found
+    (alone,) = by_ranks[1]
+    reference = alone[*case, "local"]
+    for rank, by_case in enumerate(by_ranks[ranks]):
+        if (*case, sharding) not in by_case:
+            pytest.skip("refused: see the test of refusals")
+        here = by_case[*case, sharding]
+        assert here["losses"] == pytest.approx(reference["losses"], rel=20 * LOSS)
+        assert here["tensors"].keys() == reference["tensors"].keys()
+        for name, values in reference["tensors"].items():
+            error = (here["tensors"][name] - values).abs().max()
+            assert error <= max(MOVE, 1e-5 * float(values.abs().max())), (name, rank)
+        first = 1 if ranks == 1 else 1 + rank
+        assert len(here["ranks"]) == first
+        if rank == 0:
+            assert torch.equal(here["ranks"], reference["ranks"])
+            assert torch.equal(here["rows"], reference["rows"])
+            torch.testing.assert_close(here["scores"], reference["scores"], rtol=1e-5, atol=1e-4)
+
+
+def loaded(folder: str) -> dict:
+    """Whatever was saved, loaded into every sharding, and gone on with."""
+    found: dict = {}
+    with processes("cpu", threads=1) as joined:
+        for saved in sorted(Path(folder).glob("*-*")):
+            path = checkpoint.newest(saved)
+            assert path is not None
+            for kind in SHARDINGS[:3]:
+                model, engine = made(joined, {"name": "torchrec", "sharding": kind}, "own", "adamw")
+                assert checkpoint.load(path, model, engine).step == 3
+                tensors = {n: whole(v, joined.world) for n, v in engine.tensors().items()}
+                found[saved.name, kind] = {"tensors": tensors, "losses": train(joined, model, engine, 3)}
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_checkpoint_loads_exactly_at_any_number_of_processes_and_sharding(found, tmp_path, ranks):
+    folder, by_ranks = found
+    if ranks == 1:
+        results = [loaded(str(folder))]
+    else:
+        results = in_group(loaded, ranks, tmp_path / "loaded", str(folder), by_hand=False)
+    (alone,) = by_ranks[1]
+    for by_case in results:
+        assert len(by_case) == 3 * 3 * 3
+        for (saved, _), here in by_case.items():
+            number, kind = saved.split("-")
+            written = by_ranks[int(number)][0]["saved", kind]
+            assert here["tensors"].keys() == written.keys()
+            assert [n for n, values in written.items() if not torch.equal(values, here["tensors"][n])] == []
+            assert here["losses"] == pytest.approx(
+                alone["own", "adamw", "local"]["losses"][3:], rel=20 * LOSS
+            )
+
+
+def refusals() -> list[str]:
+    said = []
+    with processes("cpu", threads=1) as joined:
+        try:
+            made(joined, {"name": "torchrec", "sharding": "column_wise"}, "own", "rowwise_adagrad")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_a_sharding_cannot_do_is_refused_in_one_sentence(tmp_path):
+    for said in in_group(refusals, 2, tmp_path / "refused", by_hand=False):
+        assert said == [
+            "optimizer rowwise_adagrad keeps one number a row, and of a table cut by columns each process would keep "
+            "another one: use model.table.sharding=row_wise, or optimizer=lazy_adam"
+        ]
+    with pytest.raises(UserError, match="pooled tables only"):
+        run_config(model={"table": {"name": "torchrec", "sharding": "grid"}})
+    with pytest.raises(UserError, match="did you mean 'row_wise'"):
+        run_config(model={"table": {"name": "torchrec", "sharding": "rowwise"}})
