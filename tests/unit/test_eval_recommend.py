@@ -249,6 +249,7 @@ def test_tables_fit_a_terminal_and_hold_the_figures():
         {"history": [{**bucket, "from": 1, "to": 4}, bucket]},
         population=99,
         heading="whole catalogue ranked",
+        shown=["hr@10", "ndcg@10", "hr@50", "hr@200", "mrr"],
     )
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(results_table({"popularity": result, "last_item": result}, "title"))

@@ -172,6 +172,15 @@ def test_evaluation_does_not_look_at_the_labels_it_asks_for():
     assert (model.logits(later) != model.logits(b)).any(), "its time counts"
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_candidate_is_as_large_as_an_input(scaled):
+    model, b, seen = build(model={"input": {"dropout": 0.0, "scale": scaled}}), labelled((5, 3)), []
+    model.head.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
+    logits_of_rows(model, b)
+    targets = torch.cat([b.items_T[1:5], b.items_T[6:8]])
+    torch.testing.assert_close(seen[0], model.items.weight[targets] * (8**0.5 if scaled else 1))
+
+
 def test_a_sequence_of_one_action_has_no_history_and_an_answer():
     model = build()
     logits = model.logits(labelled((1, 4, 1)))
