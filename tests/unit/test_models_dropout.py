@@ -8,6 +8,7 @@ from gr.models.hstu import GatedOutput
 from gr.models.recommender import Recommender
 from gr.models.step import StepContext
 from gr_kernels.jagged import jagged_dropout
+from tests.precision import tolerance
 from tests.unit.models_common import batch, randomise, run_config
 
 KEY = 0xFEDC_BA98_7654_3210
@@ -50,7 +51,7 @@ def test_the_gradient_goes_where_the_values_went(bits):
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     y = Dropout(0.4, BITS[bits])(x, KEY)
     y.sum().backward()
-    torch.testing.assert_close(x.grad * x.detach(), y.detach())
+    torch.testing.assert_close(x.grad * x.detach(), y.detach(), **tolerance(2))
     assert set((x.grad == 0).flatten().tolist()) == {True, False}
 
 
