@@ -15,7 +15,7 @@ from gr import config as configs
 from gr.train.job import run
 from gr_kernels import native
 from tests.end_to_end.tiny import make_dataset, write_config
-from tests.precision import UNIT, growth
+from tests.precision import after_steps
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "losses.json"
 # In the environment that wrote the file, equal bits.  In any other (vector widths, BLAS, threads), within a bound:
@@ -99,9 +99,8 @@ def test_losses_are_the_golden_ones(folder, name):
         GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
     if golden["environment"] == here:
         assert measured == golden["losses"][name], "not the same bits"
-    step = float(growth(TERMS)) * UNIT[torch.float32] * CONDITION
     for k, (found, wanted) in enumerate(zip(measured, golden["losses"][name], strict=True), 1):
-        assert found == pytest.approx(wanted, rel=k * step), f"step {k}"
+        assert found == pytest.approx(wanted, rel=after_steps(k, TERMS, CONDITION)), f"step {k}"
 
 
 @pytest.mark.parametrize("name", ["hstu", "sasrec_full_softmax", "gru4rec_bce"])

@@ -15,7 +15,7 @@ from gr_kernels.counter_random import philox
 from gr_kernels.dispatch import explain
 from gr_kernels.fused_layer import gated_output, norm_linear_silu, norm_linear_silu_parts
 from gr_kernels.hstu_attention import hstu_attention
-from tests.precision import analysed, assert_within
+from tests.precision import analysed, assert_within, tolerance
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EPS = 1e-6
@@ -149,8 +149,18 @@ def test_norm_linear_silu(
 def test_parts_are_the_split(widths: tuple[int, ...], implementation: str, device: torch.device) -> None:
     """Gradients of strided, absent and expanded parts go where those of the whole go."""
     case = linear_case(70, 24, sum(widths), False, True)
+
+    def definition() -> dict[str, Tensor]:
+        leaves = {n: t.double().requires_grad_() for n, t in case.inputs.items()}
+        out = F.silu(F.linear(F.layer_norm(leaves["x"], (24,), eps=EPS), leaves["weight"], leaves["bias"]))
+        d_out = case.d_out.double()
+        total = out.sum() if len(widths) == 1 else (out * d_out)[:, widths[0] :].sum()
+        total.backward()
+        parts = {str(i): part for i, part in enumerate(out.detach().split(widths, dim=1))}
+        return {**parts, **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
+
+    exact, allowed = analysed(definition, torch.float32)
     for recompute in (True, False):
-        results = []
         for parted in (True, False):
             leaves = {n: t.to(device, copy=True).requires_grad_() for n, t in case.inputs.items()}
             settings: dict[str, Any] = {"eps": EPS, "recompute": recompute, "implementation": implementation}
@@ -164,9 +174,8 @@ def test_parts_are_the_split(widths: tuple[int, ...], implementation: str, devic
             if len(parts) == 1:
                 total = parts[0].sum()
             total.backward()  # type: ignore[union-attr]
-            results.append([*parts, *(leaf.grad for leaf in leaves.values())])
-        for by_parts, by_split in zip(*results):
-            torch.testing.assert_close(by_parts, by_split, rtol=1e-6, atol=1e-5)
+            found = {str(i): part for i, part in enumerate(parts)}
+            assert_within({**found, **{n: leaf.grad for n, leaf in leaves.items()}}, exact, allowed)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -349,7 +358,8 @@ def test_compiles_into_one_graph(implementation: str, device: torch.device) -> N
         total = function(leaves["residual"], leaves["weight"])
         results.append([total, *torch.autograd.grad(total, [leaves["residual"], leaves["weight"]])])
     for eager, compiled in zip(*results):
-        torch.testing.assert_close(compiled, eager)
+        # three norms, products of 4 to 6 terms and their gradients, of unit scale
+        torch.testing.assert_close(compiled, eager, **tolerance(6, stages=12, size=10.0))
 
 
 def test_autocast_makes_the_gemm_narrow() -> None:

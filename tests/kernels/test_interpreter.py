@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from gr_kernels.triton_common.available import interpreting  # noqa: E402
+from tests.precision import analysed, assert_within  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="there is a GPU: nothing is interpreted")
 ROWS, COLUMNS = 16, 32
@@ -143,7 +144,8 @@ def test_dot() -> None:
     a, b = numbers(16, 64), numbers(64, 32, seed=1)
     out = torch.full((16, 32), float("nan"))
     multiply[(1,)](a, b, out, M=16, K=64, N=32)
-    torch.testing.assert_close(out.double(), 2 * (a.double() @ b.double()), rtol=1e-6, atol=1e-5)
+    exact, allowed = analysed(lambda: {"out": 2 * (a.double() @ b.double())}, torch.float32)
+    assert_within({"out": out}, exact, allowed)
 
 
 @triton.jit
@@ -171,8 +173,8 @@ def reduce(x_ptr, out_ptr, OPERATION: tl.constexpr, M: tl.constexpr, N: tl.const
 
 
 REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x: x.float().sum(1).bfloat16(),
-    "sum_in_float32": lambda x: x.float().sum(1).bfloat16(),
+    "sum": lambda x: x.sum(1),
+    "sum_in_float32": lambda x: x.sum(1),
     "max": lambda x: x.amax(1),
     "min": lambda x: x.amin(1),
     "argmax": lambda x: x.argmax(1).to(x.dtype),
@@ -185,9 +187,11 @@ def test_reductions(operation: str) -> None:
     x = numbers(ROWS, COLUMNS)
     out = torch.full((ROWS,), float("nan"), dtype=torch.bfloat16)
     reduce[(1,)](x, out, OPERATION=operation, M=ROWS, N=COLUMNS)
-    torch.testing.assert_close(
-        out, REDUCED[operation](x), rtol=0, atol=0 if "sum" not in operation else 2**-6
-    )
+    if "sum" not in operation:
+        assert torch.equal(out, REDUCED[operation](x))
+        return
+    exact, allowed = analysed(lambda: {"out": x.double().sum(1)}, torch.float32)
+    assert_within({"out": out}, exact, allowed, torch.bfloat16)
 
 
 @triton.jit
@@ -200,4 +204,6 @@ def test_scan() -> None:
     x = numbers(COLUMNS)
     out = torch.full((COLUMNS,), float("nan"))
     running_sum[(1,)](x, out, N=COLUMNS)
-    torch.testing.assert_close(out, x.float().cumsum(0))
+    upper = torch.ones(COLUMNS, COLUMNS, dtype=torch.float64).triu()
+    exact, allowed = analysed(lambda: {"out": x.double() @ upper}, torch.float32)
+    assert_within({"out": out}, exact, allowed)

@@ -151,28 +151,16 @@ def test_gradients_by_finite_differences(eps: float | None) -> None:
 @pytest.mark.parametrize("implementation", BOTH)
 @pytest.mark.parametrize("wanted", [("queries",), ("table",), ("bias",), ("queries", "table"), ()])
 def test_only_the_gradients_asked_for(wanted: tuple[str, ...], implementation: str) -> None:
-    everything = ("queries", "table", "bias")
-    inputs = problem(40, 90, 17)
-    weights, targets = inputs["weights"], inputs["targets"]
-    way = {"implementation": implementation, "max_scores": 500}
-
-    def values(x: dict[str, Tensor]) -> list[Tensor]:
-        return [
-            log_partition(x["queries"], x["table"], bias_I=x["bias"], **way),
-            cross_entropy(x["queries"], x["table"], targets, weights_T=weights, bias_I=x["bias"], **way),
-        ]
-
-    full = {k: v.clone().requires_grad_(k in everything) for k, v in inputs.items()}
-    part = {k: v.clone().requires_grad_(k in wanted) for k, v in inputs.items()}
-    for all_of_it, some in zip(values(full), values(part)):
-        torch.testing.assert_close(all_of_it, some, rtol=1e-6, atol=1e-6)
+    made = problem_in(40, 90, 17, torch.float32, torch.device("cpu"))
+    for name in ("log_partition", "cross_entropy"):
         if not wanted:
-            assert not some.requires_grad
+            value = call(name, made, implementation, max_scores=500)
+            assert not value.requires_grad
             continue
-        upstream = weights if some.dim() else torch.tensor(2.0)
-        expected = torch.autograd.grad(all_of_it, [full[k] for k in wanted], upstream)
-        for got, want in zip(torch.autograd.grad(some, [part[k] for k in wanted], upstream), expected):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        found = results(
+            lambda x, name=name: call(name, x, implementation, max_scores=500), made, wanted=wanted
+        )
+        assert_precise(found, lambda x, name=name: call(name, x, "reference"), made, wanted)
 
 
 @pytest.mark.parametrize("implementation", BOTH)
@@ -183,7 +171,11 @@ def test_no_grad_forms_no_gradient(implementation: str) -> None:
         loss = cross_entropy(queries, table, inputs["targets"], implementation=implementation)
         value = log_partition(queries, table, implementation=implementation)
     assert not loss.requires_grad and not value.requires_grad
-    torch.testing.assert_close(value, reference.log_partition(queries, table).detach(), rtol=1e-6, atol=1e-6)
+    exact, allowed = analysed(
+        lambda: {"value": reference.log_partition(queries.detach().double(), table.detach().double())},
+        torch.float32,
+    )
+    assert_within({"value": value}, exact, allowed)
 
 
 @pytest.mark.parametrize("implementation", BOTH)
@@ -263,7 +255,9 @@ def test_masks_nan_and_infinities_spread_alike(catalogue: int, spoilt: str) -> N
         for way in ("cpp", "chunked")
     )
     for a, b in zip(got, wanted):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert torch.equal(a.isfinite(), b.isfinite()) and torch.equal(a.isnan(), b.isnan())
+        infinite = a.isinf()
+        assert torch.equal(a[infinite], b[infinite])
 
 
 def test_the_way_is_chosen_by_device_and_dtype() -> None:
@@ -297,16 +291,9 @@ def test_the_operator_knows_its_shapes_without_data() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_have_float32_sums(dtype: torch.dtype) -> None:
-    inputs = problem(50, 200, 32)
-    queries, table = (inputs[k].to(dtype).requires_grad_() for k in ("queries", "table"))
-    loss = cross_entropy(queries, table, inputs["targets"], max_scores=2000)
-    assert loss.dtype == torch.float32
-    exact = reference.cross_entropy(queries.double(), table.double(), inputs["targets"])
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-2, atol=0)
-    got = torch.autograd.grad(loss, (queries, table))
-    for a, b in zip(got, torch.autograd.grad(exact, (queries, table))):
-        assert a.dtype == dtype
-        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+    made = problem_in(50, 200, 32, dtype, torch.device("cpu"))
+    found = results(lambda x: call("cross_entropy", x, "chunked", max_scores=2000), made)
+    assert_precise(found, lambda x: call("cross_entropy", x, "reference"), made)
 
 
 @pytest.mark.parametrize("implementation", BOTH)
@@ -318,7 +305,16 @@ def test_strided_queries_and_autocast(implementation: str) -> None:
         return cross_entropy(queries, inputs["table"], inputs["targets"], implementation=implementation)
 
     plain = loss(inputs["queries"])
-    torch.testing.assert_close(loss(strided), plain)
+    exact, allowed = analysed(
+        lambda: {
+            "loss": reference.cross_entropy(
+                inputs["queries"].double(), inputs["table"].double(), inputs["targets"]
+            )
+        },
+        torch.float32,
+    )
+    for value in (loss(strided), plain):
+        assert_within({"loss": value}, exact, allowed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(loss(inputs["queries"]), plain)
 
@@ -395,11 +391,9 @@ def test_triton(name: str, case: tuple[Any, ...], device: torch.device) -> None:
 
 def test_triton_of_one_item(device: torch.device) -> None:
     made = problem_in(3, 1, 5, torch.float32, device)
-    plain = results(lambda x: call("log_partition", x, "reference"), made)
-    torch.testing.assert_close(
-        results(lambda x: call("log_partition", x, "triton"), made), plain, rtol=1e-6, atol=1e-6
-    )
-    assert float(call("cross_entropy", made, "triton").abs()) < 1e-6
+    for name in ("log_partition", "cross_entropy"):
+        found = results(lambda x, name=name: call(name, x, "triton"), made)
+        assert_precise(found, lambda x, name=name: call(name, x, "reference"), made)
 
 
 @pytest.mark.parametrize("name", ["log_partition", "cross_entropy"])
@@ -428,16 +422,15 @@ def test_a_query_that_sees_nothing(
     assert found["out"].isneginf().tolist() == [True, False, False, True]
     assert found["queries"][0].abs().sum() == 0 and found["queries"][3].abs().sum() == 0
     seen = {n: x[1:3] if n in ("queries", "weights") else x for n, x in made.items()}
-    rest = results(
+    rest = {n: x[1:3] if n in ("out", "queries") else x for n, x in found.items()}
+    assert_precise(
+        rest,
         lambda x: log_partition(
             x["queries"], x["table"], excluded_TX=excluded[1:3], implementation="reference"
         ),
         seen,
-        wanted=leaves,
+        leaves,
     )
-    torch.testing.assert_close(found["queries"][1:3], rest["queries"], rtol=1e-5, atol=1e-6)
-    if "table" in leaves:
-        torch.testing.assert_close(found["table"], rest["table"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", [*BOTH, "triton", "reference"])
@@ -459,11 +452,9 @@ def test_a_target_without_a_chance(implementation: str, device: torch.device) ->
     """Its loss is infinite, the gradients are those of the others' shares and of its own, 0 - 1."""
     made = problem_in(5, 40, 6, torch.float32, torch.device("cpu") if implementation == "cpp" else device)
     made["bias"][made["targets"][0]] = -torch.inf
-    exact = results(lambda x: call("cross_entropy", x, "reference"), made, torch.float64)
     found = results(lambda x: call("cross_entropy", x, implementation), made)
     assert float(found["out"]) == torch.inf
-    for name in ("queries", "table", "bias"):
-        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-5)
+    assert_precise(found, lambda x: call("cross_entropy", x, "reference"), made)
 
 
 def test_an_excluded_target_still_counts() -> None:
@@ -480,10 +471,8 @@ def test_an_excluded_target_still_counts() -> None:
 @pytest.mark.parametrize("wanted", [("queries",), ("table",), ("bias",), ("queries", "bias")])
 def test_triton_forms_only_the_gradients_asked_for(wanted: tuple[str, ...], device: torch.device) -> None:
     made = problem_in(9, 70, 17, torch.float32, device)
-    everything = results(lambda x: call("cross_entropy", x, "triton"), made)
     some = results(lambda x: call("cross_entropy", x, "triton"), made, wanted=wanted)
-    for name in wanted:
-        torch.testing.assert_close(some[name], everything[name], rtol=1e-6, atol=1e-6)
+    assert_precise(some, lambda x: call("cross_entropy", x, "reference"), made, wanted)
 
 
 def test_triton_gives_the_same_bits_again(device: torch.device) -> None:
@@ -496,12 +485,16 @@ def test_triton_has_extreme_logits_and_spreads_what_is_not_finite(device: torch.
     queries = torch.tensor([[100.0, 0.0], [0.0, -100.0], [float("nan"), 1.0]], device=device)
     table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], device=device)
     found = log_partition(queries, table, scale=50.0, implementation="triton")
-    torch.testing.assert_close(found[:2].cpu(), torch.tensor([5000.0, 5000.0]), rtol=1e-6, atol=0)
+    # 5000 log2(e) / log2(e): a constant, a product, a quotient
+    assert float((found[:2] / 5000.0 - 1).abs().max()) <= 3 * UNIT[torch.float32]
     assert bool(found[2].isnan())
     bias = torch.tensor([0.0, -torch.inf, 0.0], device=device)  # an item taken out for everybody
     without = log_partition(queries[:2], table, bias_I=bias, implementation="triton")
-    expected = reference.log_partition(queries[:2], table[[0, 2]])
-    torch.testing.assert_close(without, expected, rtol=1e-6, atol=1e-6)
+    exact, allowed = analysed(
+        lambda: {"value": reference.log_partition(queries[:2].double(), table[[0, 2]].double())},
+        torch.float32,
+    )
+    assert_within({"value": without}, exact, allowed)
 
 
 def test_triton_under_torch_library(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.precision.analysis import Analysis
 from tests.precision.bound import TINY, UNIT, growth
 
-__all__ = ["TINY", "UNIT", "Analysis", "analysed", "assert_within", "growth", "unit"]
+__all__ = ["TINY", "UNIT", "Analysis", "after_steps", "analysed", "assert_within", "growth", "tolerance"]
 
 Named = Mapping[str, Tensor]
 
@@ -29,7 +29,9 @@ def analysed(
     """
     with Analysis(dtype, wide, scale) as analysis:
         exact = dict(compute())
-    return exact, {name: analysis.error(value).clone() for name, value in exact.items()}
+    # of a computation in float64 too, both sides are off
+    sides = 2 if dtype == torch.float64 else 1
+    return exact, {name: sides * analysis.error(value) for name, value in exact.items()}
 
 
 def assert_within(
@@ -64,14 +66,30 @@ def assert_within(
             )
 
 
+def tolerance(
+    terms: float, stages: int = 1, dtype: torch.dtype = torch.float32, size: float = 1.0
+) -> dict[str, float]:
+    """For torch.testing.assert_close of two computations, both rounded, of a chain of sums.
+
+    Each of the ``stages`` of the chain sums at most ``terms`` terms, whose sizes add up to at most ``size`` or, where
+    results are larger than that, to as much as the result: 2 stages growth(terms) u of it.
+    """
+    share = 2 * stages * float(growth(terms)) * UNIT[dtype]
+    return {"rtol": share, "atol": share * size}
+
+
+def after_steps(steps: int, terms: float, condition: float) -> float:
+    """By how much of itself a loss may be off after so many steps of training in float32.
+
+    Each step rounds sums of at most ``terms`` terms, by growth(terms) u of their size, and of a relative change of
+    the parameters a loss has at most ``condition`` times as much.
+    """
+    return steps * condition * float(growth(terms)) * UNIT[torch.float32]
+
+
 def _report(name: str, dtype: torch.dtype, share: float) -> None:
     """GR_PRECISION_REPORT names a file: a line for each result, with its share of what is allowed."""
     if path := os.environ.get("GR_PRECISION_REPORT"):
         test = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0]
         with open(path, "a") as file:
             file.write(f"{share:.4f} {str(dtype).removeprefix('torch.')} {name} {test}\n")
-
-
-def unit(dtype: torch.dtype) -> float:
-    """The unit round-off of a dtype."""
-    return UNIT[dtype]

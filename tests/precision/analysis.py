@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tests.precision.bound import TINY, UNIT
 from tests.precision.rules import EXACT, RULES
 
-_KEPT = 512  # shadows, until those of memory that is gone are looked for
+_BYTES = 1 << 26  # of new shadows, until those of memory that is gone are looked for
 
 
 class Analysis(TorchDispatchMode):
@@ -38,6 +38,7 @@ class Analysis(TorchDispatchMode):
         self.narrow = self.stored > self.sums
         self.wide = wide
         self._shadows: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+        self._new = 0  # bytes
 
     def error(self, x: Any) -> Tensor:
         """The bound of each of x's numbers; 0 for what isn't float64."""
@@ -52,9 +53,11 @@ class Analysis(TorchDispatchMode):
         return bool(self.error(x).any())
 
     def _new_shadow(self, x: Tensor) -> Tensor:
-        if len(self._shadows) > _KEPT:
-            self._shadows = {key: kept for key, kept in self._shadows.items() if not kept[0].expired()}
         storage = x.untyped_storage()
+        self._new += storage.nbytes()
+        if self._new > _BYTES:
+            self._shadows = {key: kept for key, kept in self._shadows.items() if not kept[0].expired()}
+            self._new = 0
         shadow = torch.zeros(storage.nbytes() // x.element_size(), dtype=torch.float64, device=x.device)
         # while the weak reference is held, nothing else gets this address
         self._shadows[storage._cdata] = (StorageWeakRef(storage), shadow)

@@ -396,7 +396,10 @@ RULES: dict[str, Callable[..., Any]] = {
         )
     },
 }
-# numbers without an error of their own, comparisons, views that don't call themselves so
+# changes of shape that don't call themselves views, and what gives or takes no numbers
 EXACT = frozenset(
-    {"_unsafe_view", "set_", "is_same_size", "equal", "resize_", "record_stream", "_local_scalar_dense"}
+    (
+        *("squeeze_", "unsqueeze_", "t_", "transpose_", "_unsafe_view", "set_", "resize_"),
+        *("is_same_size", "equal", "_local_scalar_dense", "record_stream"),
+    )
 )

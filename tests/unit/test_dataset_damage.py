@@ -325,20 +325,27 @@ ON_READING = {
         SEQUENCES, with_column("items", lambda v: [6, *v.to_pylist()[1:]])
     ),
     "an item is null": rewritten(SEQUENCES, with_column("items", dropped_null)),
-    "times are shifted": rewritten(SEQUENCES, with_column("timestamps", lambda v: [t + 1 for t in v.to_pylist()])),
+    "times are shifted": rewritten(
+        SEQUENCES, with_column("timestamps", lambda v: [t + 1 for t in v.to_pylist()])
+    ),
     "types are exchanged": rewritten(
         SEQUENCES, with_column("action_types", lambda v: [1 - t for t in v.to_pylist()])
     ),
-    "a field is another": rewritten(SEQUENCES, with_column("field.page", lambda v: ["p9", *v.to_pylist()[1:]])),
+    "a field is another": rewritten(
+        SEQUENCES, with_column("field.page", lambda v: ["p9", *v.to_pylist()[1:]])
+    ),
     "text is cut elsewhere": rewritten(
-        SEQUENCES, with_column("field.page", lambda v: [v[0].as_py() + "p", v[1].as_py()[1:], *v.to_pylist()[2:]])
+        SEQUENCES,
+        with_column("field.page", lambda v: [v[0].as_py() + "p", v[1].as_py()[1:], *v.to_pylist()[2:]]),
     ),
     "sequences are cut elsewhere": rewritten(SEQUENCES, other_lengths),
     "a column is missing": rewritten(SEQUENCES, lambda n, table: table.drop_columns("timestamps")),
     "a column is of another type": rewritten(
         SEQUENCES,
         lambda n, table: table.set_column(
-            table.column_names.index("timestamps"), "timestamps", table["timestamps"].cast(pa.list_(pa.int32()))
+            table.column_names.index("timestamps"),
+            "timestamps",
+            table["timestamps"].cast(pa.list_(pa.int32())),
         ),
     ),
     "a column is no list": rewritten(

@@ -30,9 +30,12 @@ from gr.train.recommend import (
     write_unknown_users,
 )
 from gr.train.runs import OpenRun
+from tests.precision import tolerance
 from tests.unit.models_common import retrieval
 
 ITEMS, K = 23, 20
+# The same vectors, multiplied elsewhere: a norm and a product of 8 terms, times 1 / temperature = 20.
+SCORES = tolerance(8, stages=2, size=20.0)
 
 
 @pytest.fixture(params=["normalized", "biased"])
@@ -102,7 +105,7 @@ def test_lists_are_the_best_of_the_scores(run, tmp_path, exclude, time):
     assert count == sum(done) == len(got) == 13 and list(got) == list(want)
     for user, (items, scores) in got.items():
         assert items == want[user][0]
-        np.testing.assert_allclose(scores, want[user][1], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scores, want[user][1], **SCORES)
     shortest = min(len(items) for items, _ in got.values())
     assert (shortest < K) == (exclude != "none"), (
         "excluded items are not written, even where too few are left"
@@ -117,7 +120,7 @@ def test_inner_products_of_the_vectors_are_the_scores(run, tmp_path):
     products = np.array(users.column("vector").to_pylist()) @ np.array(items.column("vector").to_pylist()).T
     for user, row in zip(users.column("user_id").to_pylist(), products, strict=True):
         names, scores = read_lists(tmp_path / "r.parquet")[user]
-        np.testing.assert_allclose(row[[int(name[1:]) for name in names]], scores, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(row[[int(name[1:]) for name in names]], scores, **SCORES)
 
 
 def all_gains(ranks, ks):

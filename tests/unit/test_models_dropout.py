@@ -7,6 +7,7 @@ from gr.models.dropout import Dropout
 from gr.models.hstu import GatedOutput
 from gr_kernels.dispatch import preferring
 from gr_kernels.jagged import jagged_dropout
+from tests.precision import tolerance
 from tests.unit.models_common import batch, loss_of, randomise, retrieval, run_config
 
 KEY = 0xFEDC_BA98_7654_3210
@@ -55,7 +56,7 @@ def test_the_gradient_goes_where_the_values_went(bits):
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     y = dropped(0.4, BITS[bits], x)
     y.sum().backward()
-    torch.testing.assert_close(x.grad * x.detach(), y.detach())
+    torch.testing.assert_close(x.grad * x.detach(), y.detach(), **tolerance(2))
     assert set((x.grad == 0).flatten().tolist()) == {True, False}
 
 

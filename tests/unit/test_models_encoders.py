@@ -12,6 +12,7 @@ from gr.models.gru4rec import GRU4Rec
 from gr.models.hstu import HSTU
 from gr.models.sasrec import SASRec
 from gr.models.transformer import Transformer
+from tests.precision import tolerance
 from tests.unit.models_common import LENGTHS, generator, gradients, layout, parts, randomise
 
 DIM = 8
@@ -36,14 +37,21 @@ def inputs(where, dtype=torch.float32):
     return torch.randn(where.rows, DIM, generator=generator(4), dtype=torch.float64).to(dtype)
 
 
-def compare(actual, expected, x, pairs, tolerance=1e-9):
+# Encoders of one or two blocks: some ten sums of up to 24 terms, forward, and as many backward, each of which may
+# have terms a hundred times its result (parameters are of half unit scale, norms divide by small deviations).
+CHAIN = {"terms": 24, "stages": 20, "size": 100.0}
+EXACT = tolerance(**CHAIN, dtype=torch.float64)
+ROUGH = tolerance(**CHAIN)
+
+
+def compare(actual, expected, x, pairs):
     """Outputs, and gradients of the input and of pairs of parameters, under a random weighting."""
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(actual, expected, **EXACT)
     weights = torch.randn(actual.shape, generator=generator(6), dtype=actual.dtype)
     ours = gradients((actual * weights).sum(), x, *[a for a, _ in pairs])
     theirs = gradients((expected * weights).sum(), x, *[e for _, e in pairs])
     for a, e in zip(ours, theirs):
-        torch.testing.assert_close(a, e.reshape(a.shape), atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(a, e.reshape(a.shape), **EXACT)
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -165,7 +173,7 @@ def test_output_does_not_depend_on_companions(name):
             query_times_T=where.query_times_T[first:stop],
             key_times_T=where.key_times_T[first:stop],
         )
-        torch.testing.assert_close(model(x[first:stop], alone), together[first:stop], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x[first:stop], alone), together[first:stop], **ROUGH)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

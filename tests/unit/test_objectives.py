@@ -15,9 +15,14 @@ from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import NextItem, Supervision
 from gr_kernels.sampled_softmax import op as sampled_softmax_op
+from tests.precision import tolerance
 from tests.unit.models_common import Items, batch, generator, gradients, local_table, randomise
 
 ITEMS, DIM, KEY = 12, 5, 77  # few items, so that negatives often hit the target
+# A score of 5 terms, a logarithm of a sum of up to 13, the sum over 13 targets of losses up to 5.
+LOSS = tolerance(13, stages=3, size=5.0)
+# Queries rounded to bfloat16 once, which moves logits of 2, and so a loss, by 2 u each: 13 targets'.
+HALF = tolerance(1, dtype=torch.bfloat16, size=13 * 2.0)
 COUNTS = torch.tensor([0, 5, 1, 0, 20, 3, 3, 2, 9, 1, 1, 4])
 SIMILARITIES = {
     "cosine": SimilaritySection(temperature=0.5),
@@ -70,10 +75,10 @@ def check(objective, table, supervision, loop, candidates=None):
     actual = objective(q, supervision, step(table, candidates), table)
     scores = all_scores(objective.similarity, table, q)
     expected = sum(loop(scores[s], int(y), s) for s, y in enumerate(supervision.targets_S))
-    torch.testing.assert_close(actual, expected, check_dtype=False, atol=1e-5, rtol=1e-6)  # log q is float32
+    torch.testing.assert_close(actual, expected, check_dtype=False, **LOSS)  # log q is float32
     inputs = [q, *table.parameters()]
     for a, e in zip(gradients(actual, *inputs), gradients(expected, *inputs)):
-        torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(a, e, **LOSS)
 
 
 def minus_log_share(positive, others):
@@ -180,7 +185,7 @@ def test_micro_batches_sum_to_the_batch(similarity, table, config):
         return objective(q, supervision, step(table, targets), table)
 
     halves = loss(whole.slice(0, 3)) + loss(whole.slice(3, 5))
-    torch.testing.assert_close(loss(whole), halves, check_dtype=False)
+    torch.testing.assert_close(loss(whole), halves, check_dtype=False, **LOSS)
 
 
 @pytest.mark.parametrize("config", OBJECTIVES, ids=lambda c: c.name)
@@ -191,7 +196,7 @@ def test_losses_are_float32_whatever_the_queries(similarity, table, supervision,
     with torch.autocast("cpu", torch.bfloat16):
         rough = objective(q.bfloat16(), supervision, context, table)
     assert rough.dtype == torch.float32
-    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(rough, exact, **HALF)
 
 
 def many(targets=3000):
@@ -219,6 +224,6 @@ def test_counts_beyond_32_bits_and_none_at_all():
     ends, shares = popularity(COUNTS * 10**12)
     assert ends[-1] == 2**31 - 1
     assert ends[0] == 0
-    torch.testing.assert_close(ends.diff() / ends[-1], shares[1:] * (COUNTS[1:] > 0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ends.diff() / ends[-1], shares[1:] * (COUNTS[1:] > 0), **tolerance(ITEMS))
     with pytest.raises(ValueError, match="seen at least once"):
         popularity(torch.zeros(4, dtype=torch.int64))

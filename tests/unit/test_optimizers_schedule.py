@@ -10,6 +10,7 @@ from gr.config import ParameterGroup, ScheduleSection
 from gr.errors import UserError
 from gr.train.optimizers import SGD, AdamW, check_rules, parameter_groups, set_rate
 from gr.train.schedule import rate_factor
+from tests.precision import tolerance
 
 
 class Model(nn.Module):
@@ -83,7 +84,8 @@ def test_adamw_is_adam_with_decoupled_decay():
         expected = expected * (1 - 0.1 * 0.2)
         first, second = 0.8 * first + 0.2 * gradient, 0.9 * second + 0.1 * gradient**2
         expected -= 0.1 * (first / (1 - 0.8**t)) / ((second / (1 - 0.9**t)).sqrt() + 1e-3)
-    torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    # five steps of a dozen operations each, of moments and of terms below 1
+    torch.testing.assert_close(parameter.detach().double(), expected, **tolerance(12, stages=5))
 
 
 def test_adamw_moves_rows_without_a_gradient_too():
@@ -92,7 +94,7 @@ def test_adamw_moves_rows_without_a_gradient_too():
     before = model.table.weight.detach().clone()
     model.table(torch.tensor([1])).sum().backward()
     optimizer.step()
-    torch.testing.assert_close(model.table.weight[0], before[0] * 0.95)
+    torch.testing.assert_close(model.table.weight[0], before[0] * 0.95, **tolerance(3))
 
 
 def test_sgd_adds_momentum_and_coupled_decay():
@@ -105,7 +107,8 @@ def test_sgd_adds_momentum_and_coupled_decay():
         optimizer.step()
         velocity = 0.5 * velocity + gradient + 0.2 * expected
         expected = expected - 0.1 * velocity
-    torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    # four steps of six operations, of terms below 4
+    torch.testing.assert_close(parameter.detach().double(), expected, **tolerance(6, stages=4, size=4.0))
 
 
 def test_the_schedule_by_hand():
