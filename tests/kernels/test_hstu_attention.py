@@ -270,7 +270,7 @@ def test_time_buckets_are_exact(buckets: TimeBuckets, implementation: str) -> No
     """Around every threshold, with ties, unsorted and huge differences, in the 32-bit and the 64-bit range."""
     thresholds = buckets.thresholds()
     steps = torch.tensor([-1, 0, 1])
-    for limit in (2**31 - 2, 2**62):
+    for limit in (2**31 - 2, 2**31 - 1, 2**62, 2**63 - 2):
         near = (thresholds[:, None] + steps).flatten()
         near = near[(near >= 0) & (near <= limit)]
         key_times = torch.cat([near, torch.tensor([0, 0, 1, 2, limit])])

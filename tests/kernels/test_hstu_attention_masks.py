@@ -56,10 +56,9 @@ def sees(i: int, j: int, n: int, targets: int, window: int, full_rows: int, cont
         return True
     if place(j) >= place(i):
         return False
-    bound = (
-        window > 0 and place(i) < places - full_rows
-    )  # neither a target nor among the last rows of history
-    return not bound or place(i) - place(j) <= window
+    if full_rows and place(i) >= places - full_rows:
+        return True  # a target, or among the last rows of history: free of the window
+    return not window or place(i) - place(j) <= window
 
 
 def test_allowed_is_the_rule() -> None:
@@ -90,6 +89,24 @@ def test_allowed_by_hand() -> None:
         [1, 1, 1, 1, 1, 1, 0],  # targets see all but each other
         [1, 1, 1, 1, 1, 0, 1],
     ]
+
+
+def test_a_window_binds_targets_where_no_rows_are_full() -> None:
+    """As in the public kernels: 4 rows of history, 2 targets, window 2; a target is one step behind the history."""
+    targets = torch.tensor([2])
+    rows = []
+    for full_rows in (0, 1):
+        mask = AttentionMask(window=2, full_rows=full_rows, targets=targets)
+        rows.append(allowed(mask, torch.arange(6)[:, None], torch.arange(6), 6, 2).int().tolist())
+    assert rows[0] == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],  # the last two of history, whichever target it is
+        [0, 0, 1, 1, 0, 1],
+    ]
+    assert rows[1] == [*rows[0][:3], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
 
 
 def test_full_is_everything() -> None:

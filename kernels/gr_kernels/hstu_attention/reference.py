@@ -238,9 +238,10 @@ def _key_range(
         return 0, longest
     last_key = min(longest, max(x.n - x.m for x in group) + last_row)
     ahead = max(mask.contexts - 1, 0)
-    first_key = first - mask.window
+    # The earliest row of each sequence: its last one if it ends before the block, the end of history for a target.
+    first_key = min(min(x.n - x.m + first_row, x.n - 1, x.n - x.t) for x in group) - mask.window
     # A window reaches back to the first key while it reaches a context; some rows it doesn't bind at all.
-    free = any(
+    free = mask.full_rows > 0 and any(
         x.n - x.t - ahead - mask.full_rows <= 0 or last_key > x.n - x.t - mask.full_rows for x in group
     )
     if not mask.window or free or first_key <= ahead:
@@ -289,8 +290,8 @@ def _buckets(block: _Block, problem: AttentionProblem) -> Tensor | None:
     if bias.time is None:
         return None
     assert bias.query_times is not None and bias.key_times is not None
-    dt_BRJ = bias.query_times[block.queries_BR][:, :, None] - bias.key_times[block.keys_BJ][:, None, :]
-    return bias.buckets.bucket(dt_BRJ)
+    query_time_BR1 = bias.query_times[block.queries_BR][:, :, None]
+    return bias.buckets.bucket_between(query_time_BR1, bias.key_times[block.keys_BJ][:, None, :])
 
 
 def _weights(s_BHRJ: Tensor, block: _Block, problem: AttentionProblem) -> Tensor:

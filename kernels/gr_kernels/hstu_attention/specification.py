@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gr_kernels.hstu_attention.buckets import distance
 from gr_kernels.hstu_attention.mask import AttentionMask, allowed
 from gr_kernels.hstu_attention.problem import Activation, RelativeBias
 
@@ -44,7 +45,7 @@ def specification(
             scores_Hmn = scores_Hmn + bias.position[(i_m1 - j_n).clamp_min(0)]
         if bias.time is not None:
             assert bias.query_times is not None and bias.key_times is not None
-            dt_mn = (bias.query_times[queries, None] - bias.key_times[keys]).abs()
+            dt_mn = distance(bias.query_times[queries, None], bias.key_times[keys])
             bucket_mn = torch.searchsorted(bias.buckets.thresholds(), dt_mn, right=True)
             scores_Hmn = scores_Hmn + bias.time[bucket_mn]
         targets = 0 if mask.targets is None else int(mask.targets[sequence])

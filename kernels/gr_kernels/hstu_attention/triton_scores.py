@@ -8,7 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gr_kernels.hstu_attention.buckets import LONGEST as _LONGEST
 from gr_kernels.triton_common.gather import gather, gather_some
+
+LONGEST = tl.constexpr(_LONGEST)
 
 # Arguments that differ from batch to batch: a kernel isn't compiled anew for a 1 or a multiple of 16 among them.
 CHANGING = [
@@ -125,15 +128,24 @@ def store_rows(
 
 
 @triton.jit
-def time_bucket(dt, buckets, SQRT: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """TimeBuckets.bucket of int64 differences of any sign, exactly.
+def time_distance(a, b):
+    """|a - b| of int64 tensors, exactly, up to LONGEST: buckets.py's `distance`."""
+    difference = a - b
+    wrapped = ((a ^ b) & (a ^ difference)) < 0
+    size = tl.abs(difference)  # of -2^63 that again, which as an unsigned number is too long as well
+    return tl.where(wrapped | (size.to(tl.uint64) > LONGEST), LONGEST, size)
+
+
+@triton.jit
+def time_bucket(query_time, key_time, buckets, SQRT: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """TimeBuckets.bucket_between of int64 tensors that broadcast, exactly.
 
     The logarithm or root in float32 is less than `margin` buckets off (triton_op.py has the bound). Lowered by the
     margin it is in the right bucket or one below; only within two margins of a border does the integer threshold have
     to be looked up, so that hardly any lane loads.
     """
     thresholds, per_unit, margin, last = buckets
-    dt = tl.abs(dt)
+    dt = time_distance(query_time, key_time)
     size = (dt >> 32).to(tl.uint32).to(tl.float32) * 4294967296.0 + dt.to(tl.uint32).to(tl.float32)
     if SQRT:
         exact = tl.sqrt(size) * per_unit
@@ -154,6 +166,6 @@ def scores(products, i, j, query_time, key_time, scale, bias, S: tl.constexpr):
     if S.POSITION:
         s += S.UNIT * gather(position + tl.maximum(i - j, 0), S.FAST)
     if S.TIME:
-        bucket = time_bucket(query_time - key_time, buckets, S.SQRT, S.FAST)
+        bucket = time_bucket(query_time, key_time, buckets, S.SQRT, S.FAST)
         s += S.UNIT * gather(time + bucket, S.FAST)
     return s

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gr_kernels.hstu_attention.buckets import TimeBuckets, device_thresholds
+from gr_kernels.hstu_attention.buckets import TimeBuckets
 
 
 def bucket(differences_T: Tensor, buckets: TimeBuckets) -> Tensor:
@@ -23,10 +23,7 @@ def register() -> None:
     """Defines the operator, once, on first use."""
 
     def run(differences: Tensor, kind: Literal["log", "sqrt"], count: int, width: float) -> Tensor:
-        buckets = TimeBuckets(kind, count, width)
-        if differences.device.type == "cpu":
-            return buckets.bucket(differences)
-        return torch.bucketize(differences.abs(), device_thresholds(buckets, differences.device), right=True)
+        return TimeBuckets(kind, count, width).bucket(differences)
 
     operator = torch.library.custom_op(
         "gr_kernels::time_buckets",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gr_kernels.hstu_attention.buckets import TimeBuckets
+from gr_kernels.hstu_attention.buckets import TimeBuckets, device_thresholds
 from gr_kernels.jagged.positions_and_times import bucket_op
 from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
 from gr_kernels.jagged.positions_and_times.reference import position_entries
@@ -67,7 +67,7 @@ def _add(
     t = add_tile(width, x_TD.itemsize)
     with_time = time is not None
     buckets = TimeBuckets(kind, count, bucket_width)
-    thresholds = bucket_op.device_thresholds(buckets, x_TD.device) if with_time else offsets
+    thresholds = device_thresholds(buckets, x_TD.device) if with_time else offsets
     with on(x_TD):
         triton_kernel.add_rows[(-(-rows // t.rows),)](
             x_TD, out, *(_plain(tensor, offsets) for tensor in (offsets, targets, position, time, differences)),
