@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels import AttentionMask, hstu_attention
-from gr_kernels.hstu_attention import reference
+from gr_kernels.hstu_attention import blocked
 from gr_kernels.hstu_attention.mask import allowed
 from tests.kernels.attention_problems import (
     Case,
@@ -133,7 +133,7 @@ def test_every_mask_matches_specification(name: str, activation: str, cross: boo
         case = dataclasses.replace(case, query_lengths=QUERIES if cross else None)
         factors = dropout_factors(case) if dropout else None
         settings = {"activation": activation, "mask": mask, "scale": query_width**-0.5, "divisor": 40.0}
-        assert_close_to_specification(case, "reference", factors, settings)
+        assert_close_to_specification(case, "blocked", factors, settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -147,26 +147,26 @@ def test_lower_precision(name: str, activation: str, dtype: torch.dtype) -> None
         case = dataclasses.replace(case, query_lengths=QUERIES if cross else None)
         settings = {"activation": activation, "mask": mask, "scale": 24**-0.5, "divisor": 40.0}
         factors = dropout_factors(case) if dropout else None
-        assert_close_to_specification(case, "reference", factors, settings, dtype)
+        assert_close_to_specification(case, "blocked", factors, settings, dtype)
 
 
 def test_lower_precision_without_quick_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 on a CPU that doesn't multiply it, and on one that does."""
     case = make_case(LENGTHS, 2, 24, 16, "both")
     for quick in (False, True):
-        monkeypatch.setattr(reference, "_cpu_multiplies_bfloat16", lambda quick=quick: quick)
+        monkeypatch.setattr(blocked, "_cpu_multiplies_bfloat16", lambda quick=quick: quick)
         for activation in ("silu", "softmax"):
             settings = {"activation": activation, "mask": MASKS["all"], "divisor": 40.0, "scale": 0.2}
-            assert_close_to_specification(case, "reference", None, settings, torch.bfloat16)
+            assert_close_to_specification(case, "blocked", None, settings, torch.bfloat16)
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("name", MASKS)
 def test_blocks_of_rows(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences cut into many blocks, of which some skip keys."""
-    monkeypatch.setattr(reference, "BLOCK_SCORES", 512)
-    monkeypatch.setattr(reference, "SMALL_BLOCK_SCORES", 256)
-    monkeypatch.setattr(reference, "ROWS", 7)
+    monkeypatch.setattr(blocked, "BLOCK_SCORES", 512)
+    monkeypatch.setattr(blocked, "SMALL_BLOCK_SCORES", 256)
+    monkeypatch.setattr(blocked, "ROWS", 7)
     mask = MASKS[name]
     if mask.targets is not None:
         mask = dataclasses.replace(mask, targets=torch.tensor([11, 0, 63, 9]))
@@ -174,7 +174,7 @@ def test_blocks_of_rows(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch)
         case = make_case((150, 3, 64, 90), 2, 8, 8, "both" if mask.causal else "time")
         case = dataclasses.replace(case, query_lengths=(100, 2, 64, 20) if cross else None)
         factors = dropout_factors(case) if dropout else None
-        assert_close_to_specification(case, "reference", factors, {"mask": mask, "divisor": 90.0})
+        assert_close_to_specification(case, "blocked", factors, {"mask": mask, "divisor": 90.0})
 
 
 def of_one(case: Case, sequence: int) -> Case:
@@ -197,10 +197,10 @@ def test_companions_do_not_matter(activation: str) -> None:
     targets = torch.tensor([4, 12, 0, 9])
     settings = {"activation": activation, "divisor": 30.0}
     mask = dataclasses.replace(MASKS["all"], targets=targets)
-    together = run(case, torch.float64, "reference", mask=mask, **settings)
+    together = run(case, torch.float64, "blocked", mask=mask, **settings)
     for sequence, (begin, end) in enumerate(itertools.pairwise(case.offsets.tolist())):
         alone_mask = dataclasses.replace(mask, targets=targets[sequence : sequence + 1])
-        alone = run(of_one(case, sequence), torch.float64, "reference", mask=alone_mask, **settings)
+        alone = run(of_one(case, sequence), torch.float64, "blocked", mask=alone_mask, **settings)
         for name in ("out", "projection"):
             torch.testing.assert_close(alone[name], together[name][begin:end], rtol=1e-13, atol=1e-13)
 
@@ -213,11 +213,11 @@ def test_targets_do_not_see_each_other(name: str, activation: str) -> None:
     n, t = 25, 6
     mask = dataclasses.replace(MASKS[name], targets=torch.tensor([t]))
     settings = {"activation": activation, "divisor": 30.0, "mask": mask}
-    before = run(case, torch.float64, "reference", **settings)["out"]
+    before = run(case, torch.float64, "blocked", **settings)["out"]
     for row in range(n - t, n):
         changed = dataclasses.replace(case, projection=case.projection.clone())
         changed.projection[row] += 1.0
-        after = run(changed, torch.float64, "reference", **settings)["out"]
+        after = run(changed, torch.float64, "blocked", **settings)["out"]
         moved = (after - before).abs().amax(dim=(1, 2)) > 1e-12
         assert moved.nonzero().flatten().tolist() == [row]
 
@@ -227,7 +227,7 @@ def test_targets_are_what_they_would_be_alone() -> None:
     case = make_case((20,), 1, 8, 8, "time")
     n, t = 20, 5
     mask = AttentionMask(targets=torch.tensor([t]))
-    together = run(case, torch.float64, "reference", divisor=20.0, mask=mask)["out"]
+    together = run(case, torch.float64, "blocked", divisor=20.0, mask=mask)["out"]
     for row in range(n - t, n):
         rows = torch.tensor([*range(n - t), row])
         times = {name: getattr(case.bias, name)[rows] for name in ("query_times", "key_times")}
@@ -239,13 +239,13 @@ def test_targets_are_what_they_would_be_alone() -> None:
             bias=dataclasses.replace(case.bias, **times),
         )
         one = dataclasses.replace(mask, targets=torch.tensor([1]))
-        found = run(alone, torch.float64, "reference", divisor=20.0, mask=one)["out"]
+        found = run(alone, torch.float64, "blocked", divisor=20.0, mask=one)["out"]
         torch.testing.assert_close(found, together[rows])
 
 
 def test_a_mask_that_binds_nothing_is_causal() -> None:
     case = make_case(LENGTHS, 2, 8, 8)
-    plain = run(case, torch.float64, "reference", divisor=9.0)
+    plain = run(case, torch.float64, "blocked", divisor=9.0)
     for mask in (
         AttentionMask(window=64),
         AttentionMask(full_rows=2),
@@ -253,7 +253,7 @@ def test_a_mask_that_binds_nothing_is_causal() -> None:
         AttentionMask(targets=torch.zeros(len(LENGTHS), dtype=torch.int64)),
         AttentionMask(window=40, full_rows=1),
     ):
-        found = run(case, torch.float64, "reference", divisor=9.0, mask=mask)
+        found = run(case, torch.float64, "blocked", divisor=9.0, mask=mask)
         for name, value in found.items():
             torch.testing.assert_close(value, plain[name], rtol=1e-13, atol=1e-13)
 

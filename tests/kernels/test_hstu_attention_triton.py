@@ -25,7 +25,7 @@ from torch import Tensor
 from gr_kernels.counter_random import philox
 from gr_kernels.hstu_attention import AttentionMask, AttentionProblem, RelativeBias, TimeBuckets
 from gr_kernels.hstu_attention.mask import allowed
-from gr_kernels.hstu_attention.specification import specification
+from gr_kernels.hstu_attention.reference import definition as specification
 from tests.kernels.attention_problems import session_times
 from tests.kernels.precision import assert_precise
 
@@ -38,6 +38,7 @@ from gr_kernels.hstu_attention.settings import Settings
 from gr_kernels.triton_common import random as triton_random
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+triton_op.attention.register()  # it is called here without being chosen
 
 LENGTHS = (21, 0, 1, 41)
 TARGETS = (4, 0, 1, 17)
@@ -505,7 +506,7 @@ def test_sums_of_d_q_need_no_far_addresses(device: torch.device, monkeypatch: py
 COUNT_COPIES = """
 import triton
 from benchmarks.kernels import resources
-from gr_kernels.hstu_attention.compile_cases import CASES
+from benchmarks.kernels.compile_cases.hstu_attention import CASES
 compile, kernels = triton.compile, []
 triton.compile = lambda *a, **k: kernels.append(compile(*a, **k)) or kernels[-1]
 for name in ("forward", "d_q", "d_kv"):

@@ -44,6 +44,10 @@ class TimeBuckets:
         """(count - 1,) int64, ascending: |dt| is in bucket #{b : |dt| >= thresholds[b]}. NEVER is above any |dt|."""
         return torch.tensor(_thresholds(self.kind, self.count, self.width), dtype=torch.int64)
 
+    def last(self) -> int:
+        """The bucket of LONGEST: no difference has a higher one."""
+        return sum(threshold <= LONGEST for threshold in _thresholds(self.kind, self.count, self.width))
+
     def bucket(self, dt: Tensor) -> Tensor:
         """Bucket of every time difference: int64 of any shape in, int64 of the same shape out."""
         return self._bucket(dt.clamp(-LONGEST, LONGEST).abs_())

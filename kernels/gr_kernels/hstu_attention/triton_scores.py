@@ -8,10 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gr_kernels.hstu_attention.buckets import LONGEST as _LONGEST
 from gr_kernels.triton_common.gather import gather, gather_some
-
-LONGEST = tl.constexpr(_LONGEST)
 
 # Arguments that differ from batch to batch: a kernel isn't compiled anew for a 1 or a multiple of 16 among them.
 CHANGING = [
@@ -128,25 +125,21 @@ def store_rows(
 
 
 @triton.jit
-def time_distance(a, b):
-    """|a - b| of int64 tensors, exactly, up to LONGEST: buckets.py's `distance`."""
-    difference = a - b
-    wrapped = ((a ^ b) & (a ^ difference)) < 0
-    size = tl.abs(difference)  # of -2^63 that again, which as an unsigned number is too long as well
-    return tl.where(wrapped | (size.to(tl.uint64) > LONGEST), LONGEST, size)
-
-
-@triton.jit
 def time_bucket(query_time, key_time, buckets, SQRT: tl.constexpr, ASSEMBLY: tl.constexpr):
     """TimeBuckets.bucket_between of int64 tensors that broadcast, exactly.
+
+    LONGEST needn't be looked at: its bucket is `last`, or above it, and so is that of anything longer.
 
     The logarithm or root in float32 is less than `margin` buckets off (triton_op.py has the bound). Lowered by the
     margin it is in the right bucket or one below; only within two margins of a border does the integer threshold have
     to be looked up, so that hardly any lane loads.
     """
     thresholds, per_unit, margin, last = buckets
-    dt = time_distance(query_time, key_time)
+    dt = query_time - key_time
+    wrapped = ((query_time ^ key_time) & (query_time ^ dt)) < 0
+    dt = tl.abs(dt).to(tl.uint64)
     size = (dt >> 32).to(tl.uint32).to(tl.float32) * 4294967296.0 + dt.to(tl.uint32).to(tl.float32)
+    size = tl.where(wrapped, float("inf"), size)
     if SQRT:
         exact = tl.sqrt(size) * per_unit
     else:
@@ -154,7 +147,7 @@ def time_bucket(query_time, key_time, buckets, SQRT: tl.constexpr, ASSEMBLY: tl.
     below = tl.floor(tl.minimum(tl.maximum(exact - margin, 0.0), last.to(tl.float32)))
     bucket = below.to(tl.int32)
     near = (exact + margin >= below + 1.0) & (bucket < last)
-    border = gather_some(thresholds + bucket, near, ASSEMBLY)
+    border = gather_some(thresholds + bucket, near, ASSEMBLY).to(tl.uint64)
     return bucket + (near & (dt >= border)).to(tl.int32)
 
 
