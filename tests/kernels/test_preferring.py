@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gr_kernels import (
+    AttentionMask,
+    RelativeBias,
     bias_table_gradient,
     concat_jagged,
     explain,
@@ -141,6 +143,19 @@ def test_it_holds_for_operators_inside_others(monkeypatch: pytest.MonkeyPatch) -
     with preferring("reference"):
         assert torch.equal(jagged_dropout(x, 0.5, key=3), free)
     assert drawn
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about what a CPU can't run")
+def test_an_implementation_within_does_not_pass_the_preference_on_where_it_cannot_be_met() -> None:
+    """The attention has no CUDA implementation; that of its tables' gradients, which it may use, needs a GPU."""
+    table = torch.zeros(3, requires_grad=True)
+    x = rows()
+    mask = AttentionMask(window=2)  # not the C++ attention's
+    bias = RelativeBias(table)
+    with preferring("cuda"):
+        assert explain(attend, x, mask=mask, bias=bias).startswith("blocked (")
+        attend(x, mask=mask, bias=bias).sum().backward()
+    assert table.grad is not None and bool(table.grad.any())
 
 
 @compiled
