@@ -18,7 +18,7 @@ from benchmarks.kernels.problem import Case, Step, Way, Work, gradients, in_doub
 from benchmarks.kernels.shapes import AttentionSpec
 from gr_kernels.hstu_attention import RelativeBias, TimeBuckets, hstu_attention
 from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
-from gr_kernels.hstu_attention.specification import specification
+from gr_kernels.hstu_attention.reference import definition as specification
 
 NAME = "hstu_attention"
 FORMULA = "FLOPs: forward 4 H D sum(n^2) / 2 (two products over the causal half), backward 2.5 x forward"
@@ -84,11 +84,11 @@ def relative_bias(case: Case) -> RelativeBias:
 
 def ways(case: Case) -> list[Way]:
     """Ours, then the peers."""
-    names = [implementation.name for implementation in IMPLEMENTATIONS if implementation.name != "reference"]
+    names = [way.name for way in IMPLEMENTATIONS if way.name not in ("blocked", "reference")]
     ours = [_ours(name, name) for name in names]
     ours += [_ours(f"{name}-deterministic", name, deterministic=True) for name in names if name != "cpp"]
     ours += [_ours(f"{name}-softmax", name, activation="softmax") for name in names]
-    return [*ours, replace(_ours("reference", "reference"), ours=False), *peers.attention()]
+    return [*ours, replace(_ours("blocked", "blocked"), ours=False), *peers.attention()]
 
 
 def _ours(name: str, implementation: str, activation: str = "silu", **more: Any) -> Way:
@@ -104,9 +104,9 @@ def _ours(name: str, implementation: str, activation: str = "silu", **more: Any)
 
 
 def exact(case: Case, answer: str) -> dict[str, Tensor]:
-    """Of a case in float64: the reference, which the tests hold to the specification."""
+    """Of a case in float64, in blocks, which the tests hold to the definition."""
     double = in_double(case)
-    return gradients(_ours("", "reference", answer).bind(double), double.upstream)
+    return gradients(_ours("", "blocked", answer).bind(double), double.upstream)
 
 
 def plain(case: Case, answer: str) -> dict[str, Tensor]:

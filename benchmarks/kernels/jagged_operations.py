@@ -26,8 +26,8 @@ from gr_kernels.jagged import (
     jagged_to_dense,
     split_jagged,
 )
-from gr_kernels.jagged.concat_split import implementations as concat_split
-from gr_kernels.jagged.dense import implementations as dense
+from gr_kernels.jagged.concat_split import op as concat_split
+from gr_kernels.jagged.dense import op as dense
 from gr_kernels.jagged.dropout import op as dropout
 from gr_kernels.jagged.positions_and_times import op as positions_and_times
 

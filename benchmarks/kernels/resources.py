@@ -2,7 +2,7 @@
 
     python benchmarks/kernels/resources.py [--only FOLDER[.CASE] ...] [--record] [--jobs N]
 
-Every operator's folder lists its cases in compile_cases.py.  Each is compiled to machine code in a process where
+compile_cases/ has a file of cases for every operator's folder.  Each is compiled to machine code in a process where
 Triton does not interpret, and the table shows registers a thread, bytes of registers spilled to memory, shared
 memory, and how many wgmma and mma.sync instructions its PTX has.  A case fails
 
@@ -83,11 +83,11 @@ class Job:
 
 def cases(folder: str) -> list[Any]:
     """The CompileCases of an operator's folder."""
-    if importlib.util.find_spec(f"gr_kernels.{folder}.compile_cases") is None:
+    if importlib.util.find_spec(f"benchmarks.kernels.compile_cases.{folder}") is None:
         raise SystemExit(
-            f"kernels/gr_kernels/{folder} has no compile_cases.py, and FOLDERS in {__file__} names it"
+            f"benchmarks/kernels/compile_cases has no {folder}.py, and FOLDERS in {__file__} names it"
         )
-    return importlib.import_module(f"gr_kernels.{folder}.compile_cases").CASES
+    return importlib.import_module(f"benchmarks.kernels.compile_cases.{folder}").CASES
 
 
 def selected(name: str, only: Sequence[str]) -> bool:

@@ -29,7 +29,7 @@ from gr.errors import UserError, nearest, program  # noqa: E402
 OUT = ROOT / "benchmarks" / "results" / "kernels"
 WIDTH = 210  # of tables that go to a file
 # Peers that compile for every shape take most of a run's time.
-NOT_BY_DEFAULT = {"cpu": ("compiled",), "cuda": ("compiled", "flex", "reference")}
+NOT_BY_DEFAULT = {"cpu": ("compiled",), "cuda": ("compiled", "flex", "blocked", "reference")}
 
 
 @program

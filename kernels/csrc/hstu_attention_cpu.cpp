@@ -206,9 +206,12 @@ GR_INLINE void keep_factors(const Problem& p, uint32_t row, uint32_t head, int64
   }
 }
 
+// How far the times of a sequence are apart, and so how they are subtracted.
+enum class Span { kInt32, kInt64, kBeyond };
+
 // The bias of one sequence, ready to be added row by row.
 struct Bias {
-  bool small_times;  // differences fit in 32 bits
+  Span span;
 };
 
 GR_INLINE Bias prepare_bias(const Problem& p, const Task& task, Scratch& x) {
@@ -218,7 +221,7 @@ GR_INLINE Bias prepare_bias(const Problem& p, const Task& task, Scratch& x) {
     for (int64_t e = 0; e < n; ++e) x.position[e] = p.position[n - 1 - e];
     std::memset(x.position + n, 0, x.stride * sizeof(float));
   }
-  Bias bias{false};
+  Bias bias{Span::kInt32};
   if (p.time) {
     const int64_t* query_times = p.query_times + task.begin;
     const int64_t* key_times = p.key_times + task.begin;
@@ -227,8 +230,10 @@ GR_INLINE Bias prepare_bias(const Problem& p, const Task& task, Scratch& x) {
       low = std::min(low, std::min(query_times[i], key_times[i]));
       high = std::max(high, std::max(query_times[i], key_times[i]));
     }
-    bias.small_times = static_cast<uint64_t>(high) - static_cast<uint64_t>(low) < (uint64_t{1} << 31) - 1;
-    if (bias.small_times) {
+    const uint64_t apart = static_cast<uint64_t>(high) - static_cast<uint64_t>(low);
+    if (apart >= (uint64_t{1} << 31) - 1) {
+      bias.span = apart <= static_cast<uint64_t>(kLongest) ? Span::kInt64 : Span::kBeyond;
+    } else {
       for (int64_t i = 0; i < n; ++i) {
         x.query_times[i] = static_cast<int32_t>(query_times[i] - low);
         x.key_times[i] = static_cast<int32_t>(key_times[i] - low);
@@ -248,12 +253,18 @@ GR_INLINE void add_bias(const Problem& p, const Task& task, const Bias& bias, Sc
   }
   if (p.time) {
     const TimeBucketTable& t = p.buckets;
-    if (bias.small_times) {
-      time_buckets<int32_t>(x.query_times[i], x.key_times, count, t.start.data(), t.end32.data(), t.shift,
-                            t.first_cell, t.steps, x.bucket);
+    if (bias.span == Span::kInt32) {
+      time_buckets<int32_t, false>(x.query_times[i], x.key_times, count, t.start.data(), t.end32.data(), t.shift,
+                                   t.first_cell, t.steps, x.bucket);
     } else {
-      time_buckets<int64_t>(p.query_times[task.begin + i], p.key_times + task.begin, count, t.start.data(),
-                            t.end64.data(), t.shift, t.first_cell, t.steps, x.bucket);
+      const int64_t query_time = p.query_times[task.begin + i], *key_times = p.key_times + task.begin;
+      if (bias.span == Span::kInt64) {
+        time_buckets<int64_t, false>(query_time, key_times, count, t.start.data(), t.end64.data(), t.shift,
+                                     t.first_cell, t.steps, x.bucket);
+      } else {
+        time_buckets<int64_t, true>(query_time, key_times, count, t.start.data(), t.end64.data(), t.shift,
+                                    t.first_cell, t.steps, x.bucket);
+      }
     }
     const float* table = p.time;
     const int32_t* bucket = x.bucket;
@@ -446,7 +457,8 @@ Problem describe(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, 
                 "hstu_attention: q, k and v are (T, H, width) float32 with neighbouring widths");
   }
   TORCH_CHECK(!position || causal, "hstu_attention: a position bias needs the causal mask");
-  TORCH_CHECK(!time || (query_times && key_times && thresholds), "hstu_attention: a time bias needs times, thresholds");
+  TORCH_CHECK(!time || (query_times && key_times && thresholds && thresholds->numel() + 1 == time->numel()),
+              "hstu_attention: a time bias needs times, and one threshold less than its table has entries");
   Problem p;
   p.q = matrix(q);
   p.k = matrix(k);

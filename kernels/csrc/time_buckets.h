@@ -1,4 +1,5 @@
 // Time differences to buckets: bucket(|dt|) = #{b : |dt| >= thresholds[b]}, exactly, without a logarithm per score.
+// What |dt| is, of any two times, stands in gr_kernels/hstu_attention/buckets.py.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +12,9 @@
 #include "simd.h"
 
 namespace gr {
+
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();  // a threshold that no difference reaches
+constexpr int64_t kLongest = kNever - 1;                         // the longest difference
 
 // A table over the leading bits of float(|dt|) gives a bucket that is right or a little too low; comparing with that
 // bucket's upper threshold `steps` times corrects it. The table is as fine as it takes to need one step (it always
@@ -31,10 +35,9 @@ struct TimeBucketTable {
       build(thresholds, count, mantissa_bits);
       if (steps <= 1) break;
     }
-    constexpr int64_t never64 = std::numeric_limits<int64_t>::max();
     constexpr int32_t never32 = std::numeric_limits<int32_t>::max();
     end64.assign(thresholds, thresholds + count);
-    end64.insert(end64.end(), steps + 1, never64);
+    end64.insert(end64.end(), steps + 1, kNever);
     end32.resize(end64.size());
     std::transform(end64.begin(), end64.end(), end32.begin(),
                    [](int64_t t) { return static_cast<int32_t>(std::min<int64_t>(t, never32)); });
@@ -69,22 +72,35 @@ struct TimeBucketTable {
       constexpr double limit = 9.2233720368547748e18;  // the largest double below 2^63
       const double from = std::ceil(reaching(value(cell << shift))), to = std::floor(reaching(value((cell + 1) << shift)));
       const int64_t smallest = static_cast<int64_t>(std::min(from, limit));
-      const int64_t largest = to >= limit ? std::numeric_limits<int64_t>::max() : static_cast<int64_t>(to);
+      const int64_t largest = to >= limit ? kLongest : static_cast<int64_t>(to);
       start.push_back(bucket(smallest));
       steps = std::max(steps, bucket(largest) - start.back());
     }
   }
 };
 
-// buckets[j] of |query_time - key_times[j]| for `count` keys; Time is int32_t (rebased, differences < 2^31) or int64_t.
-template <typename Time>
+// |a - b|. With SATURATE of any two times, at most kLongest; else the difference must be a number of the type.
+template <typename Time, bool SATURATE>
+GR_INLINE Time time_distance(Time a, Time b) {
+  if constexpr (SATURATE) {
+    const uint64_t x = static_cast<uint64_t>(a), y = static_cast<uint64_t>(b);
+    return static_cast<Time>(std::min(a < b ? y - x : x - y, static_cast<uint64_t>(kLongest)));
+  } else {
+    const Time difference = a - b;
+    return difference < 0 ? -difference : difference;
+  }
+}
+
+// buckets[j] of |query_time - key_times[j]| for `count` keys. Time is int32_t (rebased, differences below 2^31 - 1) or
+// int64_t, with SATURATE where differences can exceed kLongest. No difference reaches the sentinels of `end`, so no
+// bucket is past the last.
+template <typename Time, bool SATURATE>
 GR_INLINE void time_buckets(Time query_time, const Time* key_times, int64_t count, const int32_t* start,
                             const Time* end, int32_t shift, int32_t first_cell, int32_t steps,
                             int32_t* GR_RESTRICT buckets) {
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
-    const Time difference = query_time - key_times[j];
-    const Time dt = difference < 0 ? -difference : difference;
+    const Time dt = time_distance<Time, SATURATE>(query_time, key_times[j]);
     const float as_float = static_cast<float>(dt);
     int32_t leading;
     std::memcpy(&leading, &as_float, sizeof(leading));
@@ -96,8 +112,7 @@ GR_INLINE void time_buckets(Time query_time, const Time* key_times, int64_t coun
   for (int32_t step = 1; step < steps; ++step) {
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-      const Time difference = query_time - key_times[j];
-      const Time dt = difference < 0 ? -difference : difference;
+      const Time dt = time_distance<Time, SATURATE>(query_time, key_times[j]);
       buckets[j] += dt >= end[buckets[j]];
     }
   }

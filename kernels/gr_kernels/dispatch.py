@@ -23,6 +23,7 @@ class Implementation:
     merit: what speaks for it, in a few words.
     device: "auto" takes it for tensors on this type of device alone ("": on any); by name it runs wherever it can,
         as Triton's interpreter does on CPU.
+    register: called before `run`, to define what it calls in torch.ops (tracing.once of a function); None: nothing.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Implementation:
     run: Any
     merit: str
     device: str = ""
+    register: Callable[[], None] | None = None
 
 
 class CannotRun(ValueError):
@@ -91,11 +93,6 @@ def preferred() -> str:
     return _PREFERENCE.name
 
 
-def known_or_auto(name: str, implementations: Sequence[Implementation]) -> str:
-    """``name`` where an operator has an implementation of that name, else "auto": one setting for many operators."""
-    return name if name in {candidate.name for candidate in implementations} else "auto"
-
-
 def explain(
     operator: Callable[..., Any], *arguments: Any, implementation: str = "auto", **settings: Any
 ) -> str:
@@ -151,6 +148,8 @@ def choose(
             choice = Choice(candidate, tuple(passed_over))
             if only_asked:
                 raise _Answer(choice)
+            if candidate.register is not None:
+                candidate.register()
             return choice
         if name == candidate.name:
             raise CannotRun(f"{operator}: implementation {name!r} can't run here: {obstacle}.")

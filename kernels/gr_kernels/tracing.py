@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,3 +17,18 @@ def constant_when_traced(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def once(register: Callable[[], object]) -> Callable[[], None]:
+    """``register``, which defines operators, called when they are first needed: once, whoever asks, traced or not."""
+    lock = threading.Lock()
+    done: list[bool] = []
+
+    @constant_when_traced
+    def registered() -> None:
+        with lock:
+            if not done:
+                register()
+                done.append(True)
+
+    return registered

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels import RelativeBias, TimeBuckets, hstu_attention
-from gr_kernels.hstu_attention.specification import specification
+from gr_kernels.hstu_attention.reference import definition as specification
 from tests.precision import analysed, assert_within
 
 LENGTHS = (7, 0, 1, 100, 33, 2, 0, 200, 64)

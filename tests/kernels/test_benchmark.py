@@ -120,7 +120,7 @@ def test_the_gate_fits_sixteen_bits(operator: str) -> None:
         spec, **({"dtype": "bfloat16"} if inner is None else {"attention": replace(inner, dtype="bfloat16")})
     )
     case = module.build(spec, CPU)
-    way = peer(module, case, "reference" if operator == "hstu_attention" else "eager")
+    way = peer(module, case, "blocked" if operator == "hstu_attention" else "eager")
     coarse = spoilt(way, "coarse", lambda out: out * 1.1)
     right, wrong = measure_case(module, case, [way, coarse], CEILINGS, QUICK)["ways"]
     assert "both" in right, right["why"]
@@ -157,13 +157,13 @@ class TwiceTheGradient(torch.autograd.Function):
 
 def test_no_speed_for_a_wrong_way() -> None:
     operator, case = attention()
-    reference = peer(operator, case, "reference")
+    blocked = peer(operator, case, "blocked")
     ways = [
-        reference,
-        spoilt(reference, "off by a thousandth", lambda out: 1.001 * out, ours=True),
-        spoilt(reference, "wrong gradient", TwiceTheGradient.apply),
-        spoilt(reference, "nan", lambda out: out.index_fill(0, torch.tensor([3]), torch.nan)),
-        spoilt(reference, "another shape", lambda out: out[:, :, :1] * torch.ones_like(out)),
+        blocked,
+        spoilt(blocked, "off by a thousandth", lambda out: 1.001 * out, ours=True),
+        spoilt(blocked, "wrong gradient", TwiceTheGradient.apply),
+        spoilt(blocked, "nan", lambda out: out.index_fill(0, torch.tensor([3]), torch.nan)),
+        spoilt(blocked, "another shape", lambda out: out[:, :, :1] * torch.ones_like(out)),
     ]
     found = measure_case(operator, case, ways, CEILINGS, QUICK)
     right, *wrong = found["ways"]
@@ -176,12 +176,12 @@ def test_no_speed_for_a_wrong_way() -> None:
     console.print(report.table(found, on_gpu=False))
     text = console.export_text()
     assert "off by a thousandth: WRONG: out is off by 1.0e-03" in text
-    assert "│ off by a thousandth" not in text and "│ reference" in text
+    assert "│ off by a thousandth" not in text and "│ blocked" in text
 
 
 def test_a_wrong_way_of_ours_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     operator, case = attention()
-    wrong = spoilt(peer(operator, case, "reference"), "cpp", lambda out: out + 1, ours=True)
+    wrong = spoilt(peer(operator, case, "blocked"), "cpp", lambda out: out + 1, ours=True)
     monkeypatch.setattr(operator, "ways", lambda case: [wrong])
     assert run.main(command("hstu_attention", tmp_path, "--ours", "cpp")) == 1
 
@@ -195,12 +195,12 @@ def test_a_way_that_raises_says_why() -> None:
     def refuse(case: Case) -> Step:
         raise ValueError("hstu_attention: implementation 'triton' can't run here: the tensors are on CPU.")
 
-    reference = peer(operator, case, "reference")
+    blocked = peer(operator, case, "blocked")
     ways = [
-        replace(reference, name="broken", bind=bind),
-        replace(reference, name="ours", bind=bind, ours=True),
-        replace(reference, name="refused", bind=refuse, ours=True),
-        replace(reference, name="other device", obstacle=lambda case: "for CUDA"),
+        replace(blocked, name="broken", bind=bind),
+        replace(blocked, name="ours", bind=bind, ours=True),
+        replace(blocked, name="refused", bind=refuse, ours=True),
+        replace(blocked, name="other device", obstacle=lambda case: "for CUDA"),
     ]
     broken, ours, refused, other = measure_case(operator, case, ways, CEILINGS, QUICK)["ways"]
     assert broken["why"] == "failed: RuntimeError: no kernel image" and not broken["red"]
@@ -220,12 +220,12 @@ def test_a_single_number_is_not_held_to_luck() -> None:
 
 def test_memory_of_a_step() -> None:
     operator, case = attention()
-    eager, reference = (peer(operator, case, name).bind(case) for name in ("eager", "reference"))
+    eager, blocked = (peer(operator, case, name).bind(case) for name in ("eager", "blocked"))
     spec = case.spec
     assert isinstance(spec, shapes.AttentionSpec)
     scores = 4 * spec.B * spec.H * spec.N**2
     assert memory.kept_bytes(eager, case) > 2 * scores  # SiLU's input and output at least
-    assert memory.kept_bytes(reference, case) < scores / 10
+    assert memory.kept_bytes(blocked, case) < scores / 10
     large = replace(spec, B=16, N=512)
     assert memory.peak_on_cpu("hstu_attention", large, "eager", 1) > 3 * 4 * 16 * spec.H * 512**2
     warmed = replace(spec, B=16, N=256)  # as large as its own warm-up

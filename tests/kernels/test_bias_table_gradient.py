@@ -77,6 +77,22 @@ def check(found: Tensor, values: Tensor, buckets: Tensor, entries: int) -> None:
     assert_within({"sums": found}, exact, allowed, torch.float32)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_buckets_at_the_ends_of_int64(implementation: str, place: Callable[[str], torch.device]) -> None:
+    at = place(implementation)
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0], device=at)
+    least, most = -(2**63), 2**63 - 1
+    masked = torch.tensor([least, 1, 0, least + 1], device=at)
+    found = bias_table_gradient(values, masked, 2, implementation=implementation)
+    assert found.tolist() == [4.0, 2.0]
+    past = torch.tensor([most, 1, 0, least], device=at)
+    if implementation in ("reference", "cpp"):
+        with pytest.raises(IndexError, match=f"bucket {most} of value 0 is outside the table of 2 entries"):
+            bias_table_gradient(values, past, 2, implementation=implementation)
+    else:
+        assert bias_table_gradient(values, past, 2, implementation=implementation).tolist() == [4.0, 2.0]
+
+
 def sizes_and_implementations() -> Iterator[object]:
     for shape in SHAPES + LARGE:
         for implementation in ("reference", "cpp", "triton", "cuda"):

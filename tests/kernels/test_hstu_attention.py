@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels import AttentionMask, RelativeBias, TimeBuckets, explain, hstu_attention, native
-from gr_kernels.hstu_attention import reference
+from gr_kernels.hstu_attention import blocked
 from tests.kernels.attention_problems import (
     LENGTHS,
     assert_close_to_specification,
@@ -32,6 +32,7 @@ needs_cpp = pytest.mark.skipif(
 )
 IMPLEMENTATIONS = [
     pytest.param("cpp", marks=needs_cpp),
+    "blocked",
     "reference",
 ]
 
@@ -87,7 +88,7 @@ def test_matches_specification(activation: str, causal: bool, bias: str, impleme
 @pytest.mark.parametrize("activation", ["silu", "softmax"])
 def test_long_sequence(activation: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """1,500 rows; the reference in many blocks of rows."""
-    monkeypatch.setattr(reference, "BLOCK_SCORES", 2**18)
+    monkeypatch.setattr(blocked, "BLOCK_SCORES", 2**18)
     case = make_case((1500, 40, 90), 1, 32, 16, "both")
     settings = {"activation": activation, "scale": 0.2, "divisor": 1500.0}
     assert_close_to_specification(case, implementation, None, settings)
@@ -218,7 +219,7 @@ def test_gradcheck_in_double(activation: str, dropout: float) -> None:
         q, k, v = case.qkv(projection)
         return hstu_attention(
             q, k, v, case.offsets, max_length=4, divisor=2.0, scale=0.7, activation=activation, bias=bias,  # type: ignore[arg-type]
-            dropout=dropout, dropout_key=4, implementation="reference",
+            dropout=dropout, dropout_key=4, implementation="blocked",
         )  # fmt: skip
 
     leaves = [x.double().requires_grad_() for x in (case.projection, position, time)]
@@ -272,7 +273,7 @@ def test_time_buckets_are_exact(buckets: TimeBuckets, implementation: str) -> No
     """Around every threshold, with ties, unsorted and huge differences, in the 32-bit and the 64-bit range."""
     thresholds = buckets.thresholds()
     steps = torch.tensor([-1, 0, 1])
-    for limit in (2**31 - 2, 2**62):
+    for limit in (2**31 - 2, 2**31 - 1, 2**62, 2**63 - 2):
         near = (thresholds[:, None] + steps).flatten()
         near = near[(near >= 0) & (near <= limit)]
         key_times = torch.cat([near, torch.tensor([0, 0, 1, 2, limit])])
@@ -327,7 +328,7 @@ def test_strides_are_taken_as_they_come() -> None:
     q, k = wide.transpose(0, 1)[..., :8], wide.transpose(0, 1)[..., 8:]
     v = torch.randn(70, 3, 20, generator=generator)[..., ::2]
     offsets = torch.tensor([0, 30, 70])
-    for implementation in ("auto", "reference"):
+    for implementation in ("auto", "blocked"):
         strided = hstu_attention(q, k, v, offsets, max_length=40, divisor=9.0, implementation=implementation)
         dense = hstu_attention(
             q.contiguous(), k.contiguous(), v.contiguous(), offsets, max_length=40, divisor=9.0,
@@ -350,7 +351,7 @@ def test_lower_precision_goes_to_the_reference() -> None:
     q, k, v = case.qkv(case.projection)
     arguments = {"max_length": 30, "divisor": 30.0, "scale": 0.25}
     half = [x.bfloat16() for x in (q, k, v)]
-    assert explain(hstu_attention, *half, case.offsets, **arguments).startswith("reference")  # type: ignore[arg-type]
+    assert explain(hstu_attention, *half, case.offsets, **arguments).startswith("blocked")  # type: ignore[arg-type]
     out = hstu_attention(*half, case.offsets, **arguments)  # type: ignore[arg-type]
     assert out.dtype == torch.bfloat16
     assert_close_to_specification(case, "auto", None, {"divisor": 30.0, "scale": 0.25}, torch.bfloat16)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels import AttentionMask, RelativeBias, explain, hstu_attention, native
-from gr_kernels.hstu_attention.problem import AttentionProblem, TimeBuckets
+from gr_kernels.hstu_attention.problem import Problem as AttentionProblem, TimeBuckets
 from gr_kernels.hstu_attention.schema import flatten, unflatten
 from tests.kernels.attention_problems import (
     DROPOUT,
@@ -53,15 +53,15 @@ def test_cached_equals_full(name: str, activation: str, dropout: float) -> None:
     }  # fmt: skip
     late = dataclasses.replace(case, query_lengths=QUERIES)
     rows = late.query_rows()
-    full = run(case, torch.float64, "reference", **settings)["out"][rows]
-    cached = run(late, torch.float64, "reference", **settings)["out"]
+    full = run(case, torch.float64, "blocked", **settings)["out"][rows]
+    cached = run(late, torch.float64, "blocked", **settings)["out"]
     torch.testing.assert_close(cached, full, **tolerance(64, stages=4, dtype=torch.float64, size=100.0))
 
 
 def test_row_by_row_equals_full() -> None:
     """A sequence grown by one row at a time, each attending to the cache so far."""
     case = make_case((17,), 2, 8, 8)
-    full = run(case, torch.float64, "reference", divisor=17.0)["out"]
+    full = run(case, torch.float64, "blocked", divisor=17.0)["out"]
     assert case.bias.position is not None and case.bias.time is not None
     q, k, v = case.qkv(case.projection.double())
     for n in range(1, 18):
@@ -87,7 +87,7 @@ def test_row_by_row_equals_full() -> None:
 def test_nothing_and_single_rows(lengths: tuple[int, ...], queries: tuple[int, ...]) -> None:
     for activation in ("silu", "softmax"):
         case = dataclasses.replace(make_case(lengths, 2, 8, 4), query_lengths=queries)
-        assert_close_to_specification(case, "reference", None, {"activation": activation, "divisor": 3.0})
+        assert_close_to_specification(case, "blocked", None, {"activation": activation, "divisor": 3.0})
 
 
 def test_rows_outside_are_never_read() -> None:
@@ -174,13 +174,13 @@ def test_compiled_code_says_what_it_does_not_take() -> None:
     }
     for words, mask in masks.items():
         explanation = explain(hstu_attention, x, x, x, offsets, mask=mask, **arguments)
-        assert explanation.startswith("reference") and words in explanation and "\n" not in explanation
+        assert explanation.startswith("blocked") and words in explanation and "\n" not in explanation
         with pytest.raises(ValueError, match=words):
             hstu_attention(x, x, x, offsets, mask=mask, implementation="cpp", **arguments)
     explanation = explain(
         hstu_attention, x[:3], x, x, offsets, query_offsets=torch.tensor([0, 1, 3]), **arguments
     )
-    assert explanation.startswith("reference") and "without query_offsets" in explanation
+    assert explanation.startswith("blocked") and "without query_offsets" in explanation
 
 
 def test_problems_survive_flattening() -> None:
@@ -250,8 +250,8 @@ def results(function: Any, leaves: list[Tensor], *rest: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("masked", "cross", "implementation", "activation"),
     [
-        (True, False, "reference", "silu"),
-        (False, True, "reference", "softmax"),
+        (True, False, "blocked", "silu"),
+        (False, True, "blocked", "softmax"),
         (False, False, "auto", "silu"),
         (True, False, "triton", "silu"),
         (False, True, "triton", "softmax"),
@@ -298,7 +298,7 @@ for implementation, device in zip(sys.argv[1::2], sys.argv[2::2]):
 def test_compiles_before_anything_ran(checkout: Path, request: pytest.FixtureRequest) -> None:
     """In a fresh process torch.compile meets every implementation first: its operators are registered while it
     traces."""
-    calls = ["reference", "cpu"]
+    calls = ["blocked", "cpu"]
     if native.available():
         calls += ["cpp", "cpu"]
     if importlib.util.find_spec("triton") is not None:
@@ -313,7 +313,7 @@ def test_compiles_before_anything_ran(checkout: Path, request: pytest.FixtureReq
 
 def test_exports() -> None:
     """torch.export of a module with a masked attention gives a program with one operator, and the same numbers."""
-    attend = Call(make_case(), True, False, "reference")
+    attend = Call(make_case(), True, False, "blocked")
 
     class Attention(torch.nn.Module):
         def forward(self, leaves: list[Tensor], tensors: dict[str, Tensor]) -> Tensor:
@@ -323,7 +323,7 @@ def test_exports() -> None:
     program = torch.export.export(Attention(), (leaves, tensors))
     called = [node.target for node in program.graph.nodes if node.op == "call_function"]
     operators = [str(target) for target in called if isinstance(target, torch._ops.OpOverload)]
-    assert operators == ["gr_kernels.hstu_attention_reference.default"]
+    assert operators == ["gr_kernels.hstu_attention_blocked.default"]
     assert torch.equal(program.module()(leaves, tensors), attend(leaves, tensors, 20, 5))
 
 
@@ -331,7 +331,7 @@ def test_exports() -> None:
 @pytest.mark.parametrize("activation", ["silu", "softmax"])
 def test_operators_are_registered_as_they_behave(activation: str, cross: bool) -> None:
     """Schema, fake shapes, autograd registration and dispatch."""
-    attend = Call(make_case(), True, cross, "reference")
+    attend = Call(make_case(), True, cross, "blocked")
     leaves, tensors = attend.inputs((5, 0, 9))
     attend(leaves, tensors, 9, 3)  # the first use registers
     problem = AttentionProblem(
@@ -340,19 +340,19 @@ def test_operators_are_registered_as_they_behave(activation: str, cross: bool) -
         bias=RelativeBias(leaves[3], leaves[4], tensors["query_times"], tensors["key_times"]), order=tensors["order"],
     )  # fmt: skip
     arguments = (*leaves[:3], *flatten(problem))
-    torch.library.opcheck(torch.ops.gr_kernels.hstu_attention_reference.default, arguments)
+    torch.library.opcheck(torch.ops.gr_kernels.hstu_attention_blocked.default, arguments)
     bare = AttentionProblem(offsets=tensors["offsets"], max_length=9, divisor=3.0)
     q, k, v = (x.detach() for x in leaves[:3])
     if not cross:
         torch.library.opcheck(
-            torch.ops.gr_kernels.hstu_attention_reference_backward.default,
+            torch.ops.gr_kernels.hstu_attention_blocked_backward.default,
             (torch.randn(14, 2, 4), None, None, q, k, v, *flatten(bare)),
         )
 
 
 def test_second_derivatives_are_refused() -> None:
     x = torch.randn(4, 1, 4, requires_grad=True)
-    out = hstu_attention(x, x, x, torch.tensor([0, 4]), max_length=4, divisor=4.0, implementation="reference")
+    out = hstu_attention(x, x, x, torch.tensor([0, 4]), max_length=4, divisor=4.0, implementation="blocked")
     (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(gradient.sum(), x)
@@ -374,12 +374,12 @@ def test_deterministic_is_the_argument_or_torchs() -> None:
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.gr_kernels.hstu_attention_reference.default:
+            if func is torch.ops.gr_kernels.hstu_attention_blocked.default:
                 seen.append(args[-1])
             return func(*args, **(kwargs or {}))
 
     x = torch.randn(6, 1, 4)
-    call = {"max_length": 6, "divisor": 6.0, "implementation": "reference"}
+    call = {"max_length": 6, "divisor": 6.0, "implementation": "blocked"}
     offsets = torch.tensor([0, 6])
     hstu_attention(x, x, x, offsets, **call)
     with Watch():

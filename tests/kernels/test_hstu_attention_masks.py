@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels import AttentionMask, hstu_attention
-from gr_kernels.hstu_attention import reference
+from gr_kernels.hstu_attention import blocked
 from gr_kernels.hstu_attention.mask import allowed
 from tests.kernels.attention_problems import (
     Case,
@@ -57,10 +57,9 @@ def sees(i: int, j: int, n: int, targets: int, window: int, full_rows: int, cont
         return True
     if place(j) >= place(i):
         return False
-    bound = (
-        window > 0 and place(i) < places - full_rows
-    )  # neither a target nor among the last rows of history
-    return not bound or place(i) - place(j) <= window
+    if full_rows and place(i) >= places - full_rows:
+        return True  # a target, or among the last rows of history: free of the window
+    return not window or place(i) - place(j) <= window
 
 
 def test_allowed_is_the_rule() -> None:
@@ -93,6 +92,24 @@ def test_allowed_by_hand() -> None:
     ]
 
 
+def test_a_window_binds_targets_where_no_rows_are_full() -> None:
+    """As in the public kernels: 4 rows of history, 2 targets, window 2; a target is one step behind the history."""
+    targets = torch.tensor([2])
+    rows = []
+    for full_rows in (0, 1):
+        mask = AttentionMask(window=2, full_rows=full_rows, targets=targets)
+        rows.append(allowed(mask, torch.arange(6)[:, None], torch.arange(6), 6, 2).int().tolist())
+    assert rows[0] == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],  # the last two of history, whichever target it is
+        [0, 0, 1, 1, 0, 1],
+    ]
+    assert rows[1] == [*rows[0][:3], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
+
+
 def test_full_is_everything() -> None:
     found = allowed(AttentionMask(causal=False), torch.arange(3)[:, None], torch.arange(4), 4, 0)
     assert found.shape == (3, 4) and found.all()
@@ -117,7 +134,7 @@ def test_every_mask_matches_specification(name: str, activation: str, cross: boo
         case = dataclasses.replace(case, query_lengths=QUERIES if cross else None)
         factors = dropout_factors(case) if dropout else None
         settings = {"activation": activation, "mask": mask, "scale": query_width**-0.5, "divisor": 40.0}
-        assert_close_to_specification(case, "reference", factors, settings)
+        assert_close_to_specification(case, "blocked", factors, settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -131,7 +148,7 @@ def test_lower_precision(name: str, activation: str, dtype: torch.dtype) -> None
         case = dataclasses.replace(case, query_lengths=QUERIES if cross else None)
         settings = {"activation": activation, "mask": mask, "scale": 24**-0.5, "divisor": 40.0}
         factors = dropout_factors(case) if dropout else None
-        assert_close_to_specification(case, "reference", factors, settings, dtype)
+        assert_close_to_specification(case, "blocked", factors, settings, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -150,7 +167,7 @@ def test_scores_are_float32(dtype: torch.dtype) -> None:
     exact, allowed = analysed(
         lambda: run(rounded, torch.float64, "specification", activation="softmax", divisor=1.0), torch.float32
     )
-    found = run(rounded, dtype, "reference", activation="softmax", divisor=1.0)
+    found = run(rounded, dtype, "blocked", activation="softmax", divisor=1.0)
     v = slice(16, 32)  # u, v, q, k side by side
     weights, bound = ({"d_v": x["projection"][:, v]} for x in (exact, allowed))
     assert_within({"d_v": found["projection"][:, v]}, weights, bound, dtype)
@@ -160,9 +177,9 @@ def test_scores_are_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", MASKS)
 def test_blocks_of_rows(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences cut into many blocks, of which some skip keys."""
-    monkeypatch.setattr(reference, "BLOCK_SCORES", 512)
-    monkeypatch.setattr(reference, "SMALL_BLOCK_SCORES", 256)
-    monkeypatch.setattr(reference, "ROWS", 7)
+    monkeypatch.setattr(blocked, "BLOCK_SCORES", 512)
+    monkeypatch.setattr(blocked, "SMALL_BLOCK_SCORES", 256)
+    monkeypatch.setattr(blocked, "ROWS", 7)
     mask = MASKS[name]
     if mask.targets is not None:
         mask = dataclasses.replace(mask, targets=torch.tensor([11, 0, 63, 9]))
@@ -170,7 +187,7 @@ def test_blocks_of_rows(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch)
         case = make_case((150, 3, 64, 90), 2, 8, 8, "both" if mask.causal else "time")
         case = dataclasses.replace(case, query_lengths=(100, 2, 64, 20) if cross else None)
         factors = dropout_factors(case) if dropout else None
-        assert_close_to_specification(case, "reference", factors, {"mask": mask, "divisor": 90.0})
+        assert_close_to_specification(case, "blocked", factors, {"mask": mask, "divisor": 90.0})
 
 
 def of_one(case: Case, sequence: int) -> Case:
@@ -193,10 +210,10 @@ def test_companions_do_not_matter(activation: str) -> None:
     targets = torch.tensor([4, 12, 0, 9])
     settings = {"activation": activation, "divisor": 30.0}
     mask = dataclasses.replace(MASKS["all"], targets=targets)
-    together = run(case, torch.float64, "reference", mask=mask, **settings)
+    together = run(case, torch.float64, "blocked", mask=mask, **settings)
     for sequence, (begin, end) in enumerate(itertools.pairwise(case.offsets.tolist())):
         alone_mask = dataclasses.replace(mask, targets=targets[sequence : sequence + 1])
-        alone = run(of_one(case, sequence), torch.float64, "reference", mask=alone_mask, **settings)
+        alone = run(of_one(case, sequence), torch.float64, "blocked", mask=alone_mask, **settings)
         for name in ("out", "projection"):
             torch.testing.assert_close(
                 alone[name],
@@ -213,11 +230,11 @@ def test_targets_do_not_see_each_other(name: str, activation: str) -> None:
     n, t = 25, 6
     mask = dataclasses.replace(MASKS[name], targets=torch.tensor([t]))
     settings = {"activation": activation, "divisor": 30.0, "mask": mask}
-    before = run(case, torch.float64, "reference", **settings)["out"]
+    before = run(case, torch.float64, "blocked", **settings)["out"]
     for row in range(n - t, n):
         changed = dataclasses.replace(case, projection=case.projection.clone())
         changed.projection[row] += 1.0
-        after = run(changed, torch.float64, "reference", **settings)["out"]
+        after = run(changed, torch.float64, "blocked", **settings)["out"]
         moved = (after - before).abs().amax(dim=(1, 2)) > 1e-12
         assert moved.nonzero().flatten().tolist() == [row]
 
@@ -227,7 +244,7 @@ def test_targets_are_what_they_would_be_alone() -> None:
     case = make_case((20,), 1, 8, 8, "time")
     n, t = 20, 5
     mask = AttentionMask(targets=torch.tensor([t]))
-    together = run(case, torch.float64, "reference", divisor=20.0, mask=mask)["out"]
+    together = run(case, torch.float64, "blocked", divisor=20.0, mask=mask)["out"]
     for row in range(n - t, n):
         rows = torch.tensor([*range(n - t), row])
         times = {name: getattr(case.bias, name)[rows] for name in ("query_times", "key_times")}
@@ -239,7 +256,7 @@ def test_targets_are_what_they_would_be_alone() -> None:
             bias=dataclasses.replace(case.bias, **times),
         )
         one = dataclasses.replace(mask, targets=torch.tensor([1]))
-        found = run(alone, torch.float64, "reference", divisor=20.0, mask=one)["out"]
+        found = run(alone, torch.float64, "blocked", divisor=20.0, mask=one)["out"]
         torch.testing.assert_close(
             found, together[rows], **tolerance(64, stages=4, dtype=torch.float64, size=100.0)
         )
@@ -247,7 +264,7 @@ def test_targets_are_what_they_would_be_alone() -> None:
 
 def test_a_mask_that_binds_nothing_is_causal() -> None:
     case = make_case(LENGTHS, 2, 8, 8)
-    plain = run(case, torch.float64, "reference", divisor=9.0)
+    plain = run(case, torch.float64, "blocked", divisor=9.0)
     for mask in (
         AttentionMask(window=64),
         AttentionMask(full_rows=2),
@@ -255,7 +272,7 @@ def test_a_mask_that_binds_nothing_is_causal() -> None:
         AttentionMask(targets=torch.zeros(len(LENGTHS), dtype=torch.int64)),
         AttentionMask(window=40, full_rows=1),
     ):
-        found = run(case, torch.float64, "reference", divisor=9.0, mask=mask)
+        found = run(case, torch.float64, "blocked", divisor=9.0, mask=mask)
         for name, value in found.items():
             torch.testing.assert_close(
                 value, plain[name], **tolerance(64, stages=4, dtype=torch.float64, size=100.0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels.hstu_attention import AttentionMask, AttentionProblem, RelativeBias
-from gr_kernels.hstu_attention.specification import specification
+from gr_kernels.hstu_attention.reference import definition as specification
 from tests.kernels.attention_problems import session_times
 from tests.precision import analysed, assert_within
 
@@ -25,6 +25,7 @@ from gr_kernels.hstu_attention import tiles, triton_op
 from gr_kernels.triton_common.available import interpreting
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+triton_op.attention.register()  # it is called here without being chosen
 
 LONG = 65_536
 DIVISOR = 100.0

@@ -25,7 +25,7 @@ from torch import Tensor
 from gr_kernels.counter_random import philox
 from gr_kernels.hstu_attention import AttentionMask, AttentionProblem, RelativeBias, TimeBuckets
 from gr_kernels.hstu_attention.mask import allowed
-from gr_kernels.hstu_attention.specification import specification
+from gr_kernels.hstu_attention.reference import definition as specification
 from tests.kernels.attention_problems import session_times
 from tests.precision import analysed, assert_within
 
@@ -38,6 +38,7 @@ from gr_kernels.hstu_attention.settings import Settings
 from gr_kernels.triton_common import random as triton_random
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+triton_op.attention.register()  # it is called here without being chosen
 
 LENGTHS = (21, 0, 1, 41)
 TARGETS = (4, 0, 1, 17)
@@ -495,7 +496,7 @@ def test_sums_of_d_q_need_no_far_addresses(device: torch.device, monkeypatch: py
 COUNT_COPIES = """
 import triton
 from benchmarks.kernels import resources
-from gr_kernels.hstu_attention.compile_cases import CASES
+from benchmarks.kernels.compile_cases.hstu_attention import CASES
 compile, kernels = triton.compile, []
 triton.compile = lambda *a, **k: kernels.append(compile(*a, **k)) or kernels[-1]
 for name in ("forward", "d_q", "d_kv"):
@@ -553,13 +554,12 @@ def test_never_waits_for_the_device(device: torch.device) -> None:
 
 @triton.jit
 def bucket_kernel(
-    dt, out, thresholds, count, per_unit, margin, last: tl.int32, SQRT: tl.constexpr, ASSEMBLY: tl.constexpr
+    a, b, out, thresholds, count, per_unit, margin, last: tl.int32, SQRT: tl.constexpr, ASSEMBLY: tl.constexpr
 ):
     index = tl.program_id(0) * 256 + tl.arange(0, 256)
     buckets = (thresholds, per_unit, margin, last)
-    found = triton_scores.time_bucket(
-        tl.load(dt + index, mask=index < count, other=0), buckets, SQRT, ASSEMBLY
-    )
+    a_time, b_time = tl.load(a + index, mask=index < count), tl.load(b + index, mask=index < count)
+    found = triton_scores.time_bucket(a_time, b_time, buckets, SQRT, ASSEMBLY)
     tl.store(out + index, found, mask=index < count)
 
 
@@ -587,13 +587,15 @@ def test_time_buckets_are_exact(buckets: TimeBuckets, device: torch.device) -> N
     anywhere = torch.randint(2**62, 2**63 - 1, (2000,), generator=generator) >> shift
     dt = torch.cat([near, anywhere, torch.tensor([0, 1, 2, 3, 2**31, 2**32, 2**53 + 1, 2**63 - 2])])
     dt = dt.clamp(0, 2**63 - 2) * torch.where(torch.arange(len(dt)) % 2 == 0, 1, -1)
+    a = dt >> 1  # two times that far apart, around 0
+    b = a - dt
     inputs = make_inputs(Case(bias="time"))
     bias = dataclasses.replace(inputs.problem.bias, buckets=buckets)
     problem = dataclasses.replace(inputs.problem, bias=bias)
     arguments = triton_op.Launch(inputs.q, inputs.k, inputs.v, problem).arguments
     out = torch.empty(len(dt), dtype=torch.int32, device=device)
     bucket_kernel[(-(-len(dt) // 256),)](
-        dt.to(device), out, thresholds.to(device), len(dt),
+        a.to(device), b.to(device), out, thresholds.to(device), len(dt),
         arguments["buckets_per_unit"], arguments["bucket_margin"], arguments["last_bucket"], buckets.kind == "sqrt",
         device.type == "cuda",
     )  # fmt: skip

@@ -491,7 +491,7 @@ def test_registered_operators(place: Callable[[str], torch.device]) -> None:
         (ops.jagged_dropout_triton, (x, 0.3, -5)),
         (
             ops.add_positions_and_times_triton,
-            (x, offsets, None, *tables, differences, "log", 6, 0.8, 2.0, False),
+            (x, offsets, None, *tables, differences, "log", 6, 0.8, 4, 2.0, "front"),
         ),
     ]
     for operator, arguments in checks:

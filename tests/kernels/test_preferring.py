@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gr_kernels import (
+    AttentionMask,
+    RelativeBias,
     bias_table_gradient,
     concat_jagged,
     explain,
@@ -120,7 +122,7 @@ def test_other_names_are_refused(name: str) -> None:
 def test_every_preference_is_an_implementation_of_several_operators() -> None:
     from gr_kernels.bias_table_gradient.op import IMPLEMENTATIONS as TABLE_GRADIENT
     from gr_kernels.counter_random.op import IMPLEMENTATIONS as COUNTER_RANDOM
-    from gr_kernels.jagged.concat_split.implementations import IMPLEMENTATIONS as CONCAT_SPLIT
+    from gr_kernels.jagged.concat_split.op import IMPLEMENTATIONS as CONCAT_SPLIT
 
     named = [{way.name for way in ways} for ways in (TABLE_GRADIENT, COUNTER_RANDOM, CONCAT_SPLIT)]
     for name in PREFERENCES:
@@ -141,6 +143,19 @@ def test_it_holds_for_operators_inside_others(monkeypatch: pytest.MonkeyPatch) -
     with preferring("reference"):
         assert torch.equal(jagged_dropout(x, 0.5, key=3), free)
     assert drawn
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about what a CPU can't run")
+def test_an_implementation_within_does_not_pass_the_preference_on_where_it_cannot_be_met() -> None:
+    """The attention has no CUDA implementation; that of its tables' gradients, which it may use, needs a GPU."""
+    table = torch.zeros(3, requires_grad=True)
+    x = rows()
+    mask = AttentionMask(window=2)  # not the C++ attention's
+    bias = RelativeBias(table)
+    with preferring("cuda"):
+        assert explain(attend, x, mask=mask, bias=bias).startswith("blocked (")
+        attend(x, mask=mask, bias=bias).sum().backward()
+    assert table.grad is not None and bool(table.grad.any())
 
 
 @compiled
@@ -173,36 +188,39 @@ def test_the_backward_pass_belongs_to_the_call(inside: bool) -> None:
 
     assert torch.equal(gradient("reference", inside), gradient("reference", not inside))
     x = rows().requires_grad_()
+    assert "hstu_attention" in type(attend(x).grad_fn).__name__  # the compiled operator's
     with preferring("reference"):
-        assert "reference" in type(attend(x).grad_fn).__name__.lower()
+        assert "hstu_attention" not in type(attend(x).grad_fn).__name__
 
 
 @compiled
 def test_compiled_code_follows_the_preference() -> None:
     """One graph a preference, guarded; and a preference may be part of what is compiled."""
     torch._dynamo.reset()
-    operators: list[str] = []
+    graphs: list[bool] = []  # whether each has the compiled operator
 
     def note(graph: torch.fx.GraphModule, _: object) -> Any:
-        operators.extend(str(node.target) for node in graph.graph.nodes if "gr_kernels" in str(node.target))
+        graphs.append(any("jagged_concat" in str(node.target) for node in graph.graph.nodes))
         return graph.forward
 
-    call = torch.compile(attend, backend=note, fullgraph=True)
+    def join(x: Tensor) -> Tensor:
+        return concat_jagged([x, x], [OFFSETS, OFFSETS])[0]
+
+    call = torch.compile(join, backend=note, fullgraph=True)
     x = rows()
     call(x)
     with preferring("reference"):
         inside = call(x)
         call(x)
     call(x)
-    assert operators == ["gr_kernels.hstu_attention", "gr_kernels.hstu_attention_reference"]
-    assert torch.equal(inside, attend(x, implementation="reference"))
+    assert graphs == [True, False]
+    assert torch.equal(inside, join(x))
 
     def within(x: Tensor) -> Tensor:
         with preferring("reference"):
-            y = attend(x)
-        return attend(y)
+            return join(x)
 
-    operators.clear()
+    graphs.clear()
     torch.compile(within, backend=note, fullgraph=True)(x)
-    assert operators == ["gr_kernels.hstu_attention_reference", "gr_kernels.hstu_attention"]
+    assert graphs == [False]
     assert draws().startswith("cpp (")

@@ -10,8 +10,7 @@ from gr import config as configs
 from gr.errors import UserError
 from gr.train.numerics import numerics
 from gr_kernels import hstu_attention
-from gr_kernels.dispatch import known_or_auto, preferred
-from gr_kernels.hstu_attention.op import IMPLEMENTATIONS
+from gr_kernels.dispatch import preferred
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/ml-1m/hstu.yaml"
 
@@ -48,8 +47,3 @@ def test_the_setting_holds_for_the_run_alone():
     with numerics(configs.load(CONFIG, ["train.kernels=reference"]), torch.device("cpu")):
         assert preferred() == "reference"
     assert preferred() == "auto"
-
-
-def test_an_operator_without_that_implementation_chooses():
-    assert known_or_auto("cpp", IMPLEMENTATIONS) == "cpp"
-    assert known_or_auto("no such", IMPLEMENTATIONS) == "auto"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr_kernels.hstu_attention.specification import specification
+from gr_kernels.hstu_attention.reference import definition as specification
 from tests.precision import analysed, assert_within, growth
 
 Inputs = dict[str, Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gr_kernels.bias_table_gradient import compiled, reference, triton_op
+from gr_kernels.bias_table_gradient import cpp, reference, triton_op
 from gr_kernels.dispatch import Choice, Implementation, choose
 
 _NAME = "bias_table_gradient"
@@ -17,7 +17,7 @@ def _none(values: Tensor, entries: int) -> str:
 
 IMPLEMENTATIONS = (
     Implementation(
-        "cuda", compiled.cuda_obstacle, compiled.table_gradient, "histograms in shared memory", device="cuda"
+        "cuda", cpp.cuda_obstacle, cpp.table_gradient, "histograms in shared memory", device="cuda"
     ),
     Implementation(
         "triton",
@@ -25,11 +25,12 @@ IMPLEMENTATIONS = (
         triton_op.table_gradient,
         "values sorted by bucket; deterministic",
         device="cuda",
+        register=triton_op.register,
     ),
     Implementation(
         "cpp",
-        compiled.cpp_obstacle,
-        compiled.table_gradient,
+        cpp.cpp_obstacle,
+        cpp.table_gradient,
         "compiled, on every thread, sums in float64",
         device="cpu",
     ),

@@ -5,12 +5,12 @@ M values. The values are rows of one number to `sum_rows_by_entry`, which embedd
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from gr_kernels.triton_common.available import registering
+from gr_kernels.operators import define
+from gr_kernels.tracing import once
+from gr_kernels.triton_common.available import why_unavailable
 from gr_kernels.triton_common.sums_by_entry import sum_rows_by_entry
 
 # Values sorted at once: they keep a large GPU busy, and take about 30 bytes each for as long.
@@ -24,7 +24,7 @@ def obstacle(values: Tensor, entries: int) -> str:
         return f"it takes float32, float16 or bfloat16, not {values.dtype}"
     if entries >= _MOST_ENTRIES:
         return f"it counts entries in 31 bits, and there are {entries:,}"
-    return _why_not(values.device)
+    return why_unavailable(values.device)
 
 
 def table_gradient(values: Tensor, buckets: Tensor, entries: int, deterministic: bool) -> Tensor:
@@ -44,16 +44,11 @@ def _run(values: Tensor, buckets: Tensor, entries: int) -> Tensor:
     return sums
 
 
-@functools.cache
-def _register() -> None:
-    """Defines the operator, once, on first use."""
-    operator = torch.library.custom_op(
-        "gr_kernels::bias_table_gradient_triton",
-        _run,
-        mutates_args=(),
-        schema="(Tensor values, Tensor buckets, int entries) -> Tensor",
-    )
-    operator.register_fake(lambda values, buckets, entries: values.new_empty(entries, dtype=torch.float32))
+def _fake(values: Tensor, buckets: Tensor, entries: int) -> Tensor:
+    return values.new_empty(entries, dtype=torch.float32)
 
 
-_why_not = registering(_register)
+@once
+def register() -> None:
+    schema = "(Tensor values, Tensor buckets, SymInt entries) -> Tensor"
+    define("bias_table_gradient_triton", schema, _run, _fake)

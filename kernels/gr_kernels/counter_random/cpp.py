@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels import native
-from gr_kernels.counter_random.keys import signed
+from gr_kernels.operators import signed
 
 
 def _int64(x: Tensor) -> Tensor:

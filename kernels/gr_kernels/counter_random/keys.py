@@ -27,11 +27,6 @@ def _word_bits(word: int | str) -> int:
     return word & _MASK64
 
 
-def signed(key: int) -> int:
-    """The int64 with the bits of a 64-bit key: what an operator of torch can be given."""
-    return key - (1 << 64) if key >= 1 << 63 else key
-
-
 def derive_key(seed: int, *words: int | str) -> int:
     """A 64-bit key for the stream named by ``words`` under ``seed``.
 

@@ -19,7 +19,12 @@ _ROW_BLOCK_VALUES = 1 << 20  # float64 values in flight while a long range of ro
 IMPLEMENTATIONS = (
     Implementation("cpp", cpp.obstacle, cpp, "compiled, on every thread", device="cpu"),
     Implementation(
-        "triton", triton_op.obstacle, triton_op, "one pass, each draw written once", device="cuda"
+        "triton",
+        triton_op.obstacle,
+        triton_op,
+        "one pass, each draw written once",
+        device="cuda",
+        register=triton_op.register,
     ),
     Implementation("reference", lambda coordinates, draws: "", reference, "plain PyTorch, any device"),
 )

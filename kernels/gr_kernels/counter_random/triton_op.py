@@ -5,13 +5,12 @@ Shapes: T positions in a batch.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from gr_kernels.counter_random.keys import signed
-from gr_kernels.triton_common.available import on, registering
+from gr_kernels.operators import define, signed
+from gr_kernels.tracing import once
+from gr_kernels.triton_common.available import on, why_unavailable
 
 BLOCKS, WARPS = 256, 4  # of four draws each, a program: two calls of Philox a thread
 _MOST_DRAWS = 2**31
@@ -21,7 +20,7 @@ def obstacle(coordinates: Tensor, draws: int) -> str:
     """Why this call can't be Triton's, "" when it can."""
     if draws >= _MOST_DRAWS:
         return f"it counts the draws of a row in 31 bits, and there are {draws:,}"
-    return _why_not(coordinates.device)
+    return why_unavailable(coordinates.device)
 
 
 def uniform_integers(
@@ -72,18 +71,13 @@ def _run(
     return out
 
 
-@functools.cache
-def _register() -> None:
-    """Defines the operator, once, on first use."""
-    operator = torch.library.custom_op(
-        "gr_kernels::counter_draws_triton",
-        _run,
-        mutates_args=(),
-        schema="(int key, Tensor ordinals, Tensor? positions, int draws, int high, ScalarType dtype) -> Tensor",
-    )
-    operator.register_fake(
-        lambda key, ordinals, positions, draws, high, dtype: _output(ordinals, draws, dtype)
-    )
+def _fake(
+    key: int, ordinals: Tensor, positions: Tensor | None, draws: int, high: int, dtype: torch.dtype
+) -> Tensor:
+    return _output(ordinals, draws, dtype)
 
 
-_why_not = registering(_register)
+@once
+def register() -> None:
+    schema = "(int key, Tensor ordinals, Tensor? positions, int draws, int high, ScalarType dtype) -> Tensor"
+    define("counter_draws_triton", schema, _run, _fake)

@@ -13,42 +13,31 @@ import torch
 from torch import Tensor
 
 from gr_kernels.dispatch import Choice, Implementation, choose
-from gr_kernels.fused_layer.schema import Parts, operator, signed
+from gr_kernels.fused_layer import reference, triton_op
+from gr_kernels.operators import signed
 
 
-def _triton_obstacle(*tensors: Tensor | None) -> str:
-    from gr_kernels.fused_layer import triton_op
-
-    return triton_op.obstacle(*tensors)
-
-
-def _nothing(*tensors: Tensor | None) -> str:
+def _none(*tensors: Tensor | None) -> str:
     return ""
-
-
-# Importing an implementation registers its operators.  By a statement, which torch.compile carries out as it traces.
-def _triton(function: str, arguments: tuple[Any, ...], widths: tuple[int, ...] = ()) -> Any:
-    from gr_kernels.fused_layer import triton_op  # noqa: F401
-
-    return _run("triton", function, arguments, widths)
-
-
-def _reference(function: str, arguments: tuple[Any, ...], widths: tuple[int, ...] = ()) -> Any:
-    from gr_kernels.fused_layer import reference  # noqa: F401
-
-    return _run("reference", function, arguments, widths)
-
-
-def _run(name: str, function: str, arguments: tuple[Any, ...], widths: tuple[int, ...]) -> Any:
-    if widths:
-        return Parts.apply(name, widths, *arguments)
-    return operator(function, name)(*arguments)[0]
 
 
 # In order of preference; "auto" takes the first without an obstacle.
 IMPLEMENTATIONS = (
-    Implementation("triton", _triton_obstacle, _triton, "fused kernels", device="cuda"),
-    Implementation("reference", _nothing, _reference, "plain PyTorch, any device and precision"),
+    Implementation(
+        "triton",
+        triton_op.obstacle,
+        triton_op.FUNCTIONS,
+        "fused kernels",
+        device="cuda",
+        register=triton_op.FUNCTIONS.register,
+    ),
+    Implementation(
+        "reference",
+        _none,
+        reference.FUNCTIONS,
+        "plain PyTorch, any device and precision",
+        register=reference.FUNCTIONS.register,
+    ),
 )
 
 

@@ -10,20 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gr_kernels.counter_random import philox
-from gr_kernels.fused_layer import schema
-from gr_kernels.fused_layer.schema import keeps_normed, keeps_x, statistics_dtype, unsigned
-
-
-def obstacle(*arguments: Any) -> str:
-    """The reference takes every call."""
-    return ""
+from gr_kernels.fused_layer.schema import Functions, keeps_normed, keeps_x, statistics_dtype
+from gr_kernels.operators import unsigned
 
 
 def keep_factors(shape: torch.Size, dropout: float, key: int, like: Tensor) -> Tensor:
@@ -193,7 +187,6 @@ def gated_output_backward(
     return d_attended, d_gate, d_weight, d_bias, d_norm_weight, d_norm_bias
 
 
-schema.register(
-    "reference",
-    schema.Implementation(norm_linear_silu, norm_linear_silu_backward, gated_output, gated_output_backward),
+FUNCTIONS = Functions(
+    "reference", norm_linear_silu, norm_linear_silu_backward, gated_output, gated_output_backward
 )

@@ -1,7 +1,7 @@
 """The two operators as torch.library sees them: tensors and numbers, shapes without computing, gradients.
 
-An implementation is four functions, registered under its name; all of them keep the same tensors for the backward
-pass, and which those are stands here (and in README.md, with what they weigh).
+An implementation is four functions; all of them keep the same tensors for the backward pass, and which those are
+stands here (and in README.md, with what they weigh).
 
 Shapes: T rows, D width of the norm's input, E outputs of the linear layer, V width of the gate.
 """
@@ -9,68 +9,138 @@ Shapes: T rows, D width of the norm's input, E outputs of the linear layer, V wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field as dataclass_field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gr_kernels.operators import Arguments, define, field, refuse_twice
+from gr_kernels.tracing import once
+
 Tensors = tuple[Tensor, ...]
 Tables = tuple[Tensor | None, ...]
 
+_NORM = [field("Tensor? norm_weight"), field("Tensor? norm_bias")]
+_STATISTICS = [field("Tensor mean"), field("Tensor rstd")]
+_DROPOUT = [field("float dropout"), field("key dropout_key")]
+LINEAR = Arguments(
+    [
+        *(field("Tensor x"), field("Tensor weight"), *_NORM, field("Tensor? bias")),
+        *(field("float eps"), field("bool recompute")),
+    ]
+)
+LINEAR_KEPT = [*_STATISTICS, field("Tensor normed"), field("Tensor linear")]
+LINEAR_BACKWARD = Arguments(
+    [
+        field("Tensor[] d_parts"),
+        *(LINEAR.fields[place] for place in LINEAR.tensors),
+        *(*LINEAR_KEPT, field("bool recompute")),
+    ]
+)
+LINEAR_GRADIENTS = ("x", "weight", "norm_weight", "norm_bias", "bias")
+GATED = Arguments(
+    [
+        *(field("Tensor attended"), field("Tensor gate"), field("Tensor residual"), field("Tensor weight")),
+        *(field("Tensor? bias"), *_NORM, field("float eps"), *_DROPOUT, field("bool recompute")),
+    ]
+)
+GATED_KEPT = [*_STATISTICS, field("Tensor gated")]
+GATED_BACKWARD = Arguments(
+    [
+        field("Tensor d_out"),
+        *(GATED.fields[place] for place in GATED.tensors if GATED.fields[place].name != "residual"),
+        *(*GATED_KEPT, *_DROPOUT, field("bool recompute")),
+    ]
+)
+GATED_GRADIENTS = ("attended", "gate", "weight", "bias", "norm_weight", "norm_bias")
+
+
+def _results(names: list[str]) -> str:
+    return f"({', '.join(f'Tensor {name}' for name in names)})"
+
+
+_SCHEMAS = {
+    "norm_linear_silu": f"({LINEAR.schema}) -> {_results(['out', *(x.name for x in LINEAR_KEPT)])}",
+    "norm_linear_silu_backward": (
+        f"({LINEAR_BACKWARD.schema}) -> {_results([f'd_{name}' for name in LINEAR_GRADIENTS])}"
+    ),
+    "gated_output": f"({GATED.schema}) -> {_results(['out', *(x.name for x in GATED_KEPT)])}",
+    "gated_output_backward": (
+        f"({GATED_BACKWARD.schema}) -> {_results([f'd_{name}' for name in GATED_GRADIENTS])}"
+    ),
+}
+
 
 @dataclass(frozen=True)
-class Implementation:
+class Functions:
     """How one implementation computes; every function may be given rows of any stride, last dimension contiguous.
+
+    name: the operators are gr_kernels::<function>_<name>.
 
     With `recompute`, `linear` and `gated` aren't kept, and are empty; nor is one of `x` and `normed`: keeps_x() says
     which.  LN without parameters can be differentiated from its result, which is as narrow as the GEMM.
 
-    norm_linear_silu: (x_TD, weight_ED, norm_weight, norm_bias, bias, eps, recompute)
-        -> out_TE, mean_T, rstd_T, normed_TD (empty where x is kept instead), linear_TE (before the SiLU; empty with
-        recompute).
-    norm_linear_silu_backward: (d_parts, x_TD, weight_ED, norm_weight, norm_bias, bias, mean_T, rstd_T, normed_TD,
-        linear_TE, recompute) -> gradients of x, weight, norm_weight, norm_bias, bias; None for an absent one.
+    norm_linear_silu: LINEAR's arguments -> out_TE, mean_T, rstd_T, normed_TD (empty where x is kept instead),
+        linear_TE (before the SiLU; empty with recompute).
+    norm_linear_silu_backward: LINEAR_BACKWARD's -> LINEAR_GRADIENTS; None for an absent argument's.
         d_parts: the gradient of out_TE in one piece or several side by side, each of any row stride.
-    gated_output: (attended_TV, gate_TV, residual_TD, weight_DV, bias, norm_weight, norm_bias, eps, dropout,
-        dropout_key, recompute) -> out_TD, mean_T, rstd_T, gated_TV; the last empty with recompute.
-    gated_output_backward: (d_out_TD, attended_TV, gate_TV, weight_DV, bias, norm_weight, norm_bias, mean_T, rstd_T,
-        gated_TV, dropout, dropout_key, recompute)
-        -> gradients of attended, gate, weight, bias, norm_weight, norm_bias.  (The residual's is d_out.)
+    gated_output: GATED's -> out_TD, mean_T, rstd_T, gated_TV; the last empty with recompute.
+    gated_output_backward: GATED_BACKWARD's -> GATED_GRADIENTS.  (The residual's is d_out.)
 
-    mean and rstd: (T,) float32, or float64 for float64.  dropout_key: 64 bits, unsigned.
+    mean and rstd: (T,) float32, or float64 for float64.  dropout_key: signed.
     """
 
+    name: str
     norm_linear_silu: Callable[..., Tensors]
     norm_linear_silu_backward: Callable[..., Tables]
     gated_output: Callable[..., Tensors]
     gated_output_backward: Callable[..., Tables]
+    register: Callable[[], None] = dataclass_field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "register", once(self._define))
+
+    def __call__(self, function: str, arguments: tuple[Any, ...], widths: tuple[int, ...] = ()) -> Any:
+        """The result of an operator, after `register`; norm_linear_silu's in parts where widths are given."""
+        if widths:
+            return Parts.apply(self.name, widths, *arguments)
+        return operator(function, self.name)(*arguments)[0]
+
+    def _define(self) -> None:
+        name = self.name
+        define(
+            f"norm_linear_silu_{name}",
+            _SCHEMAS["norm_linear_silu"],
+            self.norm_linear_silu,
+            _fake_linear,
+            _linear_gradient(name),
+            _keep_linear_of_operator,
+        )
+        define(
+            f"gated_output_{name}",
+            _SCHEMAS["gated_output"],
+            self.gated_output,
+            _fake_gated,
+            _gated_gradient(name),
+            _keep_gated,
+        )
+        for function, run, fake in (
+            ("norm_linear_silu_backward", self.norm_linear_silu_backward, _fake_linear_backward),
+            ("gated_output_backward", self.gated_output_backward, _fake_gated_backward),
+        ):
+            define(f"{function}_{name}", _SCHEMAS[function], _with_all(run), fake)
+            refuse_twice(f"{function}_{name}")
 
 
-_SCHEMAS = {
-    "norm_linear_silu": (
-        "(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? bias, float eps, bool recompute)"
-        " -> (Tensor out, Tensor mean, Tensor rstd, Tensor normed, Tensor linear)"
-    ),
-    "norm_linear_silu_backward": (
-        "(Tensor[] d_parts, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? bias, Tensor mean,"
-        " Tensor rstd, Tensor normed, Tensor linear, bool recompute)"
-        " -> (Tensor d_x, Tensor d_weight, Tensor d_norm_weight, Tensor d_norm_bias, Tensor d_bias)"
-    ),
-    "gated_output": (
-        "(Tensor attended, Tensor gate, Tensor residual, Tensor weight, Tensor? bias, Tensor? norm_weight,"
-        " Tensor? norm_bias, float eps, float dropout, SymInt dropout_key, bool recompute)"
-        " -> (Tensor out, Tensor mean, Tensor rstd, Tensor gated)"
-    ),
-    "gated_output_backward": (
-        "(Tensor d_out, Tensor attended, Tensor gate, Tensor weight, Tensor? bias, Tensor? norm_weight,"
-        " Tensor? norm_bias, Tensor mean, Tensor rstd, Tensor gated, float dropout, SymInt dropout_key,"
-        " bool recompute)"
-        " -> (Tensor d_attended, Tensor d_gate, Tensor d_weight, Tensor d_bias, Tensor d_norm_weight,"
-        " Tensor d_norm_bias)"
-    ),
-}
+def _with_all(function: Callable[..., Tables]) -> Callable[..., Tensors]:
+    """An operator returns tensors: an absent gradient is an empty one."""
+
+    def run(d_out: Any, x: Tensor, *arguments: Any) -> Tensors:
+        return tuple(x.new_empty(0) if g is None else g for g in function(d_out, x, *arguments))
+
+    return run
 
 
 def operator(function: str, implementation: str, backward: bool = False) -> Any:
@@ -94,55 +164,6 @@ def keeps_normed(norm_weight: Tensor | None, norm_bias: Tensor | None, recompute
     return not recompute or not keeps_x(norm_weight, norm_bias, recompute)
 
 
-def signed(key: int) -> int:
-    """The int64 with the bits of a 64-bit key, as the schema takes it."""
-    return key - 2**64 if key >= 2**63 else key
-
-
-def unsigned(key: int) -> int:
-    return key + 2**64 if key < 0 else key
-
-
-def register(name: str, implementation: Implementation) -> None:
-    """Defines the four operators of an implementation; when its module is imported, which is on first use."""
-
-    def with_all(function: Callable[..., Tables]) -> Callable[..., Tensors]:
-        """An operator returns tensors: an absent gradient is an empty one."""
-
-        def run(d_out: Any, x: Tensor, *arguments: Any) -> Tensors:
-            return tuple(x.new_empty(0) if g is None else g for g in function(d_out, x, *arguments))
-
-        return run
-
-    functions: dict[str, Callable[..., Tensors]] = {
-        "norm_linear_silu": implementation.norm_linear_silu,
-        "norm_linear_silu_backward": with_all(implementation.norm_linear_silu_backward),
-        "gated_output": implementation.gated_output,
-        "gated_output_backward": with_all(implementation.gated_output_backward),
-    }
-    for function, run in functions.items():
-        qualified = f"gr_kernels::{function}_{name}"
-        torch.library.define(qualified, _SCHEMAS[function])
-        torch.library.impl(qualified, "default", run)
-        torch.library.register_fake(qualified, _FAKE[function])
-    torch.library.register_autograd(
-        f"gr_kernels::norm_linear_silu_{name}",
-        _linear_gradient(operator("norm_linear_silu_backward", name)),
-        setup_context=_keep_linear_of_operator,
-    )
-    torch.library.register_autograd(
-        f"gr_kernels::gated_output_{name}",
-        _gated_gradient(operator("gated_output_backward", name)),
-        setup_context=_keep_gated,
-    )
-    for function in ("norm_linear_silu_backward", "gated_output_backward"):
-        torch.library.register_autograd(f"gr_kernels::{function}_{name}", _refuse)
-
-
-def _refuse(ctx: Any, *d_gradients: Tensor) -> None:
-    raise RuntimeError("fused_layer's operators are differentiable once, and a gradient was differentiated.")
-
-
 def _fake_linear(
     x: Tensor, weight: Tensor, norm_weight: Any, norm_bias: Any, bias: Any, eps: float, recompute: bool
 ) -> Tensors:
@@ -153,11 +174,11 @@ def _fake_linear(
     return (weight.new_empty(rows, outputs), *statistics, normed, linear)
 
 
-def _fake_linear_backward(d_parts: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensors:
-    tables = (x.new_empty(0) if table is None else table.new_empty(table.shape) for table in rest[:3])
-    norm_weight, norm_bias, normed, recompute = (rest[i] for i in (0, 1, 5, 7))
-    shape = x.shape if keeps_x(norm_weight, norm_bias, recompute) else normed.shape
-    return (x.new_empty(shape), weight.new_empty(weight.shape), *tables)
+def _fake_linear_backward(*arguments: Any) -> Tensors:
+    given = LINEAR_BACKWARD.by_name(arguments)
+    if not keeps_x(given["norm_weight"], given["norm_bias"], given["recompute"]):
+        given["x"] = given["x"].new_empty(given["normed"].shape)
+    return _fake_gradients(given, LINEAR_GRADIENTS)
 
 
 def _fake_gated(attended: Tensor, gate: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensors:
@@ -167,19 +188,21 @@ def _fake_gated(attended: Tensor, gate: Tensor, residual: Tensor, weight: Tensor
     return (residual.new_empty(residual.shape), *statistics, gated)
 
 
-def _fake_gated_backward(
-    d_out: Tensor, attended: Tensor, gate: Tensor, weight: Tensor, *rest: Any
-) -> Tensors:
-    tables = (attended.new_empty(0) if table is None else table.new_empty(table.shape) for table in rest[:3])
-    return (*(x.new_empty(x.shape) for x in (attended, gate, weight)), *tables)
+def _fake_gated_backward(*arguments: Any) -> Tensors:
+    return _fake_gradients(GATED_BACKWARD.by_name(arguments), GATED_GRADIENTS)
 
 
-_FAKE: dict[str, Callable[..., Tensors]] = {
-    "norm_linear_silu": _fake_linear,
-    "norm_linear_silu_backward": _fake_linear_backward,
-    "gated_output": _fake_gated,
-    "gated_output_backward": _fake_gated_backward,
-}
+def _fake_gradients(given: dict[str, Any], names: tuple[str, ...]) -> Tensors:
+    """Like the arguments of these names; empty for absent ones."""
+    empty = given[names[0]].new_empty(0)
+    return tuple(
+        torch.empty_like(empty) if given[n] is None else given[n].new_empty(given[n].shape) for n in names
+    )
+
+
+def _present(gradients: Tensors, names: tuple[str, ...], given: dict[str, Any]) -> dict[str, Tensor]:
+    """By name, without those of absent arguments."""
+    return {name: gradient for name, gradient in zip(names, gradients) if given[name] is not None}
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -196,14 +219,16 @@ def _keep_linear_of_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensors)
     _keep_linear(ctx, inputs, output)
 
 
-def _linear_gradient(backward: Any) -> Callable[..., Any]:
-    def gradient(ctx: Any, d_out: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
-        if d_out is None:
-            return (None,) * 7
-        tensors = ctx.saved_tensors
-        gradients = backward([d_out], *tensors, ctx.recompute)
-        present = (g if t is not None else None for g, t in zip(gradients, tensors))
-        return (*present, None, None)
+def _linear_gradients(ctx: Any, name: str, d_parts: list[Tensor]) -> Tables:
+    """Of all inputs of norm_linear_silu, from the gradients of its parts."""
+    arguments = (d_parts, *ctx.saved_tensors, ctx.recompute)
+    gradients = operator("norm_linear_silu", name, backward=True)(*arguments)
+    return LINEAR.named(_present(gradients, LINEAR_GRADIENTS, LINEAR_BACKWARD.by_name(arguments)))
+
+
+def _linear_gradient(name: str) -> Callable[..., Tables]:
+    def gradient(ctx: Any, d_out: Tensor | None, *others: None) -> Tables:
+        return LINEAR.named({}) if d_out is None else _linear_gradients(ctx, name, [d_out])
 
     return gradient
 
@@ -222,15 +247,12 @@ class Parts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_parts: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        weight, mean = tensors[1], tensors[5]
+        _, weight, *_, mean, _rstd, _normed, _linear = ctx.saved_tensors
         given = [
             weight.new_zeros(mean.shape[0], width) if part is None else part
             for part, width in zip(d_parts, ctx.widths)
         ]
-        gradients = operator("norm_linear_silu", ctx.name, backward=True)(given, *tensors, ctx.recompute)
-        present = (g if t is not None else None for g, t in zip(gradients, tensors))
-        return (None, None, *present, None, None)
+        return (None, None, *_linear_gradients(ctx, ctx.name, given))
 
 
 def _keep_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -241,13 +263,13 @@ def _keep_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.save_for_backward(attended, gate, *parameters, *output[1:])
 
 
-def _gated_gradient(backward: Any) -> Callable[..., Any]:
-    def gradient(ctx: Any, d_out: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+def _gated_gradient(name: str) -> Callable[..., Tables]:
+    def gradient(ctx: Any, d_out: Tensor | None, *others: None) -> Tables:
         if d_out is None:
-            return (None,) * 11
-        tensors = ctx.saved_tensors
-        gradients = backward(d_out.contiguous(), *tensors, ctx.dropout, ctx.dropout_key, ctx.recompute)
-        d_attended, d_gate, *d_parameters = (g if t is not None else None for g, t in zip(gradients, tensors))
-        return (d_attended, d_gate, d_out, *d_parameters, None, None, None, None)
+            return GATED.named({})
+        arguments = (d_out.contiguous(), *ctx.saved_tensors, ctx.dropout, ctx.dropout_key, ctx.recompute)
+        gradients = operator("gated_output", name, backward=True)(*arguments)
+        present = _present(gradients, GATED_GRADIENTS, GATED_BACKWARD.by_name(arguments))
+        return GATED.named({**present, "residual": d_out})
 
     return gradient

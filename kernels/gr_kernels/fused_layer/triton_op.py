@@ -1,4 +1,4 @@
-"""Launches the kernels: both operators and their gradients, registered with torch.library.
+"""Launches the kernels of both operators and of their gradients.
 
 The large GEMMs of the backward pass (of the weights, of the rows) are torch.matmul's; what stands around them is
 fused.  Shapes: T rows, D width of the norm's input, E outputs of the linear layer, V width of the gate.
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr_kernels.fused_layer import schema
 from gr_kernels.fused_layer.launch import MOST_PARTS, WIDEST, linear_tiles, row_tiles
-from gr_kernels.fused_layer.schema import keeps_normed, keeps_x, unsigned
+from gr_kernels.fused_layer.schema import Functions, keeps_normed, keeps_x
+from gr_kernels.operators import unsigned
 from gr_kernels.triton_common.available import interpreting, on, why_unavailable
 
 MOST_OTHERS = 4  # parts of a second tensor that the GEMM's epilogue reads
@@ -286,7 +286,6 @@ def gated_output_backward(
     )
 
 
-schema.register(
-    "triton",
-    schema.Implementation(norm_linear_silu, norm_linear_silu_backward, gated_output, gated_output_backward),
+FUNCTIONS = Functions(
+    "triton", norm_linear_silu, norm_linear_silu_backward, gated_output, gated_output_backward
 )

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-INT64_MAX = 2**63 - 1
+NEVER = 2**63 - 1  # the threshold of a bucket that no time difference reaches
+LONGEST = NEVER - 1  # |dt| is at most this
 _MANTISSA_BITS = 23  # of a float32
 
 
@@ -22,8 +23,9 @@ class TimeBuckets:
     kind "log":  floor(ln(max(|dt|, 1)) / width), the HSTU paper's bucket (0.301 in its published configurations);
     kind "sqrt": floor(sqrt(|dt|) / width); both clipped to [0, count - 1].
 
-    Buckets are found by comparing with integer thresholds, so every implementation agrees on every |dt| < 2^63,
-    free of the rounding of a floating-point logarithm.
+    |dt| is the exact distance of any two int64 times, or the exact size of any int64 dt; what is longer than LONGEST
+    counts as LONGEST. Buckets are found by comparing with integer thresholds, so all implementations agree on all of
+    them, free of the rounding of a floating-point logarithm.
     """
 
     kind: Literal["log", "sqrt"] = "log"
@@ -39,15 +41,41 @@ class TimeBuckets:
             raise ValueError(f"TimeBuckets.width must be a positive number, not {self.width}.")
 
     def thresholds(self) -> Tensor:
-        """(count - 1,) int64, ascending: |dt| is in bucket #{b : |dt| >= thresholds[b]}."""
+        """(count - 1,) int64, ascending: |dt| is in bucket #{b : |dt| >= thresholds[b]}. NEVER is above any |dt|."""
         return torch.tensor(_thresholds(self.kind, self.count, self.width), dtype=torch.int64)
+
+    def last(self) -> int:
+        """The bucket of LONGEST: no difference has a higher one."""
+        return sum(threshold <= LONGEST for threshold in _thresholds(self.kind, self.count, self.width))
 
     def bucket(self, dt: Tensor) -> Tensor:
         """Bucket of every time difference: int64 of any shape in, int64 of the same shape out."""
-        cells = _cells(self) if dt.device.type == "cpu" else None
+        return self._bucket(dt.clamp(-LONGEST, LONGEST).abs_())
+
+    def bucket_between(self, a: Tensor, b: Tensor) -> Tensor:
+        """Bucket of the time difference of int64 times that broadcast: int64."""
+        return self._bucket(distance(a, b))
+
+    def _bucket(self, size: Tensor) -> Tensor:
+        """Bucket of every |dt|, which is overwritten."""
+        cells = _cells(self) if size.device.type == "cpu" else None
         if cells is None:
-            return torch.bucketize(dt.abs(), self.thresholds().to(dt.device), right=True)
-        return cells.bucket(dt)
+            return torch.bucketize(size, device_thresholds(self, size.device), right=True)
+        return cells.bucket(size)
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| of int64 times that broadcast, exactly, up to LONGEST."""
+    if a.device.type == "cpu" and _span(a, b) <= LONGEST:  # nearly always: one pass instead of five
+        return (a - b).abs_()
+    difference = torch.maximum(a, b) - torch.minimum(a, b)  # negative where it is 2^63 or more
+    return torch.where(difference < 0, LONGEST, difference).clamp_max_(LONGEST)
+
+
+def _span(a: Tensor, b: Tensor) -> int:
+    """How far the earliest and the latest of all times are apart."""
+    edges = [int(edge) for times in (a, b) if times.numel() for edge in times.aminmax()]
+    return max(edges) - min(edges) if edges else 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -60,7 +88,7 @@ def device_thresholds(buckets: TimeBuckets, device: torch.device) -> Tensor:
 def _thresholds(kind: str, count: int, width: float) -> tuple[int, ...]:
     exact = Context(prec=60)
     step = Decimal(repr(width))  # 0.301 means the decimal number, not the nearest binary one
-    limit = Decimal(INT64_MAX)
+    limit = Decimal(NEVER)
     thresholds = []
     for bucket in range(1, count):
         edge = exact.multiply(step, Decimal(bucket))
@@ -85,12 +113,12 @@ class _Cells:
     threshold_C: Tensor  # int64, that of the cell; 0 without
     reached_C: Tensor  # int64, thresholds that a |dt| in this cell has reached if it has reached threshold_C
 
-    def bucket(self, dt: Tensor) -> Tensor:
-        size_N = dt.abs().flatten()
+    def bucket(self, size: Tensor) -> Tensor:
+        size_N = size.flatten()
         cell_N = _cell(size_N, self.shift)
         # The sign bit of the difference, all over the number: -1 below the cell's threshold, 0 from there on.
         short_N = size_N.sub_(self.threshold_C.index_select(0, cell_N)).bitwise_right_shift_(63)
-        return self.reached_C.index_select(0, cell_N).add_(short_N).view(dt.shape)
+        return self.reached_C.index_select(0, cell_N).add_(short_N).view(size.shape)
 
 
 def _cell(size: Tensor, shift: int) -> Tensor:
@@ -101,7 +129,8 @@ def _cell(size: Tensor, shift: int) -> Tensor:
 def _cells(buckets: TimeBuckets) -> _Cells | None:
     """The cells of these buckets, None where 8 bits of the mantissa don't tell their thresholds apart."""
     threshold_K = buckets.thresholds()
-    last = torch.tensor([INT64_MAX])
+    threshold_K = threshold_K[threshold_K <= LONGEST]
+    last = torch.tensor([LONGEST])
     for bits in range(3, 9):
         shift = _MANTISSA_BITS - bits
         cells = int(_cell(last, shift)) + 1

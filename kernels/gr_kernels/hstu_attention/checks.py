@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gr_kernels.hstu_attention.problem import AttentionMask, AttentionProblem, RelativeBias
+from gr_kernels.hstu_attention.problem import AttentionMask, Problem, RelativeBias
 
 
-def check(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> None:
+def check(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> None:
     """Raises ValueError with one sentence if the call makes no sense."""
     _check_tensors(q_THQ, k_SHQ, v_SHV, cross=problem.query_offsets is not None)
     _check_settings(problem)
@@ -46,7 +46,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cross: bool) -> None:
         raise _wrong(f"v must have {whose}'s rows and heads {tuple(k.shape[:2])}, not {tuple(v.shape)}")
 
 
-def _check_settings(problem: AttentionProblem) -> None:
+def _check_settings(problem: Problem) -> None:
     activation, divisor, dropout = problem.activation, problem.divisor, problem.dropout
     if activation not in ("silu", "softmax"):
         raise _wrong(f"activation is 'silu' or 'softmax', not {activation!r}")
@@ -58,7 +58,7 @@ def _check_settings(problem: AttentionProblem) -> None:
         raise _wrong(f"dropout_key must be a 64-bit number of at least 0, not {problem.dropout_key}")
 
 
-def _check_offsets(problem: AttentionProblem, device: torch.device) -> None:
+def _check_offsets(problem: Problem, device: torch.device) -> None:
     for name, offsets in (("offsets", problem.offsets), ("query_offsets", problem.query_offsets)):
         if offsets is None:
             continue
@@ -95,7 +95,7 @@ def _check_order(order: Tensor | None, sequences: int, device: torch.device) -> 
     _check_device("order", order, device)
 
 
-def _check_rows(problem: AttentionProblem, queries: int, keys: int) -> None:
+def _check_rows(problem: Problem, queries: int, keys: int) -> None:
     cross = problem.query_offsets
     lengths = _lengths("offsets", problem.offsets, keys, "q" if cross is None else "k")
     for sequence, length in enumerate(lengths):

@@ -6,18 +6,18 @@ T rows in the batch, H heads, Q query/key width per head, V value width per head
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gr_kernels import native
-from gr_kernels.hstu_attention.problem import AttentionProblem, TimeBuckets
-from gr_kernels.tracing import constant_when_traced
+from gr_kernels import native, operators
+from gr_kernels.hstu_attention.problem import Problem, TimeBuckets
+from gr_kernels.operators import signed
+from gr_kernels.tracing import once
 
 
-def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> str:
+def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> str:
     """Why this call can't be compiled code's, "" when it can."""
     if q_THQ.device.type != "cpu":
         return f"the tensors are on {q_THQ.device}, not on CPU"
@@ -38,11 +38,9 @@ def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProb
     return native.why_unavailable()
 
 
-def attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: AttentionProblem) -> Tensor:
-    """hstu_attention() for a validated call without obstacle."""
-    _register()
+def attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: Problem) -> Tensor:
+    """hstu_attention() for a validated call without obstacle, after `register`."""
     bias, buckets = problem.bias, problem.bias.buckets
-    timed = bias.time is not None
     # The key is a constant of a traced graph: without dropout it is always the same.
     key = problem.dropout_key if problem.dropout else 0
     out_THV = torch.ops.gr_kernels.hstu_attention(
@@ -50,17 +48,19 @@ def attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: AttentionPro
         _rows(k_THQ),
         _rows(v_THV),
         problem.offsets.contiguous(),
-        None if bias.position is None else bias.position.contiguous(),
-        bias.time.contiguous() if bias.time is not None else None,
-        bias.query_times.contiguous() if timed and bias.query_times is not None else None,
-        bias.key_times.contiguous() if timed and bias.key_times is not None else None,
-        torch.ops.gr_kernels.time_thresholds(buckets.kind, buckets.count, buckets.width) if timed else None,
+        *(
+            None if x is None else x.contiguous()
+            for x in (bias.position, bias.time, bias.query_times, bias.key_times)
+        ),
+        None
+        if bias.time is None
+        else torch.ops.gr_kernels.time_thresholds(buckets.kind, buckets.count, buckets.width),
         problem.scale,
         problem.divisor,
         problem.activation == "softmax",
         problem.mask.causal,
         problem.dropout,
-        key - 2**64 if key >= 2**63 else key,
+        signed(key),
     )
     return out_THV  # type: ignore[no-any-return]
 
@@ -111,18 +111,13 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-@constant_when_traced
-def _register() -> None:
-    _define()
-
-
-@functools.cache
-def _define() -> None:
-    """What the compiled operators need to trace and to differentiate; once."""
+@once
+def register() -> None:
+    """What the compiled operators need to trace and to differentiate."""
     # A traced graph can't compute the thresholds' decimals, but it can call an operator that does.
-    torch.library.define("gr_kernels::time_thresholds", "(str kind, int count, float width) -> Tensor")
-    torch.library.impl("gr_kernels::time_thresholds", "default", _thresholds)
-    torch.library.register_fake("gr_kernels::time_thresholds", _fake_thresholds)
+    operators.define(
+        "time_thresholds", "(str kind, int count, float width) -> Tensor", _thresholds, _fake_thresholds
+    )
     torch.library.register_fake("gr_kernels::hstu_attention", _fake_forward)
     torch.library.register_fake("gr_kernels::hstu_attention_backward", _fake_backward)
     torch.library.register_autograd("gr_kernels::hstu_attention", _backward, setup_context=_keep_for_backward)

@@ -16,8 +16,8 @@ class AttentionMask:
     """Which keys of its sequence a row sees; the formula is in `allowed`.
 
     causal:    its own and earlier ones. Without it every key, and the rest must be left alone.
-    window:    above 0, history no further back than this many rows.
-    full_rows: the last rows of history that the window doesn't bind (nor does it bind targets).
+    window:    above 0, history no further back than this many rows; a target counts from the end of history.
+    full_rows: above 0, so many last rows of history, and the targets, are free of the window.
     contexts:  the first rows of every sequence are context: they see each other and all of the history.
     targets:   (B,) int64 or int32 on the tensors' device: the last targets[b] rows of sequence b are candidates. They
                see context, history and themselves, and nobody else sees them.
@@ -64,7 +64,8 @@ def allowed(mask: AttentionMask, i: Tensor, j: Tensor, length: Tensor | int, tar
     id_j = torch.minimum((j - ahead).clamp_min(0), highest)
     earlier = id_i > id_j
     if mask.window:
-        earlier &= (id_i - id_j <= mask.window) | (id_i >= highest - mask.full_rows)
+        near = id_i - id_j <= mask.window
+        earlier &= (near | (id_i >= highest - mask.full_rows)) if mask.full_rows else near
     seen = earlier | (i == j)
     if mask.contexts:
         seen |= (id_i == 0) & (id_j < highest)

@@ -9,25 +9,50 @@ import torch
 from torch import Tensor
 
 from gr_kernels.dispatch import Implementation, choose
-from gr_kernels.hstu_attention import cpp, reference_op, triton_op
+from gr_kernels.hstu_attention import blocked, cpp, reference, triton_op
 from gr_kernels.hstu_attention.checks import check
 from gr_kernels.hstu_attention.problem import (
     Activation,
     AttentionMask,
-    AttentionProblem,
+    Problem,
     RelativeBias,
 )
+
+
+def _none(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> str:
+    return ""
+
 
 # In order of preference; "auto" takes the first without an obstacle. A new kernel is one line here.
 IMPLEMENTATIONS = (
     Implementation(
-        "triton", triton_op.obstacle, triton_op.attention, "tiles on the GPU's tensor cores", device="cuda"
+        "triton",
+        triton_op.obstacle,
+        triton_op.attention,
+        "tiles on the GPU's tensor cores",
+        device="cuda",
+        register=triton_op.attention.register,
     ),
-    Implementation("cpp", cpp.obstacle, cpp.attention, "compiled, float32 on CPU", device="cpu"),
     Implementation(
-        "reference", reference_op.obstacle, reference_op.attention, "plain PyTorch, any device and precision"
+        "cpp", cpp.obstacle, cpp.attention, "compiled, float32 on CPU", device="cpu", register=cpp.register
+    ),
+    Implementation(
+        "blocked",
+        _none,
+        blocked.attention,
+        "plain PyTorch in blocks, any device and precision",
+        register=blocked.attention.register,
+    ),
+    Implementation(
+        "reference",
+        _none,
+        reference.attention,
+        "the definition, every score stored",
     ),
 )
+
+
+_NO_BIAS = RelativeBias()
 
 
 def hstu_attention(
@@ -79,7 +104,7 @@ def hstu_attention(
             differ). None: computed when needed, in every call; a model of many layers does better to pass it.
         deterministic: equal calls give equal bits, gradients included. None: as
             torch.are_deterministic_algorithms_enabled() says.
-        implementation: "auto", or the name of one ("triton", "cpp", "reference").
+        implementation: "auto", or the name of one ("triton", "cpp", "blocked", "reference").
 
     Returns:
         (T, H, V) in q's dtype, contiguous. Nothing of the size of the scores is kept for the backward pass.
@@ -87,14 +112,17 @@ def hstu_attention(
     Raises:
         ValueError: one sentence saying which argument is wrong, or why the asked-for implementation can't run.
     """
-    problem = AttentionProblem(
+    bias = bias or _NO_BIAS
+    if bias.time is None:  # times that nobody looks at
+        bias = RelativeBias(bias.position, buckets=bias.buckets)
+    problem = Problem(
         offsets=offsets_B1,
         max_length=max_length,
         divisor=divisor,
         scale=scale,
         activation=activation,
         mask=mask,
-        bias=bias or RelativeBias(),
+        bias=bias,
         dropout=dropout,
         dropout_key=dropout_key,
         query_offsets=query_offsets,

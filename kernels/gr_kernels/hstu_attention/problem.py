@@ -49,7 +49,7 @@ _NO_BIAS = RelativeBias()
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionProblem:
+class Problem:
     """What an implementation needs beside q, k and v; the fields are hstu_attention()'s arguments."""
 
     offsets: Tensor  # (B + 1,) int64: the key rows of each sequence

@@ -1,184 +1,142 @@
-"""The attention as operators of torch.library, whose arguments are tensors and numbers: what torch.compile and
-torch.export see. A problem is flattened at this border and put together again behind it.
+"""The attention as operators of torch.library. A problem is flattened at this border and put together again behind it.
 
 B sequences, T query and S key rows, H heads, Q query/key width, V value width.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field as dataclass_field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gr_kernels.hstu_attention.problem import (
-    AttentionMask,
-    AttentionProblem,
-    Gradients,
-    RelativeBias,
-    TimeBuckets,
-)
+from gr_kernels.hstu_attention.problem import AttentionMask, Gradients, Problem, RelativeBias, TimeBuckets
+from gr_kernels.operators import Arguments, define, field, refuse_twice
+from gr_kernels.tracing import once
 
-# max_length and dropout_key change from batch to batch and step to step: as SymInt they need no new graph.
-INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? query_offsets, Tensor? targets, Tensor? position, "
-    "Tensor? time, Tensor? query_times, Tensor? key_times, Tensor? order, str bucket_kind, float bucket_width, "
-    "SymInt max_length, float scale, float divisor, bool softmax, bool causal, int window, int full_rows, "
-    "int contexts, float dropout, SymInt dropout_key, bool deterministic"
+PROBLEM = Arguments(
+    [
+        field("Tensor offsets"),
+        field("Tensor? query_offsets"),
+        field("Tensor? targets", "mask.targets"),
+        field("Tensor? position", "bias.position"),
+        field("Tensor? time", "bias.time"),
+        field("Tensor? query_times", "bias.query_times"),
+        field("Tensor? key_times", "bias.key_times"),
+        field("Tensor? order"),
+        field("str bucket_kind", "bias.buckets.kind"),
+        field("int bucket_count", "bias.buckets.count"),
+        field("float bucket_width", "bias.buckets.width"),
+        field("SymInt max_length"),  # changes from batch to batch
+        field("float scale"),
+        field("float divisor"),
+        field("str activation"),
+        field("bool causal", "mask.causal"),
+        field("int window", "mask.window"),
+        field("int full_rows", "mask.full_rows"),
+        field("int contexts", "mask.contexts"),
+        field("float dropout"),
+        field("key dropout_key"),
+        field("bool deterministic"),
+    ]
 )
-FORWARD = f"({INPUTS}) -> (Tensor out, Tensor lse)"
-BACKWARD = (
-    f"(Tensor d_out, Tensor? out, Tensor? lse, {INPUTS}) "
+INPUTS = Arguments([*(field(f"Tensor {name}") for name in "qkv"), *PROBLEM.fields])
+_CLASSES: dict[str, Callable[..., Any]] = {
+    "": Problem,
+    "mask": AttentionMask,
+    "bias": RelativeBias,
+    "bias.buckets": TimeBuckets,
+}
+_FORWARD = f"({INPUTS.schema}) -> (Tensor out, Tensor lse)"
+_BACKWARD = (
+    f"(Tensor d_out, Tensor? out, Tensor? lse, {INPUTS.schema}) "
     "-> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_position, Tensor d_time)"
 )
-TENSORS = 11  # how many of the inputs are tensors; they come first
-POSITION, TIME = 6, 7  # which of them are the tables
-SOFTMAX = 16  # which of the inputs is `softmax`
-_AFTER_QKV = 3  # the inputs that `flatten` gives come after q, k and v
+_DIFFERENTIABLE = ("q", "k", "v", "position", "time")  # in the order of the gradients
 
 # (q, k, v, problem) -> (out, lse): (T, H, V), and (H, T) float32, the log of each row's sum of exponentials, where
 # softmax's backward wants it; else None
-Forward = Callable[[Tensor, Tensor, Tensor, AttentionProblem], tuple[Tensor, Tensor | None]]
+Forward = Callable[[Tensor, Tensor, Tensor, Problem], tuple[Tensor, Tensor | None]]
 # (d_out, out, lse, q, k, v, problem) -> gradients; out and lse are None where the forward gave no lse
-Backward = Callable[
-    [Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, AttentionProblem], Gradients
-]
+Backward = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Problem], Gradients]
 
 
-def flatten(problem: AttentionProblem) -> tuple[Any, ...]:
+def flatten(problem: Problem) -> tuple[Any, ...]:
     """The operators' arguments after q, k and v."""
-    bias, mask, key = problem.bias, problem.mask, problem.dropout_key
-    timed = bias.time is not None
-    return (
-        problem.offsets,
-        problem.query_offsets,
-        mask.targets,
-        bias.position,
-        bias.time,
-        bias.query_times if timed else None,
-        bias.key_times if timed else None,
-        problem.order,
-        bias.buckets.kind,
-        bias.buckets.width,
-        problem.max_length,
-        float(problem.scale),
-        float(problem.divisor),
-        problem.activation == "softmax",
-        mask.causal,
-        mask.window,
-        mask.full_rows,
-        mask.contexts,
-        float(problem.dropout),
-        key - 2**64 if key >= 2**63 else key,  # the same 64 bits, signed
-        problem.deterministic,
-    )
+    return PROBLEM.flatten(problem)
 
 
-def unflatten(
-    offsets: Tensor,
-    query_offsets: Tensor | None,
-    targets: Tensor | None,
-    position: Tensor | None,
-    time: Tensor | None,
-    query_times: Tensor | None,
-    key_times: Tensor | None,
-    order: Tensor | None,
-    bucket_kind: Any,
-    bucket_width: float,
-    max_length: int,
-    scale: float,
-    divisor: float,
-    softmax: bool,
-    causal: bool,
-    window: int,
-    full_rows: int,
-    contexts: int,
-    dropout: float,
-    dropout_key: int,
-    deterministic: bool,
-) -> AttentionProblem:
-    """The problem that `flatten` took apart (its key as 64 unsigned bits again)."""
-    buckets = TimeBuckets() if time is None else TimeBuckets(bucket_kind, time.shape[0], bucket_width)
-    return AttentionProblem(
-        offsets=offsets,
-        query_offsets=query_offsets,
-        max_length=max_length,
-        divisor=divisor,
-        scale=scale,
-        activation="softmax" if softmax else "silu",
-        mask=AttentionMask(causal, window, full_rows, contexts, targets),
-        bias=RelativeBias(position, time, query_times, key_times, buckets),
-        dropout=dropout,
-        dropout_key=dropout_key + 2**64 if dropout_key < 0 else dropout_key,
-        order=order,
-        deterministic=deterministic,
-    )
+def unflatten(*flat: Any) -> Problem:
+    """The problem that `flatten` took apart."""
+    problem: Problem = PROBLEM.unflatten(flat, _CLASSES)
+    return problem
 
 
-@functools.cache
-def register(name: str, forward: Forward, backward: Backward, softmax_gives_lse: bool) -> None:
-    """Defines the operators gr_kernels::<name> and gr_kernels::<name>_backward from two functions of a problem; once.
+@dataclass(frozen=True)
+class Operators:
+    """gr_kernels::<name> and gr_kernels::<name>_backward, from two functions of a problem.
 
-    They trace (shapes without computing) and differentiate once. Neither function may return an input or a view of
-    one. softmax_gives_lse: whether `forward` returns lse for softmax; autograd then keeps out and lse.
-
-    Call it when an implementation first runs, and where torch.compile may trace, from a function that is
-    constant_when_traced (a function that is cached is traced into).
+    They trace (shapes without computing) and differentiate once. softmax_gives_lse: whether `forward` returns lse for
+    softmax; autograd then keeps out and lse.
     """
-    forward_name, backward_name = f"gr_kernels::{name}", f"gr_kernels::{name}_backward"
 
-    def run_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-        out, lse = forward(q, k, v, unflatten(*flat))
+    name: str
+    forward: Forward
+    backward: Backward
+    softmax_gives_lse: bool = False
+
+    register: Callable[[], None] = dataclass_field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "register", once(self._define))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        """hstu_attention() for a validated call without obstacle, after `register`."""
+        out: Tensor = getattr(torch.ops.gr_kernels, self.name)(q, k, v, *flatten(problem))[0]
+        return out
+
+    def _define(self) -> None:
+        define(self.name, _FORWARD, self._run, self._fake, self._differentiate, self._keep)
+        define(f"{self.name}_backward", _BACKWARD, self._run_backward, _fake_backward)
+        refuse_twice(f"{self.name}_backward")
+
+    def _gives_lse(self, inputs: tuple[Any, ...]) -> bool:
+        return self.softmax_gives_lse and inputs[INPUTS.index["activation"]] == "softmax"
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+        out, lse = self.forward(q, k, v, unflatten(*flat))
         return out, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
 
-    def fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-        kept = softmax_gives_lse and flat[SOFTMAX - _AFTER_QKV]
-        shape = (q.shape[1], q.shape[0]) if kept else (0,)
+    def _fake(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        q, _, v = inputs[:3]
+        shape = (q.shape[1], q.shape[0]) if self._gives_lse(inputs) else (0,)
         return v.new_empty((q.shape[0], *v.shape[1:])), q.new_empty(shape, dtype=torch.float32)
 
-    def run_backward(
-        d_out: Tensor, out: Tensor | None, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *flat: Any
-    ) -> tuple[Tensor, ...]:
-        *gradients, d_position, d_time = backward(d_out, out, lse, q, k, v, unflatten(*flat))
-        return (*gradients, *(q.new_empty((0,)) if x is None else x for x in (d_position, d_time)))
+    def _run_backward(self, d_out: Tensor, out: Any, lse: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        q, k, v, *flat = inputs
+        gradients = self.backward(d_out, out, lse, q, k, v, unflatten(*flat))
+        return tuple(q.new_empty((0,)) if x is None else x for x in gradients)
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        kept = output if softmax_gives_lse and inputs[SOFTMAX] else (None, None)
-        ctx.save_for_backward(*inputs[:TENSORS], *kept)
-        ctx.settings = inputs[TENSORS:]
+        kept = output if self._gives_lse(inputs) else (None, None)
+        ctx.save_for_backward(*(inputs[place] for place in INPUTS.tensors), *kept)
+        ctx.settings = inputs[len(INPUTS.tensors) :]
 
-    def differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def _differentiate(self, ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
-        operator = getattr(torch.ops.gr_kernels, f"{name}_backward")
+        operator = getattr(torch.ops.gr_kernels, f"{self.name}_backward")
         found = operator(d_out.contiguous(), out, lse, *tensors, *ctx.settings)
-        d_q, d_k, d_v, d_position, d_time = found
-        gradients: list[Tensor | None] = [None] * (TENSORS + len(ctx.settings))
-        gradients[:3] = d_q, d_k, d_v
-        if tensors[POSITION] is not None:
-            gradients[POSITION] = d_position
-        if tensors[TIME] is not None:
-            gradients[TIME] = d_time
-        return tuple(gradients)
-
-    def refuse(ctx: Any, *d_gradients: Tensor) -> None:
-        raise RuntimeError(f"{forward_name} is differentiable once, and its gradient was differentiated.")
-
-    torch.library.define(forward_name, FORWARD)
-    torch.library.define(backward_name, BACKWARD)
-    torch.library.impl(forward_name, "default", run_forward)
-    torch.library.impl(backward_name, "default", run_backward)
-    torch.library.register_fake(forward_name, fake_forward)
-    torch.library.register_fake(backward_name, _fake_backward)
-    torch.library.register_autograd(forward_name, differentiate, setup_context=keep)
-    torch.library.register_autograd(backward_name, refuse)
+        present = {
+            name: gradient
+            for name, gradient in zip(_DIFFERENTIABLE, found)
+            if tensors[INPUTS.index[name]] is not None
+        }
+        return INPUTS.named(present)
 
 
-def _fake_backward(
-    d_out: Tensor, out: Any, lse: Any, q: Tensor, k: Tensor, v: Tensor, *flat: Any
-) -> tuple[Tensor, ...]:
-    tables = flat[POSITION - _AFTER_QKV : TIME + 1 - _AFTER_QKV]
-    absent_or_like = (q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in tables)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), *absent_or_like)
+def _fake_backward(d_out: Tensor, out: Any, lse: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    given = (inputs[INPUTS.index[name]] for name in _DIFFERENTIABLE)
+    return tuple(inputs[0].new_empty((0,)) if x is None else x.new_empty(x.shape) for x in given)

@@ -42,7 +42,7 @@ def choose(
     Chosen so that, compiled for sm_90, nothing spills to memory and every product is a wgmma, which takes 64 rows of
     its left operand (rows of scores in "forward" and "d_q", keys in "d_kv") and 4 warps; 8 warps halve the registers
     that a thread needs, and of a 64-row operand each half takes half the columns. What does spill
-    is listed in compile_cases.py, which holds the choice to that.
+    is listed in benchmarks/kernels/compile_cases, which holds the choice to that.
     """
     # Small, so that short sequences have several blocks; uneven, so that rows and keys aren't mixed up.
     if interpreting:

@@ -23,6 +23,12 @@ def order_id(i, ahead, highest):
 
 
 @triton.jit
+def free_from(highest, full_rows):
+    """The order id from which on rows are free of the window: none without full rows."""
+    return tl.where(full_rows > 0, highest - full_rows, highest + 1)
+
+
+@triton.jit
 def allowed(i, j, sequence, numbers, S: tl.constexpr):
     """Whether row i sees key j, for int32 tensors that broadcast; False where either is past the sequence's end."""
     n, _, _, ahead, highest = sequence
@@ -36,7 +42,7 @@ def allowed(i, j, sequence, numbers, S: tl.constexpr):
         id_i, id_j = order_id(i, ahead, highest), order_id(j, ahead, highest)
         earlier = id_i > id_j
         if S.WINDOW:
-            earlier = earlier & ((id_i - id_j <= window) | (id_i >= highest - full_rows))
+            earlier = earlier & ((id_i - id_j <= window) | (id_i >= free_from(highest, full_rows)))
         seen = earlier | (i == j)
         if S.CONTEXTS:
             seen = seen | ((id_i == 0) & (id_j < highest))
@@ -66,14 +72,14 @@ def key_blocks(first, end, sequence, numbers, S: tl.constexpr):
                 whole_end = tl.where(first < contexts, 0, whole_end)
             seen_end, whole_end = tl.where(highest > 0, seen_end, 0), tl.where(highest > 0, whole_end, 0)
         if S.WINDOW:
-            exempt_from = highest - full_rows
+            exempt_from = free_from(highest, full_rows)
             lowest = order_id(first, ahead, highest) - window
             free = order_id(end - 1, ahead, highest) >= exempt_from
             if S.CONTEXTS:
                 free = free | (first < contexts)
             seen_from = tl.where(free | (lowest <= 0), 0, lowest + ahead)
             all_free = order_id(first, ahead, highest) >= exempt_from
-            whole_from = tl.where(all_free, 0, tl.maximum(end - 1 - window, 0))
+            whole_from = tl.where(all_free, 0, tl.maximum(tl.minimum(end - 1, history) - window, 0))
         stop = tl.cdiv(seen_end, S.KEYS)
         start = tl.minimum(seen_from // S.KEYS, stop)
         a = tl.minimum(tl.maximum(tl.cdiv(whole_from, S.KEYS), start), stop)
@@ -113,9 +119,12 @@ def row_blocks(first, end, sequence, numbers, S: tl.constexpr):
         if S.CONTEXTS:
             whole_from = tl.maximum(whole_from, contexts)
         if S.WINDOW:
-            seen_end = tl.minimum(seen_end, tl.maximum(end - 1, ahead) + window + 1)
-            seen_end = tl.where(some, seen_end, end)
-            whole_end = tl.minimum(whole_end, first + window + 1)
+            # All targets are where history ends: a window that reaches from there reaches from each of them.
+            reach = tl.maximum(end - 1, ahead) + window + 1
+            seen_end = tl.where(some & (reach <= history), tl.minimum(seen_end, reach), seen_end)
+            whole_end = tl.where(
+                first + window < history, tl.minimum(whole_end, first + window + 1), whole_end
+            )
         start = tl.maximum(first - o, 0) // S.ROWS
         stop = tl.maximum(tl.cdiv(tl.maximum(seen_end - o, 0), S.ROWS), start)
         stop = tl.minimum(stop, tl.maximum(last, start))
@@ -124,7 +133,7 @@ def row_blocks(first, end, sequence, numbers, S: tl.constexpr):
         free_start, free, context = stop, zero, zero
         if S.WINDOW:  # rows that the window doesn't bind
             free_start = tl.maximum(stop, tl.maximum(history - full_rows - o, 0) // S.ROWS)
-            free = tl.where(some & (history - full_rows < n), tl.maximum(last - free_start, 0), 0)
+            free = tl.where(some & (full_rows > 0), tl.maximum(last - free_start, 0), 0)
         if S.CONTEXTS:
             context = tl.minimum(tl.cdiv(tl.maximum(contexts - o, 0), S.ROWS), tl.minimum(start, last))
             context = tl.where(some, context, 0)

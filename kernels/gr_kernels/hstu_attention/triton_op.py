@@ -1,4 +1,4 @@
-"""The attention in Triton: when it can run, how it is launched, and its operators for torch.library.
+"""The attention in Triton: when it can run, and how it is launched.
 
 Nothing here reads a device tensor on the host: grids come from max_length, and blocks past a sequence's end return.
 
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr_kernels.hstu_attention import schema, tiles
+from gr_kernels.hstu_attention import tiles
 from gr_kernels.hstu_attention.buckets import device_thresholds
-from gr_kernels.hstu_attention.problem import AttentionProblem, Gradients, RelativeBias
+from gr_kernels.hstu_attention.problem import Gradients, Problem, RelativeBias
+from gr_kernels.hstu_attention.schema import Operators
 from gr_kernels.hstu_attention.settings import Settings
-from gr_kernels.tracing import constant_when_traced
 from gr_kernels.triton_common.available import interpreting, on, why_unavailable
 from gr_kernels.triton_common.sizes import power_of_two
 
@@ -35,7 +35,7 @@ TABLE_BYTES = 64 * 2**20
 FEWEST_TABLE_PROGRAMS = 128
 
 
-def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> str:
+def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> str:
     """Why this call can't be Triton's, "" when it can."""
     if reason := why_unavailable(q_THQ.device):
         return reason
@@ -48,18 +48,6 @@ def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProb
         if table is not None and table.dtype not in DTYPES:
             return f"bias.{name} is {table.dtype}"
     return ""
-
-
-def attention(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: AttentionProblem) -> Tensor:
-    """hstu_attention() for a validated call without obstacle."""
-    _register()
-    out_THV, _ = torch.ops.gr_kernels.hstu_attention_triton(q_THQ, k_SHQ, v_SHV, *schema.flatten(problem))
-    return out_THV  # type: ignore[no-any-return]
-
-
-@constant_when_traced
-def _register() -> None:
-    schema.register("hstu_attention_triton", forward, backward, softmax_gives_lse=True)
 
 
 def _block(width: int) -> int:
@@ -84,7 +72,7 @@ class Launch:
     q: Tensor
     k: Tensor
     v: Tensor
-    problem: AttentionProblem
+    problem: Problem
 
     @functools.cached_property
     def sequences(self) -> int:
@@ -92,7 +80,7 @@ class Launch:
 
     @functools.cached_property
     def longest(self) -> tuple[int, int]:
-        """At most so many query and key rows has a sequence."""
+        """Bounds of the rows of one sequence: its queries, its keys."""
         return min(self.problem.max_length, self.q.shape[0]), min(self.problem.max_length, self.k.shape[0])
 
     @functools.cached_property
@@ -181,7 +169,7 @@ class Launch:
         problem = self.problem
         mask, bias = problem.mask, problem.bias
         timed = bias.time is not None
-        last = bias.buckets.count - 1
+        last = bias.buckets.last()
         per_unit = (math.log(2) if bias.buckets.kind == "log" else 1.0) / bias.buckets.width
         longest = problem.max_length
         return {
@@ -266,11 +254,11 @@ def _narrow(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> Launch:
+def _launch(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Launch:
     return Launch(_narrow(q), _narrow(k), _narrow(v), _dense(problem))
 
 
-def _dense(problem: AttentionProblem) -> AttentionProblem:
+def _dense(problem: Problem) -> Problem:
     """The vectors of a problem without gaps, and without the gradients that autograd follows."""
 
     def dense(x: Tensor | None) -> Tensor | None:
@@ -298,7 +286,7 @@ def _zero_outside(x: Tensor, offsets: Tensor) -> None:
         triton_kernel.zero_outside_kernel[grid](x, offsets, offsets.shape[0] - 1, rows, width, num_warps=4)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
+def forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
     """(out, lse): (T, H, V), and for softmax (H, T) float32, the log of each row's sum of exponentials."""
     from gr_kernels.hstu_attention import triton_kernel
 
@@ -322,7 +310,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    problem: AttentionProblem,
+    problem: Problem,
 ) -> Gradients:
     """Gradients of q, k, v, bias.position and bias.time (None where absent); out and lse are softmax's alone."""
     with on(q):
@@ -336,7 +324,7 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    problem: AttentionProblem,
+    problem: Problem,
 ) -> Gradients:
     from gr_kernels.hstu_attention import triton_kernel
 
@@ -411,7 +399,7 @@ def _table_gradients(launch: Launch, given: Mapping[str, Any]) -> tuple[Tensor |
     tile = launch.tile("tables")
     blocks = -(-launch.longest[0] // tile.rows)
     positions = 0 if bias.position is None else min(bias.position.shape[0], launch.longest[1])
-    times = 0 if bias.time is None else bias.time.shape[0]
+    times = 0 if bias.time is None else bias.buckets.last() + 1  # higher ones are no difference's
     affordable = max(FEWEST_TABLE_PROGRAMS, TABLE_BYTES // (4 * max(1, positions + times)))
     programs = min(launch.sequences * blocks, TABLE_PROGRAMS, affordable)
     position_sums, time_sums = (
@@ -429,5 +417,9 @@ def _table_gradients(launch: Launch, given: Mapping[str, Any]) -> tuple[Tensor |
         d_position = torch.zeros(bias.position.shape, dtype=bias.position.dtype, device=launch.q.device)
         d_position[:positions] = position_sums.sum(0) * launch.score_scale
     if bias.time is not None:
-        d_time = (time_sums.sum(0) * launch.score_scale).to(bias.time.dtype)
+        d_time = torch.zeros_like(bias.time)
+        d_time[:times] = time_sums.sum(0) * launch.score_scale
     return d_position, d_time
+
+
+attention = Operators("hstu_attention_triton", forward, backward, softmax_gives_lse=True)

@@ -125,16 +125,21 @@ def store_rows(
 
 
 @triton.jit
-def time_bucket(dt, buckets, SQRT: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """TimeBuckets.bucket of int64 differences of any sign, exactly.
+def time_bucket(query_time, key_time, buckets, SQRT: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """TimeBuckets.bucket_between of int64 tensors that broadcast, exactly.
+
+    LONGEST needn't be looked at: its bucket is `last`, or above it, and so is that of anything longer.
 
     The logarithm or root in float32 is less than `margin` buckets off (triton_op.py has the bound). Lowered by the
     margin it is in the right bucket or one below; only within two margins of a border does the integer threshold have
     to be looked up, so that hardly any lane loads.
     """
     thresholds, per_unit, margin, last = buckets
-    dt = tl.abs(dt)
+    dt = query_time - key_time
+    wrapped = ((query_time ^ key_time) & (query_time ^ dt)) < 0
+    dt = tl.abs(dt).to(tl.uint64)
     size = (dt >> 32).to(tl.uint32).to(tl.float32) * 4294967296.0 + dt.to(tl.uint32).to(tl.float32)
+    size = tl.where(wrapped, float("inf"), size)
     if SQRT:
         exact = tl.sqrt(size) * per_unit
     else:
@@ -142,7 +147,7 @@ def time_bucket(dt, buckets, SQRT: tl.constexpr, ASSEMBLY: tl.constexpr):
     below = tl.floor(tl.minimum(tl.maximum(exact - margin, 0.0), last.to(tl.float32)))
     bucket = below.to(tl.int32)
     near = (exact + margin >= below + 1.0) & (bucket < last)
-    border = gather_some(thresholds + bucket, near, ASSEMBLY)
+    border = gather_some(thresholds + bucket, near, ASSEMBLY).to(tl.uint64)
     return bucket + (near & (dt >= border)).to(tl.int32)
 
 
@@ -154,6 +159,6 @@ def scores(products, i, j, query_time, key_time, scale, bias, S: tl.constexpr):
     if S.POSITION:
         s += S.UNIT * gather(position + tl.maximum(i - j, 0), S.FAST)
     if S.TIME:
-        bucket = time_bucket(query_time - key_time, buckets, S.SQRT, S.FAST)
+        bucket = time_bucket(query_time, key_time, buckets, S.SQRT, S.FAST)
         s += S.UNIT * gather(time + bucket, S.FAST)
     return s

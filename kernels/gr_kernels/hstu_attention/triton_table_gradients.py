@@ -139,7 +139,7 @@ def table_gradients_kernel(
                 bias += S.UNIT * gather(position + tl.maximum(bias_i - j[None, :], 0), S.FAST)
             if S.TIME:
                 key_time = tl.load(key_times + key_begin + j, mask=j < n, other=0)[None, :]
-                bucket = time_bucket(query_time - key_time, buckets, S.SQRT, S.FAST)
+                bucket = time_bucket(query_time, key_time, buckets, S.SQRT, S.FAST)
                 bias += S.UNIT * gather(time + bucket, S.FAST)
             ds = tl.full((S.ROWS, S.KEYS), 0.0, dtype=tl.float32)
             for head in range(heads):
@@ -183,5 +183,5 @@ def table_gradients_kernel(
                 # recognised as the one before.
                 times = key_times + key_begin + j
                 again = tl.load(times, mask=j < n, other=0, volatile=True)[None, :]
-                bucket = time_bucket(query_time - again, buckets, S.SQRT, S.FAST)
+                bucket = time_bucket(query_time, again, buckets, S.SQRT, S.FAST)
                 add_buckets(ds, bucket, seen, time_sums, last_bucket)

@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import os
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,17 +81,3 @@ def why_unavailable(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it is for NVIDIA GPUs, not {device}"
     return _too_small(device.index)
-
-
-def registering(register: Callable[[], object]) -> Callable[[torch.device], str]:
-    """why_unavailable(), but where kernels can run ``register`` defines their operators first; torch.compile calls
-    it and does not trace into the definitions. ``register`` is called again: it must not mind."""
-
-    @constant_when_traced
-    def why_not(device: torch.device) -> str:
-        reason = why_unavailable(device)
-        if not reason:
-            register()
-        return reason
-
-    return why_not

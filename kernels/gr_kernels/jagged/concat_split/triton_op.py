@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gr_kernels.jagged.concat_split.compiled import register_gradients
+from gr_kernels.jagged.concat_split.cpp import register_gradients
 from gr_kernels.jagged.concat_split.reference import joined_offsets
 from gr_kernels.jagged.tiles import INTEGERS, WARPS, search_steps, tile
-from gr_kernels.triton_common.available import on, registering
+from gr_kernels.operators import define
+from gr_kernels.tracing import once
+from gr_kernels.triton_common.available import on, why_unavailable
 
 
 def obstacle(tensor: Tensor, parts: int) -> str:
     """Why this call can't be Triton's, "" when it can."""
     if tensor.dtype.itemsize not in INTEGERS:
         return f"it moves numbers of 1, 2, 4 or 8 bytes, not {tensor.dtype}"
-    return _why_not(tensor.device)
+    return why_unavailable(tensor.device)
 
 
 def concat(parts: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
@@ -80,16 +81,10 @@ def _split_fake(joined: Tensor, offsets: Sequence[Tensor], rows: Sequence[int]) 
     return [joined.new_empty((count, *joined.shape[1:])) for count in rows]
 
 
-@functools.cache
-def _register() -> None:
-    """Defines the operators, once, on first use."""
-    for name, run, fake, schema in (
-        ("concat", _concat, _concat_fake, "(Tensor[] parts, Tensor[] offsets) -> Tensor"),
-        ("split", _split, _split_fake, "(Tensor joined, Tensor[] offsets, SymInt[] rows) -> Tensor[]"),
-    ):
-        full_name = f"gr_kernels::jagged_{name}_triton"
-        torch.library.custom_op(full_name, run, mutates_args=(), schema=schema).register_fake(fake)
-    register_gradients("gr_kernels::jagged_concat_triton", "gr_kernels::jagged_split_triton")
-
-
-_why_not = registering(_register)
+@once
+def register() -> None:
+    concat_schema = "(Tensor[] parts, Tensor[] offsets) -> Tensor"
+    split_schema = "(Tensor joined, Tensor[] offsets, SymInt[] rows) -> Tensor[]"
+    define("jagged_concat_triton", concat_schema, _concat, _concat_fake)
+    define("jagged_split_triton", split_schema, _split, _split_fake)
+    register_gradients("jagged_concat_triton", "jagged_split_triton")

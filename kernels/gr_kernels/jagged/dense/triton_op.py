@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,14 +9,16 @@ from torch import Tensor
 
 from gr_kernels.jagged.concat_split.triton_op import as_integers
 from gr_kernels.jagged.tiles import INTEGERS, WARPS, search_steps, tile
-from gr_kernels.triton_common.available import on, registering
+from gr_kernels.operators import define
+from gr_kernels.tracing import once
+from gr_kernels.triton_common.available import on, why_unavailable
 
 
 def obstacle(x: Tensor) -> str:
     """Why this call can't be Triton's, "" when it can."""
     if x.dtype.itemsize not in INTEGERS:
         return f"it moves numbers of 1, 2, 4 or 8 bytes, not {x.dtype}"
-    return _why_not(x.device)
+    return why_unavailable(x.device)
 
 
 def to_dense(x: Tensor, offsets_B1: Tensor, max_length: int, fill: float) -> Tensor:
@@ -90,9 +91,8 @@ def _backward_of_jagged(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None]:
     return to_dense(d_rows, offsets_B1, ctx.places, 0.0), None, None
 
 
-@functools.cache
-def _register() -> None:
-    """Defines the operators, once, on first use."""
+@once
+def register() -> None:
     for name, run, fake, schema, keep, backward in (
         (
             "jagged_to_dense_triton", _to_dense, _to_dense_fake,
@@ -105,9 +105,4 @@ def _register() -> None:
             _keep_for_jagged, _backward_of_jagged,
         ),
     ):  # fmt: skip
-        operator = torch.library.custom_op(f"gr_kernels::{name}", run, mutates_args=(), schema=schema)
-        operator.register_fake(fake)
-        operator.register_autograd(backward, setup_context=keep)
-
-
-_why_not = registering(_register)
+        define(name, schema, run, fake, backward, keep)

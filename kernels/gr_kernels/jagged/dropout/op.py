@@ -8,32 +8,35 @@ from __future__ import annotations
 from torch import Tensor
 
 from gr_kernels.dispatch import Choice, Implementation, choose
-from gr_kernels.jagged.dropout import operators, reference, triton_op
-from gr_kernels.tracing import constant_when_traced
+from gr_kernels.jagged.dropout import reference, triton_op
+from gr_kernels.jagged.dropout.schema import Operator
 
 _NAME = "jagged_dropout"
 
 
-@constant_when_traced
-def _register_reference() -> str:
-    operators.register("reference", reference.dropout)
+TRITON = Operator("jagged_dropout_triton", triton_op.dropout)
+REFERENCE = Operator("jagged_dropout_reference", reference.dropout)
+
+
+def _none(x: Tensor) -> str:
     return ""
-
-
-def _reference_obstacle(x: Tensor) -> str:
-    return _register_reference()
-
-
-def _reference(x: Tensor, probability: float, key: int) -> Tensor:
-    return operators.call("reference", x, probability, key)
 
 
 IMPLEMENTATIONS = (
     Implementation(
-        "triton", triton_op.obstacle, triton_op.dropout, "one pass, no stored mask", device="cuda"
+        "triton",
+        triton_op.obstacle,
+        TRITON,
+        "one pass, no stored mask",
+        device="cuda",
+        register=TRITON.register,
     ),
     Implementation(
-        "reference", _reference_obstacle, _reference, "PyTorch on counter-based words, no stored mask"
+        "reference",
+        _none,
+        REFERENCE,
+        "PyTorch on counter-based words, no stored mask",
+        register=REFERENCE.register,
     ),
 )
 

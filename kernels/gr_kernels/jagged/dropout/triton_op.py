@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from gr_kernels.jagged.dropout import operators
 from gr_kernels.jagged.dropout.reference import drop_below, keep_scale
 from gr_kernels.jagged.tiles import WARPS, Tile
-from gr_kernels.triton_common.available import on, registering
+from gr_kernels.triton_common.available import on, why_unavailable
 from gr_kernels.triton_common.sizes import power_of_two
 
 
@@ -18,12 +17,7 @@ def obstacle(x: Tensor) -> str:
     """Why this call can't be Triton's, "" when it can."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes in float32, float16 or bfloat16, not {x.dtype}"
-    return _why_not(x.device)
-
-
-def dropout(x: Tensor, probability: float, key: int) -> Tensor:
-    """reference.dropout() for a call without obstacle."""
-    return operators.call("triton", x, probability, key)
+    return why_unavailable(x.device)
 
 
 def tile(width: int) -> Tile:
@@ -32,7 +26,8 @@ def tile(width: int) -> Tile:
     return Tile(min(64, 4096 // columns), columns)
 
 
-def _dropout(x: Tensor, probability: float, key: int) -> Tensor:
+def dropout(x: Tensor, probability: float, key: int) -> Tensor:
+    """reference.dropout() for a call without obstacle."""
     from gr_kernels.jagged.dropout import triton_kernel
 
     x = x.contiguous()
@@ -47,6 +42,3 @@ def _dropout(x: Tensor, probability: float, key: int) -> Tensor:
                 BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
             )  # fmt: skip
     return out
-
-
-_why_not = registering(lambda: operators.register("triton", _dropout))

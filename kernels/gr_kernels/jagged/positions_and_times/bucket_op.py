@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gr_kernels.hstu_attention.buckets import TimeBuckets, device_thresholds
+from gr_kernels.hstu_attention.buckets import TimeBuckets
+from gr_kernels.operators import define
+from gr_kernels.tracing import once
 
 
 def bucket(differences_T: Tensor, buckets: TimeBuckets) -> Tensor:
@@ -18,20 +19,14 @@ def bucket(differences_T: Tensor, buckets: TimeBuckets) -> Tensor:
     )
 
 
-@functools.cache
+def _run(differences: Tensor, kind: Literal["log", "sqrt"], count: int, width: float) -> Tensor:
+    return TimeBuckets(kind, count, width).bucket(differences)
+
+
+def _fake(differences: Tensor, kind: str, count: int, width: float) -> Tensor:
+    return torch.empty_like(differences)
+
+
+@once
 def register() -> None:
-    """Defines the operator, once, on first use."""
-
-    def run(differences: Tensor, kind: Literal["log", "sqrt"], count: int, width: float) -> Tensor:
-        buckets = TimeBuckets(kind, count, width)
-        if differences.device.type == "cpu":
-            return buckets.bucket(differences)
-        return torch.bucketize(differences.abs(), device_thresholds(buckets, differences.device), right=True)
-
-    operator = torch.library.custom_op(
-        "gr_kernels::time_buckets",
-        run,
-        mutates_args=(),
-        schema="(Tensor differences, str kind, int count, float width) -> Tensor",
-    )
-    operator.register_fake(lambda differences, kind, count, width: torch.empty_like(differences))
+    define("time_buckets", "(Tensor differences, str kind, int count, float width) -> Tensor", _run, _fake)

@@ -12,29 +12,23 @@ from gr_kernels.dispatch import Choice, Implementation, choose
 from gr_kernels.hstu_attention.buckets import TimeBuckets
 from gr_kernels.jagged.offsets import check_offsets
 from gr_kernels.jagged.positions_and_times import bucket_op, reference, triton_op
-from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
-from gr_kernels.tracing import constant_when_traced
+from gr_kernels.jagged.positions_and_times.problem import CountFrom, Problem
 
 _NAME = "add_positions_and_times"
 
 
-@constant_when_traced
-def _register_buckets() -> str:
-    bucket_op.register()
+def _none(x_TD: Tensor, problem: Problem) -> str:
     return ""
-
-
-def _reference_obstacle(x_TD: Tensor, call: Call) -> str:
-    return _register_buckets()
 
 
 IMPLEMENTATIONS = (
     Implementation(
         "triton", triton_op.obstacle, triton_op.add_positions_and_times, "one pass, gradients without atomics",
-        device="cuda",
+        device="cuda", register=triton_op.register,
     ),
     Implementation(
-        "reference", _reference_obstacle, reference.add_positions_and_times, "plain PyTorch, any device and precision"
+        "reference", _none, reference.add_positions_and_times, "plain PyTorch, any device and precision",
+        register=bucket_op.register,
     ),
 )  # fmt: skip
 
@@ -80,7 +74,7 @@ def add_positions_and_times(
         ValueError: one sentence saying which argument is wrong, or why the asked-for implementation can't run. (The
             values of offsets and targets on a device are trusted: looking at them would wait for it.)
     """
-    call = Call(
+    problem = Problem(
         offsets=offsets_B1,
         max_length=max_length,
         scale=scale,
@@ -91,12 +85,12 @@ def add_positions_and_times(
         targets=targets_B,
         count_from=count_from,
     )
-    return _choose(x_TD, call, implementation).implementation.run(x_TD, call)  # type: ignore[no-any-return]
+    return _choose(x_TD, problem, implementation).implementation.run(x_TD, problem)  # type: ignore[no-any-return]
 
 
-def _choose(x_TD: Tensor, call: Call, name: str) -> Choice:
-    _check(x_TD, call)
-    return choose(_NAME, IMPLEMENTATIONS, x_TD.device, (x_TD, call), name)
+def _choose(x_TD: Tensor, problem: Problem, name: str) -> Choice:
+    _check(x_TD, problem)
+    return choose(_NAME, IMPLEMENTATIONS, x_TD.device, (x_TD, problem), name)
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -104,20 +98,21 @@ def _require(condition: bool, sentence: str) -> None:
         raise ValueError(f"{_NAME}: {sentence}.")
 
 
-def _check(x_TD: Tensor, call: Call) -> None:
+def _check(x_TD: Tensor, problem: Problem) -> None:
     _require(
         x_TD.dim() == 2 and x_TD.is_floating_point(),
         f"x must be (T, D) floating, not {tuple(x_TD.shape)} {x_TD.dtype}",
     )
     rows, width = x_TD.shape
-    check_offsets(_NAME, call.offsets, rows, x_TD.device, call.max_length)
+    check_offsets(_NAME, problem.offsets, rows, x_TD.device, problem.max_length)
     _require(
-        call.count_from in ("front", "back"), f"count_from is 'front' or 'back', not {call.count_from!r}"
+        problem.count_from in ("front", "back"),
+        f"count_from is 'front' or 'back', not {problem.count_from!r}",
     )
-    entries = call.max_length + (call.count_from == "back")
+    entries = problem.max_length + (problem.count_from == "back")
     for table_name, table, least in (
-        ("position", call.position, entries),
-        ("time", call.time, call.buckets.count),
+        ("position", problem.position, entries),
+        ("time", problem.time, problem.buckets.count),
     ):
         if table is None:
             continue
@@ -134,13 +129,13 @@ def _check(x_TD: Tensor, call: Call) -> None:
             table.shape[0] == least if exact else table.shape[0] >= least,
             f"the {table_name} table needs {least} entries{'' if exact else ' or more'}, not {table.shape[0]}",
         )
-    if call.time is not None:
-        _check_vector("time_differences", call.time_differences, rows, x_TD.device, (torch.int64,))
-    if call.targets is not None:
-        sequences = call.offsets.shape[0] - 1
-        _check_vector("targets", call.targets, sequences, x_TD.device, (torch.int64, torch.int32))
+    if problem.time is not None:
+        _check_vector("time_differences", problem.time_differences, rows, x_TD.device, (torch.int64,))
+    if problem.targets is not None:
+        sequences = problem.offsets.shape[0] - 1
+        _check_vector("targets", problem.targets, sequences, x_TD.device, (torch.int64, torch.int32))
         if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong_B = (call.targets < 0) | (call.targets > call.offsets.diff())
+            wrong_B = (problem.targets < 0) | (problem.targets > problem.offsets.diff())
             _require(
                 not bool(wrong_B.any()), f"sequence {int(wrong_B.to(torch.int8).argmax()) if sequences else 0} has "
                 "fewer rows than targets"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gr_kernels.jagged.offsets import covers_all_rows, places_in_cover, places_of_rows
 from gr_kernels.jagged.positions_and_times.bucket_op import bucket
-from gr_kernels.jagged.positions_and_times.call import Call, CountFrom
+from gr_kernels.jagged.positions_and_times.problem import CountFrom, Problem
 
 
 def position_entries(
@@ -33,27 +33,29 @@ def position_entries(
     return torch.where(inside_T, entry_T, 0), inside_T
 
 
-def add_positions_and_times(x_TD: Tensor, call: Call) -> Tensor:
+def add_positions_and_times(x_TD: Tensor, problem: Problem) -> Tensor:
     """(T, D): computed in float32 at least, rounded once; zeros in rows of no sequence.
 
     Tables are widened before rows are taken: their gradients are sums, which wouldn't be 16 bits' to make.
     """
     rows, inside_T = x_TD.shape[0], None
-    covered = covers_all_rows(call.offsets, rows)
-    if covered and call.targets is None and call.count_from == "front":  # training on a CPU: the least work
-        entry_T = places_in_cover(call.offsets, rows)
+    covered = covers_all_rows(problem.offsets, rows)
+    if (
+        covered and problem.targets is None and problem.count_from == "front"
+    ):  # training on a CPU: the least work
+        entry_T = places_in_cover(problem.offsets, rows)
     else:
-        entry_T, inside_T = position_entries(call.offsets, call.targets, rows, call.count_from)
+        entry_T, inside_T = position_entries(problem.offsets, problem.targets, rows, problem.count_from)
     sum_TD = x_TD if x_TD.dtype in (torch.float32, torch.float64) else x_TD.float()
-    if call.position is None:
-        sum_TD = sum_TD * call.scale
+    if problem.position is None:
+        sum_TD = sum_TD * problem.scale
     else:
-        position_TD = F.embedding(entry_T, call.position.to(sum_TD.dtype))
-        sum_TD = torch.add(position_TD, sum_TD, alpha=call.scale)
-    if call.time is not None:
-        assert call.time_differences is not None
-        bucket_T = bucket(call.time_differences, call.buckets)
-        sum_TD = sum_TD + F.embedding(bucket_T, call.time.to(sum_TD.dtype))
+        position_TD = F.embedding(entry_T, problem.position.to(sum_TD.dtype))
+        sum_TD = torch.add(position_TD, sum_TD, alpha=problem.scale)
+    if problem.time is not None:
+        assert problem.time_differences is not None
+        bucket_T = bucket(problem.time_differences, problem.buckets)
+        sum_TD = sum_TD + F.embedding(bucket_T, problem.time.to(sum_TD.dtype))
     if inside_T is not None and not covered:
         sum_TD = sum_TD.masked_fill(~inside_T[:, None], 0.0)
     return sum_TD.to(x_TD.dtype)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gr_kernels.hstu_attention.buckets import LONGEST as _LONGEST
 from gr_kernels.jagged.triton_rows import find_rows, upper_bound
+
+LONGEST = tl.constexpr(_LONGEST)
 
 
 @triton.jit(do_not_specialize=["rows", "sequences"])  # they change from batch to batch
@@ -29,8 +32,8 @@ def add_rows(
     bucket = place
     if HAS_TIME:
         difference = tl.load(differences_ptr + row, mask=inside, other=0)
-        difference = tl.where(difference < 0, -difference, difference)
-        bucket = upper_bound(thresholds_ptr, thresholds, difference, BUCKET_STEPS)
+        size = tl.minimum(tl.abs(tl.maximum(difference, -LONGEST)), LONGEST)
+        bucket = upper_bound(thresholds_ptr, thresholds, size, BUCKET_STEPS)
     for first in range(0, width, BLOCK_C):
         column = first + tl.arange(0, BLOCK_C)
         here = (column < width)[None, :]

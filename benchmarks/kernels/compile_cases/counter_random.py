@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from benchmarks.kernels.compile_cases.case import CompileCase
 from gr_kernels.counter_random import triton_kernel
 from gr_kernels.counter_random.triton_op import BLOCKS, WARPS
-from gr_kernels.triton_common.compile_case import CompileCase
 
 _TYPES = {
     "ordinals_ptr": "*i64",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.kernels.compile_cases.case import CompileCase
 from gr_kernels.log_partition import triton_kernel
 from gr_kernels.log_partition.tiles import tiles
-from gr_kernels.triton_common.compile_case import CompileCase
 
 _BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 _INTEGERS = {"T": "i32", "I": "i32", "tiles_per_split": "i32"}

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.kernels.compile_cases.case import CompileCase
 from gr_kernels.sampled_softmax import triton_kernel
 from gr_kernels.sampled_softmax.triton_op import blocks
-from gr_kernels.triton_common.compile_case import CompileCase
 
 _TYPES = {
     "bias": "*fp32",

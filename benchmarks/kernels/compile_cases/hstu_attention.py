@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.kernels.compile_cases.case import CompileCase
 from gr_kernels.hstu_attention import tiles, triton_kernel
 from gr_kernels.hstu_attention.settings import Settings
-from gr_kernels.triton_common.compile_case import CompileCase
 from gr_kernels.triton_common.sizes import power_of_two
 
 _KERNELS: dict[tiles.Pass, Any] = {

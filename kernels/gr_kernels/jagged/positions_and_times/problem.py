@@ -13,7 +13,7 @@ CountFrom = Literal["front", "back"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class Problem:
     """The fields are add_positions_and_times()'s arguments."""
 
     offsets: Tensor  # (B + 1,) int64

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from benchmarks.kernels.compile_cases.case import CompileCase
 from gr_kernels.bias_table_gradient.triton_op import PIECE
 from gr_kernels.triton_common import sums_by_entry, sums_by_entry_kernel
-from gr_kernels.triton_common.compile_case import CompileCase
 
 
 def _case(dtype: str, entries: int) -> CompileCase:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.kernels.compile_cases.case import CompileCase
 from gr_kernels.jagged.concat_split import triton_kernel as concat_split
 from gr_kernels.jagged.dense import triton_kernel as dense
 from gr_kernels.jagged.dropout import triton_kernel as dropout
@@ -12,7 +13,6 @@ from gr_kernels.jagged.positions_and_times import triton_kernel as positions_and
 from gr_kernels.jagged.positions_and_times.triton_op import add_tile
 from gr_kernels.jagged.tiles import WARPS, search_steps, tile
 from gr_kernels.triton_common import sums_by_entry, sums_by_entry_kernel
-from gr_kernels.triton_common.compile_case import CompileCase
 
 SEQUENCES = 128
 BUCKETS = 129

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,25 +9,25 @@ import torch
 from torch import Tensor
 
 from gr_kernels import native
-from gr_kernels.tracing import constant_when_traced
+from gr_kernels.tracing import once
+
+MOST_CUDA_PARTS = 8  # JaggedParts::kMost in csrc/cuda/jagged.h
 
 
-@constant_when_traced
-def why_no_cpp() -> str:
-    """ "" once the operators are loaded and differentiable, else why they aren't."""
-    reason = native.why_unavailable()
-    if not reason:
-        _register()
-    return reason
+def cpp_obstacle(tensor: Tensor, parts: int) -> str:
+    """Why a call can't be the C++ operators', "" when it can."""
+    if tensor.device.type != "cpu":
+        return f"the tensors are on {tensor.device}, not on CPU"
+    return native.why_unavailable()
 
 
-@constant_when_traced
-def why_no_cuda() -> str:
-    """The same for their CUDA implementations."""
-    reason = native.why_no_cuda()
-    if not reason:
-        _register()
-    return reason
+def cuda_obstacle(tensor: Tensor, parts: int) -> str:
+    """Why a call can't be the CUDA operators', "" when it can."""
+    if tensor.device.type != "cuda":
+        return f"the tensors are on {tensor.device}, not on an NVIDIA GPU"
+    if parts > MOST_CUDA_PARTS:
+        return f"it takes {MOST_CUDA_PARTS} parts at most, not {parts}"
+    return native.why_no_cuda()
 
 
 def concat(parts: Sequence[Tensor], offsets: Sequence[Tensor]) -> Tensor:
@@ -39,17 +38,15 @@ def split(joined: Tensor, offsets: Sequence[Tensor], rows: Sequence[int]) -> lis
     return torch.ops.gr_kernels.jagged_split(joined, list(offsets), list(rows))  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _register() -> None:
-    """Each is the other's gradient; once, on first use. (Shapes for tracing come from the Meta implementations.)"""
-    register_gradients("gr_kernels::jagged_concat", "gr_kernels::jagged_split")
+@once
+def register() -> None:
+    """Each is the other's gradient. (Shapes for tracing come from the Meta implementations.)"""
+    register_gradients("jagged_concat", "jagged_split")
 
 
 def register_gradients(concat_name: str, split_name: str) -> None:
     """Registers the gradients of a pair of operators with the schemas of ``jagged_concat`` and ``jagged_split``."""
-    space, concat_short = concat_name.split("::")
-    operators = getattr(torch.ops, space)
-    concat_op, split_op = getattr(operators, concat_short), getattr(operators, split_name.split("::")[1])
+    concat_op, split_op = (getattr(torch.ops.gr_kernels, name) for name in (concat_name, split_name))
 
     def keep_for_concat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         parts, offsets = inputs
@@ -67,5 +64,8 @@ def register_gradients(concat_name: str, split_name: str) -> None:
         offsets = list(ctx.saved_tensors)
         return concat_op([d_part.contiguous() for d_part in d_parts], offsets), [None] * len(offsets), None
 
-    torch.library.register_autograd(concat_name, backward_of_concat, setup_context=keep_for_concat)
-    torch.library.register_autograd(split_name, backward_of_split, setup_context=keep_for_split)
+    for name, backward, keep in (
+        (concat_name, backward_of_concat, keep_for_concat),
+        (split_name, backward_of_split, keep_for_split),
+    ):
+        torch.library.register_autograd(f"gr_kernels::{name}", backward, setup_context=keep)
