@@ -32,6 +32,7 @@ TABLES = {
 ENGINES = {
     "ddp": "gr.train.engines.ddp:DDP",
     "all_reduce": "gr.train.engines.all_reduce:AllReduce",
+    "fsdp": "gr.train.engines.fsdp:FSDP",
 }
 
 METRICS = {

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
 from gr.models.dropout import from_generator, generator_dropout
-from gr.models.layers import Linear
+from gr.models.layers import Linear, Stack
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
 from gr_kernels.fused_layer import gated_output, norm_linear_silu_parts
@@ -64,14 +64,10 @@ class HSTU(nn.Module):
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
         self.uses_times, self.causal = config.relative_time, True
-        self.layers = nn.ModuleList(
-            HSTULayer(config, dim, max_length, layer) for layer in range(config.layers)
-        )
+        self.layers = Stack(HSTULayer(config, dim, max_length, layer) for layer in range(config.layers))
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
-        for layer in self.layers:
-            x_TD = layer(x_TD, layout)
-        return x_TD
+        return self.layers(x_TD, layout)
 
 
 class HSTULayer(nn.Module):

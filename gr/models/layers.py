@@ -10,12 +10,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gr.models import init
 from gr.models.dropout import Dropout
+from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
+from gr_kernels.dispatch import preferred, preferring
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+class Stack(nn.ModuleList):
+    """Layers (x, layout) -> x that follow one another.
+
+    ``recompute``: keep of each layer its input alone for the backward pass, and form the rest again there.
+    """
+
+    recompute = False
+
+    def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        for layer in self:
+            x_TD = _again(layer, x_TD, layout) if self.recompute and self.training else layer(x_TD, layout)
+        return x_TD
+
+
+def _again(layer: nn.Module, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+    """``layer(x_TD, layout)``, formed once more in the backward pass: with the same kernels, and the same draws of
+    torch's generator (other draws are functions of keys)."""
+    kernels = preferred()
+
+    def run(x_TD: Tensor) -> Tensor:
+        with preferring(kernels):
+            return layer(x_TD, layout)
+
+    return checkpoint(run, x_TD, use_reentrant=False)
 
 
 class Linear(nn.Module):

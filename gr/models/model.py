@@ -19,6 +19,7 @@ from gr.batch import SequenceBatch
 from gr.embeddings.table import Table
 from gr.embeddings.view import View
 from gr.labels import Described
+from gr.models.layers import Stack
 from gr.models.step import StepContext
 
 
@@ -48,11 +49,15 @@ class Catalogue(Protocol):
 
 class Model(nn.Module):
     """``needs``: the action columns that a batch must carry.  ``judged_by``: the metric family that evaluates it (a
-    name in ``gr.registry.METRICS``).  ``needs_global_targets``: whether ``StepContext.candidates_G`` must be filled."""
+    name in ``gr.registry.METRICS``).  ``needs_global_targets``: whether ``StepContext.candidates_G`` must be filled.
+    ``entrances``: methods beside ``forward`` that compute with the module's parameters.  ``lockstep``: set by an engine
+    whose parameters are gathered from all processes when the model computes."""
 
     needs: frozenset[str]
     judged_by: str
     needs_global_targets = False
+    entrances: tuple[str, ...] = ()
+    lockstep = False
 
     def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__()
@@ -97,7 +102,11 @@ class Model(nn.Module):
     @property
     def collective(self) -> bool:
         """Whether every process must call the model together, evaluation included, the same number of times."""
-        return any(table.collective for table in self.tables.values())
+        return self.lockstep or any(table.collective for table in self.tables.values())
+
+    def layers(self) -> list[nn.Module]:
+        """Layers that follow one another, each with parameters of its own."""
+        return [layer for stack in self.modules() if isinstance(stack, Stack) for layer in stack]
 
     @property
     def device(self) -> torch.device:

@@ -89,6 +89,7 @@ class Ranking(Model):
             return {} if self.hidden else {"hidden_dropout": "hidden is empty"}
 
     judged_by = "pointwise"
+    entrances = ("logits",)
 
     def __init__(
         self, config: Config, run: RunConfig, catalogue: Catalogue, processes: Processes | None = None

@@ -50,6 +50,7 @@ class Retrieval(Model):
         similarity: SimilaritySection = SimilaritySection()
 
     judged_by = "catalogue"
+    entrances = ("encode",)
 
     def __init__(
         self, config: Config, run: RunConfig, catalogue: Catalogue, processes: Processes | None = None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
 from gr.models.encoder import head_width, softmax_attention
-from gr.models.layers import FeedForward, Linear
+from gr.models.layers import FeedForward, Linear, Stack
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
 
@@ -52,12 +52,11 @@ class SASRec(nn.Module):
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
         self.uses_times, self.causal = False, config.causal
-        self.blocks = nn.ModuleList(SASRecBlock(config, dim, layer) for layer in range(config.layers))
+        self.blocks = Stack(SASRecBlock(config, dim, layer) for layer in range(config.layers))
         self.final_norm = _norm(config, dim) if config.final_norm else nn.Identity()
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
-        for block in self.blocks:
-            x_TD = block(x_TD, layout)
+        x_TD = self.blocks(x_TD, layout)
         return self.final_norm(x_TD)
 
 

@@ -19,7 +19,7 @@ from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
 from gr.models.dropout import Dropout
 from gr.models.encoder import head_width, softmax_attention
-from gr.models.layers import FeedForward, Linear
+from gr.models.layers import FeedForward, Linear, Stack
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
 
@@ -51,14 +51,13 @@ class Transformer(nn.Module):
         self.uses_times, self.causal = False, config.causal
         self.input_norm = nn.LayerNorm(dim, eps=EPS) if config.input_norm else None
         self.input_dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(config, dim, layer) for layer in range(config.layers))
+        self.blocks = Stack(TransformerBlock(config, dim, layer) for layer in range(config.layers))
         self.final_norm = nn.LayerNorm(dim, eps=EPS) if config.norm == "pre" else None
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         if self.input_norm is not None:
             x_TD = self.input_dropout(self.input_norm(x_TD), derive_key(layout.dropout_key, "input_norm"))
-        for block in self.blocks:
-            x_TD = block(x_TD, layout)
+        x_TD = self.blocks(x_TD, layout)
         return x_TD if self.final_norm is None else self.final_norm(x_TD)
 
 

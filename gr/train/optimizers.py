@@ -158,6 +158,12 @@ def parameter_groups(
     return groups
 
 
+def first_rate(config: Any, names: Sequence[str]) -> float:
+    """The unscheduled rate of the first group that parameters ``names`` make: the one that logs show."""
+    named = [(name, nn.Parameter(torch.empty(0))) for name in names]
+    return parameter_groups(named, config.groups, config.lr, config.weight_decay)[0]["base_lr"]
+
+
 def check_rules(rules: Sequence[ParameterGroup], names: Sequence[str]) -> None:
     """Refuse a rule that takes none of the parameters ``names``, or none that an earlier rule leaves."""
     left = list(names)

@@ -56,10 +56,10 @@ def test_training_goes_on_from_a_checkpoint_to_the_bit(tmp_path, kind):
     assert named(model).keys() == named(other).keys()
     for one, two in zip(named(model).values(), named(other).values(), strict=True):
         assert torch.equal(one, two)
-        moments = engine.optimizer.state[one]
-        assert moments.keys() == its_engine.optimizer.state[two].keys() and moments
+        moments = engine.parts[0].optimizer.state[one]
+        assert moments.keys() == its_engine.parts[0].optimizer.state[two].keys() and moments
         for moment, value in moments.items():
-            found = its_engine.optimizer.state[two][moment]
+            found = its_engine.parts[0].optimizer.state[two][moment]
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(found)), moment
 
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_of_the_cpu_goes_on_on_a_gpu(tmp_path):
     train(engine, 1)
     train(its_engine, 1)
     for one, two in zip(named(on_cpu).values(), named(model).values(), strict=True):
-        assert its_engine.optimizer.state[two]["step"].device == two.device
+        assert its_engine.parts[0].optimizer.state[two]["step"].device == two.device
         torch.testing.assert_close(one.detach(), two.detach().cpu())
 
 

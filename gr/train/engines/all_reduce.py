@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch import nn
 
 from gr.config import ComponentConfig
+from gr.models.model import Model
 from gr.train.engines.engine import Engine
 
 
@@ -16,9 +18,8 @@ class AllReduce(Engine):
     class Config(ComponentConfig):
         name: Literal["all_reduce"] = "all_reduce"
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.module = self.model
+    def wrap(self, model: Model) -> nn.Module:
+        return model
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         return contextlib.nullcontext()
@@ -28,7 +29,8 @@ class AllReduce(Engine):
         if world.size == 1:
             return
         gradients = []
-        for parameter in self.dense.values():
+        for name, part in self.dense.items():
+            parameter = part.parameters[name]
             if parameter.grad is None:  # this process's share had no use for it
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)

@@ -3,12 +3,14 @@
 # not from __future__ import annotations: DDP looks at what its hook's annotations are, and refuses their text
 import contextlib
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Literal
 
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gr.config import ComponentConfig
+from gr.models.model import Model
 from gr.train.engines.engine import Engine
 
 
@@ -16,21 +18,21 @@ class DDP(Engine):
     class Config(ComponentConfig):
         name: Literal["ddp"] = "ddp"
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.module = self.model
+    def wrap(self, model: Model) -> nn.Module:
         world = self.processes.world  # along either axis, gradients are parts of one sum
-        if world.size > 1:
-            # Looking for unused parameters keeps DDP from rebuilding its buckets after the first step: with other
-            # buckets a ring of three or more ranks adds in another order, and a resumed run would lose its bits.
-            # (Two ranks add a and b either way.)
-            self.module = DistributedDataParallel(
-                self.model,
-                process_group=world.group,
-                find_unused_parameters=world.size > 2,
-                gradient_as_bucket_view=True,
-            )
-            self.module.register_comm_hook(world.group, _sum)
+        if world.size == 1:
+            return model
+        # Looking for unused parameters keeps DDP from rebuilding its buckets after the first step: with other
+        # buckets a ring of three or more ranks adds in another order, and a resumed run would lose its bits.
+        # (Two ranks add a and b either way.)
+        wrapped = DistributedDataParallel(
+            model,
+            process_group=world.group,
+            find_unused_parameters=world.size > 2,
+            gradient_as_bucket_view=True,
+        )
+        wrapped.register_comm_hook(world.group, _sum)
+        return wrapped
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         if last or not isinstance(self.module, DistributedDataParallel):
@@ -38,10 +40,8 @@ class DDP(Engine):
         return self.module.no_sync()
 
     def exchange(self) -> None:
-        """DDP has done it for the module; tables with dense gradients stand outside."""
-        for name, parameter in self.dense.items():
-            if name.startswith("tables.") and parameter.grad is not None:
-                self.processes.world.add_up(parameter.grad)
+        """DDP has done it for the module."""
+        self.exchange_tables()
 
 
 def _sum(group, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings

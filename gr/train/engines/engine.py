@@ -22,8 +22,9 @@ from gr.errors import UserError
 from gr.models.model import Model
 from gr.models.step import StepContext
 from gr.processes import Processes
+from gr.train.engines.dense import Dense
 from gr.train.host_copy import HostCopy
-from gr.train.optimizers import check_rules, counts_steps_in_groups, parameter_groups, set_rate
+from gr.train.optimizers import check_rules, first_rate, parameter_groups, set_rate
 from gr.train.slices import Slices
 
 
@@ -47,13 +48,16 @@ class Engine(ABC):
             for table in model.tables.values():
                 if isinstance(table, LocalTable):
                     table.keep_rows()
-        self.dense = dict(model.named_dense())
-        self.optimizer: torch.optim.Optimizer = optimizer.dense(self.dense.items())
+        names = [name for name, _ in model.named_dense()]
         self.moments: tuple[str, ...] = optimizer.moments
+        self.module = self.wrap(model)
+        self.parts = self.divide(optimizer)
+        self.dense: dict[str, Dense] = {name: part for part in self.parts for name in part.parameters}
         self.row_tables: dict[str, Table] = {n: t for n, t in model.tables.items() if not t.dense}
         self.row_optimizers = {name: _of_rows(optimizer, table) for name, table in self.row_tables.items()}
         self._gradients: dict[str, list[Gradient]] = {}
-        check_rules(optimizer.config.groups, [*self.dense, *self._row_columns()])
+        self._base_rate = first_rate(optimizer.config, names)
+        check_rules(optimizer.config.groups, [*names, *self._row_columns()])
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -66,23 +70,23 @@ class Engine(ABC):
         for number, part in enumerate(parts):
             last = number + 1 == len(parts)
             with self.accumulating(last):
-                with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.bf16):
-                    loss = self.module(part, context)
+                loss = self.loss(part, context)
                 total += loss.detach()
                 if last:
                     copy = HostCopy(total)
-                (loss * scale).backward()
+                self.backward(loss * scale)
         self.exchange()
         self._gradients = {n: table.gather_gradients(views[n]) for n, table in self.row_tables.items()}
         return copy
 
     def step(self, rate_factor: float) -> Tensor | None:
         """Move everything by its gradient, clipped; returns the norm before clipping, or None if nothing is."""
-        for groups in (self.optimizer.param_groups, *(o.param_groups for o in self.row_optimizers.values())):
-            set_rate(groups, rate_factor)
+        for optimizer in self.row_optimizers.values():
+            set_rate(optimizer.param_groups, rate_factor)
+        self.rate = self._base_rate * rate_factor
         norm = None if self.clip_norm is None else self._clip(self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        moved = [part.step(rate_factor) for part in self.parts]
+        self.skipped = not all(moved)
         for name, gradients in self._gradients.items():
             self.row_optimizers[name].step(gradients)
         if self._gradients:
@@ -90,14 +94,16 @@ class Engine(ABC):
             self.processes.barrier()  # nobody reads a row that somebody is still moving
         return norm
 
-    @property
-    def rate(self) -> float:
-        """The learning rate of the last step (the first group's)."""
-        return self.optimizer.param_groups[0]["lr"]
+    rate = float("nan")
+    """The learning rate of the last step (the first group's)."""
+
+    skipped = False
+    """Whether the last step left dense parameters where they were, because their gradients are not finite; the same on
+    all processes."""
 
     def finite(self) -> bool:
         """Whether every parameter, and every row of this process, is a number."""
-        checks = [parameter.isfinite().all() for parameter in self.dense.values()]
+        checks = [part.finite() for part in self.parts]
         for table in self.row_tables.values():
             for piece in table.pieces():
                 checks += [piece.values_RC[start:stop].isfinite().all() for start, stop in piece.chunks()]
@@ -111,26 +117,47 @@ class Engine(ABC):
     module: nn.Module
     """What is called for a micro-batch's loss: the model, or what wraps it."""
 
+    parts: list[Dense]
+    """All dense parameters, by what moves them."""
+
+    @abstractmethod
+    def wrap(self, model: Model) -> nn.Module:
+        """``module``.  It never meets a table: those stand beside the model."""
+
+    def divide(self, optimizer: Any) -> list[Dense]:
+        """``parts``: all in one, if there is nothing to tell apart."""
+        return [Dense(dict(self.model.named_dense()), optimizer.dense)]
+
     @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager:
         """Around each micro-batch's forward and backward pass."""
+
+    def loss(self, part: Any, context: StepContext) -> Tensor:
+        """The sum of a micro-batch's losses."""
+        with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.module(part, context)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     @abstractmethod
     def exchange(self) -> None:
         """After the last micro-batch: dense gradients are the sums over processes when this returns."""
 
+    def exchange_tables(self) -> None:
+        """Of tables with dense gradients, which no wrapper has seen."""
+        for name, part in self.dense.items():
+            gradient = part.parameters[name].grad
+            if name.startswith("tables.") and gradient is not None:
+                self.processes.world.add_up(gradient)
+
     # -- state ----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters as ``model/NAME`` and moments as ``optimizer/MOMENT/NAME``, whole."""
-        tensors = parameters(self.model)
-        for name, parameter in self.dense.items():
-            state = dict(self.optimizer.state.get(parameter, {}))
-            if state and counts_steps_in_groups(self.optimizer):
-                state["step"] = torch.tensor(float(self._group_of(parameter)["step"]))
-            for moment, value in state.items():
-                if value is not None:
-                    tensors[f"optimizer/{moment}/{name}"] = torch.as_tensor(value)
+        tensors = _of_tables(self.model)
+        for part in self.parts:
+            tensors |= {name: value for name, value in part.tensors().items() if name not in tensors}
         for name, optimizer in self.row_optimizers.items():
             tensors |= _row_moments(self.row_tables[name], optimizer)
             tensors |= {
@@ -143,7 +170,10 @@ class Engine(ABC):
     def load(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors to be filled with what a checkpoint has under ``names``: parameters and moments, in place where
         that is possible; :meth:`loaded` then takes in the rest."""
-        wanted = parameters(self.model)
+        wanted = _of_tables(self.model)
+        for part in self.parts:
+            values = {f"model/{name}": value for name, value in part.values().items()}
+            wanted |= {name: value for name, value in values.items() if name not in wanted}
         of_rows: dict[str, Tensor] = {}
         for name, optimizer in self.row_optimizers.items():
             of_rows |= _row_moments(self.row_tables[name], optimizer)
@@ -155,7 +185,7 @@ class Engine(ABC):
             if moment == "step":
                 wanted[name] = torch.zeros(())
             elif owner in self.dense:
-                wanted[name] = torch.zeros_like(self.dense[owner], device="cpu")
+                wanted[name] = self.dense[owner].wanted(owner)
             elif name in of_rows:
                 wanted[name] = of_rows[name]
         return wanted
@@ -174,21 +204,10 @@ class Engine(ABC):
             moment, _, owner = rest.partition("/")
             if kind != "optimizer":
                 continue
-            if owner not in self.dense:
-                if moment == "step":
-                    self.row_optimizers[owner.removeprefix("tables.").split(".")[0]].steps = int(value)
-                continue
-            parameter = self.dense[owner]
-            group = self._group_of(parameter)
-            if moment == "step" and counts_steps_in_groups(self.optimizer):
-                group["step"] = int(value)
-                continue
-            # torch counts steps on the CPU, but where one kernel does the whole update
-            on_device = moment != "step" or group.get("fused") or group.get("capturable")
-            self.optimizer.state[parameter][moment] = value.to(parameter.device) if on_device else value
-
-    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        return next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
+            if owner in self.dense:
+                self.dense[owner].take(moment, owner, value)
+            elif moment == "step":
+                self.row_optimizers[owner.removeprefix("tables.").split(".")[0]].steps = int(value)
 
     def _row_columns(self) -> Iterator[str]:
         for name, table in self.row_tables.items():
@@ -198,12 +217,13 @@ class Engine(ABC):
 
     def _clip(self, clip_norm: float) -> Tensor:
         """One norm over dense gradients and those of all rows; all are scaled by min(1, clip_norm / norm)."""
-        gradients = [p.grad for p in self.dense.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norms = [part.norm() for part in self.parts]
         if self._gradients:
-            norm = torch.linalg.vector_norm(torch.stack([norm, self._row_norm()]))
-        torch.nn.utils.clip_grads_with_norm_(self.dense.values(), clip_norm, norm)
-        factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # torch's own
+            norms.append(self._row_norm())
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # as torch does it
+        for part in self.parts:
+            part.clip(factor, norm)
         for pieces in self._gradients.values():
             for gradient in pieces:
                 gradient.factor = factor.to(gradient.device)
@@ -234,11 +254,16 @@ def _of_rows(optimizer: Any, table: Table) -> RowOptimizer:
 
 def parameters(model: Model) -> dict[str, Tensor]:
     """All parameters of a model and its tables as ``model/NAME``, their own memory: to be saved, or filled."""
+    own = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return _of_tables(model) | own
+
+
+def _of_tables(model: Model) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for table in model.tables.values():
         pieces = table.pieces()
         tensors |= _named_slices("model", table, pieces, [piece.values_RC for piece in pieces])
-    return tensors | {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return tensors
 
 
 def _row_moments(table: Table, optimizer: RowOptimizer) -> dict[str, Tensor]:

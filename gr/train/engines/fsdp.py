@@ -1,0 +1,63 @@
+"""PyTorch's fully_shard around the dense part: each process keeps a shard of every parameter, its gradient and moments;
+a layer is gathered while it computes.  State leaves and enters as DTensors, under everybody's names."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from gr.config import ComponentConfig
+from gr.models.model import Model
+from gr.train.engines.dense import Dense
+from gr.train.engines.engine import Engine
+
+
+class FSDP(Engine):
+    """With one process there is nothing to share: the model as it is."""
+
+    class Config(ComponentConfig):
+        name: Literal["fsdp"] = "fsdp"
+
+    def wrap(self, model: Model) -> nn.Module:
+        world = self.processes.world  # along either axis, gradients are parts of one sum
+        if world.size == 1:
+            return model
+        self.collective = model.lockstep = True
+        mesh = DeviceMesh.from_group(world.group, self.processes.device.type)
+        for layer in model.layers():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # sums over processes, not means: exchanges add, and nothing is divided
+                module.set_force_sum_reduction_for_comms(True)
+                module.set_gradient_divide_factor(1.0)
+        # a share that has no use for a parameter still takes part in its exchange
+        model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+        for method in model.entrances:
+            register_fsdp_forward_method(model, method)
+        return model
+
+    def divide(self, optimizer: Any) -> list[Dense]:
+        """Shards apart from whole tables: torch doesn't take both in one list."""
+        if self.processes.world.size == 1:
+            return super().divide(optimizer)
+        named = dict(self.model.named_dense())
+        whole = {name: p for name, p in named.items() if name.startswith("tables.")}
+        shards = {name: p for name, p in named.items() if name not in whole}
+        parts = [Dense(shards, optimizer.dense, self.processes.world)]
+        return [*parts, Dense(whole, optimizer.dense)] if whole else parts
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def exchange(self) -> None:
+        """fully_shard has done it for the module."""
+        self.exchange_tables()
