@@ -41,6 +41,7 @@ class MappedTable(Table):
 
     whole = False
     dense = False
+    has_cross_entropy = False
 
     def __init__(self, config: Config, spec: TableSpec, processes: Processes) -> None:
         self.spec, self.processes = spec, processes
@@ -126,13 +127,6 @@ class MappedTable(Table):
         rows, _ = world.exchange(rows_U, counts)
         gradients, _ = world.exchange(torch.cat(columns, dim=1).cpu(), counts)
         return RowGradients.summed(rows, gradients, self.dim)
-
-    def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
-        raise UserError(
-            "objective full_softmax needs the gradient of every row in every step, and model.table mapped fetches "
-            "rows: use model.table=local, or another objective",
-            everywhere=True,
-        )
 
     # -- the whole catalogue --------------------------------------------------------------------------------------
 

@@ -58,6 +58,9 @@ class Table(ABC):
     """Whether the gradient is a tensor of the table's size on every process, which the engine adds up and moves as it
     does any other parameter's.  Others keep their rows to themselves and move them by ``update``."""
 
+    has_cross_entropy = True
+    """Whether it has :meth:`cross_entropy`, which gives every row a gradient in every step."""
+
     name = property(lambda self: self.spec.name)
     rows = property(lambda self: self.spec.rows)
     dim = property(lambda self: self.spec.dim)
@@ -75,10 +78,10 @@ class Table(ABC):
         Every process of the run calls this together, once a step.
         """
 
-    @abstractmethod
     def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
         """The sum over t of the cross-entropy of target t against all rows: a float32 scalar, differentiable in the
-        queries and in the table."""
+        queries and in the table.  Only of tables that say so (``has_cross_entropy``)."""
+        raise TypeError(f"{type(self).__name__} has no gradient for every row")
 
     def gather_gradients(self, view: View) -> RowGradients:
         """The gradients of the rows that this process owns, summed over everybody's views; all processes call this

@@ -118,6 +118,7 @@ def test_early_stopping_stops_saves_and_stays_stopped(config):
     "overrides,sentence",
     [
         (["eval.splits=[test]", "train.early_stopping={}"], "looks at split 'valid'"),
+        (["objective=full_softmax", "model.table=mapped"], "full_softmax needs the gradient of every row"),
         (["train.early_stopping={metric: ndcg@5}"], "'ndcg@5' is not evaluated .did you mean 'ndcg@10'"),
         (["data.split={name: records, train: 0.0, valid: 0.5}"], "leaves no training sequence"),
         (
