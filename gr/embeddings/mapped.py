@@ -21,7 +21,6 @@ from torch import Tensor
 
 from gr.config import ComponentConfig
 from gr.embeddings.row_updates import CHUNK_NUMBERS, Gradient, Piece, SparseGradient
-from gr.embeddings.scoring import Scoring
 from gr.embeddings.table import Table, TableSpec, leaves, local_gradients, matrix
 from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
@@ -35,6 +34,8 @@ class MappedTable(Table):
     class Config(ComponentConfig):
         name: Literal["mapped"] = "mapped"
         folder: str | None = None
+
+    has_cross_entropy = False
 
     def __init__(self, config: Config, spec: TableSpec, processes: Processes) -> None:
         self.spec, self.processes = spec, processes
@@ -110,13 +111,6 @@ class MappedTable(Table):
         total = SparseGradient.summed(rows - self.own_rows.start, gradients)
         columns = total.values_UC.split([self.dim, 1], dim=1) if self.spec.bias else [total.values_UC]
         return [SparseGradient(total.rows_U, values_UC) for values_UC in columns]
-
-    def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
-        raise UserError(
-            "objective full_softmax needs the gradient of every row in every step, and model.table mapped fetches "
-            "rows: use model.table=local, or another objective",
-            everywhere=True,
-        )
 
     # -- the whole catalogue --------------------------------------------------------------------------------------
 

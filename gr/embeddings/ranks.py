@@ -46,14 +46,15 @@ def target_scores(chunks: Chunks, targets_B: Tensor) -> Tensor:
     It is read out of the chunk's scores: a product of its own could differ in the last bit, and break ties.
     """
     found_B = torch.full(targets_B.shape, -torch.inf, device=targets_B.device)
+    broken_B = torch.zeros_like(targets_B, dtype=torch.bool)
     for start, scores_BC in chunks:
         column_B = targets_B - start
         here_B = (column_B >= 0) & (column_B < scores_BC.shape[1])
         own_B = scores_BC.gather(1, column_B.clamp(0, scores_BC.shape[1] - 1)[:, None])[:, 0]
         found_B = torch.where(here_B, own_B.to(found_B.dtype), found_B)
         # max hands NaN on, without a mask of the scores' size
-        found_B = torch.where(scores_BC.amax(1).isnan(), torch.nan, found_B)
-    return found_B
+        broken_B |= scores_BC.amax(1).isnan()
+    return found_B.masked_fill(broken_B, torch.nan)
 
 
 def count_above(

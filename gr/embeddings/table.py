@@ -68,6 +68,9 @@ class Table(ABC):
     collective = False
     by_columns = False
 
+    has_cross_entropy = True
+    """Whether it has :meth:`cross_entropy`, which gives every row a gradient in every step."""
+
     name = property(lambda self: self.spec.name)
     rows = property(lambda self: self.spec.rows)
     dim = property(lambda self: self.spec.dim)
@@ -81,10 +84,10 @@ class Table(ABC):
         Every process of the run calls this together, once a step.
         """
 
-    @abstractmethod
     def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
         """The sum over t of the cross-entropy of target t against all rows: a float32 scalar, differentiable in the
-        queries and in the table."""
+        queries and in the table.  Only of tables that say so (``has_cross_entropy``)."""
+        raise TypeError(f"{type(self).__name__} has no gradient for every row")
 
     @abstractmethod
     def pieces(self) -> list[Piece]:

@@ -74,6 +74,12 @@ class Retrieval(Model):
         check_causal(self.task, self.encoder, config.encoder.name)
         self.similarity = Similarity(config.similarity)
         self.objective = run.objective.build(self.similarity, catalogue)
+        if self.objective.needs_every_row and not self.items.has_cross_entropy:
+            raise UserError(
+                f"objective {run.objective.name} needs the gradient of every row in every step, and model.table "
+                f"{config.table.name} fetches rows: use model.table=local, or another objective",
+                everywhere=True,
+            )
         self.needs = frozenset({"item", "time"} if self.encoder.uses_times else {"item"})
         initialise(self, run.train.seed)
 

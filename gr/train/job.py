@@ -160,9 +160,9 @@ def _prepare_folder(folder: RunFolder, config: RunConfig, cursor: Cursor, newest
             *(folder.metrics, rows, cursor.metrics_rows, newest),
         )
         cursor.metrics_rows = rows
+    where = "its end" if cursor.finished else f"epoch {cursor.epoch + 1}, step {cursor.step}"
     _reconsider_best(folder, config, cursor)
     folder.rewrite_config(configs.to_yaml(config))
-    where = "its end" if cursor.finished else f"epoch {cursor.epoch + 1}, step {cursor.step}"
     print(f"resuming '{folder.path}' at {where}", flush=True)
 
 
@@ -177,6 +177,7 @@ def _reconsider_best(folder: RunFolder, config: RunConfig, cursor: Cursor) -> No
     best, so_far = best_validation(rows, metric), validations(rows, metric)
     cursor.best = {} if best is None else best_of(best, metric)
     cursor.stale = 0 if best is None else len(so_far) - 1 - so_far.index(best)
+    cursor.finished = False  # or nothing would be saved where nothing is left to train
     changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key])
     found = f"the best of them is epoch {best['epoch'] + 1}" if best else "none so far can be compared"
     print(f"validations are judged otherwise than before ({changed}): {found}", flush=True)

@@ -53,6 +53,7 @@ def find_checkpoint(folder: RunFolder, name: str) -> Path:
         raise UserError(f"run '{folder.path}' has no complete checkpoint yet: let it train, or --resume it")
     if name == "last":
         return last
+    steps = dict(checkpoint.listed(folder.checkpoints))
     if name == "best":
         best = checkpoint.read_state(last)["cursor"]["best"]
         if not best:
@@ -61,7 +62,11 @@ def find_checkpoint(folder: RunFolder, name: str) -> Path:
                 "(data.split.holdout=2 and eval.splits=[valid, test])"
             )
         name = str(int(best["step"]))
-    steps = dict(checkpoint.listed(folder.checkpoints))
+        if int(name) not in steps:  # another metric chose then, and the checkpoint was pruned
+            raise UserError(
+                f"run '{folder.path}' is best at step {name} (by {best['metric']}), of which no checkpoint was kept: "
+                f"choose one of {', '.join(map(str, steps))}"
+            )
     if not name.isdigit() or int(name) not in steps:
         raise UserError(
             f"run '{folder.path}' has no checkpoint '{name}': it has last, best and the steps "

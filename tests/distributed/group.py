@@ -26,7 +26,7 @@ def in_group(
     variables of a launcher are set and the rest is left to gr.  Results are tensors and plain values.
     """
     folder.mkdir(parents=True)
-    port = None if by_hand else _free_port()
+    port = None if by_hand else free_port()
     multiprocessing.spawn(_process, (work, ranks, str(folder), port, arguments), nprocs=ranks)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
@@ -55,7 +55,7 @@ def _process(
     torch.save(result, f"{folder}/{rank}.pt")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -72,7 +72,7 @@ def steps(tmp_path_factory):
     return {1: [every_step()], **many}
 
 
-# A number of a gradient is a sum over at most 30 targets x 8 candidates, that processes and micro-batches add in other
+# A number of a gradient is a sum over at most 30 targets x 8 candidates, which processes and micro-batches add in any
 # order, and its move is a difference of parameters below 2: in parts of the largest move of its tensor (none is below
 # 0.001), log2(30 * 8) roundings and one of 2^-24 / 0.001.  Errors of a few such sums add up through the layers: x 4.
 BOUND = 4 * (8 * 2.0**-24 + 2.0**-24 / 0.001)

@@ -14,12 +14,14 @@ from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
 from gr.errors import UserError
 from gr.models.retrieval import Retrieval
+from gr.processes import Processes
 from gr.train import checkpoint, job
+from gr.train.cursor import Cursor
 from gr.train.folder import RunFolder
 from gr.train.report import final_rows
 from gr.train.reproduction import reproduce as reproduction
-from gr.train.runs import find_checkpoint
-from tests.end_to_end.tiny import CONFIG, make_dataset
+from gr.train.runs import find_checkpoint, open_run
+from tests.end_to_end.tiny import CONFIG, make_dataset, weights
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,7 @@ def test_early_stopping_stops_saves_and_stays_stopped(config):
     "overrides,sentence",
     [
         (["eval.splits=[test]", "train.early_stopping={}"], "looks at split 'valid'"),
+        (["objective=full_softmax", "model.table=mapped"], "full_softmax needs the gradient of every row"),
         (["train.early_stopping={metric: ndcg@5}"], "'ndcg@5' is not evaluated .did you mean 'ndcg@10'"),
         (["data.split={name: records, train: 0.0, valid: 0.5}"], "leaves no training sequence"),
         (
@@ -176,6 +179,50 @@ def test_lost_rows_are_said_and_training_goes_on(config, caplog):
     assert [r["step"] for r in again.metrics if r["kind"] == "train"] == [1, 2, 3, 9]
     state = checkpoint.read_state(checkpoint.newest(RunFolder(result.path).checkpoints))
     assert state["cursor"]["metrics_rows"] == len(again.metrics)
+
+
+def test_weights_without_moments_do_not_go_on(config):
+    """They are enough to evaluate, and for an optimiser that keeps no moments."""
+    result = job.run(config("train.max_steps=5"))
+    folder = RunFolder(result.path)
+    newest = checkpoint.newest(folder.checkpoints)
+    cursor = Cursor(**checkpoint.read_state(newest)["cursor"])
+    parameters = {name: v for name, v in weights(result.path).items() if name.startswith("model/")}
+    checkpoint.save(folder.checkpoints, parameters, cursor, {}, Processes(torch.device("cpu")))
+    before = {file: file.read_bytes() for file in (folder.metrics, folder.config)}
+    with pytest.raises(UserError) as refusal:
+        job.resume(result.path, ["train.max_steps=7"])
+    assert str(refusal.value) == (
+        f"checkpoint '{newest}' has the weights but no exp_avg of 'encoder.layers.0.output.bias', without which "
+        "training can't go on: choose an older checkpoint, or start a new run"
+    )
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert open_run(result.path).step == 5
+
+    plain = ["optimizer={name: sgd, lr: 0.05}", f"run.dir={result.path}-sgd"]
+    result = job.run(config("train.max_steps=5", *plain))
+    assert all(name.startswith("model/") for name in weights(result.path))
+    assert job.resume(result.path, ["train.max_steps=7"]).metrics[-1]["step"] == 7
+
+
+def test_a_checkpoint_of_another_format_is_refused(config):
+    result = job.run(config("train.max_steps=5"))
+    folder = RunFolder(result.path)
+    newest = checkpoint.newest(folder.checkpoints)
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps(state | {"format_version": 1}))
+    files = json.loads((newest / "complete.json").read_text())
+    files["state.json"] = checkpoint._fingerprint(newest / "state.json")
+    (newest / "complete.json").write_text(json.dumps(files))
+    before = {file: file.read_bytes() for file in (folder.metrics, folder.config)}
+    for attempt in (lambda: job.resume(result.path, ["train.max_steps=7"]), lambda: open_run(result.path)):
+        with pytest.raises(UserError) as refusal:
+            attempt()
+        assert str(refusal.value) == (
+            f"checkpoint '{newest}' has format version 1, this gr reads {checkpoint.FORMAT_VERSION}: continue it with "
+            "the gr that wrote it"
+        )
+    assert all(file.read_bytes() == content for file, content in before.items())
 
 
 def test_parameters_that_are_not_finite_are_never_saved(config, monkeypatch):

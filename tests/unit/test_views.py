@@ -299,15 +299,14 @@ def test_every_optimiser_moves_a_mapped_table_as_a_local_one(monkeypatch, optimi
     assert_same_training(pairs, trained)
 
 
-def test_full_softmax_is_refused_in_one_sentence():
-    model = model_of("mapped", "full_softmax")
-    engine = engine_of(model, OPTIMIZERS["adamw"].build())
+def test_full_softmax_is_refused_in_one_sentence_when_the_model_is_built():
     with pytest.raises(UserError) as refusal:
-        train(model, engine)
+        model_of("mapped", "full_softmax")
     assert str(refusal.value) == (
         "objective full_softmax needs the gradient of every row in every step, and model.table mapped fetches "
         "rows: use model.table=local, or another objective"
     )
+    model_of("local", "full_softmax")
 
 
 def test_queries_and_evaluation_read_the_mapped_rows():

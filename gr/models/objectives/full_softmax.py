@@ -19,6 +19,8 @@ from gr.models.tasks import Supervision
 
 
 class FullSoftmax(Objective):
+    needs_every_row = True
+
     class Config(ComponentConfig):
         name: Literal["full_softmax"] = "full_softmax"
 

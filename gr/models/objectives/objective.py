@@ -19,6 +19,8 @@ class Objective(nn.Module):
     """``needs_global_targets``: whether the targets of the whole global batch must stand in the step's context."""
 
     needs_global_targets = False
+    needs_every_row = False
+    """Whether every row of the table has a gradient in every step: ``Table.cross_entropy``."""
 
     def __init__(self, similarity: Similarity) -> None:
         super().__init__()

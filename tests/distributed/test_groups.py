@@ -1,0 +1,167 @@
+"""Whole runs on groups of processes: made by hand or by a launcher, by every engine, with rows kept by their owners."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gr import config as configs
+from gr.train import job
+from gr.train.folder import RunFolder
+from tests.distributed.group import free_port, in_group, variables
+from tests.distributed.test_training import LOSS_TOLERANCE, NO_DROPOUT, WEIGHT_TOLERANCE
+from tests.end_to_end.tiny import ROOT, make_dataset, weights, write_config
+
+USERS, VALIDATED = 150, 143
+"""Of the tiny dataset: all have a test action, those with three actions a validation action too."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("groups")
+    make_dataset(path / "data")
+    return path
+
+
+def train(folder: Path, runs: dict[str, list[str]]) -> dict[str, list[dict]]:
+    """Train every run of ``runs`` (name -> overrides) one after another; their metrics on the main process."""
+    metrics = {}
+    for name, overrides in runs.items():
+        file = folder / f"{name}.yaml"
+        metrics[name] = job.run(configs.load(file, overrides)).metrics
+    return metrics
+
+
+def in_processes(
+    folder: Path, ranks: int, runs: dict[str, list[str]], by_hand: bool = True
+) -> dict[str, list[dict]]:
+    """:func:`train` on ``ranks`` processes."""
+    for name in runs:
+        write_config(folder, folder / "data", folder / name)
+    if ranks == 1:
+        return train(folder, runs)
+    first, *others = in_group(train, ranks, folder / f"{'-'.join(runs)} group", folder, runs, by_hand=by_hand)
+    assert all(metrics == {name: [] for name in runs} for metrics in others), (
+        "one process alone has the metrics"
+    )
+    return first
+
+
+def losses(metrics: list[dict]) -> list[float]:
+    return [row["loss"] for row in metrics if row["kind"] == "train"]
+
+
+def test_a_group_made_by_hand_trains_as_the_launchers_does(folder):
+    """Dropout is each process's own: losses tell how many there were."""
+    short = ["train.max_steps=6"]
+    by_hand = in_processes(folder, 2, {"by_hand": short})["by_hand"]
+    launched = in_processes(folder, 2, {"launched": short}, by_hand=False)["launched"]
+    alone = in_processes(folder, 1, {"alone": short})["alone"]
+    assert by_hand == launched
+    assert [row["data_digest"] for row in by_hand if row["kind"] == "train"] == [
+        row["data_digest"] for row in alone if row["kind"] == "train"
+    ]
+    assert losses(by_hand) != losses(alone), "two processes trained as one"
+    for metrics in (by_hand, alone):
+        users = {row["split"]: row["users"] for row in metrics if row["kind"] == "eval"}
+        assert users == {"valid": VALIDATED, "test": USERS}
+    assert len(losses(by_hand)) == len(RunFolder(folder / "by_hand").read_metrics()) - 2 == 6
+
+
+KINDS = {
+    "ddp": [],
+    "all_reduce": ["train.engine=all_reduce"],
+    "mapped": ["model.table=mapped"],
+    "mapped_all_reduce": ["model.table=mapped", "train.engine=all_reduce"],
+}
+BIASED = [
+    "model.similarity={normalize: false, temperature: 1.0, item_bias: true}",
+    "optimizer.weight_decay=0.05",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> dict[str, list[dict]]:
+    """The same run of every kind on two processes, mapped on four, and as a local table on one: metrics by name."""
+    common = [*NO_DROPOUT, *BIASED]
+    found = in_processes(folder, 1, {"local_one": common, "mapped_one": [*common, *KINDS["mapped"]]})
+    found |= in_processes(folder, 2, {name: [*common, *kind] for name, kind in KINDS.items()})
+    return found | in_processes(folder, 4, {"mapped_four": [*common, *KINDS["mapped"]]})
+
+
+@pytest.mark.parametrize(("one", "other"), [("ddp", "all_reduce"), ("mapped", "mapped_all_reduce")])
+def test_both_engines_give_the_same_bits_on_two_processes(folder, runs, one, other):
+    assert runs[one] == runs[other]
+    mine, theirs = weights(folder / one), weights(folder / other)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("name", ["mapped_one", "mapped", "mapped_four", "ddp"])
+def test_a_mapped_table_trains_alike_on_one_two_and_four_processes(folder, runs, name):
+    """The tolerances are those of local tables on several processes (test_training.py says where they come from)."""
+    assert [row["targets"] for row in runs[name] if row["kind"] == "train"] == [
+        row["targets"] for row in runs["local_one"] if row["kind"] == "train"
+    ]
+    assert losses(runs[name]) == pytest.approx(losses(runs["local_one"]), rel=LOSS_TOLERANCE)
+    expected, found = weights(folder / "local_one"), weights(folder / name)
+    assert found.keys() == expected.keys(), "a checkpoint says nothing of tables and engines"
+    for key, tensor in expected.items():
+        if key.startswith("model/"):
+            assert (found[key] - tensor).abs().max() <= WEIGHT_TOLERANCE, key
+        elif key.startswith("optimizer/step/"):
+            assert found[key] == tensor == 12
+        else:  # moments are means of gradients and of their squares
+            assert (found[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), key
+
+
+def test_a_mapped_run_of_four_processes_goes_on_as_a_local_one_of_two(folder, runs):
+    """Checkpoints hold whole tensors: other processes, another engine, the other table."""
+    in_processes(folder, 4, {"changes": [*NO_DROPOUT, *BIASED, "model.table=mapped", "train.max_steps=5"]})
+    (found, _) = in_group(go_on, 2, folder / "changes goes on", folder / "changes")
+    assert found == pytest.approx(losses(runs["local_one"]), rel=LOSS_TOLERANCE)
+
+
+def go_on(run: Path) -> list[float]:
+    result = job.resume(run, ["train.max_steps=12", "model.table=local", "train.engine=all_reduce"])
+    return losses(result.metrics)
+
+
+def test_a_folder_that_processes_do_not_share_is_refused(folder, tmp_path):
+    """Each process has a disk of its own: a relative run.dir in different working directories."""
+    config = write_config(folder, folder / "data", Path("run"))
+    port, processes = free_port(), []
+    for rank in range(2):
+        disk = tmp_path / f"disk-{rank}"
+        disk.mkdir()
+        command = [
+            sys.executable,
+            str(ROOT / "launch/train.py"),
+            "--config",
+            str(config),
+            "train.max_steps=2",
+        ]
+        environment = {**os.environ, **variables(rank, 2, port)}
+        processes.append(
+            subprocess.Popen(
+                command, cwd=disk, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert said == [
+        (
+            "",
+            "error: run.dir 'run' is not the same folder on rank 1 as on rank 0: put it on a file system that all "
+            "machines share\n",
+        ),
+        ("", ""),
+    ]
+    assert [list((tmp_path / f"disk-{rank}").iterdir()) for rank in range(2)] == [[], []], (
+        "nothing is left behind"
+    )
