@@ -48,9 +48,15 @@ def explanation() -> str:
     return gr_kernels.explain(gr_kernels.cross_entropy, queries, table, ROWS)
 
 
+def preferred() -> str:
+    with gr_kernels.preferring("reference"):
+        return explanation()
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "hstu_attention": attention,
     "explain": explanation,
+    "preferring": preferred,
     "add_positions_and_times": lambda: gr_kernels.add_positions_and_times(
         numbers(T, D), OFFSETS, max_length=N, position_PD=numbers(N, D)
     ),
