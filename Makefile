@@ -39,14 +39,18 @@ $(VENV)/.gr: setup.py pyproject.toml $(VENV)/.packages $(VENV)/.kernels
 	$(STEP) gr $(VENV) $(DEVICE)
 	$(DONE)
 
-setup-sharded: setup ## also TorchRec and FBGEMM, for tables over many devices
+setup-sharded: setup $(VENV)/.sharded ## also TorchRec, FBGEMM and DeepSpeed, for models over many devices
+	@echo "[setup] ready: $(PY), for models over many devices"
+
+$(VENV)/.sharded: pyproject.toml gr/tested_set.txt $(VENV)/.torch | $(VENV)/.gr
 	$(STEP) sharded $(VENV) $(DEVICE)
+	$(DONE)
 
 train: setup ## quickstart: makes a small synthetic stream, trains HSTU on it, ends with a table and a plot
 	@$(PY) launch/quickstart.py
 
-test: setup ## all tests (TESTS=tests/unit for some)
-	@$(PY) -m pytest $(TESTS)
+test: setup setup-sharded ## all tests (TESTS=tests/unit for some)
+	@GR_TEST_ALL=1 $(PY) -m pytest $(TESTS)
 
 bench-gpu: setup ## kernels on a GPU: tests, sanitizer, resources, every benchmark, one report (STEPS="tests block" for some)
 	@$(PY) benchmarks/kernels/suite.py --device cuda $(if $(STEPS),--steps $(STEPS))
