@@ -208,6 +208,13 @@ def processes(device: str = "auto", threads: int | None = None, context: int = 1
             dist.destroy_process_group()
 
 
+def with_group(device: torch.device) -> None:
+    """Have a process group, for what can't do without one where there is one process only; it goes with the run."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def _place_on_machine(rank: int, ranks: int) -> tuple[int, int]:
     """(rank, ranks) among the processes of this machine."""
     machines: list[str] = [""] * ranks

@@ -33,6 +33,7 @@ ENGINES = {
     "ddp": "gr.train.engines.ddp:DDP",
     "all_reduce": "gr.train.engines.all_reduce:AllReduce",
     "fsdp": "gr.train.engines.fsdp:FSDP",
+    "deepspeed": "gr.train.engines.deepspeed:DeepSpeed",
 }
 
 METRICS = {

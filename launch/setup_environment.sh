@@ -29,6 +29,18 @@ find_python() {
     fail "no Python 3.11 or 3.12 (with venv) was found: install one, or name it: make setup PYTHON=/path/to/python3.12"
 }
 
+listed() { # the packages of pyproject.toml's lists: listed LIST...
+    "$python" - "$@" <<'PYTHON'
+import sys
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+lists = {"dependencies": project["dependencies"], **project["optional-dependencies"]}
+print(*(package for name in sys.argv[1:] for package in lists[name]), sep="\n")
+PYTHON
+}
+
 case $step in
 venv)
     if [ -x "$python" ]; then
@@ -65,13 +77,7 @@ torch)
 packages)
     say "installing what gr and its tests need"
     # the dependency lists of pyproject.toml, without gr itself, so that editing code never asks for this again
-    "$python" - <<'PYTHON' >"$venv/packages.txt"
-import tomllib
-
-with open("pyproject.toml", "rb") as file:
-    project = tomllib.load(file)["project"]
-print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")
-PYTHON
+    listed dependencies dev >"$venv/packages.txt"
     install -r "$venv/packages.txt"
     ;;
 
@@ -95,8 +101,9 @@ gr)
 sharded)
     fbgemm=fbgemm-gpu-cpu
     if [ "$device" = cuda ]; then fbgemm=fbgemm-gpu; fi
-    say "installing torchrec and $fbgemm"
-    install --no-build-isolation -e '.[sharded]'
+    say "installing torchrec, $fbgemm and deepspeed"
+    listed sharded deepspeed >"$venv/sharded.txt"
+    install -r "$venv/sharded.txt"
     index=()
     if [ -n "${GR_TORCH_INDEX_URL:-}" ]; then index=(--extra-index-url "$GR_TORCH_INDEX_URL"); fi
     # torchrec's metadata insists on the CUDA fbgemm and on one old torchmetrics

@@ -104,9 +104,9 @@ class Model(nn.Module):
         """Whether every process must call the model together, evaluation included, the same number of times."""
         return self.lockstep or any(table.collective for table in self.tables.values())
 
-    def layers(self) -> list[nn.Module]:
-        """Layers that follow one another, each with parameters of its own."""
-        return [layer for stack in self.modules() if isinstance(stack, Stack) for layer in stack]
+    def stacks(self) -> list[Stack]:
+        """Its parts in which layers follow one another, each with parameters of its own."""
+        return [module for module in self.modules() if isinstance(module, Stack)]
 
     @property
     def device(self) -> torch.device:

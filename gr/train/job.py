@@ -30,6 +30,7 @@ CHANGEABLE = (
     *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
+    "train.activation_checkpointing",
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.
 

@@ -51,9 +51,10 @@ def advice_when_out_of_memory(config: RunConfig) -> Iterator[None]:
         if not _is_out_of_memory(error):
             raise
         train, evaluation = config.train, config.eval
+        again = "" if train.activation_checkpointing else "set train.activation_checkpointing=true, lower "
         raise UserError(
             f"out of memory ({str(error).splitlines()[0]}): lower train.micro_batch_actions (now "
-            f"{train.micro_batch_actions}; the loss does not change), then eval.max_scores (now "
+            f"{train.micro_batch_actions}; the loss does not change), then {again}eval.max_scores (now "
             f"{evaluation.max_scores}), data.max_length (now {config.data.max_length}) or model.dim, "
             "or train on more processes"
         ) from error

@@ -1,7 +1,8 @@
 """Optimisers by name; a name fixes the maths, whichever implementation carries it out.
 
 ``dense(named)`` makes torch's optimiser of parameters with dense gradients, ``of_rows()`` the maths of a table that
-keeps its rows to itself; with ``by_rows`` every table does.  One that can't be had is a UserError, never another one.
+keeps its rows to itself; with ``by_rows`` every table does.  ``moments``: what it keeps of each dense number;
+``counts_steps``: whether the number of steps matters.  One that can't be had is a UserError, never another one.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class AdamW:
 
     by_rows = False
     moments = ("exp_avg", "exp_avg_sq")
+    counts_steps = True
 
     def dense(self, named: Named) -> torch.optim.Optimizer:
         config, named = self.config, list(named)
@@ -79,6 +81,7 @@ class SGD:
         self.config = config
 
     by_rows = False
+    counts_steps = False
 
     @property
     def moments(self) -> tuple[str, ...]:

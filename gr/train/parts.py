@@ -59,6 +59,8 @@ def _open_to_train(config: RunConfig) -> Data:
 def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
     check_targets(config, data)
     model = build_model(config, data, processes)
+    if config.train.activation_checkpointing:
+        _recompute(model, config)
     engine = config.train.engine.build(
         model,
         config.optimizer.build(),
@@ -76,6 +78,17 @@ def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
         columns=model.needs,
     )
     return Parts(data, model, engine, build_batches(config, data, model.needs, processes), evaluation)
+
+
+def _recompute(model: Model, config: RunConfig) -> None:
+    stacks = model.stacks()
+    if not stacks:
+        raise UserError(
+            "train.activation_checkpointing forms an encoder's layers again, one by one, and model.encoder "
+            f"{config.model.encoder.name} has no such layers: leave it out"
+        )
+    for stack in stacks:
+        stack.recompute = True
 
 
 def open_data(config: RunConfig) -> Data:

@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from gr.processes import Axis
+
 PART_NUMBERS = 1 << 24
 """A part saved whole is read whole, to take a slice of it: 64 MiB at most."""
 
@@ -33,6 +35,16 @@ class Slices(Tensor):
             torch.Size(offsets): cut for first, values in parts for offsets, cut in _cuts(first, values)
         }
         return made
+
+    @staticmethod
+    def of_rows(size: Sequence[int], rows: range, values: Tensor) -> Slices:
+        """This process holds some rows, all of their numbers; perhaps none."""
+        return Slices(size, [([rows.start] + [0] * (len(size) - 1), values)])
+
+    def rows(self) -> Tensor:
+        """The rows that :meth:`of_rows` was given."""
+        empty = torch.empty(0, *self.shape[1:])
+        return torch.cat([empty, *self.parts.values()])
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offsets, values.size()) for offsets, values in self.parts.items()]
@@ -57,6 +69,11 @@ class Slices(Tensor):
         if operator is torch.ops.aten.detach.default:
             return arguments[0]
         raise TypeError(f"{operator} isn't to be had of slices: they are for checkpoints")
+
+
+def own_rows(rows: int, axis: Axis) -> range:
+    """The share of a tensor's rows that falls to this process, where they are dealt out evenly."""
+    return range(axis.rank * rows // axis.size, (axis.rank + 1) * rows // axis.size)
 
 
 def _cuts(offsets: Sequence[int], values: Tensor) -> Iterator[tuple[list[int], Tensor]]:

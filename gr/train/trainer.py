@@ -111,6 +111,8 @@ class Trainer:
         norm = self.engine.step(rate_factor(self.config.schedule, cursor.step, self.total_steps))
         self._unchecked = (loss, batch)
         cursor.advance(batch.digest)
+        if self.engine.skipped:  # everybody's did
+            self._stop_broken("update")
 
         if self._due(self.config.log.every_steps) or cursor.step == 1:
             self._log(loss, norm, batch, targets, time.perf_counter() - started)

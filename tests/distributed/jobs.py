@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node N jobs.py FILE
 
-FILE: JSON, a list of {"config": path, "overrides": [...]} or {"resume": run's folder, "overrides": [...]}.  A run that
-is refused leaves the sentence of each rank in FILE.N.RANK.json (a list as long as FILE's, null where all went well).
+FILE: JSON, a list of {"config": path, "overrides": [...]} or {"resume": run's folder, "overrides": [...]}; with
+"broken_at": STEP, that step's gradients are not numbers, though its loss is one.  A run that is refused leaves the
+sentence of each rank in FILE.N.RANK.json (a list as long as FILE's, null where all went well).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +36,29 @@ def run_jobs(folder: Path, jobs: list[dict], processes: int, timeout: int = 300)
     return [list(of_job) for of_job in zip(*ranks, strict=True)]
 
 
+@contextmanager
+def breaking(step: int | None) -> Iterator[None]:
+    """The gradients of step number ``step`` (one micro-batch each) are NaN: those of sqrt |w - w|, which is 0."""
+    from gr.models.retrieval import Retrieval
+
+    real, calls = Retrieval.forward, 0
+
+    def forward(self, part, context):
+        nonlocal calls
+        calls += 1
+        loss = real(self, part, context)
+        if calls != step:
+            return loss
+        weight = self.input.positions
+        return loss + (weight - weight.detach()).abs().sqrt().sum()
+
+    Retrieval.forward = forward if step is not None else real
+    try:
+        yield
+    finally:
+        Retrieval.forward = real
+
+
 def main(file: str) -> None:
     import torch.distributed as dist
 
@@ -47,10 +73,11 @@ def main(file: str) -> None:
     for asked in json.loads(Path(file).read_text()):
         overrides, refusal = asked.get("overrides", []), None
         try:
-            if "resume" in asked:
-                job.resume(asked["resume"], overrides)
-            else:
-                job.run(configs.load(asked["config"], overrides))
+            with breaking(asked.get("broken_at")):
+                if "resume" in asked:
+                    job.resume(asked["resume"], overrides)
+                else:
+                    job.run(configs.load(asked["config"], overrides))
         except UserError as error:
             refusal = str(error)
         refusals.append(refusal)

@@ -43,7 +43,8 @@ class Engine(ABC):
         clip_norm: float | None,
         bf16: bool,
     ) -> None:
-        self.model, self.processes, self.clip_norm, self.bf16 = model, processes, clip_norm, bf16
+        self.config, self.model, self.processes = config, model, processes
+        self.clip_norm, self.bf16 = clip_norm, bf16
         if optimizer.by_rows:
             for table in model.tables.values():
                 if isinstance(table, LocalTable):
@@ -127,6 +128,11 @@ class Engine(ABC):
     def divide(self, optimizer: Any) -> list[Dense]:
         """``parts``: all in one, if there is nothing to tell apart."""
         return [Dense(dict(self.model.named_dense()), optimizer.dense)]
+
+    def tables_apart(self, optimizer: Any) -> list[Dense]:
+        """Of ``parts``, what is left to move where another part has the module's parameters: dense tables, if any."""
+        named = {name: p for name, p in self.model.named_dense() if name.startswith("tables.")}
+        return [Dense(named, optimizer.dense)] if named else []
 
     @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager:

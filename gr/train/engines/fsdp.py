@@ -29,8 +29,9 @@ class FSDP(Engine):
             return model
         self.collective = model.lockstep = True
         mesh = DeviceMesh.from_group(world.group, self.processes.device.type)
-        for layer in model.layers():
-            fully_shard(layer, mesh=mesh)
+        for stack in model.stacks():
+            for layer in stack:
+                fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -47,11 +48,8 @@ class FSDP(Engine):
         """Shards apart from whole tables: torch doesn't take both in one list."""
         if self.processes.world.size == 1:
             return super().divide(optimizer)
-        named = dict(self.model.named_dense())
-        whole = {name: p for name, p in named.items() if name.startswith("tables.")}
-        shards = {name: p for name, p in named.items() if name not in whole}
-        parts = [Dense(shards, optimizer.dense, self.processes.world)]
-        return [*parts, Dense(whole, optimizer.dense)] if whole else parts
+        shards = Dense(dict(self.model.named_parameters()), optimizer.dense, self.processes.world)
+        return [shards, *self.tables_apart(optimizer)]
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         if isinstance(self.module, FSDPModule):
