@@ -50,16 +50,11 @@ $(VENV)/.sharded: pyproject.toml gr/tested_set.txt $(VENV)/.torch | $(VENV)/.gr
 train: setup ## quickstart: makes a small synthetic stream, trains HSTU on it, ends with a table and a plot
 	@$(PY) launch/quickstart.py
 
-<<<<<<< HEAD
-test: setup ## all tests (TESTS=tests/unit for some)
-	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+test: setup setup-sharded ## all tests (TESTS=tests/unit for some)
+	@GR_TEST_ALL=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 test-instruction-sets: setup ## the numeric tests under other instruction sets, libraries' settings and threads (hours)
 	@$(PY) tests/instruction_sets.py $(if $(SETTINGS),--only $(SETTINGS))
-=======
-test: setup setup-sharded ## all tests (TESTS=tests/unit for some)
-	@GR_TEST_ALL=1 $(PY) -m pytest $(TESTS)
->>>>>>> engines
 
 bench-gpu: setup ## kernels on a GPU: tests, sanitizer, resources, every benchmark, one report (STEPS="tests block" for some)
 	@$(PY) benchmarks/kernels/suite.py --device cuda $(if $(STEPS),--steps $(STEPS))
