@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO around the dense part: moments (1), gradients too (2), parameters too (3) are shared among processes."""
+"""DeepSpeed's ZeRO around the dense part: processes share out moments (1), gradients too (2), parameters too (3)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DeepSpeed(Engine):
         several = self.processes.world.size > 1
         self.collective = several and self.config.zero > 1  # each backward pass shares out its gradients
         model.lockstep = several and self.config.zero == 3
-        # not around DeepSpeed, which switches an outer autocast off on GPUs, and not its own bf16, which casts parameters
+        # inside of DeepSpeed, which switches an outer autocast off on GPUs; its own bf16 casts parameters
         return InBfloat16(model, self.processes.device) if self.bf16 else model
 
     def divide(self, optimizer: Any) -> list[Dense]:

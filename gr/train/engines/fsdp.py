@@ -71,8 +71,8 @@ class FSDP(Engine):
 
 
 class _Unseen:
-    """Arguments into which fully_shard doesn't look: it would put a node of its own before every tensor in them that has
-    a gradient, views of tables and the exchange that brought them included."""
+    """Arguments into which fully_shard doesn't look: it would put a node of its own before every tensor in them that
+    has a gradient, views of tables and the exchange that brought them included."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
