@@ -66,6 +66,7 @@ def main(file: str) -> None:
     from gr.errors import UserError
     from gr.train import job
 
+    job.plot_run = lambda folder, shown: None  # pictures take longer than runs
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if ranks > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))

@@ -15,7 +15,7 @@ from gr.registry import ENGINES, TABLES, resolve
 from gr.train.engines.engine import parameters
 from gr.train.optimizers import SGD
 from tests.distributed.group import in_group
-from tests.unit.models_common import batch, engine_of, fill, generator, retrieval, run_config
+from tests.unit.models_common import batch, engine_of, fill, generator, retrieval, run_config, whole
 
 ITEMS, DIM, RATE, CLIP = 40, 8, 0.5, 0.25
 LENGTHS = (9, 7, 0, 1, 1, 5, 12, 2)  # of four processes, the second has no target
@@ -45,8 +45,8 @@ def step_of(joined: Processes, table: str, engine: str, objective: str, clip: fl
     stepping = engine_of(model, SGD(SGD.Config(lr=RATE)), clip, joined, kind)
 
     rank, ranks = joined.data.rank, joined.data.size
-    whole = batch(LENGTHS, ITEMS)
-    share = whole.slice(rank * len(LENGTHS) // ranks, (rank + 1) * len(LENGTHS) // ranks)
+    every = batch(LENGTHS, ITEMS)
+    share = every.slice(rank * len(LENGTHS) // ranks, (rank + 1) * len(LENGTHS) // ranks)
     parts = [model.supervise(part, 3) for part in share.split(MICRO_BATCH)]
     (targets,) = joined.world.sum([sum(part.count for part in parts)])
     candidates = None

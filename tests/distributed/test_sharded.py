@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("torchrec", reason="make setup-sharded installs it")
-
 from gr.errors import UserError
 from gr.models.step import StepContext
 from gr.processes import Processes, processes
@@ -18,7 +16,10 @@ from gr.train.cursor import Cursor
 from gr.train.engines.ddp import DDP
 from gr.train.optimizers import SGD, AdamW, LazyAdam, RowwiseAdagrad
 from tests.distributed.group import in_group
+from tests.packages import needs
 from tests.unit.models_common import batch, engine_of, retrieval, run_config, whole
+
+needs("torchrec")
 
 ITEMS, DIM, STEPS, CLIP = 43, 6, 5, 0.5  # neither divides evenly by two or four
 LENGTHS = (9, 7, 0, 1, 1, 5, 12, 2)  # of four processes, the second has no target

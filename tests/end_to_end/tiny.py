@@ -137,7 +137,11 @@ def _runs(pid: int) -> bool:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint."""
-    path = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return tensors_in(sorted((run / "checkpoints").glob("step-*"))[-1])
+
+
+def tensors_in(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
     described = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()

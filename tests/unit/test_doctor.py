@@ -97,6 +97,9 @@ def test_mismatches_are_named_with_their_fix(tmp_path, monkeypatch):
     broken_package(tmp_path, "apex", "", version="0.9.10")
     broken_package(tmp_path, "ray", "", version="2.9.0")
     monkeypatch.syspath_prepend(str(tmp_path))
+    for module in ("torchrec", "apex", "ray"):  # other tests may have imported the real ones
+        monkeypatch.setitem(sys.modules, module, None)  # so that it comes back afterwards, or goes
+        del sys.modules[module]
     tested = doctor.tested_set(doctor.TESTED_SET)
     import torch
 
@@ -108,8 +111,6 @@ def test_mismatches_are_named_with_their_fix(tmp_path, monkeypatch):
     assert "pip install --no-deps --force-reinstall fbgemm-gpu-cpu==1.8.0" in fbgemm.fix
     assert findings["apex"].state == "broken" and "pip uninstall -y apex" in findings["apex"].fix
     assert findings["ray"].state == "warning" and ">=2.60" in findings["ray"].detail
-    for module in ("apex", "ray"):
-        sys.modules.pop(module, None)
 
 
 def test_both_fbgemm_builds_are_a_conflict(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gr.embeddings import row_updates, table as table_module
 from gr.models.step import StepContext
 from gr.train.optimizers import AdamW
+from tests.packages import needs
 from tests.unit.models_common import batch, engine_of, retrieval, run_config
 
 ITEMS, DIM = 4096, 8
@@ -65,7 +66,7 @@ def step_and_search(table, monkeypatch) -> Largest:
 @pytest.mark.parametrize("table", ["mapped", "torchrec"])
 def test_a_step_and_a_search_make_nothing_of_the_tables_size(table, monkeypatch):
     if table == "torchrec":
-        pytest.importorskip("torchrec", reason="make setup-sharded installs it")
+        needs("torchrec")
     seen = step_and_search(table, monkeypatch)
     assert 0 < seen.most <= ITEMS * DIM // 4, f"{seen.by} made {seen.most} numbers"
 

@@ -1,13 +1,14 @@
-"""DeepSpeed's ZeRO around the dense part: processes share moments (1), gradients too (2), parameters too (3)."""
+"""DeepSpeed's ZeRO around the dense part: processes share out moments (1), gradients too (2), parameters too (3)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from gr.config import COUNT, ComponentConfig
@@ -24,7 +25,7 @@ class DeepSpeed(Engine):
         """zero: what is shared.  whole_below: parameters of fewer numbers stay whole on every process (zero 3)."""
 
         name: Literal["deepspeed"] = "deepspeed"
-        zero: Literal[1, 2, 3] = 2
+        zero: Annotated[int, Field(ge=1, le=3)] = 2
         whole_below: COUNT = 100_000
 
         def idle(self) -> dict[str, str]:
@@ -36,7 +37,7 @@ class DeepSpeed(Engine):
         several = self.processes.world.size > 1
         self.collective = several and self.config.zero > 1  # each backward pass shares out its gradients
         model.lockstep = several and self.config.zero == 3
-        # DeepSpeed switches an autocast around it off on GPUs, and its own bf16 casts parameters
+        # inside of DeepSpeed, which switches an outer autocast off on GPUs; its own bf16 casts parameters
         return InBfloat16(model, self.processes.device) if self.bf16 else model
 
     def divide(self, optimizer: Any) -> list[Dense]:

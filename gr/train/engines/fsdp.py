@@ -7,12 +7,14 @@ import contextlib
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from gr.config import ComponentConfig
 from gr.models.model import Model
+from gr.models.step import StepContext
 from gr.train.engines.dense import Dense
 from gr.train.engines.engine import Engine
 
@@ -42,6 +44,7 @@ class FSDP(Engine):
         model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
         for method in model.entrances:
             register_fsdp_forward_method(model, method)
+        model.register_forward_pre_hook(lambda model, arguments: arguments[0].arguments)
         return model
 
     def divide(self, optimizer: Any) -> list[Dense]:
@@ -56,6 +59,20 @@ class FSDP(Engine):
             self.module.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
+    def loss(self, part: Any, context: StepContext) -> Tensor:
+        if not isinstance(self.module, FSDPModule):
+            return super().loss(part, context)
+        with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.module(_Unseen(part, context))
+
     def exchange(self) -> None:
         """fully_shard has done it for the module."""
         self.exchange_tables()
+
+
+class _Unseen:
+    """Arguments into which fully_shard doesn't look: it would put a node of its own before every tensor in them that
+    has a gradient, views of tables and the exchange that brought them included."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments

@@ -29,6 +29,9 @@ BUCKET_NUMBERS = 1 << 26
 """Numbers that are exchanged at once: DeepSpeed makes buffers of that size, 256 MiB each, whatever the model's."""
 
 
+ALIGNMENT = 1024  # an odd number is refused
+
+
 class Zero(Dense):
     """stage: 1 (moments are shared out), 2 (gradients too), 3 (parameters too).  optimizer: the config's component.
     module: what DeepSpeed wraps; its parameters are ``parameters``.  clip_norm: of one norm over everything.
@@ -62,7 +65,7 @@ class Zero(Dense):
             with_group(self.device)
             _forget_groups_of_earlier_runs()
             numbers = sum(p.numel() for p in self.parameters.values())
-            bucket = min(BUCKET_NUMBERS, numbers)
+            bucket = min(BUCKET_NUMBERS, numbers + -numbers % ALIGNMENT)
             # it reads a launcher's variable at every step, which one process has not, nor those of every launcher
             os.environ.setdefault("LOCAL_RANK", str(self.processes.local.rank))
             with warnings.catch_warnings():
