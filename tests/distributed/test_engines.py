@@ -165,7 +165,9 @@ def test_one_process_trains_under_every_engine(references):
     assert run_jobs(folder, jobs, 1) == [[None]] * len(jobs)
     for engine in OTHERS:
         assert_alike(folder, f"alone {engine}", "one odd")
-    dense = {n: v for n, v in weights(folder / "one-odd").items() if n.startswith("model/") and "tables" not in n}
+    dense = {
+        n: v for n, v in weights(folder / "one-odd").items() if n.startswith("model/") and "tables" not in n
+    }
     assert sum(value.numel() for value in dense.values()) % 2 == 1
 
 
