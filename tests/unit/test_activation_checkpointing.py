@@ -89,5 +89,5 @@ def test_a_run_forms_them_again_and_an_encoder_without_layers_is_refused(tmp_pat
         losses.append([row["loss"] for row in job.run(config).metrics])
     assert losses[0] == losses[1] and len(losses[0]) == 3
     config = write_config(tmp_path, tmp_path / "data", tmp_path / "gru")
-    with pytest.raises(UserError, match="model.encoder gru4rec has no such layers: leave it out"):
+    with pytest.raises(UserError, match=r"model\.encoder gru4rec has no such layers: leave it out"):
         job.run(configs.load(config, [*again, "model.encoder={name: gru4rec}"]))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from gr.config import COUNT, ComponentConfig
@@ -24,7 +25,7 @@ class DeepSpeed(Engine):
         """zero: what is shared.  whole_below: parameters of fewer numbers stay whole on every process (zero 3)."""
 
         name: Literal["deepspeed"] = "deepspeed"
-        zero: Literal[1, 2, 3] = 2
+        zero: Annotated[int, Field(ge=1, le=3)] = 2
         whole_below: COUNT = 100_000
 
         def idle(self) -> dict[str, str]:
