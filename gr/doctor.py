@@ -242,7 +242,7 @@ def _packages(tested: Mapping[str, str]) -> Iterator[Finding]:
         )
     for name, module in OPTIONAL.items():
         version = _version(name)
-        fix = _pip(_extra(_EXTRAS.get(name, name)))
+        fix = "make setup-sharded" if name == "deepspeed" else _pip(_extra(_EXTRAS.get(name, name)))
         if version is None:
             yield Finding(name, "absent", "optional", fix)
             continue

@@ -265,7 +265,7 @@ def refused(folder, name, overrides, environment=None):
 
 def test_a_stage_that_is_none_is_refused_once(folder):
     (said,) = refused(folder, "four", ["train.engine={name: deepspeed, zero: 4}"])
-    assert "train.engine.zero" in said and "1, 2 or 3" in said
+    assert "train.engine.zero" in said and "less than or equal to 3" in said
 
 
 def test_without_deepspeed_one_sentence_names_what_installs_it(folder):

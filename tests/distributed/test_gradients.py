@@ -11,20 +11,25 @@ import torch
 
 from gr.models.step import StepContext
 from gr.processes import Processes, processes
-from gr.registry import ENGINES, TABLES, resolve
+from gr.registry import ENGINES, resolve
 from gr.train.engines.engine import parameters
 from gr.train.optimizers import SGD
 from tests.distributed.group import in_group
+from tests.packages import needs
 from tests.unit.models_common import batch, engine_of, fill, generator, retrieval, run_config, whole
 
+needs("torchrec")
+
 ITEMS, DIM, RATE, CLIP = 40, 8, 0.5, 0.25
+TABLES = ("local", "mapped", "torchrec")
+PLAIN = ("ddp", "all_reduce")  # those that share nothing out: test_engines.py compares the others with them
 LENGTHS = (9, 7, 0, 1, 1, 5, 12, 2)  # of four processes, the second has no target
 MICRO_BATCH = 9
 OBJECTIVES = {"own": {"name": "sampled_softmax", "negatives": 7}, "in_batch": {"name": "in_batch"}}
 CASES = [
     (table, engine, objective, clip)
     for table in TABLES
-    for engine in ENGINES
+    for engine in PLAIN
     for objective in OBJECTIVES
     for clip in (None, CLIP)
 ]
@@ -99,7 +104,7 @@ def test_a_step_is_the_same_on_one_two_and_four_processes_in_all_its_parts(steps
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", PLAIN)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_clipping_scales_everything_by_one_norm_over_everything(steps, table, engine, objective, ranks):
