@@ -243,8 +243,8 @@ REFUSALS = [
     (
         "prepare log --source logs --schema schema.yaml --out new --set time_unit=s",
         "'{folder}/logs/a.parquet', row group 0, row 0, column 'ts': {first} is not before 2200-01-01 in time_unit "
-        "'s'; set time_unit: ms if it is 2023-11-14 22:13:20, correct it, or say on_bad_rows=quarantine to put such rows "
-        "aside",
+        "'s'; set time_unit: ms if it is 2023-11-14 22:13:20, correct it, or say on_bad_rows=quarantine to put such "
+        "rows aside",
     ),
     (
         "prepare log --source logs --schema schema.yaml --out new --set columns.user=custommer",
