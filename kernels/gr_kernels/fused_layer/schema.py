@@ -219,9 +219,12 @@ def _keep_linear_of_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensors)
     _keep_linear(ctx, inputs, output)
 
 
-def _linear_gradients(ctx: Any, name: str, d_parts: list[Tensor]) -> Tables:
-    """Of all inputs of norm_linear_silu, from the gradients of its parts."""
-    arguments = (d_parts, *ctx.saved_tensors, ctx.recompute)
+def _linear_gradients(
+    ctx: Any, name: str, d_parts: list[Tensor], kept: tuple[Tensor, ...] | None = None
+) -> Tables:
+    """Of all inputs of norm_linear_silu, from the gradients of its parts.  kept: the saved tensors, where they were
+    read already (activation checkpointing lets them be read once)."""
+    arguments = (d_parts, *(ctx.saved_tensors if kept is None else kept), ctx.recompute)
     gradients = operator("norm_linear_silu", name, backward=True)(*arguments)
     return LINEAR.named(_present(gradients, LINEAR_GRADIENTS, LINEAR_BACKWARD.by_name(arguments)))
 
@@ -247,12 +250,13 @@ class Parts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_parts: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, weight, *_, mean, _rstd, _normed, _linear = ctx.saved_tensors
+        kept = ctx.saved_tensors
+        _, weight, *_, mean, _rstd, _normed, _linear = kept
         given = [
             weight.new_zeros(mean.shape[0], width) if part is None else part
             for part, width in zip(d_parts, ctx.widths)
         ]
-        return (None, None, *_linear_gradients(ctx, ctx.name, given))
+        return (None, None, *_linear_gradients(ctx, ctx.name, given, kept))
 
 
 def _keep_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
