@@ -7,7 +7,9 @@ them, for what is done once a run.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import itertools
 import os
 import re
@@ -191,6 +193,7 @@ def processes(device: str = "auto", threads: int | None = None, context: int = 1
             world_size=ranks,
             timeout=TIMEOUT,
         )
+        _end_threads_at_exit()
     previous_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or max(_cores() // local_ranks, 1))
@@ -213,6 +216,14 @@ def with_group(device: torch.device) -> None:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _end_threads_at_exit()
+
+
+def _end_threads_at_exit() -> None:
+    """Let gloo's threads end before the interpreter does: one that then still has a Python object to let go of aborts
+    the process (SIGABRT).  They live as long as their group, and cycles keep groups beyond destroy_process_group."""
+    atexit.unregister(gc.collect)
+    atexit.register(gc.collect)
 
 
 def _place_on_machine(rank: int, ranks: int) -> tuple[int, int]:
