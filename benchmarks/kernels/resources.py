@@ -1,6 +1,6 @@
 """What the Triton kernels cost on sm_80 and sm_90, found by compiling them: no GPU is needed.
 
-    python benchmarks/kernels/resources.py [--only FOLDER[.CASE] ...] [--record] [--jobs N]
+    python benchmarks/kernels/resources.py [--only FOLDER[.CASE] ...] [--all] [--record] [--jobs N]
 
 compile_cases/ has a file of cases for every operator's folder.  Each is compiled to machine code in a process where
 Triton does not interpret, and the table shows registers a thread, bytes of registers spilled to memory, shared
@@ -13,14 +13,18 @@ memory, and how many wgmma and mma.sync instructions its PTX has.  A case fails
     when it needs over 10 % more registers or shared memory than recorded (by the same version of Triton), or
     when the record does not have it; so does the run when the record has a case that is gone.
 
-`--record` writes the table to tests/kernels/resources.json; with `--only` the other rows stay.  A missing ptxas
-(Triton brings its own) ends the program with status 3.
+`--record` writes the table to tests/kernels/resources.json; with `--only` the other rows stay.  Each row keeps the key
+by which Triton would find the compiled kernel in a cache: of its source and all that it calls, the case's arguments and
+options, Triton's own files and ptxas.  A case whose key is recorded would compile to what is recorded, so its row is
+checked as it stands; `--all` compiles those, too.  A missing ptxas (Triton brings its own) ends the program with
+status 3.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -80,6 +84,10 @@ class Job:
     hot: bool
     spill_budget: int
 
+    @property
+    def case(self) -> Any:
+        return cases(self.folder)[self.index]
+
 
 def cases(folder: str) -> list[Any]:
     """The CompileCases of an operator's folder."""
@@ -115,10 +123,8 @@ def jobs(only: Sequence[str]) -> list[Job]:
     return found
 
 
-def compile_case(case: Any, architecture: int) -> Resources:
-    """Compiles a CompileCase for a compute capability (90 for sm_90) and reads what it needs."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(case: Any) -> Any:
+    """What Triton compiles for a CompileCase."""
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names
@@ -134,18 +140,41 @@ def compile_case(case: Any, architecture: int) -> Resources:
         and n not in case.unaligned
         and (signature[n].startswith("*") or n in case.divisible_by_16)
     ]
-    source = ASTSource(
+    return ASTSource(
         fn=case.kernel,
         signature=signature,
         constexprs=dict(case.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+
+
+def options_of(case: Any) -> dict[str, int]:
+    return {"num_warps": case.num_warps, "num_stages": case.num_stages}
+
+
+def key_of(case: Any, architecture: int) -> str:
+    """Triton's key of the compiled kernel in its cache: equal keys, equal machine code."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import get_cache_key, make_backend
+
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    options = backend.parse_options(options_of(case))
+    key = get_cache_key(source_of(case), backend, options, env_vars=get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def compile_case(case: Any, architecture: int) -> Resources:
+    """Compiles a CompileCase for a compute capability (90 for sm_90) and reads what it needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     log = io.StringIO()
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # a kernel out of the cache has no log
     with contextlib.redirect_stdout(log):
-        kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        target = GPUTarget("cuda", architecture, 32)
+        kernel = triton.compile(source_of(case), target=target, options=options_of(case))
     ptx = kernel.asm["ptx"]
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     registers = re.findall(r"Used (\d+) registers", log.getvalue())
@@ -165,11 +194,13 @@ def _begin() -> None:
 
 
 def _run(job: Job) -> Resources:
-    return compile_case(cases(job.folder)[job.index], job.architecture)
+    return compile_case(job.case, job.architecture)
 
 
 def compile_all(work: Sequence[Job], processes: int) -> list[Resources]:
     """Compiles the jobs in processes of their own, with a cache of kernels that is removed after."""
+    if not work:
+        return []
     with tempfile.TemporaryDirectory(prefix="gr-triton-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("spawn")
@@ -194,7 +225,7 @@ def regressions(job: Job, found: Resources, record: dict[str, Any], version: str
     row = record["cases"].get(job.key)
     if row is None:
         return ["not in the record: run with --record"]
-    before = Resources(**row)
+    before = recorded(row)
     faults = []
     if before.wgmma and not found.wgmma:
         faults.append("its products no longer are wgmma")
@@ -205,6 +236,17 @@ def regressions(job: Job, found: Resources, record: dict[str, Any], version: str
         if now > slack * then:
             faults.append(f"{what} {then:,} -> {now:,}")
     return faults
+
+
+def unchanged(work: Sequence[Job], keys: Sequence[str], record: dict[str, Any]) -> dict[str, Resources]:
+    """What compiles to the same as it did for the record, by name."""
+    rows = {job.key: (key, record["cases"].get(job.key, {})) for job, key in zip(work, keys)}
+    return {name: recorded(row) for name, (key, row) in rows.items() if row.get("compiled") == key}
+
+
+def recorded(row: dict[str, Any]) -> Resources:
+    """The resources in a row of the record."""
+    return Resources(**{name: value for name, value in row.items() if name != "compiled"})
 
 
 def show(work: Sequence[Job], found: Sequence[Resources], faults: Sequence[list[str]]) -> None:
@@ -222,8 +264,13 @@ def show(work: Sequence[Job], found: Sequence[Resources], faults: Sequence[list[
     Console(width=None if sys.stdout.isatty() else 170).print(table)
 
 
-def save(work: Sequence[Job], found: Sequence[Resources], version: str, keep: dict[str, Any]) -> None:
-    rows = {**keep, **{job.key: asdict(row) for job, row in zip(work, found)}}
+def save(
+    work: Sequence[Job], found: Sequence[Resources], keys: Sequence[str], version: str, keep: dict[str, Any]
+) -> None:
+    rows = {
+        **keep,
+        **{job.key: asdict(row) | {"compiled": key} for job, row, key in zip(work, found, keys)},
+    }
     RECORD.write_text(json.dumps({"triton": version, "cases": dict(sorted(rows.items()))}, indent=1) + "\n")
     print(f"recorded {len(rows)} kernels in {RECORD.relative_to(ROOT)}")
 
@@ -248,6 +295,9 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="an operator's folder, or FOLDER.CASE"
     )
+    parser.add_argument(
+        "--all", action="store_true", help="compile what hasn't changed since it was recorded, too"
+    )
     parser.add_argument("--record", action="store_true", help="write the table as the one to compare with")
     parser.add_argument(
         "--jobs", type=positive(int), default=min(4, os.cpu_count() or 1), help="processes that compile"
@@ -263,10 +313,14 @@ def main() -> int:
     if not work:
         print(f"no compile case is called {', '.join(arguments.only)}")
         return 2
-    found = compile_all(work, arguments.jobs)
     record = (
         json.loads(RECORD.read_text()) if RECORD.exists() else {"triton": triton.__version__, "cases": {}}
     )
+    keys = [key_of(job.case, job.architecture) for job in work]
+    known = {} if arguments.all else unchanged(work, keys, record)
+    changed = [job for job in work if job.key not in known]
+    known |= dict(zip((job.key for job in changed), compile_all(changed, arguments.jobs)))
+    found = [known[job.key] for job in work]
     faults = [gates(job, row) for job, row in zip(work, found)]
     if not arguments.record:
         for job, row, wrong in zip(work, found, faults):
@@ -274,13 +328,13 @@ def main() -> int:
     show(work, found, faults)
     if arguments.record:
         others = {key: row for key, row in record["cases"].items() if not selected(key, arguments.only)}
-        save(work, found, triton.__version__, others)
+        save(work, found, keys, triton.__version__, others)
     failed = sum(map(bool, faults))
     gone = [key for key in record["cases"] if selected(key, arguments.only)]
     gone = [] if arguments.record else sorted(set(gone) - {job.key for job in work})
     if gone:
         print(f"recorded, but no longer a case: {', '.join(gone)}; run with --record")
-    print(f"{len(work)} kernels compiled, {failed} failed")
+    print(f"{len(work)} kernels: {len(changed)} compiled, the others as recorded; {failed} failed")
     return 1 if failed or gone else 0
 
 

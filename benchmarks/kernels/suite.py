@@ -109,7 +109,7 @@ def plan(device: str, folder: Path, seconds: float) -> list[Step]:
         _tests("tests", "-m", "not slow", "tests/kernels"),
         _tests("tests-gpu", "-m", "gpu and not slow", "tests", "--ignore=tests/kernels"),
         *(Step(name, command, sanitizer.ENVIRONMENT) for name, command in sanitizer.steps(PYTHON, RUN, out)),
-        Step("resources", (PYTHON, "benchmarks/kernels/resources.py")),
+        Step("resources", (PYTHON, "benchmarks/kernels/resources.py", "--all")),
         _tests("tests-slow", "-m", "slow", "-k", OTHER_SLOW_TESTS, "tests"),
         benchmark("hstu_attention", "", "--shapes", "full-*-none-*"),
         benchmark("hstu_attention", "bias", "--shapes", "full-n1024-d64-h4-*", "full-n4096-d64-h4-*"),

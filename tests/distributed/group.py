@@ -14,6 +14,14 @@ import torch.multiprocessing as multiprocessing
 
 from gr.launcher import launched
 
+# Processes are forked from one that has these, where they are installed: importing them takes longer than most tests.
+PRELOADED = [
+    "torch",
+    "torch.distributed.checkpoint",
+    "gr.train.job",
+    "gr.embeddings.sharded",
+    "torchrec.distributed",
+]
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -27,8 +35,16 @@ def in_group(
     """
     folder.mkdir(parents=True)
     port = None if by_hand else free_port()
-    multiprocessing.spawn(_process, (work, ranks, str(folder), port, arguments), nprocs=ranks)
+    preload()
+    multiprocessing.start_processes(
+        _process, (work, ranks, str(folder), port, arguments), nprocs=ranks, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def preload() -> None:
+    """What the server that forks processes imports when it starts; it passes over what isn't there."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 def variables(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -1,38 +1,24 @@
-"""Several runs in one job: starting processes takes longer than a tiny run.
+"""Several runs in one group of processes: starting processes takes longer than a tiny run.
 
-    torchrun --nproc-per-node N jobs.py FILE
-
-FILE: JSON, a list of {"config": path, "overrides": [...]} or {"resume": run's folder, "overrides": [...]}; with
-"broken_at": STEP, that step's gradients are not numbers, though its loss is one.  A run that is refused leaves the
-sentence of each rank in FILE.N.RANK.json (a list as long as FILE's, null where all went well).
+A job is {"config": path, "overrides": [...]} or {"resume": run's folder, "overrides": [...]}; with "broken_at": STEP,
+that step's gradients are not numbers, though its loss is one.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed.group import in_group
 
 
-def run_jobs(folder: Path, jobs: list[dict], processes: int, timeout: int = 300) -> list[list[str | None]]:
-    """Run ``jobs`` on so many processes; what refused each, rank by rank."""
-    file = folder / f"jobs-{processes}.json"
-    file.write_text(json.dumps(jobs, default=str))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), __file__, str(file)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    ranks = [json.loads(Path(f"{file}.{processes}.{rank}.json").read_text()) for rank in range(processes)]
+def run_jobs(folder: Path, jobs: list[dict], processes: int) -> list[list[str | None]]:
+    """Run ``jobs`` on so many processes; the sentence that refused each, or None, rank by rank."""
+    meeting = Path(tempfile.mkdtemp(dir=folder)) / "group"
+    ranks = in_group(refusals, processes, meeting, json.dumps(jobs, default=str), by_hand=processes > 1)
     return [list(of_job) for of_job in zip(*ranks, strict=True)]
 
 
@@ -59,19 +45,15 @@ def breaking(step: int | None) -> Iterator[None]:
         Retrieval.forward = real
 
 
-def main(file: str) -> None:
-    import torch.distributed as dist
-
+def refusals(jobs: str) -> list[str | None]:
+    """What each of ``jobs`` (JSON) was refused with on this process."""
     from gr import config as configs
     from gr.errors import UserError
     from gr.train import job
 
     job.plot_run = lambda folder, shown: None  # pictures take longer than runs
-    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    refusals: list[str | None] = []
-    for asked in json.loads(Path(file).read_text()):
+    said: list[str | None] = []
+    for asked in json.loads(jobs):
         overrides, refusal = asked.get("overrides", []), None
         try:
             with breaking(asked.get("broken_at")):
@@ -81,11 +63,5 @@ def main(file: str) -> None:
                     job.run(configs.load(asked["config"], overrides))
         except UserError as error:
             refusal = str(error)
-        refusals.append(refusal)
-    Path(f"{file}.{ranks}.{rank}.json").write_text(json.dumps(refusals))
-    if ranks > 1:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+        said.append(refusal)
+    return said

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from gr.train.folder import RunFolder
-from tests.end_to_end.tiny import ROOT, train, weights
+from tests.distributed.jobs import run_jobs
+from tests.end_to_end.tiny import ROOT, weights
 from tests.unit.test_ranking_run import CONFIG, make_dataset
 
 PLAIN = [
@@ -26,12 +27,19 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(folder, name, overrides=(), processes=1):
-    file, path = folder / f"{name}.yaml", folder / name
-    file.write_text(CONFIG.format(run=path, data=folder / "data"))
-    train(["--config", file, *PLAIN, *overrides], processes)
-    rows = RunFolder(path).read_metrics()
-    tensors = {key: value for key, value in weights(path).items() if key.startswith("model/")}
+def run(folder, processes, **jobs):
+    """Run each of ``jobs`` (overrides by name) on so many processes."""
+    asked = []
+    for name, overrides in jobs.items():
+        file = folder / f"{name}.yaml"
+        file.write_text(CONFIG.format(run=folder / name, data=folder / "data"))
+        asked.append({"config": file, "overrides": [*PLAIN, *overrides]})
+    assert run_jobs(folder, asked, processes) == [[None] * processes] * len(jobs)
+
+
+def trained(folder, name):
+    rows = RunFolder(folder / name).read_metrics()
+    tensors = {key: value for key, value in weights(folder / name).items() if key.startswith("model/")}
     return [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "baseline"], tensors
 
 
@@ -46,14 +54,13 @@ def evaluated(folder, name, processes):
 
 
 def test_processes_micro_batches_engines_and_tables_train_alike(folder):
-    rows, baselines, tensors = run(folder, "one")
-    for name, overrides, processes in (
-        ("micro", ["train.micro_batch_actions=60"], 1),
-        ("ddp", [], 2),
-        ("all_reduce", ["train.engine=all_reduce", "train.micro_batch_actions=60"], 2),
-        ("mapped", ["model.table=mapped"], 2),
-    ):
-        other_rows, other_baselines, other = run(folder, name, overrides, processes)
+    micro = ["train.micro_batch_actions=60"]
+    run(folder, 1, one=[], micro=micro)
+    mapped = ["model.table=mapped"]
+    run(folder, 2, ddp=[], all_reduce=["train.engine=all_reduce", *micro], mapped=mapped)
+    rows, baselines, tensors = trained(folder, "one")
+    for name in ("micro", "ddp", "all_reduce", "mapped"):
+        other_rows, other_baselines, other = trained(folder, name)
         for key in ("step", "targets", "samples", "data_digest"):
             assert [r[key] for r in other_rows] == [r[key] for r in rows], name
         assert other_baselines == baselines, f"{name}: not the same bits"
@@ -66,7 +73,7 @@ def test_processes_micro_batches_engines_and_tables_train_alike(folder):
 
 def test_two_processes_measure_what_one_does(folder):
     if not (folder / "one").exists():
-        run(folder, "one")
+        run(folder, 1, one=[])
     (text, alone), (_, both) = (evaluated(folder, "one", processes) for processes in (1, 2))
     assert alone == both, "not the same bits"
     lines = " ".join(text.split())

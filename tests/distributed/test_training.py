@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from gr.train.folder import RunFolder
-from tests.end_to_end.tiny import make_dataset, train, weights, write_config
+from tests.distributed.jobs import run_jobs
+from tests.end_to_end.tiny import make_dataset, weights, write_config
 from tests.precision import after_steps
 
 NO_DROPOUT = ["model.input.dropout=0", "model.encoder.dropout=0", "train.max_steps=12"]
@@ -25,11 +26,21 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(folder, name, overrides=(), processes=1):
-    path = folder / name
-    train(["--config", write_config(folder, folder / "data", path), *NO_DROPOUT, *overrides], processes)
-    rows = [r for r in RunFolder(path).read_metrics() if r["kind"] == "train"]
-    tensors = {k: v for k, v in weights(path).items() if k.startswith("model/")}
+def run(folder, processes, **jobs):
+    """Run each of ``jobs`` (overrides by name) on so many processes."""
+    asked = [
+        {
+            "config": write_config(folder, folder / "data", folder / name),
+            "overrides": [*NO_DROPOUT, *overrides],
+        }
+        for name, overrides in jobs.items()
+    ]
+    assert run_jobs(folder, asked, processes) == [[None] * processes] * len(jobs)
+
+
+def trained(folder, name):
+    rows = [r for r in RunFolder(folder / name).read_metrics() if r["kind"] == "train"]
+    tensors = {k: v for k, v in weights(folder / name).items() if k.startswith("model/")}
     return rows, tensors
 
 
@@ -42,12 +53,15 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_one_two_and_four_processes_and_micro_batches_train_alike(folder, objective):
+    one, micro, two, four = (f"{objective}-{kind}" for kind in ("one", "micro", "two", "four"))
     overrides = OBJECTIVES[objective]
-    rows, tensors = run(folder, f"{objective}-one", overrides)
-    others = {"micro": run(folder, f"{objective}-micro", [*overrides, "train.micro_batch_actions=60"])}
-    for processes in (2, 4) if objective == "own" else (2,):
-        others[f"{processes} processes"] = run(folder, f"{objective}-{processes}", overrides, processes)
-    for name, (other_rows, other_tensors) in others.items():
+    run(folder, 1, **{one: overrides, micro: [*overrides, "train.micro_batch_actions=60"]})
+    run(folder, 2, **{two: overrides})
+    if objective == "own":
+        run(folder, 4, **{four: overrides})
+    rows, tensors = trained(folder, one)
+    for name in (micro, two, *[four] * (objective == "own")):
+        other_rows, other_tensors = trained(folder, name)
         assert [r["data_digest"] for r in other_rows] == [r["data_digest"] for r in rows], name
         assert [r["targets"] for r in other_rows] == [r["targets"] for r in rows], name
         np.testing.assert_allclose(

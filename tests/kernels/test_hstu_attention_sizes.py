@@ -154,7 +154,11 @@ def test_few_queries_of_many_keys(
     check(device, torch.float32, 16, problem)
 
 
-@pytest.mark.parametrize("longest", [5_000, pytest.param(LONG, marks=pytest.mark.slow)])
+# beyond 2^15 rows; the interpreter takes a minute for twice as many
+@pytest.mark.parametrize(
+    "longest",
+    [5_000, pytest.param(33_000, marks=pytest.mark.slow), pytest.param(LONG, marks=pytest.mark.gpu)],
+)
 def test_long_sequence_with_a_window(
     longest: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernels.resources import NO_COMPILER, SHARED_MEMORY, Job, Resources, gates, regressions
+from benchmarks.kernels.resources import (
+    NO_COMPILER,
+    SHARED_MEMORY,
+    Job,
+    Resources,
+    gates,
+    regressions,
+    unchanged,
+)
 
 GOOD = Resources(registers=100, spills=0, shared=100_000, wgmma=4, mma_sync=0)
 
@@ -48,6 +56,43 @@ def test_regressions() -> None:
     assert not regressions(job(), replace(GOOD, registers=200), record, "another version")
     assert "wgmma" in regressions(job(), replace(GOOD, wgmma=0), record, "another version")[0]
     assert "not in the record" in regressions(job(key="new"), GOOD, record, "1")[0]
+
+
+def test_only_what_was_recorded_under_its_key_is_taken_from_the_record() -> None:
+    record = {"triton": "1", "cases": {"f.case.sm_90": asdict(GOOD) | {"compiled": "abc"}}}
+    assert unchanged([job()], ["abc"], record) == {"f.case.sm_90": GOOD}
+    assert not unchanged([job()], ["abd"], record)
+    assert not unchanged([job(key="new")], ["abc"], record)
+    assert not unchanged([job()], ["abc"], {"triton": "1", "cases": {"f.case.sm_90": asdict(GOOD)}})
+
+
+KEYS = """
+import sys
+from dataclasses import replace
+from benchmarks.kernels.resources import cases, key_of
+
+case = cases("bias_table_gradient")[0]
+name, value = next((n, v) for n, v in case.constexprs.items() if isinstance(v, int) and v > 1)
+others = [
+    replace(case, constexprs={**case.constexprs, name: 2 * value}),
+    replace(case, num_warps=2 * case.num_warps),
+    replace(case, unaligned=tuple(n for n, kind in case.signature.items() if kind.startswith("*"))),
+]
+print(*[key_of(case, 80), key_of(case, 90), *(key_of(other, 90) for other in others)])
+"""
+
+
+def test_whatever_changes_a_kernel_changes_its_key(checkout: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = [sys.executable, "-c", KEYS]
+    done = [
+        subprocess.run(program, env=environment, cwd=checkout, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    keys = done[0].stdout.split()
+    assert len(set(keys)) == 5
+    assert done[1].stdout.split() == keys
 
 
 @pytest.mark.slow
