@@ -48,7 +48,7 @@ def ways(case: Case) -> list[Way]:
     return [
         *(
             Way(name, partial(_step, name), ours=True, answer="loss")
-            for name in library.names(op.CROSS_ENTROPIES)
+            for name in library.names(op.IMPLEMENTATIONS)
         ),
         *losses.eager_ways(eager, "loss", lambda spec: 3 * spec.T * spec.I, "T x I"),
         Way(

@@ -19,7 +19,7 @@ from gr.batch import SequenceBatch
 from gr.models.step import StepContext
 from gr_kernels.candidate_scores import candidate_scores
 from gr_kernels.dispatch import explain
-from gr_kernels.sampled_softmax.first_of_row import cross_entropy_of_first
+from gr_kernels.sampled_softmax.scores import cross_entropy_of_first
 
 SLOW = 8.0  # a way this many times slower than the chosen one is timed once, cold
 

@@ -34,6 +34,11 @@ class Implementation:
     register: Callable[[], None] | None = None
 
 
+def takes_all(*arguments: Any) -> str:
+    """The obstacle of an implementation that has none."""
+    return ""
+
+
 class CannotRun(ValueError):
     """The implementation that was asked for can't take the call; the message says why."""
 

@@ -1,10 +1,13 @@
-"""What torch.compile calls instead of tracing into it."""
+"""What torch.compile calls instead of tracing into it, and what it leaves out."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -17,6 +20,11 @@ def constant_when_traced(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def values_are_at_hand(x: Tensor) -> bool:
+    """Whether values can be checked: on an accelerator a look would wait for it, a traced graph has none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def once(register: Callable[[], object]) -> Callable[[], None]:

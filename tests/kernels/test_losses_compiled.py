@@ -13,7 +13,7 @@ from gr_kernels import native
 from gr_kernels.candidate_scores import candidate_scores
 from gr_kernels.candidate_scores.op import IMPLEMENTATIONS as CANDIDATE_SCORES
 from gr_kernels.log_partition import cross_entropy, log_partition
-from gr_kernels.log_partition.op import CROSS_ENTROPIES, PARTITIONS
+from gr_kernels.log_partition.op import IMPLEMENTATIONS as LOG_PARTITION
 from gr_kernels.sampled_softmax import sampled_softmax
 from gr_kernels.sampled_softmax.op import IMPLEMENTATIONS as SAMPLED_SOFTMAX
 from tests.kernels.loss_problems import EPS, inputs
@@ -61,9 +61,9 @@ def _scores(x: dict[str, Tensor], **settings: Any) -> Tensor:
 
 
 FUNCTIONS: dict[str, tuple[Function, Any]] = {
-    "cross_entropy": (_cross_entropy, CROSS_ENTROPIES),
-    "log_partition": (_log_partition, PARTITIONS),
-    "log_partition excluding": (_log_partition_excluding, PARTITIONS),
+    "cross_entropy": (_cross_entropy, LOG_PARTITION),
+    "log_partition": (_log_partition, LOG_PARTITION),
+    "log_partition excluding": (_log_partition_excluding, LOG_PARTITION),
     "sampled_softmax own": (_own, SAMPLED_SOFTMAX),
     "sampled_softmax shared": (_shared, SAMPLED_SOFTMAX),
     "candidate_scores": (_scores, CANDIDATE_SCORES),

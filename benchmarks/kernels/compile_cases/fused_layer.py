@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.kernels.compile_cases.case import CompileCase
 from gr_kernels.fused_layer import triton_kernel
-from gr_kernels.fused_layer.launch import linear_tiles, row_tiles
+from gr_kernels.fused_layer.tiles import linear_tiles, row_tiles
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _ROWS = {"rows": "i32", "stride_x": "i32"}

@@ -8,10 +8,8 @@ from benchmarks.kernels.compile_cases.case import CompileCase
 from gr_kernels.jagged.concat_split import triton_kernel as concat_split
 from gr_kernels.jagged.dense import triton_kernel as dense
 from gr_kernels.jagged.dropout import triton_kernel as dropout
-from gr_kernels.jagged.dropout.triton_op import tile as dropout_tile
 from gr_kernels.jagged.positions_and_times import triton_kernel as positions_and_times
-from gr_kernels.jagged.positions_and_times.triton_op import add_tile
-from gr_kernels.jagged.tiles import WARPS, search_steps, tile
+from gr_kernels.jagged.tiles import WARPS, add_tile, dropout_tile, search_steps, tile
 from gr_kernels.triton_common import sums_by_entry, sums_by_entry_kernel
 
 SEQUENCES = 128

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.kernels.compile_cases.case import CompileCase
 from gr_kernels.sampled_softmax import triton_kernel
-from gr_kernels.sampled_softmax.triton_op import blocks
+from gr_kernels.sampled_softmax.tiles import tiles
 
 _TYPES = {
     "bias": "*fp32",
@@ -19,7 +19,7 @@ _TYPES = {
     "losses": "*fp32",
     "peaks": "*fp32",
     "sums": "*fp32",
-    "directions": "*fp32",
+    "means": "*fp32",
     "pairs": "*i64",
     "starts": "*i64",
     "upstream": "*fp32",
@@ -32,7 +32,7 @@ _TYPES = {
 }
 
 
-_OPTIONAL = ("bias", "directions", "grad_bias")
+_OPTIONAL = ("bias", "means", "grad_bias")
 
 
 def _cases() -> Iterator[CompileCase]:
@@ -43,15 +43,15 @@ def _cases() -> Iterator[CompileCase]:
         ("fp32", 50, True),
         ("fp32", 256, True),
     ):
-        sizes = blocks(width)
+        use = tiles(width)
         for kernel, rows in (
             (triton_kernel.own_negatives, "BLOCK_K"),
             (triton_kernel.row_gradient, "BLOCK_P"),
         ):
             constexprs: dict[str, Any] = {
-                "D": sizes["D"],
-                "BLOCK_D": sizes["BLOCK_D"],
-                rows: sizes["rows"],
+                "D": width,
+                "BLOCK_D": use.width,
+                rows: use.rows,
                 "NORMALIZE": full,
             }
             if not full:
@@ -63,7 +63,7 @@ def _cases() -> Iterator[CompileCase]:
                 kernel=kernel,
                 signature={name: types[name] for name in kernel.arg_names},
                 constexprs=constexprs,
-                num_warps=4,
+                num_warps=use.num_warps,
                 num_stages=3,
                 hot=False,
                 spill_budget=0 if width % 16 == 0 else 32,

@@ -6,13 +6,9 @@ import torch
 from torch import Tensor
 
 from gr_kernels.bias_table_gradient import cpp, reference, triton_op
-from gr_kernels.dispatch import Choice, Implementation, choose
+from gr_kernels.dispatch import Choice, Implementation, choose, takes_all
 
 _NAME = "bias_table_gradient"
-
-
-def _none(values: Tensor, entries: int) -> str:
-    return ""
 
 
 IMPLEMENTATIONS = (
@@ -34,7 +30,7 @@ IMPLEMENTATIONS = (
         "compiled, on every thread, sums in float64",
         device="cpu",
     ),
-    Implementation("reference", _none, reference.table_gradient, "plain PyTorch, any device and precision"),
+    Implementation("reference", takes_all, reference.table_gradient, "plain PyTorch, any device and precision"),
 )
 
 

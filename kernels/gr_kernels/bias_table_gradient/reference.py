@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gr_kernels.tracing import values_are_at_hand
+
 
 def table_gradient(values: Tensor, buckets: Tensor, entries: int, deterministic: bool) -> Tensor:
     """(entries,) in float32, or float64 for that."""
     wide = values.flatten() if values.dtype == torch.float64 else values.flatten().float()
     bucket = buckets.flatten().to(torch.int64)
-    if bucket.device.type == "cpu" and not torch.compiler.is_compiling() and bool((bucket >= entries).any()):
+    if values_are_at_hand(bucket) and bool((bucket >= entries).any()):
         first = int((bucket >= entries).to(torch.int8).argmax())
         raise IndexError(
             f"bias_table_gradient: bucket {int(bucket[first])} of value {first} is outside the table of {entries} "

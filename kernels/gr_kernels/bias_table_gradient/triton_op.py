@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gr_kernels.operators import define
 from gr_kernels.tracing import once
-from gr_kernels.triton_common.available import why_unavailable
+from gr_kernels.triton_common.available import why_unavailable, wrong_dtype
 from gr_kernels.triton_common.sums_by_entry import sum_rows_by_entry
 
 # Values sorted at once: they keep a large GPU busy, and take about 30 bytes each for as long.
@@ -20,8 +20,8 @@ _MOST_ENTRIES = 2**31
 
 def obstacle(values: Tensor, entries: int) -> str:
     """Why this call can't be Triton's, "" when it can."""
-    if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it takes float32, float16 or bfloat16, not {values.dtype}"
+    if reason := wrong_dtype(values.dtype):
+        return reason
     if entries >= _MOST_ENTRIES:
         return f"it counts entries in 31 bits, and there are {entries:,}"
     return why_unavailable(values.device)

@@ -1,6 +1,5 @@
 """Scores of queries against candidate rows of a table: see README.md."""
 
-from gr_kernels.candidate_scores.checks import check_inputs, check_rows, values_are_at_hand
 from gr_kernels.candidate_scores.op import candidate_scores
 
-__all__ = ["candidate_scores", "check_inputs", "check_rows", "values_are_at_hand"]
+__all__ = ["candidate_scores"]

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gr_kernels.rows import chunks
+
 MAX_SCORES = 1 << 22  # scores of the catalogue that exist at once
 
 
@@ -21,7 +23,7 @@ class _DenseScores(torch.autograd.Function):
     def forward(ctx: Any, queries_TD: Tensor, table_ID: Tensor, rows_TK: Tensor) -> Tensor:
         ctx.save_for_backward(queries_TD, table_ID, rows_TK)
         scores_TK = queries_TD.new_empty(rows_TK.shape)
-        for chunk in _chunks(rows_TK.shape[0], table_ID.shape[0]):
+        for chunk in chunks(rows_TK.shape[0], table_ID.shape[0], MAX_SCORES):
             scores_CI = queries_TD[chunk] @ table_ID.t()
             torch.gather(scores_CI, 1, rows_TK[chunk], out=scores_TK[chunk])
         return scores_TK
@@ -34,7 +36,7 @@ class _DenseScores(torch.autograd.Function):
         want_queries, want_table = ctx.needs_input_grad[:2]
         grad_queries_TD = torch.empty_like(queries_TD) if want_queries else None
         grad_table_ID = torch.zeros_like(table_ID) if want_table else None
-        for chunk in _chunks(rows_TK.shape[0], table_ID.shape[0]):
+        for chunk in chunks(rows_TK.shape[0], table_ID.shape[0], MAX_SCORES):
             grad_CI = grad_TK.new_zeros(rows_TK[chunk].shape[0], table_ID.shape[0])
             grad_CI.scatter_add_(1, rows_TK[chunk], grad_TK[chunk])  # a row drawn twice counts twice
             if grad_queries_TD is not None:
@@ -42,11 +44,6 @@ class _DenseScores(torch.autograd.Function):
             if grad_table_ID is not None:
                 grad_table_ID.addmm_(grad_CI.t(), queries_TD[chunk])
         return grad_queries_TD, grad_table_ID, None
-
-
-def _chunks(count: int, catalogue: int) -> list[slice]:
-    step = max(1, MAX_SCORES // max(1, catalogue))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def candidate_scores(

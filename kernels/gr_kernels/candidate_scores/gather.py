@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gr_kernels import rows
+
 MAX_VALUES = 1 << 22
 
 
@@ -62,8 +64,7 @@ class _GatheredScores(torch.autograd.Function):
 
 def _chunks(rows_TK: Tensor, width: int) -> list[slice]:
     count, candidates = rows_TK.shape
-    step = max(1, MAX_VALUES // max(1, candidates * width))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    return rows.chunks(count, candidates * width, MAX_VALUES)
 
 
 def candidate_scores(

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr_kernels.candidate_scores import cpp, dense, gather, reference
-from gr_kernels.candidate_scores.checks import check_inputs, check_rows
-from gr_kernels.dispatch import Implementation, choose
+from gr_kernels.dispatch import Implementation, choose, takes_all
+from gr_kernels.rows import check_inputs, check_kind, check_range
 
 Rows = Tensor | range | slice
 
@@ -22,12 +22,10 @@ Rows = Tensor | range | slice
 _CPP_COST = 3.2
 _GATHER_COST = {"cpu": 45.0, "cuda": 100.0}
 
-_CPP = Implementation("cpp", cpp.obstacle, cpp.candidate_scores, "float32 on cpu")
-_DENSE = Implementation(
-    "dense", lambda *call: "", dense.candidate_scores, "GEMMs against the whole catalogue"
-)
-_GATHER = Implementation("gather", lambda *call: "", gather.candidate_scores, "rows gathered chunk by chunk")
-_REFERENCE = Implementation("reference", lambda *call: "", reference.candidate_scores, "the definition")
+_CPP = Implementation("cpp", cpp.obstacle, cpp.candidate_scores, "float32 on cpu", register=cpp.register)
+_DENSE = Implementation("dense", takes_all, dense.candidate_scores, "GEMMs against the whole catalogue")
+_GATHER = Implementation("gather", takes_all, gather.candidate_scores, "rows gathered chunk by chunk")
+_REFERENCE = Implementation("reference", takes_all, reference.candidate_scores, "the definition")
 IMPLEMENTATIONS = (_CPP, _GATHER, _DENSE, _REFERENCE)
 
 
@@ -72,8 +70,8 @@ def candidate_scores(
     device asserts), and ValueError or TypeError for shapes, dtypes and names that do not fit.
     """
     check_inputs(queries_TD, table_ID, normalize_eps)
-    if isinstance(rows, Tensor) and rows.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"candidate rows must be int64 or int32, not {rows.dtype}")
+    if isinstance(rows, Tensor):
+        check_kind(rows, "candidate rows")
     if isinstance(rows, Tensor) and rows.dim() == 2:
         if rows.shape[0] != queries_TD.shape[0]:
             raise ValueError(_wrong_shape(queries_TD, rows))
@@ -81,7 +79,7 @@ def candidate_scores(
         call = (queries_TD, table_ID, rows, normalize_eps)
         chosen = choose("candidate_scores", ways, queries_TD.device, call, implementation).implementation
         if chosen.name != "cpp":  # which looks at them itself
-            check_rows(rows, table_ID.shape[0])
+            check_range(rows, table_ID.shape[0], "candidate")
         scores_TK: Tensor = chosen.run(*call)
         return scores_TK
     choose("candidate_scores", _ONE_GEMM, queries_TD.device, (), implementation)
@@ -89,13 +87,13 @@ def candidate_scores(
         return queries_TD @ _normalized(table_ID[_as_slice(rows, table_ID.shape[0])], normalize_eps).t()
     if rows.dim() != 1:
         raise ValueError(_wrong_shape(queries_TD, rows))
-    check_rows(rows, table_ID.shape[0])
+    check_range(rows, table_ID.shape[0], "candidate")
     return queries_TD @ _normalized(F.embedding(rows, table_ID), normalize_eps).t()
 
 
 # Rows that all queries share: every name means this.
 _ONE_GEMM = [
-    replace(way, obstacle=lambda: "", merit="one GEMM against rows that all queries share")
+    replace(way, obstacle=takes_all, register=None, merit="one GEMM against rows that all queries share")
     for way in (_DENSE, _CPP, _GATHER, _REFERENCE)
 ]
 

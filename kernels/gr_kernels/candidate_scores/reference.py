@@ -1,4 +1,4 @@
-"""The definition, in plain torch, differentiated by autograd: stores every gathered row (T x K x D).
+"""The definition, in plain PyTorch, differentiated by autograd: stores every gathered row (T x K x D).
 
 Shapes: T queries, K candidates of a query, I catalogue size, D width.
 """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels.counter_random import cpp, reference, triton_op
-from gr_kernels.dispatch import Implementation, choose
+from gr_kernels.dispatch import Implementation, choose, takes_all
 
 _LIMITS = {torch.int64: 1 << 32, torch.int32: 1 << 31}  # of `high`
 _ROW_BLOCK_VALUES = 1 << 20  # float64 values in flight while a long range of rows is drawn
@@ -26,7 +26,7 @@ IMPLEMENTATIONS = (
         device="cuda",
         register=triton_op.register,
     ),
-    Implementation("reference", lambda coordinates, draws: "", reference, "plain PyTorch, any device"),
+    Implementation("reference", takes_all, reference, "plain PyTorch, any device"),
 )
 
 

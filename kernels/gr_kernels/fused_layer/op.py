@@ -12,13 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr_kernels.dispatch import Choice, Implementation, choose
+from gr_kernels.dispatch import Choice, Implementation, choose, takes_all
 from gr_kernels.fused_layer import reference, triton_op
 from gr_kernels.operators import signed
-
-
-def _none(*tensors: Tensor | None) -> str:
-    return ""
 
 
 # In order of preference; "auto" takes the first without an obstacle.
@@ -33,7 +29,7 @@ IMPLEMENTATIONS = (
     ),
     Implementation(
         "reference",
-        _none,
+        takes_all,
         reference.FUNCTIONS,
         "plain PyTorch, any device and precision",
         register=reference.FUNCTIONS.register,

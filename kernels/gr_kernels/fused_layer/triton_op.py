@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr_kernels.fused_layer.launch import MOST_PARTS, WIDEST, linear_tiles, row_tiles
+from gr_kernels.fused_layer.tiles import MOST_PARTS, WIDEST, linear_tiles, row_tiles
 from gr_kernels.fused_layer.schema import Functions, keeps_normed, keeps_x
 from gr_kernels.operators import unsigned
-from gr_kernels.triton_common.available import interpreting, on, why_unavailable
+from gr_kernels.triton_common.available import interpreting, on, why_unavailable, wrong_dtype
 
 MOST_OTHERS = 4  # parts of a second tensor that the GEMM's epilogue reads
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def obstacle(*tensors: Tensor | None) -> str:
@@ -32,8 +31,8 @@ def obstacle(*tensors: Tensor | None) -> str:
     if first.shape[1] > WIDEST:
         return f"a row of {first.shape[1]:,} is wider than {WIDEST:,}"
     for tensor in tensors:
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"it computes in float32, float16 and bfloat16, not {tensor.dtype}"
+        if tensor is not None and (why := wrong_dtype(tensor.dtype)):
+            return why
     return ""
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gr_kernels.hstu_attention.problem import AttentionMask, Problem, RelativeBias
+from gr_kernels.tracing import values_are_at_hand
 
 
 def check(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> None:
@@ -20,7 +21,7 @@ def check(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> None
     _check_offsets(problem, q_THQ.device)
     _check_targets(problem.mask, problem.offsets.shape[0] - 1, q_THQ.device)
     _check_order(problem.order, problem.offsets.shape[0] - 1, q_THQ.device)
-    if q_THQ.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_are_at_hand(q_THQ):
         _check_rows(problem, q_THQ.shape[0], k_SHQ.shape[0])
     _check_bias(problem.bias, q_THQ, k_SHQ, problem.max_length, problem.mask)
 

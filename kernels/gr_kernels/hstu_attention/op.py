@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gr_kernels.dispatch import Implementation, choose
+from gr_kernels.dispatch import Implementation, choose, takes_all
 from gr_kernels.hstu_attention import blocked, cpp, reference, triton_op
 from gr_kernels.hstu_attention.checks import check
 from gr_kernels.hstu_attention.problem import (
@@ -17,10 +17,6 @@ from gr_kernels.hstu_attention.problem import (
     Problem,
     RelativeBias,
 )
-
-
-def _none(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> str:
-    return ""
 
 
 # In order of preference; "auto" takes the first without an obstacle. A new kernel is one line here.
@@ -38,14 +34,14 @@ IMPLEMENTATIONS = (
     ),
     Implementation(
         "blocked",
-        _none,
+        takes_all,
         blocked.attention,
         "plain PyTorch in blocks, any device and precision",
         register=blocked.attention.register,
     ),
     Implementation(
         "reference",
-        _none,
+        takes_all,
         reference.attention,
         "the definition, every score stored",
     ),

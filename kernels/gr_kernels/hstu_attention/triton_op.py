@@ -21,10 +21,9 @@ from gr_kernels.hstu_attention.buckets import device_thresholds
 from gr_kernels.hstu_attention.problem import Gradients, Problem, RelativeBias
 from gr_kernels.hstu_attention.schema import Operators
 from gr_kernels.hstu_attention.settings import Settings
-from gr_kernels.triton_common.available import interpreting, on, why_unavailable
+from gr_kernels.triton_common.available import interpreting, on, why_unavailable, wrong_dtype
 from gr_kernels.triton_common.sizes import power_of_two
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256
 # Keys and values of the (sequence, head) pairs that run side by side should stay in the L2 cache (50 MB on an H100).
 L2_SHARE = 24 * 2**20
@@ -39,14 +38,14 @@ def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> s
     """Why this call can't be Triton's, "" when it can."""
     if reason := why_unavailable(q_THQ.device):
         return reason
-    if q_THQ.dtype not in DTYPES:
-        return f"it computes in float32, float16 and bfloat16, not {q_THQ.dtype}"
+    if reason := wrong_dtype(q_THQ.dtype):
+        return reason
     widest = max(q_THQ.shape[-1], v_SHV.shape[-1])
     if widest > WIDEST:
         return f"heads are {widest} wide, more than {WIDEST}"
     for name, table in (("position", problem.bias.position), ("time", problem.bias.time)):
-        if table is not None and table.dtype not in DTYPES:
-            return f"bias.{name} is {table.dtype}"
+        if table is not None and (reason := wrong_dtype(table.dtype, f"bias.{name}")):
+            return reason
     return ""
 
 

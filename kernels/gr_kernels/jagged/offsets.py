@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr_kernels.tracing import values_are_at_hand
+
 
 def check_offsets(
     operator: str, offsets_B1: Tensor, rows: int, device: torch.device, max_length: int | None = None
@@ -27,7 +29,7 @@ def check_offsets(
         raise ValueError(
             f"{operator}: the offsets are on {offsets_B1.device}, the rows on {device}: move one."
         )
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if not values_are_at_hand(offsets_B1):
         return
     lengths_B = offsets_B1.diff()
     first, last = int(offsets_B1[0]), int(offsets_B1[-1])
@@ -46,7 +48,7 @@ def check_offsets(
 
 def covers_all_rows(offsets_B1: Tensor, rows: int) -> bool:
     """Whether every row is known to be in a sequence: CPU offsets are looked at, others and traced ones can't be."""
-    if offsets_B1.device.type != "cpu" or torch.compiler.is_compiling():
+    if not values_are_at_hand(offsets_B1):
         return False
     return int(offsets_B1[0]) == 0 and int(offsets_B1[-1]) == rows
 

@@ -26,6 +26,21 @@ def tile(width: int, item_bytes: int) -> Tile:
     return Tile(min(64, max(1, TILE_BYTES // (columns * item_bytes))), columns)
 
 
+def add_tile(width: int, item_bytes: int) -> Tile:
+    """Of position and time embeddings, for rows of ``item_bytes`` numbers: the choices that compile without spills for
+    sm_80 and sm_90.
+
+    16-bit numbers take half of what a copy takes, since three tensors' numbers meet as float32.
+    """
+    return tile(width, max(4, 16 // item_bytes))
+
+
+def dropout_tile(width: int) -> Tile:
+    """4096 decisions a program: 32 a thread, from 8 calls of Philox, whose words are what fills the registers."""
+    columns = min(max(4, power_of_two(width)), 128)
+    return Tile(min(64, 4096 // columns), columns)
+
+
 def search_steps(count: int) -> int:
     """Halvings after which one of the answers 0 to ``count`` is left, up to a multiple of 8.
 

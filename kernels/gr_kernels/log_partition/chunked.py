@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gr_kernels.log_partition.logits import full_precision
+from gr_kernels import rows
 from gr_kernels.log_partition.problem import Problem
+from gr_kernels.logits import full_precision, total
 from gr_kernels.products import NARROW, sum_of_rows, wide_product
 
 _CPU_BLOCK = 1 << 19  # logits of a chunk on CPU: a few MB, which stay in cache between the passes over them
@@ -101,7 +102,7 @@ class _CrossEntropy(torch.autograd.Function):
                 gradients.add(chunk, grad_CI)
         if gradients is not None:
             ctx.save_for_backward(*gradients.results())
-        return losses_T.sum() if weights is None else (losses_T * weights).sum()
+        return total(losses_T, weights)
 
     @staticmethod
     @once_differentiable
@@ -178,9 +179,7 @@ def accumulator(like: Tensor, *shape: int) -> Tensor:
 
 
 def chunks(queries_TD: Tensor, table_ID: Tensor, max_scores: int) -> list[slice]:
-    count, catalogue = queries_TD.shape[0], max(1, table_ID.shape[0])
-    limit = (
-        min(max_scores, max(_CPU_BLOCK, 64 * catalogue)) if queries_TD.device.type == "cpu" else max_scores
-    )
-    step = max(1, limit // catalogue)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    """Chunks of queries with at most ``max_scores`` scores; on CPU few, but of no fewer than 64 queries for that."""
+    if queries_TD.device.type == "cpu":
+        max_scores = min(max_scores, max(_CPU_BLOCK, 64 * table_ID.shape[0]))
+    return rows.chunks(queries_TD.shape[0], table_ID.shape[0], max_scores)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from gr_kernels import native
 from gr_kernels.log_partition.problem import Problem
+from gr_kernels.logits import total
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -85,7 +86,7 @@ class _CrossEntropy(torch.autograd.Function):
             queries_TD, table_ID, bias_I, targets_T, weights, scale, ctx.needs_input_grad[:3]
         )
         ctx.save_for_backward(*gradients)
-        return losses_T.sum() if weights is None else (losses_T * weights).sum()
+        return total(losses_T, weights)
 
     @staticmethod
     @once_differentiable

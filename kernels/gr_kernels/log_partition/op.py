@@ -8,32 +8,34 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gr_kernels.dispatch import Implementation, choose
+from gr_kernels.dispatch import Implementation, choose, takes_all
 from gr_kernels.log_partition import chunked, cpp, reference, triton_op
 from gr_kernels.log_partition.problem import Problem, check
 
 MAX_SCORES = 1 << 24
 
-_CPP = "float32 on cpu: logits, softmax and gradients in one pass of the C++ operator"
+# In order of preference. Each is a module of log_partition and cross_entropy.
 # Chunks of GEMMs write and read each float32 logit ten times or so: 45 bytes, 10 ps of an H200's memory, against
 # 0.5 ps of tensor cores for its three products at D = 64 in bf16 (1 ps at 128). Within 1.3 times the products' time
 # logits can't leave the processor, so on CUDA the kernels that keep them there come first.
-_TRITON = "logits stay on the chip; deterministic"
-_CHUNKED = "GEMMs over chunks of queries, any device and precision"
-_REFERENCE = "the definition: all T x I logits at once"
-
-# In order of preference.
-PARTITIONS = (
-    Implementation("cpp", cpp.obstacle, cpp.log_partition, _CPP, device="cpu"),
-    Implementation("triton", triton_op.obstacle, triton_op.log_partition, _TRITON, device="cuda"),
-    Implementation("chunked", lambda problem: "", chunked.log_partition, _CHUNKED),
-    Implementation("reference", lambda problem: "", reference.log_partition_of, _REFERENCE),
-)
-CROSS_ENTROPIES = (
-    Implementation("cpp", cpp.obstacle, cpp.cross_entropy, _CPP, device="cpu"),
-    Implementation("triton", triton_op.obstacle, triton_op.cross_entropy, _TRITON, device="cuda"),
-    Implementation("chunked", lambda problem: "", chunked.cross_entropy, _CHUNKED),
-    Implementation("reference", lambda problem: "", reference.cross_entropy_of, _REFERENCE),
+IMPLEMENTATIONS = (
+    Implementation(
+        "cpp",
+        cpp.obstacle,
+        cpp,
+        "float32 on cpu: logits, softmax and gradients in one pass of the C++ operator",
+        device="cpu",
+    ),
+    Implementation(
+        "triton",
+        triton_op.obstacle,
+        triton_op,
+        "logits stay on the chip; deterministic",
+        device="cuda",
+        register=triton_op.register,
+    ),
+    Implementation("chunked", takes_all, chunked, "GEMMs over chunks of queries, any device and precision"),
+    Implementation("reference", takes_all, reference, "the definition: all T x I logits at once"),
 )
 
 
@@ -82,9 +84,8 @@ def log_partition(
     )
     check(problem)
     problem = problem.heeding_no_grad()
-    choice = choose("log_partition", PARTITIONS, queries_TD.device, (problem,), implementation)
-    result: Tensor = choice.implementation.run(problem)
-    return result
+    choice = choose("log_partition", IMPLEMENTATIONS, queries_TD.device, (problem,), implementation)
+    return choice.implementation.run.log_partition(problem)  # type: ignore[no-any-return]
 
 
 def cross_entropy(
@@ -103,7 +104,7 @@ def cross_entropy(
 ) -> Tensor:
     """sum_t w_t (log sum_i exp(logit_ti) - logit_t,target), logit = scale * q . e + bias.
 
-    targets_T: (T,) integer rows of the table; weights_T: (T,) constants (1 where None), not differentiated. The
+    targets_T: (T,) int64 or int32 rows of the table; weights_T: (T,) constants (1 where None), not differentiated. The
     rest as in ``log_partition``; a target is always seen, also where excluded_TX holds it. The weights being known,
     'cpp' and 'chunked' form gradients in the forward pass (3 GEMMs in all) and multiply them by the scalar upstream
     gradient in the backward pass.
@@ -121,10 +122,9 @@ def cross_entropy(
         names=names_I,
         max_scores=max_scores,
         targets=targets_T,
-        weights=weights_T,
+        weights=None if weights_T is None else weights_T.detach(),
     )
     check(problem)
     problem = problem.heeding_no_grad().keeping_targets()
-    choice = choose("cross_entropy", CROSS_ENTROPIES, queries_TD.device, (problem,), implementation)
-    result: Tensor = choice.implementation.run(problem)
-    return result
+    choice = choose("cross_entropy", IMPLEMENTATIONS, queries_TD.device, (problem,), implementation)
+    return choice.implementation.run.cross_entropy(problem)  # type: ignore[no-any-return]

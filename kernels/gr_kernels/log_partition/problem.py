@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gr_kernels.candidate_scores import values_are_at_hand
-from gr_kernels.log_partition.logits import Logits, check_logits, normalized
+from gr_kernels.logits import Logits, check_logits, check_targets, normalized
+from gr_kernels.tracing import values_are_at_hand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def check(problem: Problem) -> None:
         raise ValueError("the table has no rows: there is nothing to sum over")
     _check_excluded(problem)
     if problem.targets is not None:
-        _check_targets(problem.targets, problem.weights, queries.shape[0], table.shape[0])
+        check_targets(problem.targets, problem.weights, queries.shape[0], table.shape[0])
 
 
 def _check_excluded(problem: Problem) -> None:
@@ -75,29 +75,11 @@ def _check_excluded(problem: Problem) -> None:
             f"excluded must be ({problem.queries.shape[0]}, X) integers, not {tuple(excluded.shape)} "
             f"of {excluded.dtype}"
         )
-    if names is not None or not values_are_at_hand(excluded):
+    if names is not None or not values_are_at_hand(excluded) or excluded.numel() == 0:
         return
     if int(excluded.max()) >= table.shape[0]:
         query, x = (excluded >= table.shape[0]).nonzero()[0].tolist()
         raise IndexError(
             f"excluded row {int(excluded[query, x])} (query {query}) is outside the table of {table.shape[0]} rows: "
             f"rows must lie in [0, {table.shape[0]}), or be -1 for none"
-        )
-
-
-def _check_targets(targets: Tensor, weights: Tensor | None, count: int, catalogue: int) -> None:
-    if targets.shape != (count,) or targets.is_floating_point():
-        raise ValueError(
-            f"targets must be ({count},) integers, not {tuple(targets.shape)} of {targets.dtype}"
-        )
-    if weights is not None and weights.shape != (count,):
-        raise ValueError(f"weights must be ({count},), not {tuple(weights.shape)}")
-    if not values_are_at_hand(targets):
-        return
-    bad = ((targets < 0) | (targets >= catalogue)).nonzero()
-    if len(bad):
-        first = int(bad[0])
-        raise IndexError(
-            f"target row {int(targets[first])} (query {first}) is outside the table of {catalogue} rows: "
-            f"rows must lie in [0, {catalogue})"
         )

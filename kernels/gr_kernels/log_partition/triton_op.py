@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: torch.ops.gr_kernels.log_partition_triton, its meta implementation and gradients.
+"""The sums over a table in Triton: when they can run, and how the kernels are launched.
 
 Shapes: T queries, I table rows, D width, X excluded names of a query, S splits of the table.
 """
@@ -10,11 +10,12 @@ import math
 import torch
 from torch import Tensor
 
-from gr_kernels.log_partition.logits import full_precision
 from gr_kernels.log_partition.problem import Problem
+from gr_kernels.log_partition.schema import Operators
 from gr_kernels.log_partition.tiles import WIDEST, splits, tiles
-from gr_kernels.log_partition.triton_autograd import register_autograd, table_gradient_fake
-from gr_kernels.triton_common.available import interpreting, on, why_unavailable
+from gr_kernels.logits import full_precision, total
+from gr_kernels.operators import field
+from gr_kernels.triton_common.available import interpreting, on, why_unavailable, wrong_dtype
 
 MOST_EXCLUDED = 16  # compared one after the other with every logit
 _LOG2_E = math.log2(math.e)
@@ -23,8 +24,8 @@ _INTERPRETED_PROCESSORS = 4  # so that tests see the table split
 
 def obstacle(problem: Problem) -> str:
     """The reason, in a few words, why the kernels can't take this call; "" when they can."""
-    if problem.queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it takes float32, float16 or bfloat16, not {problem.queries.dtype}"
+    if reason := wrong_dtype(problem.queries.dtype):
+        return reason
     if problem.queries.shape[1] > WIDEST:
         return f"rows wider than {WIDEST} don't fit into its tiles"
     if problem.excluded is not None and problem.excluded.shape[1] > MOST_EXCLUDED:
@@ -35,29 +36,26 @@ def obstacle(problem: Problem) -> str:
 
 
 def log_partition(problem: Problem) -> Tensor:
+    """(T,) float32; with targets, the losses."""
     if problem.queries.dtype == torch.float16:
         # a share times 1 / |e|, as the kernel forms it, may be beyond float16's 65,504
         problem = problem.with_normalized_table()
-    out: Tensor = torch.ops.gr_kernels.log_partition_triton(
+    return OPERATORS(
         problem.queries,
         problem.table,
         problem.bias,
         problem.targets,
         problem.excluded,
         problem.names,
-        problem.scale,
-        problem.normalize_eps,
-        problem.queries.requires_grad,
-    )[0]
-    return out
+        scale=problem.scale,
+        normalize_eps=problem.normalize_eps,
+    )
 
 
 def cross_entropy(problem: Problem) -> Tensor:
-    losses_T = log_partition(problem)
-    return losses_T.sum() if problem.weights is None else (losses_T * problem.weights.detach()).sum()
+    return total(log_partition(problem), problem.weights)
 
 
-@torch.library.custom_op("gr_kernels::log_partition_triton", mutates_args=())
 def _forward(
     queries: Tensor,
     table: Tensor,
@@ -69,10 +67,8 @@ def _forward(
     normalize_eps: float | None,
     want_means: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values_T, peaks_T in base 2, sums_T, means_TD float32 or empty).
-
-    means: d value / d query / scale: the mean of the (normalised) rows by their shares, less the target's.
-    """
+    """As schema.Operators has it; peaks are in base 2. A mean is that of the (normalised) rows by their shares, less
+    the target's."""
     from gr_kernels.log_partition.triton_kernel import partial_sums
 
     queries, table = queries.contiguous(), table.contiguous()
@@ -132,38 +128,11 @@ def _forward(
         values_T = (base_T / _LOG2_E - label_T) + sums_T.log()
         if want_means:
             means_TD -= label_TD
-    return (
-        values_T,
-        peaks_T.masked_fill(empty_T, math.inf),
-        sums_T,
-        means_TD,
-    )  # backward, exp2(-inf - inf) = 0
+    # backward, exp2(-inf - inf) = 0
+    return values_T, peaks_T.masked_fill(empty_T, math.inf), sums_T, means_TD
 
 
-@_forward.register_fake
-def _forward_fake(
-    queries: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    excluded: Tensor | None,
-    names: Tensor | None,
-    scale: float,
-    normalize_eps: float | None,
-    want_means: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count, width = queries.shape
-    values_T, peaks_T, sums_T = (queries.new_empty(count, dtype=torch.float32) for _ in range(3))
-    return (
-        values_T,
-        peaks_T,
-        sums_T,
-        queries.new_empty(count if want_means else 0, width, dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("gr_kernels::log_partition_triton_table_gradient", mutates_args=())
-def _table_gradient(
+def _backward(
     grad: Tensor,
     queries: Tensor,
     table: Tensor,
@@ -178,10 +147,7 @@ def _table_gradient(
     want_table: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the table (I, D) in its dtype and of the bias (I,) float32, for (T,) upstream ones.
-
-    Empty where not wanted.
-    """
+    """As schema.Operators has it."""
     from gr_kernels.log_partition.triton_kernel import table_gradient
 
     queries, table, grad = queries.contiguous(), table.contiguous(), grad.float().contiguous()
@@ -220,8 +186,13 @@ def _table_gradient(
     return grad_table, grad_bias
 
 
-_table_gradient.register_fake(table_gradient_fake)
-register_autograd("log_partition_triton")
+OPERATORS = Operators(
+    "log_partition_triton",
+    (field("Tensor? targets"), field("Tensor? excluded"), field("Tensor? names")),
+    _forward,
+    _backward,
+)
+register = OPERATORS.register
 
 
 def _inverse_norms(table: Tensor, normalize_eps: float | None) -> Tensor | None:

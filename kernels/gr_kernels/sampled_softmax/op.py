@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gr_kernels.dispatch import Implementation, choose
+from gr_kernels.dispatch import Implementation, choose, takes_all
 from gr_kernels.sampled_softmax import reference, scores, triton_op
 from gr_kernels.sampled_softmax.problem import Problem, check
 
@@ -16,16 +16,21 @@ MAX_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}  # on a CPU few enough to stay in
 # In order of preference.
 IMPLEMENTATIONS = (
     Implementation(
-        "triton", triton_op.obstacle, triton_op.loss, "stores no T x K scores; deterministic", device="cuda"
+        "triton",
+        triton_op.obstacle,
+        triton_op.sampled_softmax,
+        "stores no T x K scores; deterministic",
+        device="cuda",
+        register=triton_op.register,
     ),
     Implementation(
         "scores",
-        lambda problem: "",
-        scores.loss,
+        takes_all,
+        scores.sampled_softmax,
         "gr_kernels.candidate_scores or one GEMM, then the cross-entropy of the first",
     ),
     Implementation(
-        "reference", lambda problem: "", reference.loss, "the definition, every gathered row stored"
+        "reference", takes_all, reference.sampled_softmax, "the definition, every gathered row stored"
     ),
 )
 
@@ -69,15 +74,14 @@ def sampled_softmax(
         table=table_ID,
         targets=targets_T,
         negatives=negatives,
-        weights=weights_T,
+        weights=None if weights_T is None else weights_T.detach(),
         scale=scale,
         normalize_eps=normalize_eps,
         bias=bias_I,
-        counts=counts_K,
+        counts=None if counts_K is None else counts_K.detach(),
         max_scores=MAX_SCORES.get(queries_TD.device.type, 1 << 24) if max_scores is None else max_scores,
     )
     check(problem)
     problem = problem.heeding_no_grad()
     choice = choose("sampled_softmax", IMPLEMENTATIONS, queries_TD.device, (problem,), implementation)
-    result: Tensor = choice.implementation.run(problem)
-    return result
+    return choice.implementation.run(problem)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: torch.ops.gr_kernels.sampled_softmax_triton, its meta implementation and gradients.
+"""The sampled softmax in Triton: when it can run, and how the kernels are launched.
 
 Shapes: T queries, K negatives, C = 1 + K candidates, I table rows, D width.
 """
@@ -12,31 +12,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr_kernels.log_partition import log_partition
-from gr_kernels.log_partition.tiles import WIDEST
-from gr_kernels.log_partition.triton_autograd import register_autograd, table_gradient_fake
+from gr_kernels.log_partition.schema import Operators
+from gr_kernels.log_partition.tiles import WIDEST as WIDEST_SHARED
+from gr_kernels.logits import total
+from gr_kernels.operators import field
 from gr_kernels.sampled_softmax.problem import Problem
-from gr_kernels.sampled_softmax.scores import gathered
-from gr_kernels.triton_common.available import on, why_unavailable
-from gr_kernels.triton_common.sizes import power_of_two
+from gr_kernels.sampled_softmax.tiles import WIDEST, tiles
+from gr_kernels.triton_common.available import on, why_unavailable, wrong_dtype
 
 _LOG2_E = math.log2(math.e)
-_WIDEST = 1024
 
 
 def obstacle(problem: Problem) -> str:
     """The reason, in a few words, why the kernels can't take this call; "" when they can."""
     queries = problem.queries
-    if queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it takes float32, float16 or bfloat16, not {queries.dtype}"
-    widest = WIDEST if problem.shared else _WIDEST
+    if reason := wrong_dtype(queries.dtype):
+        return reason
+    widest = WIDEST_SHARED if problem.shared else WIDEST
     if queries.shape[1] > widest:
         return f"rows wider than {widest} don't fit into its tiles"
     return why_unavailable(queries.device)
 
 
-def loss(problem: Problem) -> Tensor:
+def sampled_softmax(problem: Problem) -> Tensor:
     """The sum of the losses: a float32 scalar."""
-    return problem.total(_shared(problem) if problem.shared else _own(problem))
+    return total(_shared(problem) if problem.shared else _own(problem), problem.weights)
 
 
 def _shared(problem: Problem) -> Tensor:
@@ -44,7 +44,7 @@ def _shared(problem: Problem) -> Tensor:
 
     The target is excluded there; where every negative is the target, the sum is empty and the loss 0.
     """
-    rows_KD, labels_TD = gathered(problem)
+    rows_KD, labels_TD = problem.gathered()
     negatives_K, targets_T = problem.negatives, problem.targets
     label_T = (problem.queries.float() * labels_TD.float()).sum(1) * problem.scale
     if problem.bias is not None:
@@ -64,26 +64,17 @@ def _shared(problem: Problem) -> Tensor:
 
 
 def _own(problem: Problem) -> Tensor:
-    out: Tensor = torch.ops.gr_kernels.sampled_softmax_triton(
+    return OPERATORS(
         problem.queries,
         problem.table,
         problem.bias,
         problem.targets,
         problem.negatives,
-        problem.scale,
-        problem.normalize_eps,
-        problem.queries.requires_grad,
-    )[0]
-    return out
+        scale=problem.scale,
+        normalize_eps=problem.normalize_eps,
+    )
 
 
-def blocks(width: int) -> dict[str, int]:
-    """Tiles of about 2,048 numbers, 16 a thread: several gathered rows in flight, many programs a processor."""
-    padded = max(16, power_of_two(width))
-    return {"D": width, "BLOCK_D": padded, "rows": max(4, min(64, 2048 // padded))}
-
-
-@torch.library.custom_op("gr_kernels::sampled_softmax_triton", mutates_args=())
 def _forward(
     queries: Tensor,
     table: Tensor,
@@ -92,19 +83,16 @@ def _forward(
     negatives: Tensor,
     scale: float,
     normalize_eps: float | None,
-    want_directions: bool,
+    want_means: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses_T, peaks_T in base 2, sums_T, directions_TD float32 or empty).
-
-    directions: d loss / d query / scale.
-    """
+    """As log_partition's schema.Operators has it; peaks are in base 2."""
     from gr_kernels.sampled_softmax.triton_kernel import own_negatives
 
     queries, table = queries.contiguous(), table.contiguous()
     count, width = queries.shape
     losses_T, peaks_T, sums_T = (queries.new_empty(count, dtype=torch.float32) for _ in range(3))
-    directions_TD = queries.new_empty(count if want_directions else 0, width, dtype=torch.float32)
-    sizes = blocks(width)
+    means_TD = queries.new_empty(count if want_means else 0, width, dtype=torch.float32)
+    use = tiles(width)
     if count:
         with on(queries):
             own_negatives[(count,)](
@@ -116,38 +104,20 @@ def _forward(
                 losses_T,
                 peaks_T,
                 sums_T,
-                directions_TD if want_directions else None,
+                means_TD if want_means else None,
                 negatives.shape[1],
                 scale * _LOG2_E,
                 normalize_eps or 0.0,
-                D=sizes["D"],
-                BLOCK_D=sizes["BLOCK_D"],
-                BLOCK_K=sizes["rows"],
+                D=width,
+                BLOCK_D=use.width,
+                BLOCK_K=use.rows,
                 NORMALIZE=normalize_eps is not None,
-                num_warps=4,
+                num_warps=use.num_warps,
             )
-    return losses_T, peaks_T, sums_T, directions_TD
+    return losses_T, peaks_T, sums_T, means_TD
 
 
-@_forward.register_fake
-def _forward_fake(
-    queries: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    negatives: Tensor,
-    scale: float,
-    normalize_eps: float | None,
-    want_directions: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count, width = queries.shape
-    losses_T, peaks_T, sums_T = (queries.new_empty(count, dtype=torch.float32) for _ in range(3))
-    directions = queries.new_empty(count if want_directions else 0, width, dtype=torch.float32)
-    return losses_T, peaks_T, sums_T, directions
-
-
-@torch.library.custom_op("gr_kernels::sampled_softmax_triton_table_gradient", mutates_args=())
-def _table_gradient(
+def _backward(
     grad: Tensor,
     queries: Tensor,
     table: Tensor,
@@ -161,10 +131,7 @@ def _table_gradient(
     want_table: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the table (I, D) in its dtype and of the bias (I,) float32, for (T,) upstream ones.
-
-    Empty where not wanted.
-    """
+    """As log_partition's schema.Operators has it."""
     from gr_kernels.sampled_softmax.triton_kernel import row_gradient
 
     queries, table = queries.contiguous(), table.contiguous()
@@ -176,7 +143,7 @@ def _table_gradient(
     starts = torch.searchsorted(sorted_rows, wanted)
     grad_table = torch.empty_like(table if want_table else table[:0])
     grad_bias = table.new_empty(catalogue if want_bias else 0, dtype=torch.float32)
-    sizes = blocks(width)
+    use = tiles(width)
     with on(queries):
         row_gradient[(catalogue,)](
             queries,
@@ -194,14 +161,16 @@ def _table_gradient(
             scale * _LOG2_E,
             scale,
             normalize_eps or 0.0,
-            D=sizes["D"],
-            BLOCK_D=sizes["BLOCK_D"],
-            BLOCK_P=sizes["rows"],
+            D=width,
+            BLOCK_D=use.width,
+            BLOCK_P=use.rows,
             NORMALIZE=normalize_eps is not None,
-            num_warps=4,
+            num_warps=use.num_warps,
         )
     return grad_table, grad_bias
 
 
-_table_gradient.register_fake(table_gradient_fake)
-register_autograd("sampled_softmax_triton")
+OPERATORS = Operators(
+    "sampled_softmax_triton", (field("Tensor targets"), field("Tensor negatives")), _forward, _backward
+)
+register = OPERATORS.register

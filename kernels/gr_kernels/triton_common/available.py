@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gr_kernels.tracing import constant_when_traced
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_SHARED = 166_912  # bytes a block: an A100's
 
 
@@ -23,6 +24,13 @@ def interpreting() -> bool:
     Triton reads the variable when a kernel is defined, so it must be set before triton is first imported.
     """
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def wrong_dtype(dtype: torch.dtype, name: str = "") -> str:
+    """In a few words why kernels can't compute on this dtype (of the argument of this name); "" when they can."""
+    if dtype in DTYPES:
+        return ""
+    return "it takes float32, float16 or bfloat16, " + (f"and {name} is {dtype}" if name else f"not {dtype}")
 
 
 @functools.cache

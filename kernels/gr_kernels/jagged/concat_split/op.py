@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr_kernels.dispatch import Choice, Implementation, choose
+from gr_kernels.dispatch import Choice, Implementation, choose, takes_all
 from gr_kernels.jagged.concat_split import cpp, reference, triton_op
 from gr_kernels.jagged.offsets import check_offsets
+from gr_kernels.tracing import values_are_at_hand
 
 _CONCAT, _SPLIT = "concat_jagged", "split_jagged"
 
@@ -25,10 +26,6 @@ class Way:
 
     concat: Any
     split: Any
-
-
-def _none(tensor: Tensor, parts: int) -> str:
-    return ""
 
 
 # `obstacle` is given one of the tensors and the number of parts; `run` is a Way.
@@ -57,7 +54,7 @@ IMPLEMENTATIONS = (
         device="cpu",
         register=cpp.register,
     ),
-    Implementation("reference", _none, Way(reference.concat, reference.split), "plain PyTorch, any device"),
+    Implementation("reference", takes_all, Way(reference.concat, reference.split), "plain PyTorch, any device"),
 )
 
 
@@ -170,7 +167,7 @@ def _choose_split(
         raise ValueError(
             f"{_SPLIT}: tail_rows must lie between 0 and the {joined.shape[0]} rows, not at {tail_rows}."
         )
-    if joined.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_are_at_hand(joined):
         _check_tails(offsets_B1, tail_lengths_B, tail_rows)
     return choose(_SPLIT, IMPLEMENTATIONS, joined.device, (joined, 2), name)
 

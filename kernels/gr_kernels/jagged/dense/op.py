@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gr_kernels.dispatch import Choice, Implementation, choose
+from gr_kernels.dispatch import Choice, Implementation, choose, takes_all
 from gr_kernels.jagged.dense import reference, triton_op
 from gr_kernels.jagged.offsets import check_offsets
 
 _TO_DENSE, _TO_JAGGED = "jagged_to_dense", "dense_to_jagged"
-
-
-def _none(x: Tensor) -> str:
-    return ""
 
 
 # `obstacle` is given the tensor that is moved.
@@ -24,7 +20,7 @@ TO_DENSE, TO_JAGGED = (
         Implementation(
             "triton", triton_op.obstacle, of_triton, "one pass", device="cuda", register=triton_op.register
         ),
-        Implementation("reference", _none, of_reference, "plain PyTorch, any device"),
+        Implementation("reference", takes_all, of_reference, "plain PyTorch, any device"),
     )
     for of_triton, of_reference in (
         (triton_op.to_dense, reference.to_dense),

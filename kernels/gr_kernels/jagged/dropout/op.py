@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gr_kernels.dispatch import Choice, Implementation, choose
+from gr_kernels.dispatch import Choice, Implementation, choose, takes_all
 from gr_kernels.jagged.dropout import reference, triton_op
 from gr_kernels.jagged.dropout.schema import Operator
 
@@ -16,10 +16,6 @@ _NAME = "jagged_dropout"
 
 TRITON = Operator("jagged_dropout_triton", triton_op.dropout)
 REFERENCE = Operator("jagged_dropout_reference", reference.dropout)
-
-
-def _none(x: Tensor) -> str:
-    return ""
 
 
 IMPLEMENTATIONS = (
@@ -33,7 +29,7 @@ IMPLEMENTATIONS = (
     ),
     Implementation(
         "reference",
-        _none,
+        takes_all,
         REFERENCE,
         "PyTorch on counter-based words, no stored mask",
         register=REFERENCE.register,

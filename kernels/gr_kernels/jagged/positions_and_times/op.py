@@ -8,17 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gr_kernels.dispatch import Choice, Implementation, choose
+from gr_kernels.dispatch import Choice, Implementation, choose, takes_all
 from gr_kernels.hstu_attention.buckets import TimeBuckets
 from gr_kernels.jagged.offsets import check_offsets
 from gr_kernels.jagged.positions_and_times import bucket_op, reference, triton_op
 from gr_kernels.jagged.positions_and_times.problem import CountFrom, Problem
+from gr_kernels.tracing import values_are_at_hand
 
 _NAME = "add_positions_and_times"
-
-
-def _none(x_TD: Tensor, problem: Problem) -> str:
-    return ""
 
 
 IMPLEMENTATIONS = (
@@ -27,7 +24,7 @@ IMPLEMENTATIONS = (
         device="cuda", register=triton_op.register,
     ),
     Implementation(
-        "reference", _none, reference.add_positions_and_times, "plain PyTorch, any device and precision",
+        "reference", takes_all, reference.add_positions_and_times, "plain PyTorch, any device and precision",
         register=bucket_op.register,
     ),
 )  # fmt: skip
@@ -134,7 +131,7 @@ def _check(x_TD: Tensor, problem: Problem) -> None:
     if problem.targets is not None:
         sequences = problem.offsets.shape[0] - 1
         _check_vector("targets", problem.targets, sequences, x_TD.device, (torch.int64, torch.int32))
-        if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values_are_at_hand(x_TD):
             wrong_B = (problem.targets < 0) | (problem.targets > problem.offsets.diff())
             _require(
                 not bool(wrong_B.any()), f"sequence {int(wrong_B.to(torch.int8).argmax()) if sequences else 0} has "

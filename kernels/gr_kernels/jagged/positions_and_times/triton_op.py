@@ -16,13 +16,12 @@ from gr_kernels.hstu_attention.buckets import TimeBuckets, device_thresholds
 from gr_kernels.jagged.positions_and_times import bucket_op
 from gr_kernels.jagged.positions_and_times.problem import Problem
 from gr_kernels.jagged.positions_and_times.reference import position_entries
-from gr_kernels.jagged.tiles import WARPS, Tile, search_steps, tile
+from gr_kernels.jagged.tiles import WARPS, add_tile, search_steps
 from gr_kernels.operators import Arguments, define, field
 from gr_kernels.tracing import once
-from gr_kernels.triton_common.available import on, why_unavailable
+from gr_kernels.triton_common.available import on, why_unavailable, wrong_dtype
 from gr_kernels.triton_common.sums_by_entry import sum_rows_by_entry
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PROBLEM = Arguments(
     [
         field("Tensor offsets"),
@@ -46,8 +45,8 @@ _TABLES = ("position", "time")
 def obstacle(x_TD: Tensor, problem: Problem) -> str:
     """Why this call can't be Triton's, "" when it can."""
     for name, tensor in (("x", x_TD), ("position", problem.position), ("time", problem.time)):
-        if tensor is not None and tensor.dtype not in _FLOATS:
-            return f"it computes in float32, float16 or bfloat16, and {name} is {tensor.dtype}"
+        if tensor is not None and (reason := wrong_dtype(tensor.dtype, name)):
+            return reason
     return why_unavailable(x_TD.device)
 
 
@@ -55,14 +54,6 @@ def add_positions_and_times(x_TD: Tensor, problem: Problem) -> Tensor:
     """reference.add_positions_and_times() for a call without obstacle, after `register`."""
     operator = torch.ops.gr_kernels.add_positions_and_times_triton
     return operator(x_TD, *PROBLEM.flatten(problem))  # type: ignore[no-any-return]
-
-
-def add_tile(width: int, item_bytes: int) -> Tile:
-    """For rows of ``item_bytes`` numbers: the choices that compile without spills for sm_80 and sm_90.
-
-    16-bit numbers take half of what a copy takes, since three tensors' numbers meet as float32.
-    """
-    return tile(width, max(4, 16 // item_bytes))
 
 
 def _forward(x_TD: Tensor, *flat: Any) -> Tensor:

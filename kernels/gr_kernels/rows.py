@@ -1,12 +1,16 @@
-"""Whether queries, a table and rows of it fit.
+"""Queries against rows of a table: what all operators over them check, and the chunks they work in.
 
-Shapes: T queries, K candidates of a query, I catalogue size, D width.
+Shapes: T queries, K candidates of a query, I rows of the table, D width.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from gr_kernels.tracing import values_are_at_hand
+
+ROW_NUMBERS = (torch.int64, torch.int32)
 
 
 def check_inputs(queries_TD: Tensor, table_ID: Tensor, normalize_eps: float | None) -> None:
@@ -28,14 +32,15 @@ def check_inputs(queries_TD: Tensor, table_ID: Tensor, normalize_eps: float | No
         )
 
 
-def values_are_at_hand(rows: Tensor) -> bool:
-    """Whether there are values to check: on an accelerator a look would wait for it, a traced graph has none."""
-    return not torch.compiler.is_compiling() and rows.device.type == "cpu" and rows.numel() > 0
+def check_kind(rows: Tensor, what: str) -> None:
+    """TypeError for rows that aren't numbers of rows."""
+    if rows.dtype not in ROW_NUMBERS:
+        raise TypeError(f"{what} must be int64 or int32, not {rows.dtype}")
 
 
-def check_rows(rows: Tensor, catalogue: int, what: str = "candidate") -> None:
+def check_range(rows: Tensor, catalogue: int, what: str) -> None:
     """IndexError for the first row outside [0, catalogue), where ``values_are_at_hand``."""
-    if not values_are_at_hand(rows):
+    if not values_are_at_hand(rows) or rows.numel() == 0:
         return
     low, high = torch.aminmax(rows)
     if low >= 0 and high < catalogue:
@@ -50,3 +55,12 @@ def check_rows(rows: Tensor, catalogue: int, what: str = "candidate") -> None:
         f"{what} row {int(rows.flatten()[first])} ({where}) is outside the table of {catalogue} rows: "
         f"rows must lie in [0, {catalogue})"
     )
+
+
+def chunks(count: int, each: int, most: int) -> list[slice]:
+    """Stretches of ``count`` queries, each of which needs ``each`` numbers, that need ``most`` at most together.
+
+    A query that alone needs more is a chunk of its own.
+    """
+    step = max(1, most // max(1, each))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

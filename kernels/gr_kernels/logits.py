@@ -1,4 +1,4 @@
-"""The logits that losses over a table's rows have in common.
+"""The logits that losses over a table's rows have in common, and the sum of such losses.
 
 Shapes: T queries, I table rows, D width.
 """
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr_kernels.candidate_scores import check_inputs
 from gr_kernels.products import NARROW
+from gr_kernels.rows import check_inputs, check_kind, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +44,6 @@ class Logits:
         return replace(self, queries=self.queries.float(), table=self.table.float())
 
 
-def normalized(rows: Tensor, eps: float) -> Tensor:
-    """Rows (..., D) divided by max(their length, eps), in float32 at least and rounded once: eps is beyond float16."""
-    wide = rows.float() if rows.dtype in NARROW else rows
-    return F.normalize(wide, dim=-1, eps=eps).to(rows.dtype)
-
-
-def full_precision(like: Tensor) -> torch.autocast:
-    """The inputs' own dtype is the precision of the GEMMs: autocast would round the logits to 16 bits."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
 def check_logits(logits: Logits) -> None:
     """Raises ValueError or TypeError, in one sentence, for arguments that don't fit."""
     check_inputs(logits.queries, logits.table, logits.normalize_eps)
@@ -63,3 +52,33 @@ def check_logits(logits: Logits) -> None:
         raise ValueError(f"bias must be ({rows},), one value a table row, not {tuple(bias.shape)}")
     if logits.max_scores < 1:
         raise ValueError(f"max_scores must be at least 1, got {logits.max_scores}")
+
+
+def check_targets(targets_T: Tensor, weights_T: Tensor | None, count: int, catalogue: int) -> None:
+    """Raises ValueError, TypeError or IndexError, in one sentence, for targets that don't fit ``count`` queries."""
+    check_kind(targets_T, "targets")
+    if targets_T.shape != (count,):
+        raise ValueError(f"targets must be ({count},), one for each query, not {tuple(targets_T.shape)}")
+    if weights_T is not None and weights_T.shape != (count,):
+        raise ValueError(f"weights must be ({count},), one for each query, not {tuple(weights_T.shape)}")
+    check_range(targets_T, catalogue, "target")
+
+
+def total(losses_T: Tensor, weights_T: Tensor | None) -> Tensor:
+    """The sum of the queries' losses, each times its weight: a scalar of the losses' dtype."""
+    return losses_T.sum() if weights_T is None else (losses_T * weights_T.to(losses_T.dtype)).sum()
+
+
+def full(scores: Tensor) -> Tensor:
+    """Scores in float32 at least."""
+    return scores.float() if scores.dtype in NARROW else scores
+
+
+def normalized(rows: Tensor, eps: float) -> Tensor:
+    """Rows (..., D) divided by max(their length, eps), in float32 at least and rounded once: eps is beyond float16."""
+    return F.normalize(full(rows), dim=-1, eps=eps).to(rows.dtype)
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """The inputs' own dtype is the precision of the GEMMs: autocast would round the logits to 16 bits."""
+    return torch.autocast(like.device.type, enabled=False)
