@@ -37,7 +37,8 @@ TESTS = [
         for name in ("precision", "table", "objectives", "optimizers_schedule", "paired")
     ),
     *(f"tests/unit/test_models_{name}.py" for name in ("dropout", "encoders", "hstu", "hstu_fused", "input")),
-    *(f"tests/unit/test_{name}.py" for name in ("models_recommender", "padded_baseline", "baselines")),
+    *(f"tests/unit/test_models_{name}.py" for name in ("ranking", "retrieval")),
+    *(f"tests/unit/test_{name}.py" for name in ("padded_baseline", "baselines", "pointwise", "views")),
     *(f"tests/unit/test_eval_{name}.py" for name in ("ranking", "recommend")),
     "tests/end_to_end/test_golden_losses.py",
     "tests/distributed",

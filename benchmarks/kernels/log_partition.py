@@ -35,7 +35,8 @@ def build(spec: LossSpec, device: torch.device) -> Case:
 
 def ways(case: Case) -> list[Way]:
     ours = [
-        Way(name, partial(_step, name), ours=True, answer="sums") for name in library.names(op.IMPLEMENTATIONS)
+        Way(name, partial(_step, name), ours=True, answer="sums")
+        for name in library.names(op.IMPLEMENTATIONS)
     ]
     return [*ours, *losses.eager_ways(eager, "sums", lambda spec: 3 * spec.T * spec.I, "T x I")]
 

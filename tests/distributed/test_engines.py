@@ -15,8 +15,10 @@ from gr.processes import Axis, Processes
 from gr.train.folder import RunFolder
 from gr.train.parts import build_batches, open_data
 from tests.distributed.jobs import run_jobs
+from tests.distributed.rounding import adamw, of_losses, of_weights, sgd
 from tests.end_to_end.tiny import ROOT, command, make_dataset, weights, write_config
 from tests.packages import needs
+from tests.precision import UNIT
 from tests.unit.test_ranking_run import CONFIG as RANKING, make_dataset as make_ranking_dataset
 
 needs("torchrec", "fbgemm_gpu", "deepspeed")
@@ -42,14 +44,13 @@ OPTIMIZERS = {
     "clipped": ["optimizer={name: sgd, lr: 0.5, momentum: 0.9}", "train.clip_norm=0.2"],
     "adamw": ["optimizer={name: adamw, lr: 0.01, weight_decay: 0.1, groups: [{match: bias, lr: 0.003}]}"],
 }
+STEPS = 6
 MICRO = "train.micro_batch_actions=35"
 PLAIN = [
-    *("model.input.dropout=0", "model.encoder.dropout=0", "eval.splits=[test]", "train.max_steps=6"),
+    *("model.input.dropout=0", "model.encoder.dropout=0", "eval.splits=[test]", f"train.max_steps={STEPS}"),
     *("checkpoint.every_steps=null", "data.window_blocks=1", MICRO),
 ]
-# Sums of some hundred float32 terms in another order differ by 1e-6 of their size or so; six steps carry that on: into
-# the parameters by a step's size, of which AdamW's first ones divide gradients by their own size.
-LOSS, WEIGHT = 2e-5, 2e-4
+LOSS, WEIGHT = of_losses(STEPS), of_weights(STEPS, max(sgd(0.5), adamw(0.01)))
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,9 @@ def test_bfloat16_and_activation_checkpointing(folder):
             jobs.append(asked(folder, f"again {again} {engine}", *wanted, *dropped))
     assert run_jobs(folder, jobs, 2) == [[None, None]] * len(jobs)
     for engine in ("fsdp", "zero2", "zero3 in parts"):
-        assert_alike(folder, f"bf16 {engine}", "bf16 ddp", loss=2**-8, weight=2**-4)
+        assert_alike(
+            folder, f"bf16 {engine}", "bf16 ddp", loss=UNIT[torch.bfloat16], weight=16 * UNIT[torch.bfloat16]
+        )
     for engine in ("ddp", "fsdp", "zero3 in parts"):
         kept, formed = (weights(folder / f"again {a} {engine}".replace(" ", "-")) for a in (False, True))
         assert rows(folder, f"again False {engine}") == rows(folder, f"again True {engine}")

@@ -116,8 +116,8 @@ def test_a_mapped_table_trains_alike_on_one_two_and_four_processes(folder, runs,
             assert (found[key] - tensor).abs().max() <= WEIGHT_TOLERANCE, key
         elif key.startswith("optimizer/step/"):
             assert found[key] == tensor == 12
-        else:  # moments are means of gradients and of their squares
-            assert (found[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), key
+        else:  # moments are means of gradients, and of their squares, which are off by twice as much
+            assert (found[key] - tensor).abs().max() <= 2 * LOSS_TOLERANCE * tensor.abs().max(), key
 
 
 def test_a_mapped_run_of_four_processes_goes_on_as_a_local_one_of_two(folder, runs):

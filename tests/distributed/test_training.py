@@ -5,18 +5,12 @@ import pytest
 
 from gr.train.folder import RunFolder
 from tests.distributed.jobs import run_jobs
+from tests.distributed.rounding import adamw, of_losses, of_weights
 from tests.end_to_end.tiny import make_dataset, weights, write_config
-from tests.precision import after_steps
 
 NO_DROPOUT = ["model.input.dropout=0", "model.encoder.dropout=0", "train.max_steps=12"]
-# The sums are over the targets of a batch, 16 users of up to 20 actions, in another order; a loss has at most twice the
-# relative change of the parameters (test_golden_losses.py). Both runs round.
-STEPS, LR, TERMS = 12, 0.01, 16 * 20
-LOSS_TOLERANCE = 2 * after_steps(STEPS, TERMS, condition=2.0)
-# AdamW moves a parameter by up to lr times its gradient over the gradient's own size: by lr times the gradient's
-# relative error more or less, which grows where the terms cancel. They do so down to 1 / 200 of their sizes here.
-CANCELLATION = 200
-WEIGHT_TOLERANCE = LR * after_steps(STEPS, TERMS, condition=2.0) * CANCELLATION
+STEPS, RATE = 12, 0.01
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = of_losses(STEPS), of_weights(STEPS, adamw(RATE))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from gr_kernels.counter_random import (
     uniform_floats,
     uniform_integers,
 )
+from tests.precision import UNIT
 
 NATIVE = pytest.param(
     "cpp", marks=pytest.mark.skipif(not native.available(), reason="the C++ operators are not built")
@@ -119,12 +120,13 @@ def test_floats_and_normals_have_their_moments(implementation: str) -> None:
 
     std, cut = 0.02, 2.0
     rows = truncated_normal_rows(KEY, range(4000), 50, std, cut, implementation=implementation).double()
-    assert float(rows.abs().max()) <= std * cut * (1 + 1e-6)
+    assert float(rows.abs().max()) <= std * cut * (1 + UNIT[torch.float32])  # rounded once
     # variance of a standard normal law cut at c: 1 - 2 c phi(c) / erf(c / sqrt 2)
     density = math.exp(-(cut**2) / 2) / math.sqrt(2 * math.pi)
     variance = std**2 * (1 - 2 * cut * density / math.erf(cut / math.sqrt(2)))
     assert abs(float(rows.mean())) < 5 * math.sqrt(variance / rows.numel())
-    assert float(rows.var()) == pytest.approx(variance, rel=0.02)
+    # the variance of a sample of a law with lighter tails than the normal one, whose error it is
+    assert float(rows.var()) == pytest.approx(variance, rel=5 * math.sqrt(2 / rows.numel()))
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -70,9 +70,7 @@ def definition(
     name: str, shape: Shape, scale: float, eps: float | None, weighted: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The exact results and their bounds, for every way."""
-    function = functools.partial(
-        OPERATORS[name], scale=scale, normalize_eps=eps, implementation="reference"
-    )
+    function = functools.partial(OPERATORS[name], scale=scale, normalize_eps=eps, implementation="reference")
     inputs = problem(*shape)
     return analysed(
         lambda: evaluate(lambda x: ask(function, name, x, weighted), inputs, torch.float64), torch.float32
@@ -497,9 +495,7 @@ def test_triton_has_extreme_logits_and_spreads_what_is_not_finite(device: torch.
     without = log_partition(queries[:2], table, bias_I=bias, implementation="triton")
     exact, allowed = analysed(
         lambda: {
-            "value": log_partition(
-                queries[:2].double(), table[[0, 2]].double(), implementation="reference"
-            )
+            "value": log_partition(queries[:2].double(), table[[0, 2]].double(), implementation="reference")
         },
         torch.float32,
     )

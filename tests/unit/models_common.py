@@ -95,6 +95,27 @@ def retrieval(run, items, counts=None, processes=None):
     return run.model.build(run, Items(items, torch.arange(items) if counts is None else counts), processes)
 
 
+def assert_slopes(model, loss, rounding, step=1e-6):
+    """Gradients of all parameters, along a random direction each, against central differences of ``loss()``. Float64.
+
+    rounding: how far two losses that are equal but for rounding may be apart. A difference divides it by 2 steps; what
+    it leaves out, step^2 / 6 of the third derivative, is less for all derivatives below 1e6 of unit scale.
+    """
+    loss().backward()
+    for name, parameter in named(model).items():
+        direction = torch.randn(parameter.shape, generator=generator(1), dtype=torch.float64)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * step * direction
+                values.append(loss())
+                parameter -= sign * step * direction
+        slope = (parameter.grad * direction).sum()
+        assert slope != 0, name
+        difference = (values[0] - values[1]) / (2 * step)
+        assert (difference - slope).abs() <= rounding / (2 * step), name
+
+
 def loss_of(model, supervision, step=7, candidates=None):
     """The model's sum of losses with the views of a step; a step's key, or its context."""
     context = step if isinstance(step, StepContext) else StepContext(step, candidates)

@@ -12,6 +12,7 @@ from gr.train.engines.engine import parameters
 from tests.precision import tolerance
 from tests.unit.models_common import (
     LENGTHS,
+    assert_slopes,
     batch,
     in_double,
     loss_of,
@@ -24,7 +25,8 @@ from tests.unit.models_common import (
 ITEMS = 40
 # An encoder's ten sums of up to 32 terms before the scores; a loss adds up some 25 targets of logits up to 20 and more.
 SCORES = tolerance(32, stages=10, size=20.0)
-LOSS = tolerance(32, stages=12, size=500.0)
+LOSSES = {"terms": 32, "stages": 12, "size": 500.0}
+LOSS = tolerance(**LOSSES)
 MODELS = {
     "hstu": {},
     "sasrec": {"encoder": "sasrec", "objective": "bce"},
@@ -50,23 +52,8 @@ def loss(model, b, targets=None):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_agree_with_finite_differences(name):
-    model = in_double(randomise(build(name))).eval()
-    b, targets = batch(items=ITEMS), None
-    total = loss(model, b, targets)
-    total.backward()
-    step = 1e-6
-    for parameter in named(model).values():
-        direction = torch.randn(
-            parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-        )
-        slope = (parameter.grad * direction).sum()
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter += sign * step * direction
-                values.append(loss(model, b, targets))
-                parameter -= sign * step * direction
-        torch.testing.assert_close((values[0] - values[1]) / (2 * step), slope, atol=2e-4, rtol=1e-4)
+    model, b = in_double(randomise(build(name))).eval(), batch(items=ITEMS)
+    assert_slopes(model, lambda: loss(model, b), tolerance(**LOSSES, dtype=torch.float64)["atol"])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,6 +21,7 @@ from gr.train.recommend import recommend
 from gr.train.report import final_rows, print_result
 from gr.train.runs import open_run
 from gr.train.selection import metric_names, selection_metric
+from tests.precision import after_steps
 
 CONFIG = """
 run: {{dir: {run}}}
@@ -131,8 +132,10 @@ def test_a_stopped_run_goes_on_to_the_same_rows_and_a_mapped_table_to_the_same_l
     assert job.resume(stopped.path).metrics == whole.metrics
     mapped = job.run(config(f"run.dir={tmp_path}/mapped", "model.table=mapped", "train.epochs=2"))
     losses = [[r["loss"] for r in result.metrics if r["kind"] == "train"] for result in (whole, mapped)]
-    # its gradients are added up row by row: float32 sums in another order, two dozen AdamW steps of lr = 0.01
-    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
+    # its gradients are added up row by row: sums over the labels of 16 users of up to 20 actions in another order, of
+    # which both runs round; of a relative change of the parameters a loss has twice as much at most
+    off = 2 * after_steps(len(losses[0]), terms=2 * 16 * 20, condition=2.0)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=off)
 
 
 def test_the_final_table_the_picture_and_what_is_next_speak_of_this_model(trained, capsys):

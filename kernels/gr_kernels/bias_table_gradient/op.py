@@ -30,7 +30,9 @@ IMPLEMENTATIONS = (
         "compiled, on every thread, sums in float64",
         device="cpu",
     ),
-    Implementation("reference", takes_all, reference.table_gradient, "plain PyTorch, any device and precision"),
+    Implementation(
+        "reference", takes_all, reference.table_gradient, "plain PyTorch, any device and precision"
+    ),
 )
 
 

@@ -16,7 +16,6 @@ from gr_kernels.dispatch import Choice, Implementation, choose, takes_all
 from gr_kernels.fused_layer import reference, triton_op
 from gr_kernels.operators import signed
 
-
 # In order of preference; "auto" takes the first without an obstacle.
 IMPLEMENTATIONS = (
     Implementation(

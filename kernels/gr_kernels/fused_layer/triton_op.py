@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr_kernels.fused_layer.tiles import MOST_PARTS, WIDEST, linear_tiles, row_tiles
 from gr_kernels.fused_layer.schema import Functions, keeps_normed, keeps_x
+from gr_kernels.fused_layer.tiles import MOST_PARTS, WIDEST, linear_tiles, row_tiles
 from gr_kernels.operators import unsigned
 from gr_kernels.triton_common.available import interpreting, on, why_unavailable, wrong_dtype
 

@@ -18,7 +18,6 @@ from gr_kernels.hstu_attention.problem import (
     RelativeBias,
 )
 
-
 # In order of preference; "auto" takes the first without an obstacle. A new kernel is one line here.
 IMPLEMENTATIONS = (
     Implementation(

@@ -31,8 +31,8 @@ class Operators:
     forward: (queries, table, bias, *rows, scale, normalize_eps, want_means) -> values_T, peaks_T, sums_T, means_TD.
         Peak and sum are what a value was formed with; a mean is the value's slope along the query, over the scale
         (no rows where it isn't wanted). All are float32.
-    backward: (d_values, queries, table, bias, *rows, peaks, sums, scale, normalize_eps, want_table, want_bias) -> d_table
-        (I, D) in the table's dtype, d_bias (I,) float32; empty where not wanted.
+    backward: (d_values, queries, table, bias, *rows, peaks, sums, scale, normalize_eps, want_table, want_bias) ->
+        d_table (I, D) in the table's dtype, d_bias (I,) float32; empty where not wanted.
     """
 
     name: str
@@ -64,12 +64,8 @@ class Operators:
     def _define(self) -> None:
         inputs = Arguments([*_LEAVES, *self.rows, *_SETTINGS, field("bool want_means")])
         results = "(Tensor values, Tensor peaks, Tensor sums, Tensor means)"
-        define(
-            self.name, f"({inputs.schema}) -> {results}", self.forward, _fake, self._differentiate, _keep
-        )
-        inputs = Arguments(
-            [field("Tensor d_values"), *_LEAVES, *self.rows, *_KEPT, *_SETTINGS, *_WANTED]
-        )
+        define(self.name, f"({inputs.schema}) -> {results}", self.forward, _fake, self._differentiate, _keep)
+        inputs = Arguments([field("Tensor d_values"), *_LEAVES, *self.rows, *_KEPT, *_SETTINGS, *_WANTED])
         schema = f"({inputs.schema}) -> (Tensor d_table, Tensor d_bias)"
         define(f"{self.name}_backward", schema, self.backward, _fake_backward)
         refuse_twice(f"{self.name}_backward")

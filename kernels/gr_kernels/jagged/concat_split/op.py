@@ -54,7 +54,9 @@ IMPLEMENTATIONS = (
         device="cpu",
         register=cpp.register,
     ),
-    Implementation("reference", takes_all, Way(reference.concat, reference.split), "plain PyTorch, any device"),
+    Implementation(
+        "reference", takes_all, Way(reference.concat, reference.split), "plain PyTorch, any device"
+    ),
 )
 
 
