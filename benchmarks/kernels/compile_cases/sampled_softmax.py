@@ -19,7 +19,7 @@ _TYPES = {
     "losses": "*fp32",
     "peaks": "*fp32",
     "sums": "*fp32",
-    "means": "*fp32",
+    "directions": "*fp32",
     "pairs": "*i64",
     "starts": "*i64",
     "upstream": "*fp32",
@@ -32,7 +32,7 @@ _TYPES = {
 }
 
 
-_OPTIONAL = ("bias", "means", "grad_bias")
+_OPTIONAL = ("bias", "directions", "grad_bias")
 
 
 def _cases() -> Iterator[CompileCase]:

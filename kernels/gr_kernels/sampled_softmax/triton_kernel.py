@@ -23,7 +23,7 @@ def own_negatives(
     losses,  # (T,) float32 out
     peaks,  # (T,) float32 out: largest logit, base 2
     sums,  # (T,) float32 out: sum of exp2(logit - peak)
-    means,  # (T, D) float32 out, or None: mean row by the shares, less the target's
+    directions,  # (T, D) float32 out, or None: mean row by the shares, less the target's
     K,
     scale2,  # scale * log2(e)
     eps,
@@ -64,15 +64,15 @@ def own_negatives(
         shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(p, 0)
         peak = higher
-        if means is not None:
+        if directions is not None:
             if NORMALIZE:
                 p *= length
             mean = mean * shrink + tl.sum(p[:, None] * e, 0)
     tl.store(losses + t, (peak - logit) * 0.6931471805599453 + tl.log(total))
     tl.store(peaks + t, peak)
     tl.store(sums + t, total)
-    if means is not None:
-        tl.store(means + t * D + d, mean / total - label, mask=d < D)
+    if directions is not None:
+        tl.store(directions + t * D + d, mean / total - label, mask=d < D)
 
 
 @triton.jit
