@@ -1,7 +1,8 @@
 """Several runs in one group of processes: starting processes takes longer than a tiny run.
 
 A job is {"config": path, "overrides": [...]} or {"resume": run's folder, "overrides": [...]}; with "broken_at": STEP,
-that step's gradients are not numbers, though its loss is one.
+that step's gradients are not numbers, though its loss is one; with "dirty": true, new memory has NaN in it until it is
+written.
 """
 
 from __future__ import annotations
@@ -45,6 +46,26 @@ def breaking(step: int | None) -> Iterator[None]:
         Retrieval.forward = real
 
 
+@contextmanager
+def dirty_memory(wanted: bool) -> Iterator[None]:
+    """What torch.empty gives to Python code is full of NaN, as it may be."""
+    import torch
+
+    real = torch.empty
+
+    def empty(*size, **settings):
+        new = real(*size, **settings)
+        if new.is_floating_point() and new.device.type == "cpu":
+            new.detach().fill_(torch.nan)
+        return new
+
+    torch.empty = empty if wanted else real
+    try:
+        yield
+    finally:
+        torch.empty = real
+
+
 def refusals(jobs: str) -> list[str | None]:
     """What each of ``jobs`` (JSON) was refused with on this process."""
     from gr import config as configs
@@ -56,7 +77,7 @@ def refusals(jobs: str) -> list[str | None]:
     for asked in json.loads(jobs):
         overrides, refusal = asked.get("overrides", []), None
         try:
-            with breaking(asked.get("broken_at")):
+            with breaking(asked.get("broken_at")), dirty_memory(asked.get("dirty", False)):
                 if "resume" in asked:
                     job.resume(asked["resume"], overrides)
                 else:

@@ -82,6 +82,9 @@ def assert_alike(folder, name, reference, loss=LOSS, weight=WEIGHT, metric="mrr"
     tensors, others = (weights(folder / n.replace(" ", "-")) for n in (name, reference))
     assert tensors.keys() == others.keys(), name
     for key, value in others.items():
+        if "softmax" in name and key.endswith("key_value.bias") and value.dim():
+            # the same number for all keys moves no softmax: AdamW follows what is left of a gradient of zero
+            tensors[key], value = tensors[key][value.numel() // 2 :], value[value.numel() // 2 :]
         np.testing.assert_allclose(tensors[key], value, atol=weight, rtol=0, err_msg=f"{name}: {key}")
     for mine, theirs in zip(rows(folder, name, "eval"), rows(folder, reference, "eval"), strict=True):
         assert mine["users"] == theirs["users"]
@@ -150,7 +153,8 @@ def test_four_processes_train_as_one_with_fewer_samples_than_ranks_too(reference
         few = [*OPTIMIZERS["sgd"], "train.global_batch=3"]
         for reference, overrides in ((f"one {optimizer}", OPTIMIZERS[optimizer]), ("one few", few)):
             name = f"four {reference} {engine}"
-            jobs.append(asked(folder, name, f"train.engine={ENGINES[engine]}", *overrides, TABLES[table]))
+            engine_key = f"train.engine={ENGINES[engine]}"
+            jobs.append({**asked(folder, name, engine_key, *overrides, TABLES[table]), "dirty": True})
             expected[name] = reference
     assert run_jobs(folder, jobs, 4) == [[None] * 4] * len(jobs)
     for name, reference in expected.items():

@@ -105,7 +105,23 @@ class Zero(Dense):
             for parameter in self.parameters.values():
                 parameter.register_hook(lambda gradient: gradient * world)
 
+    def _forget_padding(self) -> None:
+        """Zeros behind the gradients of this process's share.  At stage 3 the last processes' shares of a parameter
+        that doesn't divide evenly are longer than what there is of it, and DeepSpeed leaves memory there as it was
+        found: it would count in norms, and what is no number would stop a run."""
+        if self.stage < 3:
+            return
+        optimizer = self.engine.optimizer
+        for number, gradients in optimizer.averaged_gradients.items():
+            for gradient, parameter in zip(gradients or [], optimizer.fp16_groups[number], strict=True):
+                gradient.view(-1)[self._held_of(parameter, gradient.numel()) :].zero_()
+
+    def _held_of(self, parameter: nn.Parameter, share: int) -> int:
+        """How many numbers of a parameter this process has in its ``share`` numbers."""
+        return min(max(parameter.ds_numel - self.world.rank * share, 0), share)
+
     def norm(self) -> Tensor:
+        self._forget_padding()
         found = self._own_norm()
         norms = torch.stack([torch.as_tensor(norm) for norm in (found if self.stage == 3 else [found])])
         # a norm below zero is DeepSpeed's word for one that is not a number
@@ -124,6 +140,7 @@ class Zero(Dense):
         return optimizer._get_norm_groups if self.stage == 3 else optimizer.scaled_global_norm
 
     def step(self, rate_factor: float) -> bool:
+        self._forget_padding()
         set_rate(self.optimizer.param_groups, rate_factor)
         self.engine.step()  # forgets the gradients too
         moved = bool(self.engine.was_step_applied())
@@ -135,7 +152,8 @@ class Zero(Dense):
             return super().finite()
         from deepspeed.utils import safe_get_local_fp32_param
 
-        held = [safe_get_local_fp32_param(parameter) for parameter in self.parameters.values()]
+        shares = [(p, safe_get_local_fp32_param(p).view(-1)) for p in self.parameters.values()]
+        held = [share[: self._held_of(parameter, share.numel())] for parameter, share in shares]
         return torch.stack([part.isfinite().all() for part in held]).all()
 
     # -- state ----------------------------------------------------------------------------------------------------
