@@ -193,14 +193,11 @@ def loaded(folder: str) -> dict:
                 model, engine = made(joined, {"name": "torchrec", "sharding": kind}, "own", "adamw")
                 assert checkpoint.load(path, model, engine).step == 3
                 tensors = {n: whole(v, joined.world) for n, v in engine.tensors().items()}
-                other, _ = made(joined, {"name": "torchrec", "sharding": kind}, "own", "adamw")
+                losses = train(joined, model, engine, 3)
                 place = Path(folder) / "exports" / saved.name
-                joined.together(partial(exported.load, place, other, world=joined.world))
-                found[saved.name, kind] = {
-                    "tensors": tensors,
-                    "exported": {n: whole(v, joined.world) for n, v in parameters(other).items()},
-                    "losses": train(joined, model, engine, 3),
-                }
+                joined.together(partial(exported.load, place, model, world=joined.world))
+                weights = {n: whole(v, joined.world) for n, v in parameters(model).items()}
+                found[saved.name, kind] = {"tensors": tensors, "losses": losses, "exported": weights}
     return found
 
 
