@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.progress import default_progress
     from gr.train.exporting import export, summary
 
-    with default_progress().stage("exporting", None, "bytes") as stage:
-        done = export(options.run, options.out, options.checkpoint, options.overrides, advance=stage.advance)
+    progress = default_progress()
+    done = export(options.run, options.out, options.checkpoint, options.overrides, progress=progress)
     print("\n".join(summary(done, options.run, options.out)))
     return 0
 

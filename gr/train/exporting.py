@@ -25,6 +25,7 @@ from gr.config import RunConfig
 from gr.data.catalogue import Catalogue
 from gr.data.making.files import output_folder
 from gr.errors import UserError
+from gr.progress import Progress
 from gr.train import checkpoint
 from gr.train.exported import INDEX, ITEMS, MANIFEST, Fingerprint, Manifest, fingerprint, is_export, to_json
 from gr.train.folder import RunFolder, sync
@@ -56,12 +57,12 @@ def export(
     overrides: Sequence[str] = (),
     *,
     largest: int = LARGEST,
-    advance: Callable[[int], None] = lambda bytes: None,
+    progress: Progress = Progress(),
 ) -> Manifest:
     """Write the folder ``out``: the model of a checkpoint (``last``, ``best`` or a step) of ``run``.
 
     overrides: dotted changes to the config, of the keys in ``CHANGEABLE``.  largest: bytes of parameters in a file.
-    advance: called with the bytes of parameters written.  ``out`` appears when it is complete.  Raises UserError.
+    ``out`` appears when it is complete.  Raises UserError.
     """
     folder, target = RunFolder(run), Path(out)
     if is_export(run):
@@ -82,7 +83,7 @@ def export(
         _check_room(scratch, 4 * sum(map(math.prod, weights.sizes.values())))
         (scratch / folder.config.name).write_text(config_yaml)
         _write_items(scratch / ITEMS, data.catalogue)
-        files, written = _write_weights(scratch, weights, largest, advance)
+        files, written = _write_weights(scratch, weights, largest, progress)
         manifest = Manifest(
             gr=gr.__version__,
             run=folder.path.resolve().name,
@@ -109,15 +110,17 @@ def export(
 
 
 def _write_weights(
-    folder: Path, weights: SavedWeights, largest: int, advance: Callable[[int], None]
+    folder: Path, weights: SavedWeights, largest: int, progress: Progress
 ) -> tuple[dict[str, list[Part]], dict[str, Fingerprint]]:
     """File -> its parts, and the fingerprints of all that was written.  Tables come last."""
     names = sorted(weights.sizes, key=lambda name: (name.startswith("tables."), name))
     files = layout({name: weights.sizes[name] for name in names}, largest)
-    written = {}
-    for name, parts in files.items():
-        write(folder / name, parts, lambda part: _rows(weights, part, advance))
-        written[name] = fingerprint(folder / name)
+    written: dict[str, Fingerprint] = {}
+    total = sum(part.bytes for parts in files.values() for part in parts)
+    with progress.stage("exporting", total, "bytes") as stage:
+        for name, parts in files.items():
+            write(folder / name, parts, lambda part: _rows(weights, part, stage.advance))
+            written[name] = fingerprint(folder / name)
     if len(files) > 1:
         (folder / INDEX).write_text(_index(files))
         written[INDEX] = fingerprint(folder / INDEX)
