@@ -211,6 +211,25 @@ def test_parts_of_a_checkpoint_are_read_once_and_a_few_rows_at_a_time(tmp_path, 
         assert torch.equal(found, values[first:last, left:right])
 
 
+def test_a_table_that_was_saved_by_columns_is_exported_by_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "PART_NUMBERS", 60)
+    values = torch.randn(50, 14, generator=torch.Generator().manual_seed(0))
+    parts = [([0, first], values[:, first : first + 4]) for first in (0, 4, 8, 12)]
+    held = slices.Slices([50, 14], parts)
+    held = held.cut() if hasattr(held, "cut") else held
+    path = checkpoint.save(
+        tmp_path, {"model/tables.a.weight": held}, Cursor("g"), {}, Processes(torch.device("cpu"))
+    )
+    saved, files = SavedWeights(path), tensor_files.layout({"tables.a.weight": (50, 14)}, 20 * 14 * 4)
+    for file, entries in files.items():
+        tensor_files.write(
+            tmp_path / file, entries, lambda part: saved.rows(part.name, range(part.start, part.stop))
+        )
+    found = torch.full((50, 14), torch.nan)
+    tensor_files.read_into(tmp_path, files, "tables.a.weight", (0, 0), found)
+    assert torch.equal(found, values)
+
+
 @pytest.fixture
 def exported(run, tmp_path):
     export(run, tmp_path / "exported", largest=LARGEST)
