@@ -27,6 +27,7 @@ REQUIRED = {  # distribution: module
     "fsspec": "fsspec",
     "pydantic": "pydantic",
     "PyYAML": "yaml",
+    "safetensors": "safetensors",
     "rich": "rich",
     "matplotlib": "matplotlib",
 }

@@ -26,12 +26,19 @@ def names(text: str) -> list[str]:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """RUN by position or as --run, and --checkpoint."""
-    parser.add_argument("folder", nargs="?", metavar="RUN", help="a run's folder")
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="a run's folder, or an export")
     parser.add_argument(
         "--run", metavar="RUN", help="the same as RUN (which torchrun would take for an option of its own)"
     )
     parser.add_argument(
         "--checkpoint", default="last", help="last (default), best (on valid) or a step number"
+    )
+
+
+def add_data_path(parser: argparse.ArgumentParser) -> None:
+    """--data-path, for a run whose dataset has moved."""
+    parser.add_argument(
+        "--data-path", metavar="PATH", help="where the dataset is (default: the run's data.path)"
     )
 
 

@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 from gr.errors import UserError, program
-from gr.programs._arguments import add_run, names, new_parser, settle_run
+from gr.programs._arguments import add_data_path, add_run, names, new_parser, settle_run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_run(parser)
+    add_data_path(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="eval.key=value", help="changes to the run's eval section"
     )
@@ -34,7 +35,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     settle_run(parser, options)
     if others := [o for o in options.overrides if not o.startswith("eval.")]:
-        raise UserError(f"'{others[0]}' cannot change when evaluating: only eval.* can", everywhere=True)
+        raise UserError(
+            f"'{others[0]}' cannot change when evaluating: only eval.* can (--data-path says where the data is)",
+            everywhere=True,
+        )
     return options
 
 
@@ -49,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.eval.tables import buckets_tables, results_table
     from gr.train.comparison import compare, to_json
 
-    done = compare(options.run, options.split, baselines, overrides, options.checkpoint, options.json)
+    done = compare(
+        options.run, options.split, baselines, overrides, options.checkpoint, options.json, options.data_path
+    )
     if done.is_main:
         console = Console()
         console.print(results_table(done.results, f"{options.run}, {done.split}, step {done.step:,}"))

@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gr import config as configs
 from gr.errors import UserError, program
-from gr.programs._arguments import add_run, new_parser, refuse_torchrun, settle_run
+from gr.programs._arguments import add_data_path, add_run, new_parser, refuse_torchrun, settle_run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_run(parser)
+    add_data_path(parser)
     users = "ids: text, one a line, or Parquet or CSV with user_id"
     parser.add_argument("--users", required=True, metavar="FILE|all", help=users)
     unknown = (
@@ -54,9 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.data.requests import find_users
     from gr.progress import default_progress
     from gr.train import recommend as library
-    from gr.train.folder import RunFolder
     from gr.train.job import running
-    from gr.train.runs import open_run
+    from gr.train.runs import config_of, open_run
 
     names = ("users", "out", "user_vectors", "item_vectors")
     files = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
@@ -64,9 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         files["the file of unknown users"] = str(library.unknown_users_file(options.out))
     output_files(files)
     ids = None if options.users == "all" else library.read_user_ids(options.users)
-    config = configs.load(RunFolder.existing(options.run).config)
+    config = config_of(options.run, options.data_path)
     with running(config) as processes:
-        run = open_run(options.run, options.checkpoint, processes)
+        run = open_run(options.run, options.checkpoint, processes, options.data_path)
         found = None if ids is None else find_users(run.data.dataset, ids)
         if found is not None and (options.unknown == "refuse" or not found.users):
             found.refuse_unknown()

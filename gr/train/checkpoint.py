@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -131,35 +132,49 @@ def load(path: Path, model: Model, engine: Engine | None = None) -> Cursor:
     """Fill ``model``, its tables (and ``engine``'s moments) in place from the checkpoint at ``path``; returns its
     cursor."""
     cursor = Cursor(**read_state(path)["cursor"])
-    described = {
-        name: entry
-        for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    if foreign := [n for n in described if n.startswith("model/") and n not in parameters(model)]:
-        raise UserError(
-            f"checkpoint '{path}' has {_words(foreign[0])}, which this model has not: it is of another model"
-        )
-    wanted = parameters(model) if engine is None else engine.load(list(described))
-    for name, tensor in wanted.items():
-        if name not in described:
-            raise UserError(f"checkpoint '{path}' has no {_words(name)}: it is of another model")
-        if described[name].size != tensor.shape:
-            raise UserError(
-                f"{_words(name)} is {list(described[name].size)} in checkpoint '{path}' and "
-                f"{list(tensor.shape)} in this model: the configs or datasets differ"
-            )
+    reader = dcp.FileSystemReader(path)
+    sizes = {name: entry.size for name, entry in described(reader).items()}
+    wanted = parameters(model) if engine is None else engine.load(list(sizes))
+    check_tensors(f"checkpoint '{path}'", sizes, wanted, model)
     if engine is not None and cursor.step and (lacking := engine.lacking(wanted)):
         raise UserError(
             f"checkpoint '{path}' has the weights but no {_words(lacking[0])}, without which training can't go on: "
             "choose an older checkpoint, or start a new run"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(wanted, checkpoint_id=path, no_dist=True)
+    fill(wanted, reader)
     if engine is not None:
         engine.loaded(wanted)
     return cursor
+
+
+def described(reader: dcp.FileSystemReader) -> dict[str, TensorStorageMetadata]:
+    """What a checkpoint says of its tensors, parameters and moments."""
+    entries = reader.read_metadata().state_dict_metadata.items()
+    return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def fill(wanted: dict[str, Tensor], reader: dcp.FileSystemReader) -> None:
+    """Fill tensors, or slices of them, from a checkpoint; what isn't ``wanted`` isn't read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
+
+
+def check_tensors(
+    what: str, sizes: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor], model: Model
+) -> None:
+    """Refuse to fill ``wanted``, of ``model``, from a file whose tensors have ``sizes``, where that is of another
+    model.  ``what``: what people call the file."""
+    if foreign := [n for n in sizes if n.startswith("model/") and n not in parameters(model)]:
+        raise UserError(f"{what} has {_words(foreign[0])}, which this model has not: it is of another model")
+    for name, tensor in wanted.items():
+        if name not in sizes:
+            raise UserError(f"{what} has no {_words(name)}: it is of another model")
+        if tuple(sizes[name]) != tuple(tensor.shape):
+            raise UserError(
+                f"{_words(name)} is {list(sizes[name])} in {what} and {list(tensor.shape)} in this model: "
+                "the configs or datasets differ"
+            )
 
 
 def _words(name: str) -> str:

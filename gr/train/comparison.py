@@ -14,9 +14,8 @@ from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
 from gr.progress import Progress, default_progress
 from gr.train.evaluation import Evaluation, baseline_kind
-from gr.train.folder import RunFolder
 from gr.train.job import running
-from gr.train.runs import open_run
+from gr.train.runs import config_of, open_run
 from gr.train.selection import judged_by
 
 
@@ -40,17 +39,19 @@ def compare(
     overrides: Sequence[str] = (),
     checkpoint: str = "last",
     output: str | None = None,
+    data_path: str | None = None,
 ) -> Comparison:
     """Evaluate; every process of the group calls this, and all get the results.
 
-    overrides: changes to the run's config, of ``eval`` alone.  output: a file to be written afterwards, checked
-    before the work.  Raises UserError.
+    run: a run's folder, or an export.  overrides: changes to its config, of ``eval`` alone.  output: a file to be
+    written afterwards, checked before the work.  data_path: where the dataset is, if not where the config says.
+    Raises UserError.
     """
-    config = _config(run, baselines, overrides, output)
+    config = _config(run, data_path, baselines, overrides, output)
     model = config.model.encoder.name
     results: dict[str, EvalResult] = {}
     with running(config) as joined:
-        opened = joined.together(lambda: open_run(run, checkpoint, joined))
+        opened = joined.together(lambda: open_run(run, checkpoint, joined, data_path))
         data = opened.data
         evaluation = Evaluation(
             data.dataset,
@@ -81,10 +82,12 @@ def to_json(done: Comparison) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def _config(run: str, baselines: Sequence[str], overrides: Sequence[str], output: str | None) -> RunConfig:
+def _config(
+    run: str, data_path: str | None, baselines: Sequence[str], overrides: Sequence[str], output: str | None
+) -> RunConfig:
     """The run's config with its overrides; refuses what can be known before the work."""
     try:
-        config = configs.override(configs.load(RunFolder.existing(run).config), overrides)
+        config = configs.override(config_of(run, data_path), overrides)
         for name in baselines:
             baseline_kind(name, judged_by(config))
         if output is not None:

@@ -16,6 +16,7 @@ from gr.processes import Processes, processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.environment import missing_operators, record
+from gr.train.exported import is_export
 from gr.train.folder import RunFolder
 from gr.train.memory import advice_when_out_of_memory
 from gr.train.numerics import numerics
@@ -118,6 +119,10 @@ def running(config: RunConfig) -> Iterator[Processes]:
 
 def saved_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, RunConfig]:
     """The folder of a run and its config with ``overrides``, if a resume may have them."""
+    if is_export(path):
+        raise UserError(
+            f"'{path}' is an export, which has weights and no moments: go on with the run that it was taken from"
+        )
     folder = RunFolder.existing(path)
     saved = configs.load(folder.config)
     config = configs.override(saved, overrides)

@@ -1,7 +1,8 @@
-"""Opening a run that was trained, to evaluate it or to recommend with it."""
+"""Opening a run that was trained, or its export, to evaluate it or to recommend with it."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from gr.config import RunConfig
 from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Processes
-from gr.train import checkpoint
+from gr.train import checkpoint, exported
 from gr.train.folder import RunFolder
 from gr.train.parts import Data, build_model, open_data
 
@@ -29,21 +30,46 @@ class OpenRun:
     epoch: int
 
 
-def open_run(path: str | Path, checkpoint_name: str = "last", processes: Processes | None = None) -> OpenRun:
-    """The run in ``path`` as of a checkpoint: ``last``, ``best`` (by the validation split) or a step number."""
+def open_run(
+    path: str | Path,
+    checkpoint_name: str = "last",
+    processes: Processes | None = None,
+    data_path: str | None = None,
+) -> OpenRun:
+    """The run in ``path`` as of a checkpoint: ``last``, ``best`` (by the validation split) or a step number; or the
+    export there, which is of one.  ``data_path``: where the run's dataset is, if not where the config says.
+
+    Several processes open it together (``Processes.together``).
+    """
     processes = processes or Processes(torch.device("cpu"))
-    folder = RunFolder.existing(path)
-    config = configs.load(folder.config)
-    chosen = find_checkpoint(folder, checkpoint_name)
+    config, folder = config_of(path, data_path), RunFolder(path)
+    chosen = None if exported.is_export(path) else find_checkpoint(folder, checkpoint_name)
     data = open_data(config)
     model = build_model(config, data, processes)
-    cursor = checkpoint.load(chosen, model)
-    if cursor.generation != data.dataset.manifest.generation:
+    if chosen is None:
+        cursor = exported.load(folder.path, model, checkpoint_name, processes.world)
+    else:
+        cursor = checkpoint.load(chosen, model)
+    check_generation(data, cursor.generation, path)
+    return OpenRun(folder, config, data, model.eval(), cursor.step, cursor.epoch)
+
+
+def config_of(path: str | Path, data_path: str | None = None) -> RunConfig:
+    """The config of the run or export in ``path``, reading its dataset at ``data_path`` if that is given."""
+    folder = RunFolder(path)
+    if exported.is_export(path):
+        exported.check(path, exported.read_manifest(path), [folder.config.name])
+    config = configs.load(RunFolder.existing(path).config)
+    return config if data_path is None else configs.override(config, [f"data.path={json.dumps(data_path)}"])
+
+
+def check_generation(data: Data, generation: str, path: str | Path) -> None:
+    """Refuse a dataset that isn't the one of the run in ``path``."""
+    if generation != data.dataset.manifest.generation:
         raise UserError(
             f"'{data.dataset.path}' is not the dataset that run '{path}' was trained on (its generation differs): "
             "prepare the same data again"
         )
-    return OpenRun(folder, config, data, model.eval(), cursor.step, cursor.epoch)
 
 
 def find_checkpoint(folder: RunFolder, name: str) -> Path:

@@ -3,6 +3,7 @@ and copied, on one, two and four processes."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ import torch
 from gr.errors import UserError
 from gr.models.step import StepContext
 from gr.processes import Processes, processes
-from gr.train import checkpoint
+from gr.train import checkpoint, exported
 from gr.train.cursor import Cursor
 from gr.train.engines.ddp import DDP
+from gr.train.engines.engine import parameters
+from gr.train.exported import MANIFEST, Manifest, fingerprint, to_json
 from gr.train.optimizers import SGD, AdamW, LazyAdam, RowwiseAdagrad
+from gr.train.saved_weights import SavedWeights
+from gr.train.tensor_files import layout, write
 from tests.distributed.group import in_group
 from tests.packages import needs
 from tests.precision import after_steps
@@ -120,7 +125,28 @@ def found(tmp_path_factory):
     """Number of processes -> what each of them found."""
     folder = tmp_path_factory.mktemp("sharded")
     many = {n: in_group(everything, n, folder / str(n), str(folder), by_hand=False) for n in (2, 4)}
-    return folder, {1: [everything(str(folder))], **many}
+    alone = [everything(str(folder))]
+    for saved in folder.glob("*-*"):
+        export(saved, folder / "exports" / saved.name)
+    return folder, {1: alone, **many}
+
+
+def export(saved: Path, out: Path) -> None:
+    """The weights of a checkpoint as an export has them, written in one process: a table in three files."""
+    path = checkpoint.newest(saved)
+    assert path is not None
+    out.mkdir(parents=True)
+    weights = SavedWeights(path)
+    files = layout(weights.sizes, 16 * DIM * 4)
+    for name, parts in files.items():
+        write(out / name, parts, lambda part: weights.rows(part.name, range(part.start, part.stop)))
+    manifest = Manifest(
+        *("", "", 3, 0, "g", "retrieval"),
+        sizes={name: list(size) for name, size in weights.sizes.items()},
+        tensors=files,
+        files={name: fingerprint(out / name) for name in files},
+    )
+    (out / MANIFEST).write_text(to_json(manifest))
 
 
 # Gradients are sums over 30 targets x 43 rows, which shards add in another order, and both sides round.  Of a relative
@@ -157,7 +183,7 @@ def test_losses_rows_moments_and_ranks_are_a_local_tables(found, case, sharding,
 
 
 def loaded(folder: str) -> dict:
-    """Whatever was saved, loaded into every sharding, and gone on with."""
+    """Whatever was saved, loaded into every sharding, and gone on with; and what was exported of it, loaded."""
     found: dict = {}
     with processes("cpu", threads=1) as joined:
         for saved in sorted(Path(folder).glob("*-*")):
@@ -167,12 +193,18 @@ def loaded(folder: str) -> dict:
                 model, engine = made(joined, {"name": "torchrec", "sharding": kind}, "own", "adamw")
                 assert checkpoint.load(path, model, engine).step == 3
                 tensors = {n: whole(v, joined.world) for n, v in engine.tensors().items()}
-                found[saved.name, kind] = {"tensors": tensors, "losses": train(joined, model, engine, 3)}
+                losses = train(joined, model, engine, 3)
+                place = Path(folder) / "exports" / saved.name
+                joined.together(partial(exported.load, place, model, world=joined.world))
+                weights = {n: whole(v, joined.world) for n, v in parameters(model).items()}
+                found[saved.name, kind] = {"tensors": tensors, "losses": losses, "exported": weights}
     return found
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_checkpoint_loads_exactly_at_any_number_of_processes_and_sharding(found, tmp_path, ranks):
+def test_a_checkpoint_and_its_export_load_exactly_at_any_number_of_processes_and_sharding(
+    found, tmp_path, ranks
+):
     folder, by_ranks = found
     if ranks == 1:
         results = [loaded(str(folder))]
@@ -186,6 +218,8 @@ def test_a_checkpoint_loads_exactly_at_any_number_of_processes_and_sharding(foun
             written = by_ranks[int(number)][0]["saved", kind]
             assert here["tensors"].keys() == written.keys()
             assert [n for n, values in written.items() if not torch.equal(values, here["tensors"][n])] == []
+            assert here["exported"].keys() == {name for name in written if name.startswith("model/")}
+            assert all(torch.equal(values, written[name]) for name, values in here["exported"].items())
             assert here["losses"] == pytest.approx(alone["own", "adamw", "local"]["losses"][3:], rel=LOSS)
 
 

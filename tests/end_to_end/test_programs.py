@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -235,7 +236,26 @@ def test_the_runs_test_metrics_can_be_computed_from_its_recommendations(folder, 
     assert logged["mrr"] == mean(1 / ranks)
 
 
+def test_an_export_serves_elsewhere_without_its_run(folder, trained, tmp_path):
+    """Taken, with the dataset, to where neither the run nor the path of its dataset is."""
+    said = run("export", "--run", "runs/shop", "--out", "exported", folder=folder)
+    assert said.startswith("exported step 9 of runs/shop to exported\n") and "model.safetensors" in said
+    assert "python -m gr recommend --run exported --users all" in said
+    shutil.move(folder / "exported", tmp_path / "model")
+    shutil.copytree(folder / "data" / "shop", tmp_path / "dataset")
+    moved = ["--run", "model", "--data-path", "dataset"]
+    run("evaluate", *moved, "--json", "figures.json", folder=tmp_path)
+    figures = json.loads((tmp_path / "figures.json").read_text())["results"]["hstu"]
+    logged = RunFolder(folder / "runs" / "shop").read_metrics()[-1]
+    assert {name: figures[name] for name in ("hr@10", "ndcg@10", "mrr", "users")} == {
+        name: logged[name] for name in ("hr@10", "ndcg@10", "mrr", "users")
+    }
+    run("recommend", *moved, "--users", "all", "--k", K, "--out", "served.parquet", folder=tmp_path)
+    assert len(pq.read_table(tmp_path / "served.parquet")) == USERS
+
+
 REFUSALS = [
+    ("export runs/shop --out data/shop", "'data/shop' exists: choose another --out, or remove it"),
     (
         "prepare log --source logs --schema schema.yaml --out data/shop",
         "'data/shop' exists: choose another --out, or say --overwrite",

@@ -1,0 +1,140 @@
+"""An export: a model out of its run, in a folder of its own that is evaluated and recommends as the run does.
+
+    export.json                    what this is: step, dataset, where each tensor lies; sizes and digests of the others
+    config.yaml                    the run's, resolved
+    model.safetensors              parameters, float32; several files where they are larger than one may be, and then
+    model.safetensors.index.json   the file of each entry, in the form that others read
+    items.parquet                  item_id, row (of the item table), training_count
+
+No pickle is among them, and no moments: training doesn't go on from an export.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gr.errors import UserError
+from gr.models.model import Model
+from gr.processes import Axis
+from gr.train import checkpoint
+from gr.train.cursor import Cursor
+from gr.train.engines.engine import parameters
+from gr.train.slices import Slices
+from gr.train.tensor_files import Part, read_into
+
+FORMAT_VERSION = 1
+MANIFEST, ITEMS, INDEX = "export.json", "items.parquet", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """``sha256``: as the program sha256sum prints it."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``run``: the name of its folder.  ``generation``: the dataset's.  ``model``: its kind.  ``sizes``: of the
+    parameters, by name.  ``tensors``: file -> its parts of them.  ``files``: all but the manifest itself.  ``digest``:
+    of all else that stands here."""
+
+    gr: str
+    run: str
+    step: int
+    epoch: int
+    generation: str
+    model: str
+    sizes: dict[str, list[int]]
+    tensors: dict[str, list[Part]]
+    files: dict[str, Fingerprint]
+    digest: str = ""
+    format_version: int = field(default=FORMAT_VERSION)
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether a folder is one, however damaged."""
+    folder = Path(path)
+    return (folder / MANIFEST).is_file() or any(folder.glob("model*.safetensors"))
+
+
+def to_json(manifest: Manifest) -> str:
+    return json.dumps(asdict(replace(manifest, digest=_digest(asdict(manifest)))), indent=1)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    try:
+        said: dict[str, Any] = json.loads((Path(path) / MANIFEST).read_text())
+        version, digest = said["format_version"], said["digest"]
+    except FileNotFoundError:
+        raise _damaged(path, f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, TypeError):  # bytes that are no UTF-8, no JSON, not this JSON
+        raise _damaged(path, f"{MANIFEST} is not what was written") from None
+    if digest != _digest(said):
+        raise _damaged(path, f"{MANIFEST} is not what was written")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"export '{path}' has format version {version}, this gr reads {FORMAT_VERSION}: export the run with this gr"
+        )
+    tensors = {
+        file: [Part(**{**part, "size": tuple(part["size"])}) for part in parts]
+        for file, parts in said["tensors"].items()
+    }
+    files = {file: Fingerprint(**fingerprint) for file, fingerprint in said["files"].items()}
+    return Manifest(**{**said, "tensors": tensors, "files": files})
+
+
+def check(path: str | Path, manifest: Manifest, files: Sequence[str] | None = None) -> None:
+    """Refuse an export of which a file isn't what was written; ``files``: those whose content is read, all without
+    it."""
+    for name, expected in manifest.files.items():
+        file = Path(path) / name
+        if not file.is_file():
+            raise _damaged(path, f"{name} is missing")
+        if (size := file.stat().st_size) != expected.bytes:
+            raise _damaged(path, f"{name} has {size:,} bytes, not {expected.bytes:,}")
+    for name in manifest.files if files is None else files:
+        if fingerprint(Path(path) / name) != manifest.files[name]:
+            raise _damaged(path, f"{name} is not what was written")
+
+
+def load(path: Path, model: Model, checkpoint_name: str = "last", world: Axis = Axis()) -> Cursor:
+    """Fill ``model`` and its tables from the export at ``path``; returns where its run was.
+
+    Of several processes (``world``) each reads the content of some files to check it: where one refuses, all must.
+    """
+    manifest = read_manifest(path)
+    if checkpoint_name not in ("last", str(manifest.step)):
+        raise UserError(
+            f"export '{path}' is of step {manifest.step} and has no checkpoint '{checkpoint_name}': leave --checkpoint "
+            "out, or choose one of the run itself"
+        )
+    check(path, manifest, list(manifest.files)[world.rank :: world.size])
+    wanted = parameters(model)
+    sizes = {f"model/{name}": size for name, size in manifest.sizes.items()}
+    checkpoint.check_tensors(f"export '{path}'", sizes, wanted, model)
+    for name, tensor in wanted.items():
+        held = tensor.parts if isinstance(tensor, Slices) else {(0,) * tensor.dim(): tensor}
+        for offsets, values in held.items():
+            read_into(path, manifest.tensors, name.removeprefix("model/"), offsets, values)
+    return Cursor(manifest.generation, epoch=manifest.epoch, step=manifest.step)
+
+
+def fingerprint(file: Path) -> Fingerprint:
+    with file.open("rb") as content:
+        return Fingerprint(file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
+
+
+def _digest(said: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in said.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: str | Path, how: str) -> UserError:
+    return UserError(f"export '{path}' is damaged ({how}): copy it again, or export the run again")
