@@ -9,11 +9,12 @@ nearest valid name.  Components (encoder, objective, optimiser ...) are chosen b
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from gr import registry, yaml12
 from gr.errors import UserError
@@ -80,16 +81,62 @@ class DataSection(Section):
     )
 
 
+class FeatureSection(Section):
+    """A table of its own for something that is known of an action, a user or a request beside the item.
+
+    column: a column of the dataset's actions or users that holds integers from 0 on, or any ids where there is a
+    ``vocabulary``, which finds rows for them.  derived, in its place: ``user``,
+    a row for each user of the dataset; ``hour_of_day`` or ``day_of_week`` (Monday is 0; both in UTC) of the action, or
+    ``hour_of_request``, ``day_of_request`` of the moment for which the next action is predicted.
+    rows: of the table, where the dataset doesn't say how many values there are; with a vocabulary, as many as it may
+    fill."""
+
+    shorthand = "column"
+    column: str | None = None
+    derived: Literal["user", "hour_of_day", "day_of_week", "hour_of_request", "day_of_request"] | None = None
+    rows: POSITIVE | None = None
+    table: component(registry.TABLES, "model.input.features.NAME.table", default="local")  # type: ignore[valid-type]
+
+    vocabulary: component(registry.VOCABULARIES, "model.input.features.NAME.vocabulary") | None = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _one_source(self) -> FeatureSection:
+        if (self.column is None) == (self.derived is None):
+            raise ValueError("give it either a column of the dataset, or what is derived")
+        if self.vocabulary is not None and (self.derived is not None or self.rows is None):
+            raise ValueError("a vocabulary is for the ids of a column: give it that column, and rows to fill")
+        return self
+
+    def idle(self) -> dict[str, str]:
+        return {"rows": f"derived is {self.derived}, which says how many"} if self.derived else {}
+
+
+FEATURE = Annotated[
+    FeatureSection, BeforeValidator(lambda value: {"column": value} if isinstance(value, str) else value)
+]
+
+
+def _feature_names(features: dict[str, Any]) -> dict[str, Any]:
+    if odd := [name for name in features if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+        raise ValueError(f"{odd[0]!r} becomes the name of a table: use letters, digits, _ and - alone")
+    if "items" in features:
+        raise ValueError("'items' is the table of items: give the feature another name")
+    return features
+
+
 class InputSection(Section):
-    """x = dropout(s E[item] + P[position]); s is sqrt(model.dim) with ``scale``, else 1.
+    """x = dropout(s (E[item] + sum over features of F[value]) + P[position]); s is sqrt(model.dim) with ``scale``,
+    else 1.
 
     positions: how P starts: xavier_normal over the whole of P, truncated_normal with std 1/sqrt(model.dim), or
-    normal with std model.table_std, as small as an item's row."""
+    normal with std model.table_std, as small as an item's row.  features: what has a table F of its own, by the
+    table's name; of the action that is to be predicted nothing is used but what is known of its request."""
 
     scale: bool = True
     positions: Literal["none", "xavier_normal", "truncated_normal", "normal"] = "xavier_normal"
     extra_positions: COUNT = 0
     dropout: FRACTION = 0.2
+    features: Annotated[dict[str, FEATURE], AfterValidator(_feature_names)] = {}
 
     def idle(self) -> dict[str, str]:
         return {"extra_positions": "positions is none"} if self.positions == "none" else {}

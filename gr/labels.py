@@ -67,6 +67,9 @@ class Described(Protocol):
     @property
     def action_type_names(self) -> list[str]: ...
 
+    @property
+    def users(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Rule:

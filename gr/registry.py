@@ -29,6 +29,10 @@ TABLES = {
     "torchrec": "gr.embeddings.sharded:TorchRecTable",
 }
 
+VOCABULARIES = {
+    "open": "gr.embeddings.vocabulary:OpenVocabulary",
+}
+
 ENGINES = {
     "ddp": "gr.train.engines.ddp:DDP",
     "all_reduce": "gr.train.engines.all_reduce:AllReduce",

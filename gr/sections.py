@@ -6,7 +6,7 @@ from a table of ``gr.registry``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -130,7 +130,9 @@ def idle_keys(section: Section, prefix: str = "") -> Iterator[str]:
             yield f"config key '{prefix}{key}' is {shown(value)} and has no effect: {why}"
     for key in type(section).model_fields:
         value = getattr(section, key)
-        parts = enumerate(value) if isinstance(value, list) else [(None, value)]
+        parts: Iterable[tuple[Any, Any]] = [(None, value)]
+        if isinstance(value, list | dict):
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
         for index, part in parts:
             if isinstance(part, Section):
                 yield from idle_keys(part, f"{prefix}{key}." if index is None else f"{prefix}{key}.{index}.")

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from gr.batch import Jagged, SequenceBatch
+from gr.data.hashing import hash_ids
 from gr.data.sequences import ITEM, Column, Sequences
-from gr.errors import UserError
 
 
 def collate(rows: Sequences, columns: Iterable[str] | None = None) -> SequenceBatch:
     """The rows as they are, as CPU tensors (see :class:`gr.batch.SequenceBatch` for shapes and dtypes).
 
     columns: the names of those that the batch carries, beside ``item``; every column of numbers without it.  Whole
-    numbers become int64, others float32.
+    numbers become int64, others float32, and texts their 64-bit hashes.
     """
     wanted = None if columns is None else {ITEM, *columns}
 
     def chosen(named: Iterable[tuple[str, Column]]) -> dict:
         return {
-            name: tensor(name, column)
+            name: tensor(column)
             for name, column in named
             if (_is_numeric(column) if wanted is None else name in wanted)
         }
@@ -37,15 +38,14 @@ def collate(rows: Sequences, columns: Iterable[str] | None = None) -> SequenceBa
     )
 
 
-def tensor(name: str, column: Column) -> torch.Tensor | Jagged:
-    """The column as CPU tensors, int64 or float32; ``name`` is what a refusal calls it."""
+def tensor(column: Column) -> torch.Tensor | Jagged:
+    """The column as CPU tensors, int64 or float32."""
     if isinstance(column, Jagged):
-        return Jagged(torch.from_numpy(column.offsets.astype(np.int64)), tensor(name, column.values))
+        return Jagged(torch.from_numpy(column.offsets.astype(np.int64)), tensor(column.values))
     if not _is_numeric(column):
-        raise UserError(
-            f"column '{name}' is text and a model reads numbers: give it type integer or float in the schema, or "
-            "leave it out of the columns that are needed"
-        )
+        distinct = pa.array(column.tolist(), pa.string()).dictionary_encode()  # each text is hashed once
+        hashes = hash_ids(distinct.dictionary.to_numpy(zero_copy_only=False)).view(np.int64)
+        return torch.from_numpy(hashes[distinct.indices.to_numpy(zero_copy_only=False)])
     whole = np.issubdtype(column.dtype, np.integer)
     return torch.from_numpy(column.astype(np.int64 if whole else np.float32))
 

@@ -38,6 +38,11 @@ class Piece:
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
+    def own(self, rows_N: Tensor) -> Tensor:
+        """Those of the table's ``rows_N`` that are in the piece, counted in it."""
+        places_N = rows_N - self.row0
+        return places_N[(places_N >= 0) & (places_N < len(self.values_RC))]
+
 
 class Gradient(ABC):
     """The gradient of a piece, summed over everybody."""
@@ -170,6 +175,12 @@ class RowOptimizer:
                 piece.values_RC[rows_U] = values_UC
                 for name, moment in moments.items():
                     moment[rows_U] = here[name]
+
+    def restart(self, rows_N: Tensor) -> None:
+        """``rows_N`` of the table have no moments, as if they had never moved; the steps are the table's and stay."""
+        for piece, moments in zip(self.pieces, self.moments, strict=True):
+            for moment in moments.values():
+                moment[piece.own(rows_N).to(moment.device)] = 0
 
     def _settings(self, piece: Piece) -> tuple[int, float, float]:
         """Steps, rate and decay."""

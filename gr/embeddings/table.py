@@ -47,8 +47,12 @@ class TableSpec:
 
     def first_rows(self, start: int, stop: int) -> Tensor:
         """(stop - start, D) float32: the first values of a range of rows."""
+        return self.first_values(range(start, stop))
+
+    def first_values(self, rows: range | Tensor) -> Tensor:
+        """(n, D) float32: the first values of n ``rows``, int64 where they are a tensor."""
         key = derive_key(self.seed, "table", self.name)
-        return truncated_normal_rows(key, range(start, stop), self.dim, self.std)
+        return truncated_normal_rows(key, rows, self.dim, self.std)
 
 
 class Table(ABC):
@@ -101,6 +105,19 @@ class Table(ABC):
     def zeros(self, piece: Piece, moment: str, columns: int) -> Tensor:
         """Memory for an optimiser's moment beside a piece: (its rows, columns) float32 zeros."""
         return torch.zeros(len(piece.values_RC), columns, device=piece.values_RC.device)
+
+    @torch.no_grad()
+    def restart(self, rows_N: Tensor) -> None:
+        """``rows_N`` (int64, on the CPU) have their first values again; all processes call this with the same ones, and
+        nobody may read the table until all have done so."""
+        for piece in self.pieces():
+            own_N = piece.own(rows_N)
+            first_NC: Tensor | float = 0.0
+            if piece.column == "weight":
+                first_ND = self.spec.first_values(own_N + piece.row0)
+                first_NC = first_ND[:, piece.col0 : piece.col0 + piece.values_RC.shape[1]]
+                first_NC = first_NC.to(piece.values_RC.device)
+            piece.values_RC[own_N.to(piece.values_RC.device)] = first_NC
 
     # -- the whole catalogue --------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Item input: x = dropout(sqrt(D) E[item] + P[position] (+ what a model adds)).
+"""Item input: x = dropout(sqrt(D) (E[item] + features) + P[position] (+ what a model adds)).
 
 Shapes: T actions in the batch, N positions, D model width.
 """
@@ -59,15 +59,22 @@ class ItemInput(nn.Module):
         }
 
     def forward(
-        self, tokens_T: Tensor, layout: JaggedLayout, items: View, beside_TD: Tensor | None = None
+        self,
+        tokens_T: Tensor,
+        layout: JaggedLayout,
+        items: View,
+        features_TD: Tensor | None = None,
+        beside_TD: Tensor | None = None,
     ) -> Tensor:
-        """(T, D) float32; ``items``: the view that holds the tokens' vectors; ``beside_TD``: what else is known of the
-        actions, added before the dropout."""
+        """(T, D) float32; ``items``: the view that holds the tokens' vectors; ``features_TD``: added to those, and
+        scaled as they are; ``beside_TD``: what else is known of the actions, added before the dropout."""
         if hasattr(self, "mask"):
             hidden_T1 = (tokens_T == MASK)[:, None]
             x_TD = torch.where(hidden_T1, self.mask, items.lookup(tokens_T.clamp_min(0)))
         else:
             x_TD = items.lookup(tokens_T)
+        if features_TD is not None:
+            x_TD = x_TD + features_TD
         if self.positions is not None or self.config.scale:
             x_TD = add_positions_and_times(
                 x_TD,

@@ -1,7 +1,8 @@
 """What a trainer knows of a model.
 
-A model is the dense part alone: its tables stand beside it (``tables``), so that an engine can wrap the module without
-meeting a table, wherever the table's rows are.  ``gr.registry.MODELS`` has the kinds.
+A model is the dense part alone: its tables stand beside it (``tables``, and ``vocabularies``, which say whose rows are
+whose), so that an engine can wrap the module without meeting a table, wherever the table's rows are.
+``gr.registry.MODELS`` has the kinds.
 
 Shapes: B sequences, S targets.
 """
@@ -9,7 +10,7 @@ Shapes: B sequences, S targets.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from gr.batch import SequenceBatch
 from gr.embeddings.table import Table
 from gr.embeddings.view import View
+from gr.embeddings.vocabulary import OpenVocabulary
 from gr.labels import Described
 from gr.models.layers import Stack
 from gr.models.step import StepContext
@@ -62,6 +64,18 @@ class Model(nn.Module):
     def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__()
         self.tables = {table.name: table for table in tables}  # in a dict: not a part of the module
+        self.vocabularies: Mapping[str, OpenVocabulary] = {}
+
+    def prepare(self, batch: SequenceBatch) -> SequenceBatch:
+        """The batch as :meth:`supervise` reads it: made where its columns can be looked at without waiting for a
+        device, and the same if it is so already.  Raises UserError for values that the model has no place for."""
+        return batch
+
+    def learn(self, batch: SequenceBatch, step: int) -> tuple[SequenceBatch, dict[str, Tensor]]:
+        """This process's share of a training step, prepared, after ``vocabularies`` have taken in what is new in it;
+        and by table the rows (int64, on the CPU, the same on every process) that stand for something else from now on.
+        Every process of the run calls this together, once a step."""
+        return self.prepare(batch), {}
 
     @abstractmethod
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Any:
@@ -83,6 +97,10 @@ class Model(nn.Module):
             not table.whole for table in self.tables.values()
         ):  # else drawing candidates twice would be waste
             wanted = self.wanted(parts, context)
+        return self.fetch(wanted)
+
+    def fetch(self, wanted: Mapping[str, Sequence[Tensor]]) -> dict[str, View]:
+        """Views of all tables with the rows that are ``wanted`` of each; every process calls this together."""
         return {name: table.view(wanted.get(name, [])) for name, table in self.tables.items()}
 
     def named_dense(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -102,7 +120,9 @@ class Model(nn.Module):
     @property
     def collective(self) -> bool:
         """Whether every process must call the model together, evaluation included, the same number of times."""
-        return self.lockstep or any(table.collective for table in self.tables.values())
+        asked_together = [table.collective for table in self.tables.values()]
+        asked_together += [vocabulary.collective for vocabulary in self.vocabularies.values()]
+        return self.lockstep or any(asked_together)
 
     def stacks(self) -> list[Stack]:
         """Its parts in which layers follow one another, each with parameters of its own."""

@@ -13,7 +13,7 @@ K tasks, D model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -30,12 +30,13 @@ from gr.labels import TASKS, Labels
 from gr.models import init
 from gr.models.dropout import Dropout
 from gr.models.encoder import check_causal
+from gr.models.features import Features, vectors
 from gr.models.init import initialise
 from gr.models.input import ItemInput
 from gr.models.layers import Linear
 from gr.models.model import Catalogue, Model
 from gr.models.step import StepContext
-from gr.models.tasks import NextItem, Supervision
+from gr.models.tasks import NextItem, Supervision, sources
 from gr.modes import evaluating
 from gr.processes import Processes
 from gr_kernels.counter_random import derive_key
@@ -108,9 +109,12 @@ class Ranking(Model):
             run.train.seed,
             moments=len(run.optimizer.build().of_rows().moments),
         )
-        super().__init__([config.table.build(spec, processes or Processes(torch.device("cpu")))])
-        self.labels = labels
-        self.task = NextItem.Config().build()
+        processes = processes or Processes(torch.device("cpu"))
+        task = NextItem.Config().build()
+        features = Features(config.input.features, lambda: catalogue.manifest, task, spec, processes)
+        super().__init__([config.table.build(spec, processes), *features.tables])
+        self.labels, self.task = labels, task
+        self.features, self.vocabularies = features, features.vocabularies
         max_length = run.data.max_length
         self.input = ItemInput(config.input, config.dim, max_length, False, config.table_std)
         self.history = HistoryLabels(len(self.labels.names), config.dim, config.table_std)
@@ -118,7 +122,7 @@ class Ranking(Model):
         check_causal(self.task, self.encoder, config.encoder.name, instead="")
         self.head = Head(config.dim, config.hidden, len(self.labels.names), config.hidden_dropout)
         times = {"time"} if self.encoder.uses_times else set()
-        self.needs = frozenset({"item"} | times | self.labels.columns)
+        self.needs = frozenset({"item"} | times | self.labels.columns | features.needs)
         initialise(self, run.train.seed)
 
     @property
@@ -128,15 +132,22 @@ class Ranking(Model):
 
     # -- training -------------------------------------------------------------------------------------------------
 
+    def prepare(self, batch: SequenceBatch) -> SequenceBatch:
+        return self.features.prepare(batch)
+
+    def learn(self, batch: SequenceBatch, step: int) -> tuple[SequenceBatch, dict[str, Tensor]]:
+        return self.features.learn(batch, step)
+
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Labelled:
-        sequence = self.task.supervise(batch, key, dropout_key)
-        source_T = _sources(batch, sequence)
+        sequence = self.features.of_inputs(self.prepare(batch), self.task.supervise(batch, key, dropout_key))
+        source_T = sources(batch, sequence.layout)
         labels_AK = self.labels.of(batch.columns)
         return Labelled(sequence, labels_AK[source_T], labels_AK[source_T + 1])
 
     def wanted(self, parts: Sequence[Labelled], context: StepContext) -> dict[str, list[Tensor]]:
         rows = [(part.sequence.tokens_T, part.targets_S) for part in parts]
-        return {"items": [tensor for pair in rows for tensor in pair]}
+        of_features = self.features.wanted([part.sequence for part in parts])
+        return {"items": [tensor for pair in rows for tensor in pair], **of_features}
 
     def forward(self, part: Labelled, context: StepContext) -> Tensor:
         logits_SK = self._logits(part, context)
@@ -154,10 +165,11 @@ class Ranking(Model):
             sequence = self.task.request(batch)
             if (sequence.targets_S == UNKNOWN).any():
                 raise UserError("a ranking model judges given items, and a request has none: give its item")
-            history_TK = self.labels.of(batch.columns)[_sources(batch, sequence)]
+            sequence = self.features.of_inputs(self.prepare(batch), sequence)
+            history_TK = self.labels.of(batch.columns)[sources(batch, sequence.layout)]
             part = Labelled(sequence, history_TK, history_TK.new_empty(0))
-            views = {"items": self.items.view([sequence.tokens_T, sequence.targets_S])}
-            return self._logits(part, StepContext(0, views=views))
+            context = StepContext(0)
+            return self._logits(part, replace(context, views=self.fetch(self.wanted([part], context))))
 
     def _logits(self, part: Labelled, context: StepContext) -> Tensor:
         sequence, items = part.sequence, context.views["items"]
@@ -167,7 +179,9 @@ class Ranking(Model):
                 "the encoder uses the times of actions and this dataset has none: "
                 "set model.encoder.relative_time=false"
             )
-        x_TD = self.input(sequence.tokens_T, layout, items, self.history(part.history_TK))
+        x_TD = self.input(
+            sequence.tokens_T, layout, items, vectors(sequence, context.views), self.history(part.history_TK)
+        )
         queries_SD = sequence.select(self.encoder(x_TD, layout))
         candidates_SD = items.lookup(part.targets_S) * self.input.scale  # as large as where they are inputs
         return self.head(queries_SD, candidates_SD, layout.dropout_key)
@@ -209,9 +223,3 @@ class Head(nn.Module):
             for number, layer in enumerate(self.layers):
                 x = self.dropout(F.relu(layer(x)), derive_key(dropout_key, "head", number))
             return self.out(x)
-
-
-def _sources(batch: SequenceBatch, sequence: Supervision) -> Tensor:
-    """(T,) the place of each input row's action in the batch; the next one is the action that it predicts."""
-    layout = sequence.layout
-    return batch.offsets_B1[layout.sequences_T] + layout.positions_T

@@ -1,6 +1,7 @@
 """Retrieval: from a user's sequence to the item that comes next, out of the whole catalogue.
 
-table of items -> input -> sequence encoder -> queries -> similarity -> objective (training) or ranks (evaluation).
+table of items (features beside it) -> input -> sequence encoder -> queries -> similarity -> objective (training) or
+ranks (evaluation).
 
 Shapes: B sequences, T actions in the batch, S targets, I catalogue size, D model width.
 """
@@ -21,6 +22,7 @@ from gr.embeddings.ranks import Excluded
 from gr.embeddings.table import TableSpec
 from gr.errors import UserError
 from gr.models.encoder import check_causal
+from gr.models.features import Features, vectors
 from gr.models.init import initialise
 from gr.models.input import ItemInput
 from gr.models.model import Catalogue, Model
@@ -66,8 +68,11 @@ class Retrieval(Model):
             bias=config.similarity.item_bias,
             moments=len(run.optimizer.build().of_rows().moments),
         )
-        super().__init__([config.table.build(spec, processes or Processes(torch.device("cpu")))])
-        self.task = config.task.build()
+        processes = processes or Processes(torch.device("cpu"))
+        task = config.task.build()
+        features = Features(config.input.features, lambda: catalogue.manifest, task, spec, processes)
+        super().__init__([config.table.build(spec, processes), *features.tables])
+        self.task, self.features, self.vocabularies = task, features, features.vocabularies
         max_length = run.data.max_length + self.task.extra_inputs
         self.input = ItemInput(config.input, config.dim, max_length, self.task.masks, config.table_std)
         self.encoder = config.encoder.build(config.dim, max_length)
@@ -80,7 +85,8 @@ class Retrieval(Model):
                 f"{config.table.name} fetches rows: use model.table=local, or another objective",
                 everywhere=True,
             )
-        self.needs = frozenset({"item", "time"} if self.encoder.uses_times else {"item"})
+        times = {"time"} if self.encoder.uses_times else set()
+        self.needs = frozenset({"item"} | times | features.needs)
         initialise(self, run.train.seed)
 
     @property
@@ -94,12 +100,19 @@ class Retrieval(Model):
 
     # -- training -------------------------------------------------------------------------------------------------
 
+    def prepare(self, batch: SequenceBatch) -> SequenceBatch:
+        return self.features.prepare(batch)
+
+    def learn(self, batch: SequenceBatch, step: int) -> tuple[SequenceBatch, dict[str, Tensor]]:
+        return self.features.learn(batch, step)
+
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Supervision:
-        return self.task.supervise(batch, key, dropout_key)
+        return self.features.of_inputs(self.prepare(batch), self.task.supervise(batch, key, dropout_key))
 
     def wanted(self, parts: Sequence[Supervision], context: StepContext) -> dict[str, list[Tensor]]:
         rows = [part.tokens_T.clamp_min(0) for part in parts]
-        return {"items": [*rows, *(r for part in parts for r in self.objective.wanted(part, context))]}
+        rows += [r for part in parts for r in self.objective.wanted(part, context)]
+        return {"items": rows, **self.features.wanted(parts)}
 
     def forward(self, part: Supervision, context: StepContext) -> Tensor:
         queries_SD = part.select(self._encode(part, context))
@@ -113,8 +126,8 @@ class Retrieval(Model):
         A sequence with no input has a zero query.
         """
         with evaluating(self):
-            part = self.task.request(batch)
-            views = {"items": self.items.view([part.tokens_T.clamp_min(0)])}
+            part = self.features.of_inputs(self.prepare(batch), self.task.request(batch))
+            views = self.fetch({"items": [part.tokens_T.clamp_min(0)], **self.features.wanted([part])})
             return part.select(self._encode(part, StepContext(0, views=views)))
 
     def scores(self, batch: SequenceBatch) -> Tensor:
@@ -137,4 +150,5 @@ class Retrieval(Model):
                 "the encoder uses the times of actions and this dataset has none: "
                 "set model.encoder.relative_time=false"
             )
-        return self.encoder(self.input(part.tokens_T, layout, context.views["items"]), layout)
+        features_TD = vectors(part, context.views)
+        return self.encoder(self.input(part.tokens_T, layout, context.views["items"], features_TD), layout)

@@ -1,11 +1,13 @@
 """Tasks: from a batch of action sequences to inputs, queries and targets.
 
-Shapes: B sequences, A actions of the batch, T input rows, S supervised targets, D model width.
+Shapes: B sequences, A actions of the batch, T input rows, F of them with a known feature, S supervised targets, D model
+width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -23,13 +25,23 @@ MASK = -1
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is known of a feature: rows_F, int64, of its table, at the input rows ``places_F``, int64 and ascending, or
+    at all of them in order where that is None."""
+
+    rows_F: Tensor
+    places_F: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Supervision:
     """What goes into the encoder, and what must come out of it.
 
     tokens_T: int64 input item rows, MASK where hidden.  queries_S: int64 rows of the encoder's output, or None for
     all of them in order; the row T (only in requests, when ``some_without_input``) stands for a sequence with no
     input and selects a zero vector.  targets_S: int64 item rows.  ordinals_S, positions_S: the sample and the
-    place in it of each target, on which random draws hang.
+    place in it of each target, on which random draws hang.  features: by name, what else is known at the inputs; a task
+    leaves them out, a model that has some puts them in.
     """
 
     tokens_T: Tensor
@@ -39,6 +51,7 @@ class Supervision:
     ordinals_S: Tensor
     positions_S: Tensor
     some_without_input: bool = False
+    features: Mapping[str, Known] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -62,6 +75,7 @@ class NextItem:
         name: Literal["next_item"] = "next_item"
 
     extra_inputs = 0
+    ahead = 1  # an input row predicts the action so many places behind its own
     masks = False
     needs_causal = True  # row i predicts the action of row i + 1: who sees that row sees the answer
 
@@ -114,6 +128,7 @@ class Cloze:
             )
 
     extra_inputs = 1  # the hidden action is itself an input
+    ahead = 0
     masks = True
     needs_causal = False
 
@@ -167,6 +182,11 @@ class Cloze:
 Task = NextItem | Cloze
 
 
+def sources(batch: SequenceBatch, layout: JaggedLayout) -> Tensor:
+    """(T,) the place of each input row's action in the batch."""
+    return batch.offsets_B1[layout.sequences_T] + layout.positions_T
+
+
 def _all_but_last(batch: SequenceBatch, dropout_key: int = 0) -> tuple[JaggedLayout, Tensor]:
     """The layout of the sequences without their last actions, and the place of each of its rows in the batch.
 
@@ -175,7 +195,7 @@ def _all_but_last(batch: SequenceBatch, dropout_key: int = 0) -> tuple[JaggedLay
     lengths = tuple(max(n - 1, 0) for n in batch.lengths)
     offsets_B1 = F.pad((batch.offsets_B1.diff() - 1).clamp_min(0).cumsum(0), (1, 0))
     layout = JaggedLayout(offsets_B1, lengths, max(lengths, default=0))
-    source_T = batch.offsets_B1[layout.sequences_T] + layout.positions_T
+    source_T = sources(batch, layout)
     times_A = batch.timestamps_T
     timed = JaggedLayout(
         offsets_B1,

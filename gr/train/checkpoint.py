@@ -31,7 +31,7 @@ from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Processes
 from gr.train.cursor import Cursor
-from gr.train.engines.engine import Engine, parameters
+from gr.train.engines.engine import Engine, of_vocabularies, parameters
 from gr.train.folder import sync
 
 FORMAT_VERSION = 2
@@ -134,7 +134,10 @@ def load(path: Path, model: Model, engine: Engine | None = None) -> Cursor:
     cursor = Cursor(**read_state(path)["cursor"])
     reader = dcp.FileSystemReader(path)
     sizes = {name: entry.size for name, entry in described(reader).items()}
-    wanted = parameters(model) if engine is None else engine.load(list(sizes))
+    if engine is None:
+        wanted = parameters(model) | of_vocabularies(model)
+    else:
+        wanted = engine.load(list(sizes))
     check_tensors(f"checkpoint '{path}'", sizes, wanted, model)
     if engine is not None and cursor.step and (lacking := engine.lacking(wanted)):
         raise UserError(
@@ -180,8 +183,8 @@ def check_tensors(
 def _words(name: str) -> str:
     """A tensor's name in a checkpoint, for people."""
     kind, _, rest = name.partition("/")
-    if kind == "model":
-        return f"parameter '{rest}'"
+    if kind in ("model", "vocabulary"):
+        return f"{'parameter' if kind == 'model' else kind} '{rest}'"
     moment, _, owner = rest.partition("/")
     return f"{moment} of '{owner}'"
 

@@ -31,7 +31,7 @@ CHANGEABLE = (
     *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
-    "train.activation_checkpointing",
+    *("train.activation_checkpointing", "model.input.features.*.table"),
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.
 
@@ -153,8 +153,12 @@ def differences(one: RunConfig, other: RunConfig) -> list[tuple[str, Any, Any]]:
 
 
 def within(key: str, sections: Sequence[str]) -> bool:
-    """Whether a dotted key is one of ``sections`` or lies in one."""
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
+    """Whether a dotted key is one of ``sections`` or lies in one; in their names * stands for any key."""
+    words = key.split(".")
+    return any(
+        len(named) <= len(words) and all(name in ("*", word) for name, word in zip(named, words))
+        for named in (section.split(".") for section in sections)
+    )
 
 
 def _prepare_folder(folder: RunFolder, config: RunConfig, cursor: Cursor, newest: Path | None) -> None:

@@ -30,7 +30,8 @@ class Slices(Tensor):
 
     @staticmethod
     def __new__(cls, size: Sequence[int], parts: Sequence[tuple[Sequence[int], Tensor]]) -> Slices:
-        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(size), dtype=torch.float32)
+        dtype = parts[0][1].dtype if parts else torch.float32
+        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(size), dtype=dtype)
         made.parts = {
             torch.Size(offsets): cut for first, values in parts for offsets, cut in _cuts(first, values)
         }

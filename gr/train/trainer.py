@@ -101,7 +101,9 @@ class Trainer:
         rank = self.processes.data.rank
         torch.manual_seed(derive_key(config.seed, "dropout", cursor.step, rank))
 
-        share = batch.share.to(self.processes.device)
+        share, restarted = self.model.learn(batch.share, cursor.step)
+        self.engine.restart(restarted)
+        share = share.to(self.processes.device)
         parts = [
             self.model.supervise(part, key, derive_key(key, "dropout", rank, number))
             for number, part in enumerate(self._micro_batches(share))
@@ -237,6 +239,7 @@ class Trainer:
         }
         if norm is not None:
             row["grad_norm"] = norm.item()
+        row |= self._vocabularies()
         cursor.metrics_rows += self.metrics.write(row)
         window = self.progress.window
         self.metrics.write_timing(
@@ -247,6 +250,20 @@ class Trainer:
                 "tokens_per_s": round(window.actions_per_s, 1),
             }
         )
+
+    def _vocabularies(self) -> dict[str, Any]:
+        """Of each one the share of this step's ids that had no row of their own, and how many ids so far got a row and
+        lost theirs."""
+        row: dict[str, Any] = {}
+        for name, vocabulary in self.model.vocabularies.items():
+            counts = [vocabulary.unseen, vocabulary.asked, *vocabulary.totals()]
+            unseen, asked, admitted, evicted = self._sum(counts)
+            row |= {
+                f"unseen/{name}": unseen / max(asked, 1),
+                f"admitted/{name}": admitted,
+                f"evicted/{name}": evicted,
+            }
+        return row
 
     def _sum(self, counts: list[int]) -> list[int]:
         """Over all processes: of a part of the world each would go its own way."""

@@ -14,6 +14,7 @@ from gr.batch import UNKNOWN, Jagged
 from gr.data.batches import Plan
 from gr.data.collate import collate
 from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.hashing import hash_ids
 from gr.data.loader import Direct
 from gr.data.order import Order
 from gr.data.requests import recommendation_requests, requests
@@ -214,9 +215,11 @@ def test_batches_carry_numbers_cut_and_moved_alike():
                 assert cells(moved.user_columns["interests"])[n] == row["interests"]
                 assert int(moved.ordinals_B[n]) == row["ordinal"]
             at += part.sequences
-    for name in ("device", "words"):
-        with pytest.raises(UserError, match=f"column '{name}' is text and a model reads numbers"):
-            collate(rows, [name])
+    hashed = collate(rows, ["device", "words"]).columns
+    for name, values in (("device", hashed["device"]), ("words", hashed["words"].values)):
+        texts = rows.columns[name] if name == "device" else rows.columns[name].values
+        assert values.dtype == torch.int64 and len(set(texts.tolist())) > 1
+        assert values.tolist() == hash_ids(texts).view(np.int64).tolist()
 
 
 def test_a_multi_valued_column_is_cut_without_asking_the_device():

@@ -246,7 +246,7 @@ def test_programs_are_short(folder, lines):
 
 
 TABLES = {name: table for name, table in vars(registry).items() if name.isupper() and isinstance(table, dict)}
-COMPONENTS = ("ENCODERS", "SPLITS", "INGEST", "TASKS", "OBJECTIVES", "OPTIMIZERS")
+COMPONENTS = ("ENCODERS", "SPLITS", "INGEST", "TASKS", "OBJECTIVES", "OPTIMIZERS", "VOCABULARIES")
 
 
 @pytest.mark.parametrize(("table", "name"), [(t, n) for t, entries in TABLES.items() for n in entries])

@@ -54,6 +54,13 @@ class Dense:
         self.optimizer.zero_grad()
         return True
 
+    def restart(self, name: str, rows_N: Tensor) -> None:
+        """Rows of parameter ``name`` have no moments, as if they had never moved; the steps are the parameter's and
+        stay."""
+        for moment in self.optimizer.state.get(self.parameters[name], {}).values():
+            if isinstance(moment, Tensor) and moment.shape == self.parameters[name].shape:
+                moment[rows_N.to(moment.device)] = 0
+
     def finite(self) -> Tensor:
         """Whether all that this process holds are numbers: a bool scalar."""
         return torch.stack([local(p).isfinite().all() for p in self.parameters.values()]).all()

@@ -7,7 +7,7 @@ number of processes stands anywhere, and dense parameters and tables have the sa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -95,6 +95,23 @@ class Engine(ABC):
             self.processes.barrier()  # nobody reads a row that somebody is still moving
         return norm
 
+    def restart(self, rows: Mapping[str, Tensor]) -> None:
+        """By table, rows that stand for something else from now on: they have their first values again and no moments.
+        Every process calls this with the same ones, before a step."""
+        waiting = False
+        for name, rows_N in rows.items():
+            if not len(rows_N):
+                continue
+            self.model.tables[name].restart(rows_N)
+            if name in self.row_optimizers:
+                self.row_optimizers[name].restart(rows_N)
+                waiting = waiting or not self.row_tables[name].replicated
+            for column in ("weight", "bias"):
+                if (full_name := f"tables.{name}.{column}") in self.dense:
+                    self.dense[full_name].restart(full_name, rows_N)
+        if waiting:
+            self.processes.barrier()  # somebody else may read rows of this process
+
     rate = float("nan")
     """The learning rate of the last step (the first group's)."""
 
@@ -160,8 +177,9 @@ class Engine(ABC):
     # -- state ----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters as ``model/NAME`` and moments as ``optimizer/MOMENT/NAME``, whole."""
-        tensors = _of_tables(self.model)
+        """Parameters as ``model/NAME``, moments as ``optimizer/MOMENT/NAME`` and vocabularies as
+        ``vocabulary/TABLE/...``, whole."""
+        tensors = _of_tables(self.model) | of_vocabularies(self.model)
         for part in self.parts:
             tensors |= {name: value for name, value in part.tensors().items() if name not in tensors}
         for name, optimizer in self.row_optimizers.items():
@@ -176,7 +194,7 @@ class Engine(ABC):
     def load(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors to be filled with what a checkpoint has under ``names``: parameters and moments, in place where
         that is possible; :meth:`loaded` then takes in the rest."""
-        wanted = _of_tables(self.model)
+        wanted = _of_tables(self.model) | of_vocabularies(self.model)
         for part in self.parts:
             values = {f"model/{name}": value for name, value in part.values().items()}
             wanted |= {name: value for name, value in values.items() if name not in wanted}
@@ -262,6 +280,15 @@ def parameters(model: Model) -> dict[str, Tensor]:
     """All parameters of a model and its tables as ``model/NAME``, their own memory: to be saved, or filled."""
     own = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     return _of_tables(model) | own
+
+
+def of_vocabularies(model: Model) -> dict[str, Tensor]:
+    """What a model's vocabularies know, as ``vocabulary/TABLE/...``, their own memory: to be saved, or filled."""
+    return {
+        f"vocabulary/{name}/{part}": Slices(size, [([first, 0], values)])
+        for name, vocabulary in model.vocabularies.items()
+        for part, (size, first, values) in vocabulary.state().items()
+    }
 
 
 def _of_tables(model: Model) -> dict[str, Tensor]:

@@ -1,0 +1,182 @@
+"""Tables of features and open vocabularies: any number of processes and any tables train alike, and go on alike."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from gr import config as configs
+from gr.data.dataset import DatasetWriter
+from gr.data.sequences import Sequences
+from gr.embeddings.vocabulary import OpenVocabulary
+from gr.processes import processes
+from gr.train import job
+from gr.train.folder import RunFolder
+from tests.distributed.group import in_group
+from tests.distributed.jobs import run_jobs
+from tests.end_to_end.tiny import assert_same_run, tensors_in, write_config
+from tests.packages import needs
+from tests.precision import after_steps
+
+needs("torchrec")
+
+SAVED, STEPS, LR = 5, 10, 0.01
+ROWS = "{name: torchrec, sharding: row_wise}"
+FEATURES = ", ".join(
+    [
+        "kind: {column: type, rows: 4}",
+        "device: {column: device, rows: 7}",
+        "age: {column: age, rows: 5}",
+        "user: {derived: user}",
+        "hour: {derived: hour_of_day}",
+        "campaign: {column: campaign, rows: 48, vocabulary: {name: open, buckets: 4, admit_after: 2, waiting: 8}}",
+        "city: {column: city, rows: 16, vocabulary: {name: open, buckets: 2}}",
+    ]
+)
+TABLES = ("kind", "device", "age", "user", "hour", "campaign", "city")
+SETTINGS = [
+    *("model.input.dropout=0", "model.encoder.dropout=0", "data.window_blocks=1", "eval.splits=[valid]"),
+    "eval.every_steps=5",
+    *("train.micro_batch_actions=60", "checkpoint.every_steps=null", f"model.input.features={{{FEATURES}}}"),
+]
+# As in test_training.py: the sums are over a batch's targets, 16 users of up to 20 actions, in another order; a loss
+# has at most twice the relative change of the parameters, and AdamW moves a number by lr times its gradient's relative
+# error, which grows where the terms cancel, down to 1 / 200 of their sizes.
+LOSS = 2 * after_steps(STEPS, 16 * 20, condition=2.0)
+WEIGHT = LR * after_steps(STEPS, 16 * 20, condition=2.0) * 200
+
+
+def moved_to(table: str) -> list[str]:
+    return [f"model.table={table}", *(f"model.input.features.{name}.table={table}" for name in TABLES)]
+
+
+def make_dataset(path) -> None:
+    """150 users of 2 to 29 actions, each on a device, in a campaign that comes and goes; users have ages."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(2, 30, 150)
+    actions = int(lengths.sum())
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    items = (np.repeat(rng.integers(0, 60, 150), lengths) + np.arange(actions)) % 60
+    rows = Sequences.of(
+        np.arange(150),
+        offsets,
+        item=items.astype(np.int32),
+        time=1_000_000 + np.arange(actions) * 1800,
+        type=rng.integers(0, 3, actions).astype(np.int32),
+        device=(items % 7).astype(np.int64),
+        campaign=rng.geometric(0.03, actions) * 10**15 - 2**62,
+        city=np.array([f"city {n}" for n in rng.geometric(0.1, actions)], object),
+    )
+    rows.user_columns["age"] = rng.integers(0, 5, 150).astype(np.int32)
+    writer = DatasetWriter(path, "tiny", block_rows=32, action_type_names=["a", "b", "c"])
+    writer.add(rows)
+    counts = np.bincount(items, minlength=60)
+    writer.finish(pa.table({"item_id": np.arange(60), "count": counts}))
+
+
+def tensors(run, step=STEPS):
+    return tensors_in(run / "checkpoints" / f"step-{step:08d}")
+
+
+def train_rows(run):
+    return [row for row in RunFolder(run).read_metrics() if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs NUMBER-whole and NUMBER-saved of one process (local tables) and of two (torchrec's, by rows); the saved ones
+    have gone on as NUMBER-resumed where they were, and as NUMBER-moved with the other number of processes."""
+    path = tmp_path_factory.mktemp("features")
+    make_dataset(path / "data")
+    plot, job.plot_run = job.plot_run, lambda folder, shown: None
+    try:
+        for name, steps in (("1-whole", STEPS), ("1-saved", SAVED)):
+            config = write_config(path, path / "data", path / name)
+            job.run(configs.load(config, [*SETTINGS, f"train.max_steps={steps}"]))
+        shutil.copytree(path / "1-saved", path / "1-moved")
+        jobs = []
+        for name, steps in (("2-whole", STEPS), ("2-saved", SAVED), ("2-resumed", SAVED)):
+            config = write_config(path, path / "data", path / name)
+            jobs.append(
+                {"config": config, "overrides": [*SETTINGS, *moved_to(ROWS), f"train.max_steps={steps}"]}
+            )
+        on = f"train.max_steps={STEPS}"
+        jobs.append({"resume": path / "2-resumed", "overrides": [on]})
+        jobs.append({"resume": path / "1-moved", "overrides": [on, *moved_to(ROWS)]})
+        assert run_jobs(path, jobs, 2) == [[None, None]] * len(jobs)
+        for old, new, table in (("1-saved", "1-resumed", "local"), ("2-saved", "2-moved", "mapped")):
+            shutil.copytree(path / old, path / new)
+            job.resume(path / new, [on, *moved_to(table)])
+    finally:
+        job.plot_run = plot
+    return path
+
+
+@pytest.mark.parametrize("name", ["2-whole", "2-moved", "1-moved"])
+def test_any_number_of_processes_and_any_tables_train_alike(folder, name):
+    expected, found = train_rows(folder / "1-whole"), train_rows(folder / name)
+    exact = [key for key in expected[0] if key not in ("loss", "grad_norm")]
+    assert {"unseen/campaign", "admitted/city", "evicted/city"} < set(exact)
+    assert [{k: row[k] for k in exact} for row in found] == [{k: row[k] for k in exact} for row in expected]
+    losses = [[row["loss"] for row in rows] for rows in (found, expected)]
+    np.testing.assert_allclose(*losses, rtol=LOSS)
+    ours, theirs = tensors(folder / name), tensors(folder / "1-whole")
+    assert ours.keys() == theirs.keys()
+    for key, values in theirs.items():
+        assert ours[key].dtype == values.dtype
+        if key.startswith("vocabulary/"):
+            assert torch.equal(ours[key], values), key
+        elif key.startswith("model/"):
+            np.testing.assert_allclose(ours[key], values, atol=WEIGHT, rtol=0, err_msg=key)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_going_on_gives_the_same_bits(folder, number):
+    assert_same_run(folder / f"{number}-resumed", folder / f"{number}-whole")
+
+
+def test_ids_came_and_went(folder):
+    last = train_rows(folder / "1-whole")[-1]
+    assert last["evicted/city"] > 20 and last["admitted/campaign"] > 20 and 0 < last["unseen/campaign"] < 1
+    there = tensors(folder / "1-whole")
+    assert there["vocabulary/campaign/keys"].shape == (4, 12 + 8)
+    assert {f"model/tables.{name}.weight" for name in TABLES} < there.keys()
+
+
+def learnt() -> list:
+    """What two vocabularies say of a stream of which every process has a part: of all ids, and of the own ones."""
+    found: list = []
+    with processes("cpu", threads=1) as joined:
+        rank, ranks = joined.world.rank, joined.world.size
+        for evict in ("least_recently_seen", "least_often_seen"):
+            config = OpenVocabulary.Config(buckets=6, admit_after=2, evict=evict, waiting=5)
+            vocabulary = OpenVocabulary(config, "x", 48, joined)
+            rng = np.random.default_rng(5)
+            for step in range(40):
+                ids = torch.from_numpy(np.minimum(rng.geometric(0.02, 30), 150) * 2**50 + step // 4)
+                # one process may have nothing
+                own = ids[rank * 30 // ranks : (rank + 1) * 30 // ranks] if step % 5 else ids[rank * 30 :]
+                update = vocabulary.learn(own, step)
+                found.append(joined.world.gather(update.rows).tolist())
+                found += [sorted(update.restarted_N.tolist()), sorted(update.evicted_E.tolist())]
+            asked = torch.arange(150) * 2**50 + torch.arange(150) % 10
+            found.append(vocabulary.rows_of(asked).tolist())
+            found.append(joined.world.sum(vocabulary.totals(), dtype=torch.int64))
+            found.append([vocabulary.own.first, len(vocabulary.own.keys_GP)])
+    return found
+
+
+def test_the_mapping_is_the_same_on_any_number_of_processes(tmp_path):
+    alone = learnt()
+    assert alone[-2][1] > 20
+    dealt = [alone.pop(len(alone) // 2 - 1), alone.pop()]
+    assert dealt == [[0, 6], [0, 6]]
+    for ranks in (2, 4):
+        for rank, found in enumerate(in_group(learnt, ranks, tmp_path / str(ranks))):
+            dealt = [found.pop(len(found) // 2 - 1), found.pop()]
+            assert dealt == [[rank * 6 // ranks, (rank + 1) * 6 // ranks - rank * 6 // ranks]] * 2
+            assert found == alone
