@@ -50,8 +50,10 @@ LOSS = 2 * after_steps(STEPS, 16 * 20, condition=2.0)
 WEIGHT = LR * after_steps(STEPS, 16 * 20, condition=2.0) * 200
 
 
-def moved_to(table: str) -> list[str]:
-    return [f"model.table={table}", *(f"model.input.features.{name}.table={table}" for name in TABLES)]
+def dealt(sharded: str = ROWS, elsewhere: str = "mapped") -> list[str]:
+    """Overrides that put the rows of tables of every kind elsewhere than into each process's own memory."""
+    where = dict.fromkeys(("device", "campaign"), sharded) | dict.fromkeys(("user", "city"), elsewhere)
+    return [f"model.table={sharded}", *(f"model.input.features.{n}.table={t}" for n, t in where.items())]
 
 
 def make_dataset(path) -> None:
@@ -88,7 +90,7 @@ def train_rows(run):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs NUMBER-whole and NUMBER-saved of one process (local tables) and of two (torchrec's, by rows); the saved ones
+    """Runs NUMBER-whole and NUMBER-saved of one process (local tables) and of two (tables of all kinds); the saved ones
     have gone on as NUMBER-resumed where they were, and as NUMBER-moved with the other number of processes."""
     path = tmp_path_factory.mktemp("features")
     make_dataset(path / "data")
@@ -101,16 +103,17 @@ def folder(tmp_path_factory):
         jobs = []
         for name, steps in (("2-whole", STEPS), ("2-saved", SAVED), ("2-resumed", SAVED)):
             config = write_config(path, path / "data", path / name)
-            jobs.append(
-                {"config": config, "overrides": [*SETTINGS, *moved_to(ROWS), f"train.max_steps={steps}"]}
-            )
+            jobs.append({"config": config, "overrides": [*SETTINGS, *dealt(), f"train.max_steps={steps}"]})
         on = f"train.max_steps={STEPS}"
         jobs.append({"resume": path / "2-resumed", "overrides": [on]})
-        jobs.append({"resume": path / "1-moved", "overrides": [on, *moved_to(ROWS)]})
+        jobs.append({"resume": path / "1-moved", "overrides": [on, *dealt()]})
         assert run_jobs(path, jobs, 2) == [[None, None]] * len(jobs)
-        for old, new, table in (("1-saved", "1-resumed", "local"), ("2-saved", "2-moved", "mapped")):
+        for old, new, moved in (
+            ("1-saved", "1-resumed", []),
+            ("2-saved", "2-moved", dealt("mapped", "local")),
+        ):
             shutil.copytree(path / old, path / new)
-            job.resume(path / new, [on, *moved_to(table)])
+            job.resume(path / new, [on, *moved])
     finally:
         job.plot_run = plot
     return path
