@@ -93,18 +93,20 @@ class Buckets:
     ) -> None:
         """Give rows, or places to wait, to ids of one bucket that were seen in this step and have no row; the first
         come first."""
-        ready = int((counts_U >= self.admit_after).sum())  # counts fall
-        rows_N = self._room(bucket, 1, self.rows, ready, step, self.evict)
-        if self.evict == "least_often_seen":
-            rows_N = rows_N[self.counts_GP[bucket, rows_N] < counts_U[: len(rows_N)]]
-        admitted = len(rows_N)
-        taken = rows_N[self.counts_GP[bucket, rows_N] > 0]
-        moves.evict(bucket, taken)
-        self.totals_G2[bucket] += admitted, len(taken)
-        waited_U = places_U >= 0
-        moves.leave(bucket, places_U[:admitted][waited_U[:admitted]] % self.places)
-        moves.enter(bucket, rows_N, keys_U[:admitted], counts_U[:admitted], step)
+        waited_U, admitted = places_U >= 0, 0
+        if ready := int((counts_U >= self.admit_after).sum()):  # counts fall
+            rows_N = self._room(bucket, 1, self.rows, ready, step, self.evict)
+            if self.evict == "least_often_seen":
+                rows_N = rows_N[self.counts_GP[bucket, rows_N] < counts_U[: len(rows_N)]]
+            admitted = len(rows_N)
+            taken = rows_N[self.counts_GP[bucket, rows_N] > 0]
+            moves.evict(bucket, taken)
+            self.totals_G2[bucket] += admitted, len(taken)
+            moves.leave(bucket, places_U[:admitted][waited_U[:admitted]] % self.places)
+            moves.enter(bucket, rows_N, keys_U[:admitted], counts_U[:admitted], step)
         new = admitted + np.flatnonzero(~waited_U[admitted:])
+        if not len(new) or self.places == self.rows:
+            return
         spare_N = self._room(bucket, self.rows, self.places, len(new), step, "least_recently_seen")
         moves.leave(bucket, spare_N[self.counts_GP[bucket, spare_N] > 0])
         new = new[: len(spare_N)]
@@ -171,9 +173,9 @@ class _Moves:
 
     def indexed(self, index: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray] | None:
         """``index`` after all that happened."""
-        if index is None or not self._left:
+        if index is None or not self._entered:
             return index
-        (keys, places), left = index, np.sort(np.concatenate(self._left))
+        (keys, places), left = index, np.sort(np.concatenate([np.empty(0, np.int64), *self._left]))
         entered = np.concatenate(self._entered)
         gone = np.searchsorted(keys, left)
         keys, places = np.delete(keys, gone), np.delete(places, gone)
