@@ -22,6 +22,7 @@ from gr.train.optimizers import AdamW, LazyAdam, RowwiseAdagrad
 from tests.precision import tolerance
 from tests.unit.models_common import (
     LENGTHS,
+    assert_slopes,
     batch,
     engine_of,
     generator,
@@ -60,7 +61,8 @@ ROWS = {
     "asked-day": 7,
 }
 # An encoder's ten sums of up to 32 terms before the scores; a loss adds up some 25 targets of logits up to 20 and more.
-LOSS = tolerance(32, stages=12, size=500.0)
+LOSSES = {"terms": 32, "stages": 12, "size": 500.0}
+LOSS = tolerance(**LOSSES)
 KINDS = {
     "hstu": {},
     "sasrec": {"encoder": "sasrec", "objective": "bce"},
@@ -167,26 +169,14 @@ def test_inputs_are_the_sums_of_the_items_and_the_features_vectors(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_every_table_agrees_with_finite_differences(kind):
-    model = in_double(randomise(build(kind))).eval()
-    b, step = asked(), 1e-6
+    model, b = in_double(randomise(build(kind))).eval(), asked()
 
     def loss():
         part = model.supervise(b, 5)
         return loss_of(model, part, candidates=part.targets_S)
 
-    loss().backward()
-    for name in FEATURES:
-        weight = model.tables[name].weight
-        direction = torch.randn(weight.shape, generator=generator(1), dtype=torch.float64)
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                weight += sign * step * direction
-                values.append(loss().detach())
-                weight -= sign * step * direction
-        slope = (weight.grad * direction).sum()
-        assert slope.abs() > 1e-4, name
-        torch.testing.assert_close((values[0] - values[1]) / (2 * step), slope, atol=2e-4, rtol=1e-4)
+    assert {f"tables.{name}.weight" for name in FEATURES} < named(model).keys()
+    assert_slopes(model, loss, tolerance(**LOSSES, dtype=torch.float64)["atol"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
