@@ -41,6 +41,7 @@ CHANGEABLE = (
     "data.prefetch",
     "eval",
     "model.table",
+    "model.input.features.*.table",
     "train.device",
     "train.threads",
     "train.kernels",
@@ -71,6 +72,7 @@ def export(
         raise UserError(f"'{out}' exists: choose another --out, or remove it")
     output_folder(target)
     config = _changed(config_of(run), overrides)
+    _check_vocabularies(config)
     chosen = find_checkpoint(folder, checkpoint_name)
     data = open_data(config)
     cursor = checkpoint.read_state(chosen)["cursor"]
@@ -161,6 +163,16 @@ def _changed(saved: RunConfig, overrides: Sequence[str]) -> RunConfig:
                 f"{', '.join(CHANGEABLE)} can"
             )
     return config
+
+
+def _check_vocabularies(config: RunConfig) -> None:
+    """Refuse a model whose rows mean nothing without what isn't exported."""
+    features = config.model.input.features.items()
+    if named := [name for name, section in features if section.vocabulary is not None]:
+        raise UserError(
+            f"model.input.features.{named[0]} has an open vocabulary, and an export holds parameters alone: evaluate "
+            "and recommend with the run itself"
+        )
 
 
 def _check_room(folder: Path, bytes: int) -> None:

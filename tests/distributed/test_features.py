@@ -12,8 +12,11 @@ import torch
 from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
 from gr.embeddings.vocabulary import OpenVocabulary
+from gr.errors import UserError
 from gr.processes import processes
+from gr.train.exporting import export
 from gr.train.folder import RunFolder
+from gr.train.runs import open_run
 from tests.distributed import rounding
 from tests.distributed.group import in_group
 from tests.distributed.jobs import run_jobs
@@ -144,6 +147,20 @@ def test_ids_came_and_went(folder):
     there = tensors(folder / "1-whole")
     assert there["vocabulary/campaign/keys"].shape == (4, 12 + 8)
     assert {f"model/tables.{name}.weight" for name in TABLES} < there.keys()
+
+
+def test_a_run_that_is_opened_knows_the_ids_and_an_export_would_not(folder, tmp_path):
+    there = tensors(folder / "2-whole")
+    with processes("cpu", threads=1) as alone:
+        opened = open_run(folder / "2-whole", processes=alone)
+        assert opened.model.vocabularies.keys() == {"campaign", "city"}
+        for name, vocabulary in opened.model.vocabularies.items():
+            for part, (_, _, values) in vocabulary.state().items():
+                assert torch.equal(values, there[f"vocabulary/{name}/{part}"])
+    with pytest.raises(
+        UserError, match="campaign has an open vocabulary, and an export holds parameters alone"
+    ):
+        export(folder / "2-whole", tmp_path / "out")
 
 
 def learnt() -> list:
