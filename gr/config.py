@@ -241,11 +241,19 @@ class EvalSection(Section):
 
 
 class CheckpointSection(Section):
-    """``every_steps`` besides the end of each ``every_epochs``-th epoch; ``keep`` newest ones stay, and the best."""
+    """``every_steps`` besides the end of each ``every_epochs``-th epoch; ``keep`` newest ones stay, and the best.
+
+    asynchronous: written by a thread while training goes on.  What moves meanwhile is copied before it does; where
+    copies would take a process more than ``copy_mib`` MiB, training waits."""
 
     every_epochs: POSITIVE = 1
     every_steps: POSITIVE | None = None
     keep: POSITIVE = 2
+    asynchronous: bool = False
+    copy_mib: POSITIVE = 4096
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.asynchronous else {"copy_mib": "asynchronous is false"}
 
 
 class RunConfig(Section):

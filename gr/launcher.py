@@ -22,6 +22,22 @@ class Launched(NamedTuple):
     local_ranks: int = 1
 
 
+class Attempt(NamedTuple):
+    """torchrun's ``job`` (its --rdzv-id, a random one with --standalone), and how often it has started it again."""
+
+    job: str | None = None
+    number: int = 0
+
+
+def attempt(environment: Mapping[str, str] | None = None) -> Attempt:
+    """Of which job this process is a part, by torchrun's variables.
+
+    (On several machines a process may be told a smaller number than others: agents count for themselves.)"""
+    given = os.environ if environment is None else environment
+    number = _count(given, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in given else 0
+    return Attempt(given.get("TORCHELASTIC_RUN_ID"), number)
+
+
 def launched(environment: Mapping[str, str] | None = None) -> Launched:
     """This process among those started together; the only one where no variable speaks of others.
 

@@ -16,7 +16,7 @@ import re
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.errors import UserError
-from gr.launcher import Launched, launched
+from gr.launcher import Launched, attempt, launched
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
@@ -111,24 +111,43 @@ class Processes:
     def is_main(self) -> bool:
         return self.world.rank == 0
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Processes]:
+        """The same processes with a group of their own, on which a thread of each exchanges what it has to while the
+        others go on as they were.  All processes make it together, and all end it."""
+        if self.world.size == 1:
+            yield self
+            return
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        _end_threads_at_exit()
+        try:
+            yield replace(self, world=replace(self.world, group=group))
+        finally:
+            dist.destroy_process_group(group)
+
     def barrier(self) -> None:
         if self.world.size > 1:
-            dist.barrier()
+            dist.barrier(self.world.group)
 
     def broadcast(self, value: T) -> T:
         """The main process's ``value`` on every process."""
         if self.world.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=self.world.group)
         return box[0]
 
-    def all_equal(self, value: object) -> list[object]:
-        """Everybody's ``value``, by rank, if they differ; an empty list if they don't."""
+    def everybodys(self, value: T) -> list[T]:
+        """The ``value`` of every process, by rank."""
         if self.world.size == 1:
-            return []
-        values: list[object] = [None] * self.world.size
-        dist.all_gather_object(values, value)
+            return [value]
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self.world.group)
+        return values
+
+    def all_equal(self, value: T) -> list[T]:
+        """Everybody's ``value``, by rank, if they differ; an empty list if they don't."""
+        values = self.everybodys(value)
         return values if any(other != values[0] for other in values) else []
 
     def together(self, action: Callable[[], T]) -> T:
@@ -140,8 +159,7 @@ class Processes:
             result = action()
         except UserError as error:
             refusal = str(error)
-        refusals: list[str | None] = [None] * self.world.size
-        dist.all_gather_object(refusals, refusal)
+        refusals = self.everybodys(refusal)
         refused = [rank for rank, text in enumerate(refusals) if text is not None]
         if refused:
             some = len(refused) < self.world.size and refused != [0]
@@ -245,8 +263,9 @@ def _store(rank: int, ranks: int) -> dist.Store | None:
         is_master=rank == 0 and not kept_by_agent,
         timeout=TIMEOUT,
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    return dist.PrefixStore(f"attempt {attempt}, group {next(_GROUPS)}", store)
+    # where rank 0 has just made the store there is nothing to tell apart, and agents may count otherwise
+    number = attempt().number if kept_by_agent else 0
+    return dist.PrefixStore(f"attempt {number}, group {next(_GROUPS)}", store)
 
 
 def _on_mesh(device: torch.device, rank: int, ranks: int, context: int, local: Axis) -> Processes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -259,7 +259,7 @@ class DatasetWriter:
             action_type_names=self.action_type_names,
             catalogue={n: checksum(stored[n].combine_chunks()) for n in stored.column_names},
             fingerprint=fingerprint(*identity),
-            generation=fingerprint(*identity, catalogue["item_id"].to_pylist()),
+            generation=fingerprint(*identity, _some_at_a_time(catalogue["item_id"])),
             blocks=self._blocks if self._sorted else [replace(b, first_hash=None) for b in self._blocks],
             digest="",
             provenance=provenance or {},
@@ -315,6 +315,11 @@ class DatasetWriter:
         self._sorted = bool((hashes[1:] >= hashes[:-1]).all()) and all(users[n] < users[n + 1] for n in ties)
         self._last_user = int(hashes_R[-1]), users[-1]
         return int(hashes_R[0])
+
+
+def _some_at_a_time(column: pa.ChunkedArray, size: int = 1 << 16) -> Iterator[list]:
+    """Its values: as Python's own they take many times the column's memory."""
+    return (column.slice(start, size).to_pylist() for start in range(0, len(column), size))
 
 
 def _replaceable(path: Path) -> bool:

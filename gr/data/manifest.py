@@ -126,14 +126,14 @@ def content_digest(raw: dict[str, Any]) -> str:
 
 
 def fingerprint(
-    row_order: str, block_rows: int, items: int, digests: Iterable[str], ids: Sequence | None = None
+    row_order: str, block_rows: int, items: int, digests: Iterable[str], ids: Iterable[Sequence] | None = None
 ) -> str:
-    """Digest of the sequences, or with the raw item ``ids`` in row order of the generation."""
+    """Digest of the sequences, or with the raw item ``ids`` in row order, some at a time, of the generation."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (row_order, block_rows, items, *digests):
         digest.update(f"{part};".encode())
-    if ids is not None:
-        digest.update("\n".join(map(str, ids)).encode())
+    for number, some in enumerate(ids or ()):
+        digest.update(("\n" * bool(number) + "\n".join(map(str, some))).encode())
     return digest.hexdigest()
 
 

@@ -134,6 +134,8 @@ class RowOptimizer:
     param_groups: list[dict[str, Any]]
     zeros: Callable[[Piece, str, int], Tensor]
     steps: int = 0
+    moving: Callable[[int, Tensor | slice], None] | None = None
+    """Told before rows of the piece of that number, and of its moments, move."""
     moments: list[dict[str, Tensor]] = field(init=False)
     """Of each piece: name -> (R, C), or (R, 1) for one number a row."""
 
@@ -152,23 +154,26 @@ class RowOptimizer:
     def step(self, gradients: Sequence[Gradient]) -> None:
         """Move the pieces by their gradients, in the same order."""
         self.steps += 1
-        parts = list(zip(self.pieces, gradients, self.moments, strict=True))
-        for _, beside in groupby(parts, key=lambda part: (part[0].row0, len(part[0].values_RC))):
+        moving = self.moving or (lambda number, rows: None)
+        parts = list(zip(range(len(self.pieces)), self.pieces, gradients, self.moments, strict=True))
+        for _, beside in groupby(parts, key=lambda part: (part[1].row0, len(part[1].values_RC))):
             together = list(beside)  # columns of the same rows
-            seen = [gradient.rows() for _, gradient, _ in together]
+            seen = [gradient.rows() for _, _, gradient, _ in together]
             if self.maths.all_rows or any(rows is None for rows in seen):
-                for start, stop in together[0][0].chunks():
+                for start, stop in together[0][1].chunks():
                     # all before any moves: one column's gradient may be formed from another's values
-                    formed = [gradient.dense(start, stop) for _, gradient, _ in together]
-                    for (piece, _, moments), gradient_RC in zip(together, formed, strict=True):
+                    formed = [gradient.dense(start, stop) for _, _, gradient, _ in together]
+                    for (number, piece, _, moments), gradient_RC in zip(together, formed, strict=True):
+                        moving(number, slice(start, stop))
                         here = {name: moment[start:stop] for name, moment in moments.items()}
                         self.maths.step(
                             piece.values_RC[start:stop], gradient_RC, here, *self._settings(piece)
                         )
                 continue
-            for (piece, _, moments), rows in zip(together, seen, strict=True):
+            for (number, piece, _, moments), rows in zip(together, seen, strict=True):
                 assert rows is not None
                 rows_U, gradient_UC = rows
+                moving(number, rows_U)
                 values_UC = piece.values_RC[rows_U]
                 here = {name: moment[rows_U] for name, moment in moments.items()}
                 self.maths.step(values_UC, gradient_UC, here, *self._settings(piece))
@@ -181,6 +186,12 @@ class RowOptimizer:
         for piece, moments in zip(self.pieces, self.moments, strict=True):
             for moment in moments.values():
                 moment[piece.own(rows_N).to(moment.device)] = 0
+
+    def owned(self) -> Iterator[tuple[int, Tensor]]:
+        """(a piece's number, its values or one of its moments): the tensors whose rows move together."""
+        for number, (piece, moments) in enumerate(zip(self.pieces, self.moments, strict=True)):
+            for values in (piece.values_RC, *moments.values()):
+                yield number, values
 
     def _settings(self, piece: Piece) -> tuple[int, float, float]:
         """Steps, rate and decay."""

@@ -17,22 +17,26 @@ import logging
 import os
 import re
 import shutil
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gr.errors import UserError
 from gr.models.model import Model
-from gr.processes import Processes
+from gr.processes import Axis, Processes
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import Engine, of_vocabularies, parameters
 from gr.train.folder import sync
+from gr.train.slices import Slices, shared_out
 
 FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
@@ -41,34 +45,88 @@ log = logging.getLogger(__name__)
 
 
 def save(
-    folder: Path, tensors: dict[str, Tensor], cursor: Cursor, config: dict[str, Any], processes: Processes
+    folder: Path, tensors: Mapping[str, Tensor], cursor: Cursor, config: dict[str, Any], processes: Processes
 ) -> Path:
-    """Write ``tensors`` (an engine's) as the checkpoint of ``cursor.step``; every rank calls this.  Its path."""
+    """Write ``tensors`` (an engine's) as the checkpoint of ``cursor.step``; every rank calls this, and digests what it
+    wrote.  Its path.  UserError, on every rank: it can't be written; older ones are whole."""
     final = folder / f"step-{cursor.step:08d}"
     scratch = folder / f"{_SCRATCH}{final.name}"
-    if processes.is_main:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    processes.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP tells every time that it runs in one process
-        dcp.save(dict(tensors), checkpoint_id=scratch, no_dist=processes.world.size == 1)
-    if processes.is_main:
+    with _refusing(final):
+        processes.together(lambda: _make(scratch) if processes.is_main else None)
+        with quiet():
+            shares = shared_out(tensors, processes.world)
+            dcp.save(
+                {name: t.cut() if isinstance(t, Slices) else t for name, t in shares.items()},
+                checkpoint_id=scratch,
+                no_dist=processes.world.size == 1,
+                process_group=processes.world.group,
+            )  # it syncs what it writes
+        own = scratch.glob(f"__{processes.world.rank}_*.distcp")
+        written = processes.everybodys({file.name: _fingerprint(file) for file in own})
         state = {"format_version": FORMAT_VERSION, "cursor": asdict(cursor), "config": config}
+        files = {name: fingerprint for of_rank in written for name, fingerprint in of_rank.items()}
+        processes.together(lambda: _publish(scratch, final, state, files) if processes.is_main else None)
+    return final
+
+
+def _make(scratch: Path) -> None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritable(scratch, error) from error
+
+
+def _publish(scratch: Path, final: Path, state: dict[str, Any], files: dict[str, list]) -> None:
+    """Complete ``scratch`` and make it visible.  ``files``: the fingerprints of those that ranks have digested."""
+    replaced = final.with_name(f"{final.name}.replaced")
+    try:
         (scratch / "state.json").write_text(json.dumps(state, indent=1))
-        files = {f.name: _fingerprint(f) for f in sorted(scratch.iterdir())}
-        (scratch / "complete.json").write_text(json.dumps(files, indent=1))
-        for path in (*scratch.iterdir(), scratch):
+        for file in scratch.iterdir():
+            if file.name not in files:
+                files[file.name] = _fingerprint(file)
+        (scratch / "complete.json").write_text(json.dumps(dict(sorted(files.items())), indent=1))
+        for path in (scratch / "state.json", scratch / "complete.json", scratch):
             sync(path)
-        replaced = folder / f"{final.name}.replaced"
         if final.exists():  # the same step again: a run that goes on and ends where it was
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(final, replaced)
         os.replace(scratch, final)
-        sync(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    processes.barrier()
-    return final
+        sync(final.parent)
+    except OSError as error:
+        raise _unwritable(final, error) from error
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """DCP's word for a disk that is full or not there, as a sentence; it has said it to every rank."""
+    try:
+        yield
+    except CheckpointException as error:
+        for rank, (cause, _) in error.failures.items():
+            if isinstance(cause, OSError):
+                raise _unwritable(path, cause, f" on rank {rank}") from error
+        raise RuntimeError(f"checkpoint '{path}' could not be written: {error}") from error
+
+
+def _unwritable(path: Path, error: OSError, where: str = "") -> UserError:
+    return UserError(
+        f"checkpoint '{path}' can't be written{where} ({error.strerror or error}): older ones are whole; make room, or "
+        "see to the disk, and go on with --resume",
+        everywhere=True,
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """DCP tells every time that it runs in one process.  (Only one thread may change what is warned of.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def prune(folder: Path, keep: int, step: int, best_step: int | None) -> None:
@@ -94,22 +152,33 @@ def listed(folder: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for match, path in matches]
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint; damaged ones are named and skipped."""
-    for _, path in reversed(listed(folder)):
-        if (damage := damaged(path)) is None:
+def newest(folder: Path, processes: Processes | None = None) -> Path | None:
+    """The newest complete checkpoint; damaged ones are named and skipped.  ``processes``: all ask together, and each
+    looks at its share of the files."""
+    main = processes is None or processes.is_main
+    found = listed(folder) if main else []
+    for _, path in reversed(found if processes is None else processes.broadcast(found)):
+        if (damage := damaged(path, processes)) is None:
             return path
-        log.warning("skipping damaged checkpoint '%s': %s", path, damage)
+        if main:
+            log.warning("skipping damaged checkpoint '%s': %s", path, damage)
     return None
 
 
-def damaged(path: Path) -> str | None:
-    """What is wrong with the checkpoint at ``path``, or None."""
+def damaged(path: Path, processes: Processes | None = None) -> str | None:
+    """What is wrong with the checkpoint at ``path``, or None; every one of ``processes`` looks at its share."""
+    if processes is None:
+        return _damage(path, Axis())
+    found = processes.everybodys(_damage(path, processes.world))
+    return next((damage for damage in found if damage is not None), None)
+
+
+def _damage(path: Path, axis: Axis) -> str | None:
     try:
         files = json.loads((path / "complete.json").read_text())
     except (OSError, ValueError):
         return "complete.json is missing or unreadable"
-    for name, fingerprint in files.items():
+    for name, fingerprint in list(files.items())[axis.rank :: axis.size]:
         if not (path / name).is_file():
             return f"{name} is missing"
         if _fingerprint(path / name) != fingerprint:
@@ -158,8 +227,7 @@ def described(reader: dcp.FileSystemReader) -> dict[str, TensorStorageMetadata]:
 
 def fill(wanted: dict[str, Tensor], reader: dcp.FileSystemReader) -> None:
     """Fill tensors, or slices of them, from a checkpoint; what isn't ``wanted`` isn't read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         dcp.load(wanted, storage_reader=reader, no_dist=True)
 
 

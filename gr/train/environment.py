@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from gr.launcher import attempt
+
 PACKAGES = (
     "torch",
     "numpy",
@@ -32,7 +34,8 @@ _SECRET_WORDS = ("password", "passwd", "secret", "token", "credential", "api_key
 
 
 def record() -> dict[str, Any]:
-    """The environment as a JSON-able dict: versions (None: not installed), code, cpu, gpus, threads, argv."""
+    """The environment as a JSON-able dict: versions (None: not installed), code, cpu, gpus, threads, argv; job: the
+    launcher's, which knows the run by it when it is started again."""
     import torch
 
     import gr
@@ -55,6 +58,7 @@ def record() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": gpus(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "job": attempt().job,
         "argv": without_credentials(sys.argv),
     }
 

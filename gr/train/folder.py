@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,25 @@ class RunFolder:
                     "or choose another run.dir"
                 )
         else:
-            number = 1
-            while True:
-                folder = RunFolder(Path("runs") / (config.run.name + (f"-{number}" if number > 1 else "")))
-                if folder._take(config_yaml, new=True):
-                    break
-                number += 1
+            folder = next(f for f in _numbered(config.run.name) if f._take(config_yaml, new=True))
         folder.environment.write_text(json.dumps(environment, indent=1) + "\n")
         return folder
+
+    @staticmethod
+    def of_job(config: RunConfig, job: str | None) -> RunFolder | None:
+        """The folder that :meth:`make` made of ``config`` for a launcher's ``job``: the last one, if there is one."""
+        if config.run.dir is not None:
+            folders = [RunFolder(config.run.dir)]
+        else:
+            folders = list(takewhile(lambda folder: folder.path.exists(), _numbered(config.run.name)))
+        return next((f for f in reversed(folders) if job is not None and f._job() == job), None)
+
+    def _job(self) -> str | None:
+        """Of which job a new run was made here, as far as the folder says."""
+        try:
+            return json.loads(self.environment.read_text()).get("job") if self.config.is_file() else None
+        except (OSError, ValueError):
+            return None
 
     def _take(self, config_yaml: str, new: bool = False) -> bool:
         """Make the folder with its config.yaml; False if it holds a run, or (``new``) if it exists at all.  One of
@@ -120,6 +132,11 @@ class RunFolder:
         """Have metrics.jsonl on the disk: a checkpoint counts on its rows."""
         if self.metrics.exists():
             sync(self.metrics)
+
+
+def _numbered(name: str) -> Iterator[RunFolder]:
+    """runs/NAME, runs/NAME-2, ..."""
+    return (RunFolder(Path("runs") / (name + (f"-{n}" if n > 1 else ""))) for n in count(1))
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

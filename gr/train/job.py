@@ -12,6 +12,7 @@ from typing import Any
 from gr import config as configs
 from gr.config import RunConfig
 from gr.errors import UserError
+from gr.launcher import attempt
 from gr.processes import Processes, processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
@@ -70,8 +71,11 @@ class RunResult:
 
 
 def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
-    """Train ``config`` in a new folder.  ``on_step``: called with the folder after each step."""
+    """Train ``config`` in a new folder; where torchrun has started the job again, go on in the folder of its first
+    attempt.  ``on_step``: called with the folder after each step."""
     with running(config) as processes:
+        if (begun := _begun(config, processes)) is not None:
+            return _go_on(begun, config, processes, on_step)
         parts = processes.together(lambda: build(config, processes))
         folder = _new_folder(config, processes)
         try:
@@ -92,18 +96,39 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep =
     """
     folder, config = saved_run(path, overrides)
     with running(config) as processes:
-        processes.check_shared(folder.path, "the run's folder")
-        with _locked(folder, processes):
-            parts = processes.together(lambda: build(config, processes))
-            newest = processes.broadcast(checkpoint.newest(folder.checkpoints) if processes.is_main else None)
-            cursor = Cursor(parts.data.dataset.manifest.generation)
-            if newest is not None:
-                cursor = processes.together(lambda: _load(newest, parts))
-                cursor.finished = cursor.finished and cursor.epoch >= config.train.epochs
-            if processes.is_main:
-                _prepare_folder(folder, config, cursor, newest)
-            cursor = processes.broadcast(cursor)
-            return _train(config, parts, folder, cursor, processes, on_step)
+        return _go_on(folder, config, processes, on_step)
+
+
+def _go_on(folder: RunFolder, config: RunConfig, processes: Processes, on_step: OnStep) -> RunResult:
+    processes.check_shared(folder.path, "the run's folder")
+    with _locked(folder, processes):
+        parts = processes.together(lambda: build(config, processes))
+        newest = checkpoint.newest(folder.checkpoints, processes)
+        cursor = Cursor(parts.data.dataset.manifest.generation)
+        if newest is not None:
+            cursor = processes.together(lambda: _load(newest, parts))
+            cursor.finished = cursor.finished and cursor.epoch >= config.train.epochs
+        if processes.is_main:
+            _prepare_folder(folder, config, cursor, newest)
+        cursor = processes.broadcast(cursor)
+        return _train(config, parts, folder, cursor, processes, on_step)
+
+
+def _begun(config: RunConfig, processes: Processes) -> RunFolder | None:
+    """The folder in which an earlier attempt of this job began the run, where torchrun has started it again."""
+    job, number = attempt()
+    if not max(processes.world.maximum([number])):
+        return None
+
+    def find() -> Path | None:
+        folder = RunFolder.of_job(config, job) if processes.is_main else None
+        if folder is None:
+            return None
+        refuse_changes(configs.load(folder.config), config)
+        return folder.path
+
+    path = processes.broadcast(processes.together(find))
+    return None if path is None else RunFolder(path)
 
 
 @contextmanager

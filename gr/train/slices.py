@@ -6,7 +6,7 @@ tensor saved in any parts is loaded into any others, in place, without a collect
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 from gr.processes import Axis
 
@@ -24,7 +25,10 @@ PART_NUMBERS = 1 << 24
 
 
 class Slices(Tensor):
-    """A tensor of ``size`` of which this process holds ``parts``: offsets -> values, their memory."""
+    """A tensor of ``size`` of which this process holds ``parts``: offsets -> values, their memory.
+
+    Filled as they are, so that each part of a file is read once; saved when they are :meth:`cut`.
+    """
 
     parts: dict[torch.Size, Tensor]
 
@@ -32,15 +36,17 @@ class Slices(Tensor):
     def __new__(cls, size: Sequence[int], parts: Sequence[tuple[Sequence[int], Tensor]]) -> Slices:
         dtype = parts[0][1].dtype if parts else torch.float32
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(size), dtype=dtype)
-        made.parts = {
-            torch.Size(offsets): cut for first, values in parts for offsets, cut in _cuts(first, values)
-        }
+        made.parts = {torch.Size(offsets): values for offsets, values in parts if len(values)}
         return made
 
     @staticmethod
     def of_rows(size: Sequence[int], rows: range, values: Tensor) -> Slices:
         """This process holds some rows, all of their numbers; perhaps none."""
         return Slices(size, [([rows.start] + [0] * (len(size) - 1), values)])
+
+    def cut(self) -> Slices:
+        """The same memory in parts of ``PART_NUMBERS`` at most, to be saved."""
+        return Slices(self.shape, [cut for part in self.parts.items() for cut in _cuts(*part)])
 
     def rows(self) -> Tensor:
         """The rows that :meth:`of_rows` was given."""
@@ -77,8 +83,24 @@ def own_rows(rows: int, axis: Axis) -> range:
     return range(axis.rank * rows // axis.size, (axis.rank + 1) * rows // axis.size)
 
 
+def shared_out(tensors: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]:
+    """``tensors`` as they are saved: of a large one that every process has whole each saves its share."""
+    parts: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Slices | DTensor) and tensor.numel() > PART_NUMBERS:
+            rows = own_rows(len(tensor), axis)
+            tensor = Slices.of_rows(tensor.shape, rows, tensor[rows.start : rows.stop])
+        parts[name] = tensor
+    return parts
+
+
+def part_rows(values: Tensor) -> int:
+    """Rows of a part."""
+    return max(PART_NUMBERS // max(values[:1].numel(), 1), 1)
+
+
 def _cuts(offsets: Sequence[int], values: Tensor) -> Iterator[tuple[list[int], Tensor]]:
     """``values`` in parts along the rows, each with its offsets."""
-    rows = max(PART_NUMBERS // max(values[:1].numel(), 1), 1)
+    rows = part_rows(values)
     for start in range(0, len(values), rows):
         yield [offsets[0] + start, *offsets[1:]], values[start : start + rows]

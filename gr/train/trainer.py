@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gr.batch import SequenceBatch
-from gr.config import RunConfig, to_dict
+from gr.config import RunConfig
 from gr.data.batches import GlobalBatch
 from gr.errors import UserError
 from gr.models.model import Supervised
@@ -32,6 +32,7 @@ from gr.train.parts import Parts
 from gr.train.schedule import rate_factor
 from gr.train.selection import best_of, better, comparable, family_of, selection_metric
 from gr.train.stopping import StopSignal
+from gr.train.writer import CheckpointWriter
 from gr_kernels.counter_random import derive_key
 
 TRIM_STEPS = 100  # about 1 % of a small model's time
@@ -58,6 +59,7 @@ class Trainer:
             self.total_steps = min(self.total_steps, config.train.max_steps)
         self.metrics = MetricsLog(folder, config.log.tensorboard, processes.is_main, cursor.step)
         self.progress = StepProgress(self.total_steps, cursor.step, processes.is_main)
+        self.writer = CheckpointWriter(folder, config, processes, self.progress.say)
         self.last_loss = float("nan")
         self._unchecked: tuple[HostCopy, GlobalBatch] | None = None
 
@@ -67,7 +69,7 @@ class Trainer:
         try:
             if cursor.finished:
                 return True
-            with StopSignal() as signal:
+            with StopSignal() as signal, self.writer:
                 if cursor.metrics_rows == 0:
                     with self.progress.pause():
                         self.run_baselines()
@@ -85,9 +87,9 @@ class Trainer:
                             self.save()
                     if stop:
                         return cursor.finished
-            if not cursor.finished:  # there was nothing to do
-                cursor.finished = True
-                self.save()
+                if not cursor.finished:  # there was nothing to do
+                    cursor.finished = True
+                    self.save()
             return True
         finally:
             self.progress.close()
@@ -121,6 +123,7 @@ class Trainer:
         self.progress.update(cursor.epoch, config.epochs, cursor.step, self.last_loss, batch.samples, targets)
         if self._due(TRIM_STEPS):
             give_back_freed_memory()
+        self.writer.poll()
         self.on_step(self.folder)
         return bool(stops)
 
@@ -145,15 +148,7 @@ class Trainer:
     def save(self) -> None:
         """Publish a checkpoint of this moment."""
         self._check_finite()
-        folder, cursor = self.folder.checkpoints, self.cursor
-        if self.processes.is_main:
-            self.folder.sync_metrics()
-        checkpoint.save(folder, self.engine.tensors(), cursor, to_dict(self.config), self.processes)
-        if self.processes.is_main:
-            best = cursor.best.get("step")
-            checkpoint.prune(
-                folder, self.config.checkpoint.keep, cursor.step, None if best is None else int(best)
-            )
+        self.writer.save(self.engine, self.cursor)
 
     # ----------------------------------------------------------------------------------------------------------
 
@@ -203,10 +198,14 @@ class Trainer:
         return parts
 
     def _agree(self, values: list[int]) -> tuple[int, int]:
-        """Targets of the global batch and stop requests over ranks; raises if any rank's previous loss was broken."""
-        targets, stops, broken = self._sum([*values, int(self._is_broken())])
+        """Targets of the global batch and stop requests over ranks; raises if any rank's previous loss was broken, or
+        a checkpoint could not be written."""
+        unwritten = int(self.writer.failed)
+        targets, stops, broken, unwritten = self._sum([*values, int(self._is_broken()), unwritten])
         if broken:
             self._stop_broken("loss")
+        if unwritten:
+            self.writer.wait()
         return targets, stops
 
     def _candidates(self, parts: list[Supervised]) -> Tensor | None:
@@ -319,6 +318,7 @@ class Trainer:
             "ordinals": batch.share.ordinals_B.tolist(),
         }
         file.write_text(json.dumps(ids))
+        self.writer.join()
         self.processes.barrier()
         good = checkpoint.newest(self.folder.checkpoints)
         raise UserError(

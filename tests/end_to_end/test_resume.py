@@ -12,6 +12,7 @@ import subprocess
 import pytest
 
 from gr.train.folder import RunFolder
+from tests.end_to_end.kills import BACKGROUND, killed_once
 from tests.end_to_end.tiny import (
     assert_same_run,
     command,
@@ -58,6 +59,14 @@ def test_kill_and_resume_gives_the_same_bits(folder, uninterrupted, processes, t
     assert going_on is not None, said
     assert going_on[1] == str(run) and int(going_on[3]) < 30, "there was nothing left to do"
     assert_same_run(run, uninterrupted[processes])
+
+
+def test_torchrun_starts_a_job_again_that_lost_a_rank(folder, uninterrupted):
+    """And it goes on with its run by itself (tests/end_to_end/kills.py does it 20 times, with sharded tables)."""
+    run = folder / "restarted"
+    kill = killed_once(folder, run, [BACKGROUND], 2, random.Random("restarted"))
+    assert kill.resumed is None or kill.resumed <= kill.step + 5
+    assert_same_run(run, uninterrupted[2])
 
 
 def test_sigterm_saves_and_leaves_cleanly(folder, uninterrupted):

@@ -97,7 +97,7 @@ def train_and_signal(
         time.sleep(0.005)
     time.sleep(delay)
     assert process.poll() is None, "training ended before the signal"
-    workers = _descendants(
+    workers = descendants(
         process.pid
     )  # torchrun gives each a session of its own: a signal to its group misses them
     assert len(workers) >= (processes if processes > 1 else 0)
@@ -111,7 +111,7 @@ def train_and_signal(
     return status
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """The processes that ``pid`` started, theirs, and so on."""
     table = subprocess.run(
         ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True

@@ -1,19 +1,26 @@
 """Checkpoints: what was saved comes back to the bit, and no moment of saving or pruning leaves a run without one."""
 
 import os
+import resource
 import shutil
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from gr.errors import UserError
-from gr.processes import Processes
-from gr.train import checkpoint
+from gr.processes import Axis, Processes
+from gr.train import checkpoint, slices
 from gr.train.cursor import Cursor
 from gr.train.optimizers import SGD, AdamW
+from gr.train.slices import Slices
 from tests.unit.models_common import Tiny, engine_of, local_table, named, train_step
 
 ALONE = Processes(torch.device("cpu"))
+
+
+class Died(Exception):
+    """Of a process, in the middle of something."""
 
 
 def model_and_engine(kind="adamw", width=3, device="cpu", **changes):
@@ -106,14 +113,14 @@ def test_saving_the_same_step_again_leaves_a_checkpoint_at_every_moment(tmp_path
             nonlocal calls
             calls += 1
             if calls == deaths:
-                raise InterruptedError
+                raise Died
             return real(*arguments, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, moment, dies)
             try:
                 save(folder, 4, pair[1])
-            except InterruptedError:
+            except Died:
                 pass
             else:
                 assert calls < deaths
@@ -150,3 +157,51 @@ def test_a_checkpoint_without_one_of_its_files_is_skipped(tmp_path, file):
     save(tmp_path, 1)
     (save(tmp_path, 2) / file).unlink()
     assert checkpoint.newest(tmp_path).name == "step-00000001"
+
+
+@pytest.mark.parametrize("kind", ["whole", "slices"])
+def test_large_tensors_are_saved_shared_out_and_each_is_read_once(tmp_path, monkeypatch, kind):
+    """A part is read whole, to take a slice of it: none is large, however large the tensor is."""
+    monkeypatch.setattr(slices, "PART_NUMBERS", 20)
+    values = torch.arange(33 * 4, dtype=torch.float32).view(33, 4)
+    given = (
+        values if kind == "whole" else Slices(values.shape, [([0, 0], values[:10]), ([10, 0], values[10:])])
+    )
+    path = checkpoint.save(tmp_path, {"model/a": given}, Cursor("g", step=1), {}, ALONE)
+    described = dcp.FileSystemReader(path).read_metadata().state_dict_metadata["model/a"]
+    assert [chunk.sizes.numel() for chunk in described.chunks] == [20] * 6 + [12]
+
+    loads, real = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **how: loads.append(1) or real(*given, **how))
+    part = Slices(values.shape, [([3, 0], torch.zeros(11, 4))])  # rows 3 to 13 lie in three parts
+    with checkpoint.quiet():
+        dcp.load({"model/a": part}, checkpoint_id=path, no_dist=True)
+    assert torch.equal(part.rows(), values[3:14]) and len(loads) == 3
+
+
+def test_of_a_large_tensor_that_all_have_each_saves_its_share():
+    values = torch.arange(12.0).view(6, 2)
+    small = torch.ones(3)
+    parts = [slices.shared_out({"a": values, "b": small}, Axis(rank, 4)) for rank in range(4)]
+    assert all(p["a"] is values for p in parts)  # it is not large
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "PART_NUMBERS", 4)
+        parts = [slices.shared_out({"a": values, "b": small}, Axis(rank, 4)) for rank in range(4)]
+    assert torch.equal(torch.cat([p["a"].rows() for p in parts]), values)
+    assert [len(p["a"].rows()) for p in parts] == [1, 2, 1, 2] and all(p["b"] is small for p in parts)
+
+
+def test_a_disk_without_room_is_a_sentence_and_older_checkpoints_stay(tmp_path):
+    engine = model_and_engine()[1]
+    before = save(tmp_path, 1, engine)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))  # no file may be larger
+        with pytest.raises(
+            UserError, match=r"step-00000002' can't be written on rank 0 \(File too large\): older"
+        ):
+            save(tmp_path, 2, engine)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.newest(tmp_path) == before
+    assert checkpoint.newest(tmp_path) != save(tmp_path, 2, engine) == checkpoint.newest(tmp_path)

@@ -170,7 +170,7 @@ def test_neither_evaluation_nor_export_reads_a_moment(run, tmp_path, monkeypatch
         with (path / place.relative_path).open("r+b") as file:
             file.seek(place.offset)
             file.write(b"\xff" * place.length)
-    monkeypatch.setattr(checkpoint, "damaged", lambda path: None)  # it would see that
+    monkeypatch.setattr(checkpoint, "damaged", lambda path, processes=None: None)  # it would see that
     assert served(tmp_path / "run", tmp_path) == expected
     export(tmp_path / "run", tmp_path / "again")
     assert served(tmp_path / "again", tmp_path) == expected
