@@ -31,12 +31,14 @@ import torch  # noqa: E402
 
 from benchmarks.kernels import markdown, operators, sanitizer  # noqa: E402
 from benchmarks.kernels.arguments import positive  # noqa: E402
+from benchmarks.training.cases import ENGINES, TABLES  # noqa: E402
 from gr.errors import UserError, nearest, program  # noqa: E402
 from gr.train import environment  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PYTHON = "python"
 RUN = ("benchmarks/kernels/run.py",)
+TRAINING = ("benchmarks/training/scaling.py",)
 NO_TESTS = 5  # how pytest ends then
 EVERY_COMBINATION = "tests/kernels/test_hstu_attention_triton.py::test_every_combination"
 # Those that are no step of their own.
@@ -119,8 +121,18 @@ def plan(device: str, folder: Path, seconds: float) -> list[Step]:
         benchmark(
             "hstu_attention", "compiled", "--shapes", *compiled, "--against", "flex", "compiled", "sdpa-flash"
         ),
+        _training(out, seconds),
         _tests("tests-every-combination", *_in_parallel(), EVERY_COMBINATION),
     ]
+
+
+def _training(out: str, seconds: float) -> Step:
+    """Steps shared out to 1, 2, 4 ... GPUs, as far as there are some; what isn't installed is left out."""
+    tables = TABLES if importlib.util.find_spec("torchrec") else {"local": ""}
+    engines = [name for name in ENGINES if "zero" not in name or importlib.util.find_spec("deepspeed")]
+    options = ("--device", "cuda", "--seconds", f"{10 * seconds:g}", "--json", f"{out}/training.json")
+    half = ("--set", "train.precision=bf16")
+    return Step("training", (PYTHON, *TRAINING, *options, "--tables", *tables, "--engines", *engines, *half))
 
 
 def _tests(name: str, *arguments: str) -> Step:

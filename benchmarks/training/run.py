@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from benchmarks.training import loss_alone, report, shares  # noqa: E402
+from benchmarks.training.memory import peak_mib  # noqa: E402
 from benchmarks.training.shapes import (  # noqa: E402
     ML_1M,
     SHAPES,
@@ -175,21 +175,6 @@ def memory(side: str, shape: Shape, samples: Sequences) -> dict[str, float]:
         trainer.step(rows)
     peak = peak_mib()
     return {"peak_mib": peak, "step_mib": peak - before}
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process's own image.
-
-    Linux's ru_maxrss starts from the parent's peak, so /proc is asked first.
-    """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
 def write(results: list[dict[str, Any]], file: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import lengths
-from gr.config import RunConfig, from_dict
+from gr.config import RunConfig, from_dict, override
 from gr.data.dataset import SequenceDataset
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
 from gr.models.retrieval import Retrieval
+from gr.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ BOOKS = Shape("books", 695_762, 50, 64, 4, 4, 16, 16, 512, 0.5, users=20_000)
 SHAPES = {shape.name: shape for shape in (ML_1M, BOOKS)}
 
 
-def config(shape: Shape, threads: int | None = None) -> RunConfig:
-    """gr's config of a shape."""
-    return from_dict(
+def config(shape: Shape, overrides: Sequence[str] = ()) -> RunConfig:
+    """gr's config of a shape, with dotted overrides."""
+    run = from_dict(
         {
             "data": {"path": "unused", "max_length": shape.length},
             "model": {
@@ -69,9 +70,10 @@ def config(shape: Shape, threads: int | None = None) -> RunConfig:
             },
             "objective": {"name": "sampled_softmax", "negatives": shape.negatives},
             "optimizer": {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0},
-            "train": {"global_batch": shape.batch, "threads": threads},
+            "train": {"global_batch": shape.batch},
         }
     )
+    return override(run, overrides) if overrides else run
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ class _Items:
         return torch.ones(self.rows, dtype=torch.int64)
 
 
-def model(shape: Shape) -> Retrieval:
-    """gr's model of a shape, on the CPU."""
-    run = config(shape)
-    return run.model.build(run, _Items(shape.items))
+def model(shape: Shape, run: RunConfig | None = None, processes: Processes | None = None) -> Retrieval:
+    """gr's model of a shape, under a config of it; on this process's device, the CPU without ``processes``."""
+    run, processes = run or config(shape), processes or Processes(torch.device("cpu"))
+    return run.model.build(run, _Items(shape.items), processes).place(processes.device)
 
 
 def read(path: Path) -> tuple[Sequences, int]:

@@ -5,6 +5,7 @@ Parts of a step are marked with ``record_function("region:...")``; outside a pro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,27 +28,43 @@ class Side(Protocol):
 
 
 class Ours:
-    """The step of gr.train.Trainer on one process: supervise, forward, backward, move."""
+    """The step of gr.train.Trainer: supervise, forward, backward, move.  ``overrides``: of the shape's config.
+    ``processes``: this one alone, on its CPU, or one of several that step together, each on rows of its own."""
 
-    def __init__(self, shape: Shape, samples: Sequences, seed: int = 1):
+    def __init__(
+        self,
+        shape: Shape,
+        samples: Sequences,
+        seed: int = 1,
+        overrides: Iterable[str] = (),
+        processes: Processes | None = None,
+    ):
         self.samples, self.seed, self.steps = samples, seed, 0
-        settings = config(shape)
-        self.model = model(shape)
-        alone, optimizer = Processes(torch.device("cpu")), settings.optimizer.build()
-        self.engine = settings.train.engine.build(self.model, optimizer, alone, clip_norm=None, bf16=False)
+        self.processes = processes or Processes(torch.device("cpu"))
+        run = config(shape, list(overrides))
+        self.model = model(shape, run, self.processes)
+        self.engine = run.train.engine.build(
+            self.model,
+            run.optimizer.build(),
+            self.processes,
+            clip_norm=run.train.clip_norm,
+            bf16=run.train.precision == "bf16",
+        )
         _mark(self.model.objective, "region:loss")
 
     def step(self, rows: np.ndarray) -> float:
+        """Returns this process's part of the mean loss."""
         with record_function("region:data"):
-            batch = collate(self.samples.take(rows))
-        key = derive_key(self.seed, "step", self.steps)
-        torch.manual_seed(derive_key(self.seed, "dropout", self.steps, 0))
-        supervision = self.model.supervise(batch, key)
-        loss = self.engine.forward_backward([supervision], StepContext(key), supervision.count)
+            batch = collate(self.samples.take(rows)).to(self.processes.device)
+        key, rank = derive_key(self.seed, "step", self.steps), self.processes.data.rank
+        torch.manual_seed(derive_key(self.seed, "dropout", self.steps, rank))
+        supervision = self.model.supervise(batch, key, derive_key(key, "dropout", rank, 0))
+        (targets,) = self.processes.world.sum([supervision.count], dtype=torch.int64)
+        loss = self.engine.forward_backward([supervision], StepContext(key), targets)
         with record_function("region:optimiser"):
             self.engine.step(1.0)
         self.steps += 1
-        return loss.item() / supervision.count
+        return loss.item() / max(targets, 1)
 
 
 class Baseline:

@@ -103,13 +103,24 @@ class SparseGradient(Gradient):
 
 
 @dataclass(frozen=True)
+class Twin:
+    """FBGEMM's fused optimiser of exactly the same maths.  name: among its EmbOptimType.  arguments: its own names of
+    what ours is given.  moments: our names of its states, in its order.  on: the devices that have it."""
+
+    name: str
+    arguments: dict[str, float] = field(default_factory=dict)
+    moments: tuple[str, ...] = ()
+    on: tuple[str, ...] = ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
 class Maths:
     """An optimiser's update of rows.
 
     all_rows: whether rows without a gradient move too.  moments: names, each as large as the table; ``row_moments``:
     names of those that are one number a row.  step(values, gradient, moments, count, lr, weight_decay): moves values in
     place; all of one shape but row moments, which are (rows, 1).  counts: whether the number of steps matters.
-    by_columns: whether columns may be cut.
+    by_columns: whether columns may be cut.  twin: None where FBGEMM has none.
     """
 
     all_rows: bool
@@ -117,6 +128,7 @@ class Maths:
     moments: tuple[str, ...] = ()
     row_moments: tuple[str, ...] = ()
     counts: bool = False
+    twin: Twin | None = None
 
     @property
     def by_columns(self) -> bool:
@@ -200,9 +212,10 @@ class RowOptimizer:
         return self.steps, group["lr"], group["weight_decay"]
 
 
-def adam(betas: Sequence[float], eps: float, all_rows: bool) -> Maths:
+def adam(betas: Sequence[float], eps: float, all_rows: bool, decays: bool = True) -> Maths:
     """AdamW (Loshchilov and Hutter, 2019) in the order of torch.optim's operations.  ``all_rows=False``: rows without a
-    gradient keep their values and moments, and all rows count the steps of the table."""
+    gradient keep their values and moments, and all rows count the steps of the table.  ``decays``: whether any weight
+    decay isn't 0."""
     beta1, beta2 = betas
 
     def step(values, gradient, moments, count, lr, weight_decay):
@@ -213,7 +226,11 @@ def adam(betas: Sequence[float], eps: float, all_rows: bool) -> Maths:
         root = square.sqrt().div_((1 - beta2**count) ** 0.5).add_(eps)
         values.addcdiv_(mean, root, value=-lr / (1 - beta1**count))
 
-    return Maths(all_rows, step, ("exp_avg", "exp_avg_sq"), counts=True)
+    moments = ("exp_avg", "exp_avg_sq")
+    # FBGEMM's moves the rows seen, counts the table's steps and adds eps to the corrected root, as this does
+    arguments = {"beta1": beta1, "beta2": beta2, "eps": eps}
+    twin = None if all_rows or decays else Twin("ADAM", arguments, moments, on=("cuda",))
+    return Maths(all_rows, step, moments, counts=True, twin=twin)
 
 
 def descent(momentum: float, decays: bool) -> Maths:
@@ -226,10 +243,12 @@ def descent(momentum: float, decays: bool) -> Maths:
             gradient = moments["momentum_buffer"].mul_(momentum).add_(gradient)
         values.add_(gradient, alpha=-lr)
 
-    return Maths(bool(momentum or decays), step, ("momentum_buffer",) if momentum else ())
+    plain = not (momentum or decays)
+    twin = Twin("EXACT_SGD") if plain else None
+    return Maths(not plain, step, ("momentum_buffer",) if momentum else (), twin=twin)
 
 
-def rowwise_adagrad(eps: float) -> Maths:
+def rowwise_adagrad(eps: float, decays: bool = True) -> Maths:
     """h_r <- h_r + mean_c g_rc^2;  w_r <- w_r - lr g_r / (sqrt(h_r) + eps): one number a row (FBGEMM's exact row-wise
     Adagrad)."""
 
@@ -239,4 +258,5 @@ def rowwise_adagrad(eps: float) -> Maths:
         total = moments["sum"].add_(gradient.square().mean(1, keepdim=True))
         values.addcdiv_(gradient, (total.sqrt() + eps).expand_as(gradient), value=-lr)
 
-    return Maths(False, step, row_moments=("sum",))
+    twin = None if decays else Twin("EXACT_ROWWISE_ADAGRAD", {"eps": eps}, ("sum",))
+    return Maths(False, step, row_moments=("sum",), twin=twin)

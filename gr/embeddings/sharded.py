@@ -10,23 +10,28 @@ stored: D, a bias's column, and what makes it divide evenly by columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gr.config import ComponentConfig
 from gr.embeddings import softmax
+from gr.embeddings.exchange import Exchange, Shard
+from gr.embeddings.fused import Waiting, why_not
 from gr.embeddings.local import LocalTable
+from gr.embeddings.planned import PlannedTable, planned_processes
 from gr.embeddings.ranks import Excluded, Excluding, best_rows, count_above, ranks_from, target_scores
-from gr.embeddings.row_updates import Gradient, Piece, SparseGradient
+from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer, SparseGradient
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.table import Table, TableSpec, leaves, local_gradients
-from gr.embeddings.torchrec_plan import FEATURE, check_sharding, shard
+from gr.embeddings.topology import imagined
+from gr.embeddings.torchrec_plan import Wanted, check_sharding, plan, shard
 from gr.embeddings.view import Numbering, View
+from gr.errors import UserError
 from gr.processes import Processes
 
 
@@ -34,48 +39,82 @@ from gr.processes import Processes
 class FetchedView(View):
     """``block_UW``: the rows as the exchange brought them, with the way back."""
 
-    block_UW: Tensor = field(default_factory=lambda: torch.empty(0))
+    block_UW: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Rows row0 ... and columns col0 ... of the table; values_RC is TorchRec's memory, leaf a parameter over it."""
-
-    row0: int
-    col0: int
-    values_RC: Tensor
-    leaf: nn.Parameter
+def check_dtype(dtype: str) -> str:
+    """``fp32``; ValueError says why no other."""
+    if dtype != "fp32":
+        raise ValueError(
+            "rows are float32: rounded to 16 bits at every step they would lose what is smaller than half of their "
+            "last place, and no longer be a local table's; model.table.communication halves what is exchanged"
+        )
+    return dtype
 
 
 class TorchRecTable(Table):
     class Config(ComponentConfig):
         """sharding: auto (by rows or whole, as the planner finds), table_wise, row_wise, column_wise, or data_parallel:
-        whole on every process, the rows seen exchanged."""
+        whole on every process, the rows seen exchanged.
+
+        placement, of GPUs: in a device's own memory, or in the host's, perhaps with a cache on the device.  topology:
+        the GPUs that a plan counts with, auto asks them.  kernel: whose code looks rows up and moves them, ``own`` or
+        FBGEMM's (``fused``), which is refused where it isn't exactly the optimizer's maths; auto: fused on GPUs where
+        it is, else own.  communication: what rows are rounded to while they travel in training; their gradients then
+        to bfloat16."""
 
         name: Literal["torchrec"] = "torchrec"
         sharding: Annotated[str, AfterValidator(check_sharding)] = "auto"
+        placement: Literal["device", "host", "cached"] = "device"
+        topology: Literal["auto", "a100", "h100", "h200", "b200"] = "auto"
+        kernel: Literal["auto", "own", "fused"] = "auto"
+        communication: Literal["fp32", "bf16", "fp16"] = "fp32"
+        dtype: Annotated[str, AfterValidator(check_dtype)] = "fp32"
+
+        def idle(self) -> dict[str, str]:
+            why = "sharding is data_parallel"
+            keys = ("placement", "topology", "kernel", "communication")
+            return dict.fromkeys(keys, why) if self.sharding == "data_parallel" else {}
 
         def build(self, spec: TableSpec, processes: Processes, **runtime: Any) -> Table:
             if self.sharding == "data_parallel":
                 return LocalTable(LocalTable.Config(), spec, processes)
+            if (count := planned_processes()) is not None:
+                on = imagined(self.topology, count, processes.local.size)
+                return PlannedTable(spec, plan(spec, _width(spec, self, count), self.wanted, on)[1])
             return TorchRecTable(self, spec, processes)
+
+        @property
+        def wanted(self) -> Wanted:
+            return Wanted(self.sharding, self.placement)
 
     def __init__(self, config: Config, spec: TableSpec, processes: Processes) -> None:
         self.spec, self.processes = spec, processes
         self.by_columns = config.sharding == "column_wise" and processes.world.size > 1
-        width = spec.dim + spec.bias
-        if self.by_columns:  # TorchRec cuts columns into fours, evenly, or else not at all and says nothing
-            width += -width % (4 * processes.world.size)
-        self.width = width
-        self.module, self.plan = shard(spec, width, config.sharding, processes)
-        self.shards = [
-            Shard(*_place(config.local_metadata), weight.detach(), nn.Parameter(weight.detach()))
-            for lookup in self.module._lookups
-            for kernel in lookup._emb_modules
-            for config, weight in zip(
-                kernel.config.embedding_tables, kernel.split_embedding_weights(), strict=True
-            )
-        ]
+        width = _width(spec, config, processes.world.size)
+        fused = _is_fused(config, spec, width, processes)
+        self.width = width + (
+            -width % 4 if processes.device.type == "cuda" else 0
+        )  # GPUs read numbers in fours
+        module, self.plan = shard(
+            spec,
+            self.width,
+            config.wanted,
+            processes,
+            config.topology,
+            config.communication,
+            spec.maths.twin if fused and spec.maths is not None else None,
+        )
+        self.exchange = Exchange(
+            module,
+            self.width,
+            processes.device,
+            alone=processes.world.size == 1,
+            fused=fused,
+            cached=config.placement == "cached",
+            rounded=config.communication != "fp32",
+        )
+        self.shards = self.exchange.shards
         self.softmaxes: list[softmax.Contribution] = []
         self.of_columns: Tensor | None = None
         self._fill()
@@ -97,56 +136,38 @@ class TorchRecTable(Table):
                 stop = min(start + block, rows)
                 first = self.spec.first_rows(held.row0 + start, held.row0 + stop)
                 held.values_RC[start:stop, : last - held.col0] = first[:, held.col0 : last]
+        self.refilled()
+
+    def refilled(self) -> None:
+        self.exchange.refilled()
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def view(self, wanted: Sequence[Tensor]) -> View:
         numbering = Numbering.of(wanted, self.rows, self.processes.device)
-        block_UW = self._fetch(numbering.rows_U)
+        block_UW = self.exchange.fetch(numbering.rows_U)
         bias_U = block_UW[:, self.dim] if self.spec.bias else None
         fetched = leaves(block_UW[:, : self.dim].contiguous(), bias_U, numbering)
         return FetchedView(fetched.weight_UD, fetched.bias_U, numbering, block_UW)
 
-    def _fetch(self, rows_U: Tensor) -> Tensor:
-        """(U, W) the rows, wherever they are; differentiable in the shards' leaves."""
-        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-        table = self.module
-        asked = KeyedJaggedTensor(
-            keys=[FEATURE], values=rows_U, lengths=torch.tensor([len(rows_U)], device=rows_U.device)
-        )
-        context = table.create_context()
-        arrived = table.input_dist(context, asked).wait().wait()
-        outs = []
-        for ids, its_context in zip(arrived, context.sharding_contexts, strict=True):
-            its_context.lengths_after_input_dist = ids.lengths().view(-1, ids.stride())
-            if not self.shards:  # takes part in the exchange all the same, backward too
-                outs.append(torch.empty(0, self.width, device=rows_U.device, requires_grad=True))
-                continue
-            parts = ids.values().chunk(len(self.shards)) if len(self.shards) > 1 else [ids.values()]
-            outs.append(
-                torch.cat(
-                    [F.embedding(p, s.leaf, sparse=True) for p, s in zip(parts, self.shards, strict=True)]
-                )
-            )
-        return table.output_dist(context, outs).wait()[FEATURE].values()
+    def row_optimizer(self, maths: Maths, param_groups: list[dict[str, Any]]) -> RowOptimizer:
+        if not self.exchange.fused:
+            return super().row_optimizer(maths, param_groups)
+        return self.exchange.moved_by(self.name, self.pieces(), maths, param_groups)
 
     def gather_gradients(self, view: View) -> list[Gradient]:
-        assert isinstance(view, FetchedView)
+        assert isinstance(view, FetchedView) and view.numbering is not None and view.block_UW is not None
         gradient = local_gradients(view)
-        view.block_UW.backward(F.pad(gradient, (0, self.width - gradient.shape[1])))
+        padded = F.pad(gradient, (0, self.width - gradient.shape[1]))
+        if self.exchange.fused:
+            return [Waiting(view.block_UW, padded)]
+        if self.exchange.alone:
+            brought = [(view.numbering.rows_U, padded)]
+        else:
+            brought = self.exchange.bring(view.block_UW, padded)
         gradients: list[Gradient] = []
         softmaxes, self.softmaxes = self.softmaxes, []
-        for held in self.shards:
-            found, held.leaf.grad = held.leaf.grad, None
-            if found is None:
-                rows_U, values = (
-                    torch.empty(0, dtype=torch.int64),
-                    held.values_RC.new_zeros(0, held.values_RC.shape[1]),
-                )
-            else:
-                found = found.coalesce()
-                rows_U, values = found.indices()[0], found.values()
+        for held, (rows_U, values) in zip(self.shards, brought, strict=True):
             for column, first, last in self._columns(held):
                 sparse = SparseGradient(rows_U, values[:, first:last])
                 if not softmaxes:
@@ -162,9 +183,11 @@ class TorchRecTable(Table):
         return gradients
 
     def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
+        assert not self.exchange.fused  # the spec said that nothing of this kind comes
         return softmax.cross_entropy(self, queries_TD, targets_T, scoring)
 
     def pieces(self) -> list[Piece]:
+        self.exchange.settle()
         return [
             Piece(column, held.row0, held.col0 if column == "weight" else 0, held.values_RC[:, first:last])
             for held in self.shards
@@ -232,7 +255,7 @@ class TorchRecTable(Table):
 
     def _rows(self, start: int, stop: int) -> Tensor:
         with torch.no_grad():
-            return self._fetch(torch.arange(start, stop, device=self.processes.device))
+            return self.exchange.fetch(torch.arange(start, stop, device=self.processes.device))
 
     @torch.no_grad()
     def topk(
@@ -271,6 +294,7 @@ class TorchRecTable(Table):
     def _own_chunks(
         self, queries_GD: Tensor, scoring: Scoring, at_least: int = 1
     ) -> Iterator[tuple[int, Tensor]]:
+        self.exchange.settle()
         size = max(at_least, min(self.chunk_rows(len(queries_GD)), (1 << 22) // self.width))
         for start, stop in self.rows_in_step(size):
             rows_CW = self.full_rows(start, stop)
@@ -288,6 +312,33 @@ class TorchRecTable(Table):
         return queries_GD, exclude, sum(counts[: world.rank])
 
 
-def _place(metadata: Any) -> tuple[int, int]:
-    row0, col0 = metadata.shard_offsets
-    return row0, col0
+def _width(spec: TableSpec, config: TorchRecTable.Config, processes: int) -> int:
+    """W, on a CPU."""
+    width = spec.dim + spec.bias
+    if config.sharding == "column_wise" and processes > 1:
+        # TorchRec cuts columns into fours, evenly, or else not at all and says nothing
+        width += -width % (4 * processes)
+    return width
+
+
+def _is_fused(config: TorchRecTable.Config, spec: TableSpec, width: int, processes: Processes) -> bool:
+    """Whether FBGEMM's kernels move the rows; UserError where they can't and nothing else is asked for."""
+    device = processes.device
+    if config.placement != "device" and device.type == "cpu":
+        raise UserError(
+            f"model.table.placement={config.placement} is about where a GPU's table lies, and this run is on CPUs, "
+            "whose memory is the host's: leave it out",
+            everywhere=True,
+        )
+    why = why_not(spec, width, device) if config.kernel != "own" else "kernel is own"
+    if why is None:
+        return config.kernel == "fused" or device.type == "cuda"
+    if config.kernel == "fused":
+        raise UserError(f"model.table.kernel=fused can't be had: {why}; use kernel=own", everywhere=True)
+    if config.placement == "cached":
+        raise UserError(
+            f"model.table.placement=cached needs FBGEMM's own kernels, and they can't be had: {why}; "
+            "use placement=host",
+            everywhere=True,
+        )
+    return False

@@ -21,7 +21,8 @@ from gr.embeddings.row_updates import Gradient, SparseGradient
 from gr.embeddings.scoring import Scoring
 
 if TYPE_CHECKING:
-    from gr.embeddings.sharded import Shard, TorchRecTable
+    from gr.embeddings.exchange import Shard
+    from gr.embeddings.sharded import TorchRecTable
 
 MAX_LOGITS = 1 << 22  # scores that exist at once
 

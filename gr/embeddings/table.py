@@ -13,12 +13,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gr.embeddings.ranks import Excluded, best_rows, target_ranks
-from gr.embeddings.row_updates import Gradient, Piece
+from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.view import Numbering, View, gradient_of
 from gr_kernels.candidate_scores import candidate_scores
@@ -42,8 +43,21 @@ class TableSpec:
     std: float
     seed: int
     bias: bool = False
-    moments: int = 0
-    """Numbers that the optimiser keeps beside each, for plans."""
+    maths: Maths | None = None
+    """How its rows will move: for plans, and for kernels that do it themselves; None where they won't."""
+    apart: bool = False
+    """Whether a step does nothing with its rows' gradients but to move those rows: no norm over everything is clipped,
+    and no softmax gives every row one."""
+
+    @property
+    def moments(self) -> int:
+        """Numbers that the optimiser keeps beside each."""
+        return 0 if self.maths is None else len(self.maths.moments)
+
+    @property
+    def row_moments(self) -> int:
+        """Numbers that it keeps beside each row of a column."""
+        return 0 if self.maths is None else len(self.maths.row_moments)
 
     def first_rows(self, start: int, stop: int) -> Tensor:
         """(stop - start, D) float32: the first values of a range of rows."""
@@ -118,6 +132,13 @@ class Table(ABC):
                 first_NC = first_ND[:, piece.col0 : piece.col0 + piece.values_RC.shape[1]]
                 first_NC = first_NC.to(piece.values_RC.device)
             piece.values_RC[own_N.to(piece.values_RC.device)] = first_NC
+
+    def row_optimizer(self, maths: Maths, param_groups: list[dict[str, Any]]) -> RowOptimizer:
+        """What moves its pieces by :meth:`gather_gradients`; ``param_groups`` as a :class:`RowOptimizer` has them."""
+        return RowOptimizer(self.name, self.pieces(), maths, param_groups, self.zeros)
+
+    def refilled(self) -> None:  # noqa: B027  (most tables keep nothing that depends on it)
+        """Somebody else has written into the pieces, or into the moments beside them."""
 
     # -- the whole catalogue --------------------------------------------------------------------------------------
 

@@ -16,16 +16,21 @@ SPARSE = 64
 """Where a table has more than so many rows for each one asked for, vectors of I numbers cost more than sorting."""
 
 
+MARKED_AT_ONCE = 1 << 16
+"""Wanted rows that are marked between two looks at whether all rows are."""
+
+
 @dataclass(frozen=True)
 class Numbering:
     """The distinct rows of a step, numbered 0 .. U-1 in ascending order.
 
     rows_U: int64.  position_I: int32, each row's number (anything for rows that aren't there); None where the table is
-    so large beside the step that numbers are found by search.
+    so large beside the step that numbers are found by search, or where ``every`` row is there and is its own number.
     """
 
     rows_U: Tensor
     position_I: Tensor | None
+    every: bool = False
 
     @staticmethod
     def of(wanted: Sequence[Tensor], rows: int, device: torch.device) -> Numbering:
@@ -39,12 +44,20 @@ class Numbering:
             )
         # a mark for every row is many times faster than sorting the wanted ones
         mark_I = torch.zeros(rows, dtype=torch.bool, device=device)
+        # where a step asks for many times the table's rows, the first of them have every mark set; a GPU would have to
+        # be waited for to see that
+        looking = device.type == "cpu" and asked >= rows
         for part in wanted:
-            mark_I[part.reshape(-1).long()] = True
+            for some in part.reshape(-1).split(max(MARKED_AT_ONCE, rows)) if looking else [part.reshape(-1)]:
+                mark_I.index_fill_(0, some.long(), True)
+                if looking and bool(mark_I.all()):
+                    return Numbering(torch.arange(rows), None, every=True)
         return Numbering(mark_I.nonzero().squeeze(1), mark_I.cumsum(0, dtype=torch.int32) - 1)
 
     def place(self, rows: Tensor) -> Tensor:
         """Numbers of ``rows`` (any shape, in the numbering), in their dtype."""
+        if self.every:
+            return rows
         if self.position_I is None:
             return torch.searchsorted(self.rows_U, rows.long()).to(rows.dtype)
         # index_select: indexing by int32 is not to be had, and this is the faster one
@@ -74,7 +87,9 @@ class View:
 
     def part_of(self, vector_I: Tensor) -> Tensor:
         """The numbers (U,) of the view's rows in a vector that has one for every row of the table."""
-        return vector_I if self.numbering is None else vector_I.index_select(0, self.numbering.rows_U)
+        if self.numbering is None or self.numbering.every:
+            return vector_I
+        return vector_I.index_select(0, self.numbering.rows_U)
 
 
 def gradient_of(leaf: Tensor) -> Tensor:

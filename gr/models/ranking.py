@@ -107,7 +107,8 @@ class Ranking(Model):
             config.dim,
             config.table_std,
             run.train.seed,
-            moments=len(run.optimizer.build().of_rows().moments),
+            maths=run.optimizer.build().of_rows(),
+            apart=run.train.clip_norm is None,
         )
         processes = processes or Processes(torch.device("cpu"))
         task = NextItem.Config().build()

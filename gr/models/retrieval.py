@@ -66,7 +66,8 @@ class Retrieval(Model):
             config.table_std,
             run.train.seed,
             bias=config.similarity.item_bias,
-            moments=len(run.optimizer.build().of_rows().moments),
+            maths=run.optimizer.build().of_rows(),
+            apart=run.train.clip_norm is None and not run.objective.component().needs_every_row,
         )
         processes = processes or Processes(torch.device("cpu"))
         task = config.task.build()

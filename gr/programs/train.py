@@ -30,6 +30,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="build everything, take one step, report, leave"
     )
     parser.add_argument(
+        "--plan-for", type=int, metavar="N", help="print how tables would be cut for N processes, leave"
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="write a torch profiler trace of steps 6 to 11"
     )
     return parser.parse_intermixed_args(arguments)
@@ -53,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.train import dry_run, job, profiling
     from gr.train.report import print_result
 
+    if options.plan_for:
+        dry_run.plan_only(config, options.plan_for)
+        return 0
     if options.dry_run:
         dry_run.dry_run(config)
         return 0

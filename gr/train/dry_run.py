@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gr.config import RunConfig
+from gr.embeddings.planned import planning_for
+from gr.errors import UserError
 from gr.progress import clock
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import parameters
@@ -18,7 +20,8 @@ from gr.train.folder import RunFolder
 from gr.train.job import running
 from gr.train.log import StepProgress
 from gr.train.memory import peak_bytes
-from gr.train.parts import build
+from gr.train.parts import build, build_model, open_data
+from gr.train.plans import plans_of, shown
 from gr.train.trainer import Trainer
 
 TIMED_STEPS = 3
@@ -71,3 +74,21 @@ def dry_run(config: RunConfig) -> None:
         table.add_row("steps", f"{steps:,} ({parts.batches.per_epoch:,} an epoch)")
         table.add_row("estimated training time", f"{clock(per_step * steps)}, evaluations not counted")
         Console().print(table)
+        if plans := plans_of(parts.model.tables.values()):
+            Console().print(shown(plans))
+
+
+def plan_only(config: RunConfig, count: int) -> None:
+    """Print how the tables of ``config`` would be cut for ``count`` processes; nothing but the dense part is built, and
+    on one process."""
+    with running(config) as processes:
+        data = open_data(config)
+        data.catalogue.count_once(processes)
+        with planning_for(count):
+            model = build_model(config, data, processes)
+    plans = plans_of(model.tables.values())
+    if not plans:
+        raise UserError(
+            "no table of this config is cut among processes: use model.table=torchrec to plan for some"
+        )
+    Console().print(shown(plans))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from gr import config as configs
 from gr.config import RunConfig
 from gr.errors import UserError
@@ -22,6 +24,7 @@ from gr.train.folder import RunFolder
 from gr.train.memory import advice_when_out_of_memory
 from gr.train.numerics import numerics
 from gr.train.parts import Parts, build
+from gr.train.plans import plans_of, shown
 from gr.train.plots import plot_run
 from gr.train.selection import best_of, best_validation, family_of, selection_metric, validations
 from gr.train.trainer import Trainer
@@ -228,6 +231,8 @@ def _train(
 ) -> RunResult:
     if processes.is_main and (said := missing_operators(processes.device.type)):
         log.warning(said)
+    if processes.is_main and (plans := plans_of(parts.model.tables.values())):
+        Console().print(shown(plans))
     trainer = Trainer(config, parts, processes, folder, cursor, on_step)
     finished = trainer.train()
     rows = folder.read_metrics() if processes.is_main else []

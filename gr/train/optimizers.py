@@ -93,10 +93,7 @@ class SGD:
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
     def of_rows(self) -> Maths:
-        config = self.config
-        return descent(
-            config.momentum, bool(config.weight_decay or any(r.weight_decay for r in config.groups))
-        )
+        return descent(self.config.momentum, _decays(self.config))
 
 
 class LazyAdam(AdamW):
@@ -111,7 +108,7 @@ class LazyAdam(AdamW):
     by_rows = True
 
     def of_rows(self) -> Maths:
-        return adam(self.config.betas, self.config.eps, all_rows=False)
+        return adam(self.config.betas, self.config.eps, all_rows=False, decays=_decays(self.config))
 
 
 class RowwiseAdagrad(AdamW):
@@ -127,7 +124,12 @@ class RowwiseAdagrad(AdamW):
     config: Config
 
     def of_rows(self) -> Maths:
-        return rowwise_adagrad(self.config.table_eps)
+        return rowwise_adagrad(self.config.table_eps, _decays(self.config))
+
+
+def _decays(config: Any) -> bool:
+    """Whether any parameter has a weight decay."""
+    return bool(config.weight_decay or any(rule.weight_decay for rule in config.groups))
 
 
 def parameter_groups(

@@ -33,6 +33,7 @@ from benchmarks.kernels import (
 from benchmarks.kernels.ceilings import Ceilings
 from benchmarks.kernels.measure import Settings, measure_case
 from benchmarks.kernels.problem import PASSES, Case, Operator, Step, Way, gradients
+from benchmarks.training import scaling
 from gr.errors import UserError
 from gr_kernels import native
 
@@ -384,6 +385,9 @@ def test_the_plan_of_the_gpu_report_names_shapes_and_peers_that_exist() -> None:
             run.select(operator.specs("cuda", options.grid), options.shapes)
             case = operator.build(operator.specs("cpu", "tiny")[0], CPU)
             assert run.choose(operator.ways(case), options.against, options.ours, torch.device("cuda"))
+        elif suite.TRAINING[0] in step.command:
+            options = scaling._parser().parse_args(step.command[step.command.index(suite.TRAINING[0]) + 1 :])
+            assert options.device == "cuda" and scaling.cases(options.tables, options.engines, False, 2)
         elif "pytest" not in step.command:
             assert (suite.ROOT / step.command[1]).exists()
 

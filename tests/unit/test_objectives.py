@@ -7,6 +7,7 @@ import torch
 
 from gr import registry
 from gr.config import SimilaritySection
+from gr.models import step as step_module
 from gr.models.objectives.in_batch import InBatchDebiased
 from gr.models.objectives.negatives import NegativeSampler, popularity
 from gr.models.objectives.pairwise import BCE, BPR
@@ -110,6 +111,27 @@ def test_sampled_softmax(similarity, table, supervision, negatives, sampling, lo
         return minus_log_share(lowered[y], [lowered[r] for r in drawn[s] if r != y])
 
     check(objective, table, supervision, loop)
+
+
+@pytest.mark.parametrize("room", [10**9, 0])
+@pytest.mark.parametrize(
+    "config", [SampledSoftmax.Config(negatives=6), BPR.Config(negatives=2)], ids=lambda c: c.name
+)
+def test_candidates_that_were_announced_are_not_drawn_again(
+    monkeypatch, similarity, table, supervision, config, room
+):
+    monkeypatch.setattr(step_module, "KEPT", room)
+    objective, context = build(config, similarity), step(table)
+    draws, real = [], NegativeSampler._draw
+    monkeypatch.setattr(NegativeSampler, "_draw", lambda *call: draws.append(call) or real(*call))
+    q = queries(supervision)
+    plain = objective(q, supervision, step(table), table)
+    announced = objective.wanted(supervision, context)[-1]
+    assert len(draws) == 2 and announced.shape[0] == supervision.count
+    assert torch.equal(objective(q, supervision, context, table), plain)
+    assert len(draws) == (2 if room else 3) and not context.drawn
+    objective(q, supervision, context, table)
+    assert len(draws) == (3 if room else 4), "what was kept is given once"
 
 
 def test_full_softmax(similarity, table, supervision):

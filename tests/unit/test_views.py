@@ -69,13 +69,29 @@ def test_the_rows_of_a_step_are_numbered_once_in_ascending_order(form, wanted):
     numbering = Numbering.of(wanted, ITEMS, CPU)
     asked = sorted({row for part in wanted for row in part.reshape(-1).tolist()})
     marked = form == "marked" and bool(asked)  # nothing to mark for a step that asks for nothing
-    assert (numbering.position_I is not None) == marked
+    every = marked and len(asked) == ITEMS
+    assert numbering.every == every and (numbering.position_I is not None) == (marked and not every)
     assert numbering.rows_U.dtype == torch.int64 and numbering.rows_U.tolist() == asked
     for part in wanted:
         placed = numbering.place(part)
         assert placed.dtype == part.dtype and placed.shape == part.shape
         assert torch.equal(numbering.rows_U[placed.long()], part.long())
     assert numbering.place(numbering.rows_U).tolist() == list(range(len(asked)))
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 16])
+def test_where_every_row_is_wanted_many_times_rows_are_their_own_numbers(monkeypatch, at_once):
+    monkeypatch.setattr(view_module, "MARKED_AT_ONCE", at_once)
+    wanted = [torch.arange(ITEMS).repeat(3)[:-1], torch.tensor([[ITEMS - 1, 4]], dtype=torch.int32)]
+    numbering = Numbering.of(wanted, ITEMS, CPU)
+    assert numbering.every and torch.equal(numbering.rows_U, torch.arange(ITEMS))
+    rows, vector_I = torch.tensor([[5, 56]], dtype=torch.int32), torch.randn(ITEMS)
+    assert numbering.place(rows) is rows
+    assert View(torch.empty(ITEMS, DIM), None, numbering).part_of(vector_I) is vector_I
+    # one row is missing, and asking for the others again doesn't bring it
+    most = [torch.arange(ITEMS - 1).repeat(9)]
+    numbering = Numbering.of(most, ITEMS, CPU)
+    assert not numbering.every and numbering.rows_U.tolist() == list(range(ITEMS - 1))
 
 
 def test_numbers_are_found_by_search_where_the_table_is_large_beside_the_step():

@@ -38,13 +38,16 @@ class _Pairwise(Objective):
         self.sampler = NegativeSampler(config.sampling, catalogue)
 
     def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
-        (rows,) = self.wanted(part, step)
+        rows = step.taken(part, lambda: self._rows(part, step))
         scores = self.similarity.candidates(step.views["items"], queries_SD, rows)
         return self.loss(scores[:, :1], scores[:, 1:], rows[:, 1:] != rows[:, :1])
 
     def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
+        return [step.announced(part, lambda: self._rows(part, step))]
+
+    def _rows(self, part: Supervision, step: StepContext) -> Tensor:
         """(S, 1 + K), the target first."""
-        return [self.sampler.own(step.key, part, self.config.negatives)]
+        return self.sampler.own(step.key, part, self.config.negatives)
 
     def loss(self, positives_S1: Tensor, negatives_SK: Tensor, counts_SK: Tensor) -> Tensor:
         """``counts_SK``: whether a negative counts (it is another item than the target)."""

@@ -51,12 +51,12 @@ class SampledSoftmax(Objective):
             step.views["items"],
             queries_SD,
             part.targets_S,
-            self._negatives(part, step),
+            step.taken(part, lambda: self._negatives(part, step)),
             None if log_q_I is None else -log_q_I,
         )
 
     def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
-        return [part.targets_S, self._negatives(part, step)]
+        return [part.targets_S, step.announced(part, lambda: self._negatives(part, step))]
 
     def _negatives(self, part: Supervision, step: StepContext) -> Tensor:
         """Item rows, (K,) or (S, K)."""

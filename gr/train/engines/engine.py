@@ -232,6 +232,8 @@ class Engine(ABC):
                 self.dense[owner].take(moment, owner, value)
             elif moment == "step":
                 self.row_optimizers[owner.removeprefix("tables.").split(".")[0]].steps = int(value)
+        for table in self.row_tables.values():
+            table.refilled()
 
     def _row_columns(self) -> Iterator[str]:
         for name, table in self.row_tables.items():
@@ -273,7 +275,7 @@ def _of_rows(optimizer: Any, table: Table) -> RowOptimizer:
     columns = [f"tables.{table.name}.{piece.column}" for piece in table.pieces()]
     named = [(name, nn.Parameter(torch.empty(0))) for name in dict.fromkeys(columns)]
     groups = parameter_groups(named, config.groups, config.lr, config.weight_decay)
-    return RowOptimizer(table.name, table.pieces(), maths, groups, table.zeros)
+    return table.row_optimizer(maths, groups)
 
 
 def parameters(model: Model) -> dict[str, Tensor]:
