@@ -25,9 +25,11 @@ from benchmarks.training.sides import Ours
 from gr.data.deal import deal
 from gr.data.sequences import Sequences
 from gr.embeddings.table import Table
+from gr.embeddings.torchrec_plan import import_torchrec
 from gr.embeddings.view import View
 from gr.processes import Processes
 from gr.train.engines.engine import Engine
+from gr.train.engines.zero import import_deepspeed
 from gr.train.memory import give_back_freed_memory
 
 WARM_UP, LEAST_ROUNDS, MEMORY_STEPS, PROFILED = 2, 3, 3, 3
@@ -54,6 +56,11 @@ def measure(
     joined: Processes,
 ) -> dict[str, Any]:
     """A JSON-able dict: the rounds, and of each case what :func:`figures` makes."""
+    # packages are nobody's memory but the process's
+    if any(case.table != "local" for case in chosen):
+        import_torchrec()
+    if any(case.engine.startswith("zero") for case in chosen):
+        import_deepspeed(joined.device)
     memory = {case.name: _memory(shape, samples, case, overrides, joined) for case in chosen}
     sides = {
         case.name: Ours(shape, samples, overrides=[*case.overrides, *overrides], processes=joined)
@@ -65,34 +72,36 @@ def measure(
             taken[name].exposed = [_profiled(side, samples, shape, joined)] * len(taken[name].seconds)
     actions, sizes = rounds
     found = {name: of_all(vars(each), joined) for name, each in taken.items()}
-    reference = _slowest(next(iter(found.values())))
+    first = next(iter(found.values()))
     return {
         "processes": joined.world.size,
         "threads": torch.get_num_threads(),
         "device": joined.device.type,
         "rounds": len(actions),
         "cases": {
-            name: figures(ranks, np.array(actions), np.array(sizes), reference) | memory[name]
+            name: figures(ranks, np.array(actions), np.array(sizes), first) | memory[name]
             for name, ranks in found.items()
         },
     }
 
 
 def figures(
-    ranks: list[dict[str, list]], actions: np.ndarray, sizes: np.ndarray, reference: np.ndarray
+    ranks: list[dict[str, list]], actions: np.ndarray, sizes: np.ndarray, first: list[dict[str, list]]
 ) -> dict[str, Any]:
-    """Of one case, from what each rank took.  A step is as long as its slowest rank's; ``reference``: the first case's,
-    round by round."""
+    """Of one case, from what each rank took.  A step is as long as its slowest rank's; ``first``: what the first case
+    took, round by round."""
     slowest = _slowest(ranks)
     exposed, cpu, sent, least = (
         np.array([rank[key] for rank in ranks]) for key in ("exposed", "cpu", "sent", "least")
     )
-    ratio = slowest / reference
+    ratio = slowest / _slowest(first)
+    cpu_ratio = cpu.sum(0) / np.array([rank["cpu"] for rank in first]).sum(0)
     return {
         "samples_per_s": np.percentile(sizes / slowest, [10, 50, 90]).tolist(),
         "tokens_per_s": np.percentile(actions / slowest, [10, 50, 90]).tolist(),
         "step_ms": float(np.median(slowest)) * 1e3,
         "ratio": {"median": float(np.median(ratio)), "min": float(ratio.min()), "max": float(ratio.max())},
+        "cpu_ratio": float(np.median(cpu_ratio)),
         "exposed_ms": float(np.median(exposed.mean(0))) * 1e3,
         "exposed_least_ms": float(np.median(exposed.min(0))) * 1e3,
         "cpu_ms": float(np.median(cpu.sum(0))) * 1e3,

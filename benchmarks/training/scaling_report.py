@@ -39,16 +39,16 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{case['tokens_per_s'][1]:,.0f}",
             f"x {case['ratio']['median']:.2f}",
             exposed,
-            f"{case['cpu_ms']:,.0f}",
+            f"{case['cpu_ms']:,.0f} (x {case['cpu_ratio']:.2f})",
             f"{max(case['peak_mib']):,.0f} ({max(case['added_mib']):,.0f})",
             f"{max(case['table_bytes']) / 2**20:,.2f} + {max(case['moment_bytes']) / 2**20:,.2f}",
             sent,
         )
     console.print(table)
     console.print(
-        "step: its time beside the first case's in the same round, median. exposed: waits for exchanges, mean over "
-        "ranks and the least rank's.\nCPU: of all processes. peak, table, moments: the rank that has most. view: a "
-        "rank's mean."
+        "step: its time beside the first case's in the same round, median. exposed: waits for exchanges, mean over\n"
+        "ranks and the least rank's. CPU: of all processes, and beside the first case's. peak, table, moments: the\n"
+        "rank that has most. view: a rank's mean."
     )
 
 

@@ -124,8 +124,8 @@ def shard(
     """(the sharded module, its plan).  Its memory is this process's shards; nothing of the table's size is ever made
     elsewhere.  Needs a process group, with one process too.
 
-    communication: fp32, or what rows are rounded to while they travel, their gradients then to bfloat16.  twin: FBGEMM's
-    optimiser that moves the rows; None: the module only holds and exchanges them."""
+    communication: fp32, or what rows are rounded to while they travel, their gradients then to bfloat16.  twin: of
+    FBGEMM, the optimiser that moves the rows; None: the module only holds and exchanges them."""
     import_torchrec()
     from torchrec.distributed.types import ShardingEnv
 
