@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gr.embeddings.fused import FusedRows
-from gr.embeddings.row_updates import Maths, Piece
+from gr.embeddings.fused import look_up
 from gr.embeddings.torchrec_plan import FEATURE
 
 
@@ -30,9 +28,8 @@ class Shard:
 
 
 class Exchange:
-    """module: TorchRec's, sharded.  width: W.  alone: whether this process is the only one.  fused: whether FBGEMM's
-    kernels look rows up and move them.  cached: whether they keep some of a shard's rows elsewhere.  rounded: whether
-    rows and gradients lose bits on their way."""
+    """module: TorchRec's, sharded.  width: W.  alone: whether this process is the only one.  cached: whether FBGEMM's
+    kernels keep some of a shard's rows elsewhere.  rounded: whether rows and gradients lose bits on their way."""
 
     def __init__(
         self,
@@ -41,12 +38,11 @@ class Exchange:
         device: torch.device,
         *,
         alone: bool,
-        fused: bool,
         cached: bool,
         rounded: bool,
     ) -> None:
         self.module, self.width, self.device = module, width, device
-        self.alone, self.fused, self.cached, self.rounded = alone, fused, cached, rounded
+        self.alone, self.cached, self.rounded = alone, cached, rounded
         self.kernels = [kernel for lookup in module._lookups for kernel in lookup._emb_modules]
         self.shards = [
             Shard(*config.local_metadata.shard_offsets, weight.detach(), nn.Parameter(weight.detach()))
@@ -55,15 +51,6 @@ class Exchange:
                 kernel.config.embedding_tables, kernel.split_embedding_weights(), strict=True
             )
         ]
-        self.mover: FusedRows | None = None
-
-    def moved_by(
-        self, table: str, pieces: list[Piece], maths: Maths, groups: list[dict[str, Any]]
-    ) -> FusedRows:
-        """FBGEMM's optimiser of the shards."""
-        kernels = [kernel.emb_module for kernel in self.kernels]
-        self.mover = FusedRows(table, pieces, maths, groups, no_zeros, kernels=kernels)
-        return self.mover
 
     # -- the shards' memory ---------------------------------------------------------------------------------------
 
@@ -83,22 +70,18 @@ class Exchange:
 
     def fetch(self, rows_U: Tensor) -> Tensor:
         """(U, W) the rows, wherever they are, with the way back of their gradients; all processes call this together.
-        One process without FBGEMM's kernels copies its own, and there is no way back."""
-        if self.alone and not self.fused:
-            return self.shards[0].values_RC.index_select(0, rows_U)
+        The only process copies its own, and there is no way back."""
+        if self.alone:
+            return self._rows_of(0, rows_U)
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         table = self.module
         asked = KeyedJaggedTensor(
             keys=[FEATURE], values=rows_U, lengths=torch.tensor([len(rows_U)], device=rows_U.device)
         )
-        if self.mover is not None:
-            self.mover.looking_up()
-        if self.alone:
-            return table._lookups[0](asked).view(-1, self.width)  # type: ignore[no-any-return]
         context = table.create_context()
         arrived = table.input_dist(context, asked).wait().wait()
-        outs = table.compute(context, arrived) if self.fused else self._look_up(arrived, context)
+        outs = self._look_up(arrived, context)
         with self._rounding():
             return table.output_dist(context, outs).wait()[FEATURE].values()  # type: ignore[no-any-return]
 
@@ -126,9 +109,19 @@ class Exchange:
                 outs.append(torch.empty(0, self.width, device=self.device, requires_grad=True))
                 continue
             parts = ids.values().chunk(len(self.shards)) if len(self.shards) > 1 else [ids.values()]
-            found = [F.embedding(p, s.leaf, sparse=True) for p, s in zip(parts, self.shards, strict=True)]
+            found = [
+                _Rows.apply(held.leaf, ids, self._rows_of(number, ids))
+                for number, (ids, held) in enumerate(zip(parts, self.shards, strict=True))
+            ]
             outs.append(found[0] if len(found) == 1 else torch.cat(found))
         return outs
+
+    @torch.no_grad()
+    def _rows_of(self, number: int, rows_N: Tensor) -> Tensor:
+        """(N, C) rows of this process's shard of that number."""
+        if self.cached:
+            return look_up(self.kernels[number].emb_module, rows_N)
+        return self.shards[number].values_RC.index_select(0, rows_N)
 
     @contextmanager
     def _rounding(self) -> Iterator[None]:
@@ -145,5 +138,20 @@ class Exchange:
                 way._codecs = given
 
 
-def no_zeros(piece: Piece, moment: str, columns: int) -> Tensor:
-    raise TypeError("FBGEMM makes the memory of its moments itself")
+class _Rows(torch.autograd.Function):
+    """Rows that were looked up in a leaf: their gradients become its sparse one."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf_RC: Tensor, rows_N: Tensor, values_NC: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_N)
+        ctx.size = leaf_RC.shape
+        return values_NC
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NC: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (rows_N,) = ctx.saved_tensors
+        return (
+            torch.sparse_coo_tensor(rows_N[None], gradient_NC, ctx.size, check_invariants=False),
+            None,
+            None,
+        )

@@ -1,9 +1,9 @@
-"""Rows that FBGEMM's own kernels look up and move, where its optimiser has exactly the named maths.
+"""Rows that FBGEMM's own kernels move, where its optimiser has exactly the named maths.
 
-A fused optimiser moves rows in the backward pass of their look-up, once a look-up: one look-up and one backward pass a
-step, as views have it, are one update.  The backward pass is therefore left to :meth:`FusedRows.step`.
+A fused optimiser moves rows in the backward pass of their look-up, once a look-up: each row that has a gradient is
+looked up once more when rows move, with everybody's gradients added, which is one update.
 
-Shapes: U rows of a view, R rows and C columns of a piece, W width as stored.
+Shapes: U rows with a gradient, N rows, R rows and C columns of a piece.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def why_not(spec: TableSpec, width: int, device: torch.device) -> str | None:
     if device.type not in twin.on:
         return f"FBGEMM's {twin.name} is for GPUs alone"
     if not spec.apart:
-        return "a clipped norm or a full softmax needs the rows' gradients before they move"
+        return "a full softmax gives every row a gradient, and FBGEMM moves those that are looked up"
     if spec.bias:
         return "an item bias is a column of the row, and would be moved as one of the vector's numbers"
     if spec.dim % 4:
@@ -38,27 +38,6 @@ def why_not(spec: TableSpec, width: int, device: torch.device) -> str | None:
             f"model.dim {spec.dim} doesn't fall into fours for every process, and would be padded to {width}"
         )
     return None
-
-
-@dataclass
-class Waiting(Gradient):
-    """The gradient of a view's rows, on its way: the exchange and the update that its backward pass is."""
-
-    block_UW: Tensor
-    gradient_UW: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.gradient_UW.device
-
-    def rows(self) -> None:
-        return None
-
-    def dense(self, start: int, stop: int) -> Tensor:
-        raise TypeError("FBGEMM moves these rows itself")
-
-    def square_norm(self) -> Tensor:
-        raise TypeError("FBGEMM moves these rows itself: nothing is clipped")
 
 
 @dataclass
@@ -80,18 +59,22 @@ class FusedRows(RowOptimizer):
             for piece, kernel in zip(self.pieces, self.kernels, strict=True)
         ]
 
-    def looking_up(self) -> None:
-        """Before a look-up: FBGEMM counts each as a step, evaluation's too."""
-        for kernel in self.kernels:
+    def step(self, gradients: Sequence[Gradient]) -> None:
+        """Move the pieces by their gradients, in the same order: each kernel looks the rows up and goes back once."""
+        for piece, gradient, kernel in zip(self.pieces, gradients, self.kernels, strict=True):
+            rows = gradient.rows()
+            assert rows is not None  # the spec said that only rows that are looked up have gradients
+            rows_U, gradient_UC = rows
+            if not len(rows_U):
+                continue
+            # FBGEMM counts look-ups as steps, evaluation's too; and it takes the rate as it is at the look-up
             kernel.iter_cpu.fill_(self.steps)
             kernel.iter.fill_(self.steps)
-
-    def step(self, gradients: Sequence[Gradient]) -> None:
-        """Move the rows: the backward exchange, and the kernels' update in it.  Every process calls this together."""
-        (waiting,) = gradients
-        assert isinstance(waiting, Waiting)
-        (group,) = self.param_groups or [{"lr": 0.0}]
-        for kernel in self.kernels:
-            kernel.set_learning_rate(group["lr"])
-        waiting.block_UW.backward(waiting.gradient_UW)
+            kernel.set_learning_rate(self._settings(piece)[1])
+            look_up(kernel, rows_U).backward(gradient_UC)
         self.steps += 1
+
+
+def look_up(kernel: Any, rows_N: Tensor) -> Tensor:
+    """(N, C) rows of the one table of a kernel."""
+    return kernel(rows_N.long(), torch.tensor([0, len(rows_N)], device=rows_N.device))  # type: ignore[no-any-return]

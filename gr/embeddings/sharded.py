@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from gr.config import ComponentConfig
 from gr.embeddings import softmax
 from gr.embeddings.exchange import Exchange, Shard
-from gr.embeddings.fused import Waiting, why_not
+from gr.embeddings.fused import FusedRows, why_not
 from gr.embeddings.local import LocalTable
 from gr.embeddings.planned import PlannedTable, planned_processes
 from gr.embeddings.ranks import Excluded, Excluding, best_rows, count_above, ranks_from, target_scores
@@ -92,7 +92,7 @@ class TorchRecTable(Table):
         self.spec, self.processes = spec, processes
         self.by_columns = config.sharding == "column_wise" and processes.world.size > 1
         width = _width(spec, config, processes.world.size)
-        fused = _is_fused(config, spec, width, processes)
+        self.fused = _is_fused(config, spec, width, processes)
         self.width = width + (
             -width % 4 if processes.device.type == "cuda" else 0
         )  # GPUs read numbers in fours
@@ -103,14 +103,13 @@ class TorchRecTable(Table):
             processes,
             config.topology,
             config.communication,
-            spec.maths.twin if fused and spec.maths is not None else None,
+            spec.maths.twin if self.fused and spec.maths is not None else None,
         )
         self.exchange = Exchange(
             module,
             self.width,
             processes.device,
             alone=processes.world.size == 1,
-            fused=fused,
             cached=config.placement == "cached",
             rounded=config.communication != "fp32",
         )
@@ -151,16 +150,15 @@ class TorchRecTable(Table):
         return FetchedView(fetched.weight_UD, fetched.bias_U, numbering, block_UW)
 
     def row_optimizer(self, maths: Maths, param_groups: list[dict[str, Any]]) -> RowOptimizer:
-        if not self.exchange.fused:
+        if not self.fused:
             return super().row_optimizer(maths, param_groups)
-        return self.exchange.moved_by(self.name, self.pieces(), maths, param_groups)
+        kernels = [kernel.emb_module for kernel in self.exchange.kernels]
+        return FusedRows(self.name, self.pieces(), maths, param_groups, self.zeros, kernels=kernels)
 
     def gather_gradients(self, view: View) -> list[Gradient]:
         assert isinstance(view, FetchedView) and view.numbering is not None and view.block_UW is not None
         gradient = local_gradients(view)
         padded = F.pad(gradient, (0, self.width - gradient.shape[1]))
-        if self.exchange.fused:
-            return [Waiting(view.block_UW, padded)]
         if self.exchange.alone:
             brought = [(view.numbering.rows_U, padded)]
         else:
@@ -183,7 +181,7 @@ class TorchRecTable(Table):
         return gradients
 
     def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
-        assert not self.exchange.fused  # the spec said that nothing of this kind comes
+        assert not self.fused  # the spec said that nothing of this kind comes
         return softmax.cross_entropy(self, queries_TD, targets_T, scoring)
 
     def pieces(self) -> list[Piece]:

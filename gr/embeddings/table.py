@@ -46,8 +46,7 @@ class TableSpec:
     maths: Maths | None = None
     """How its rows will move: for plans, and for kernels that do it themselves; None where they won't."""
     apart: bool = False
-    """Whether a step does nothing with its rows' gradients but to move those rows: no norm over everything is clipped,
-    and no softmax gives every row one."""
+    """Whether only rows that a step looks up have gradients: no softmax over all gives every row one."""
 
     @property
     def moments(self) -> int:

@@ -314,10 +314,11 @@ def remedies(spec: TableSpec, width: int, wanted: Wanted, on: Cluster) -> list[s
     """What would make a table fit, each alone: the nearest number of processes, width, optimiser, place or sharding."""
     found = []
     if wanted.sharding not in ("auto", "row_wise"):
-        by_rows = replace(wanted, sharding="row_wise")
+        by_rows, change = replace(wanted, sharding="row_wise"), "with model.table.sharding=row_wise"
         if _plan(spec, width, by_rows, on):
-            return ["with model.table.sharding=row_wise"]
-        return remedies(spec, width, by_rows, on)
+            return [change]
+        first, *others = remedies(spec, width, by_rows, on) or [""]
+        return [f"{change} {first}", *others] if first else []
     room = _room(wanted, on)
     if processes := _enough_processes(spec, width, wanted, on):
         per_machine = on.of(processes).per_machine

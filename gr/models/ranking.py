@@ -108,7 +108,7 @@ class Ranking(Model):
             config.table_std,
             run.train.seed,
             maths=run.optimizer.build().of_rows(),
-            apart=run.train.clip_norm is None,
+            apart=True,
         )
         processes = processes or Processes(torch.device("cpu"))
         task = NextItem.Config().build()

@@ -67,7 +67,7 @@ class Retrieval(Model):
             run.train.seed,
             bias=config.similarity.item_bias,
             maths=run.optimizer.build().of_rows(),
-            apart=run.train.clip_norm is None and not run.objective.component().needs_every_row,
+            apart=not run.objective.component().needs_every_row,
         )
         processes = processes or Processes(torch.device("cpu"))
         task = config.task.build()

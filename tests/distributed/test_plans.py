@@ -28,7 +28,7 @@ from tests.unit.models_common import batch, engine_of, retrieval, run_config, wh
 
 needs("torchrec", "fbgemm_gpu")
 
-ITEMS, DIM = 43, 8
+ITEMS, DIM, CLIP = 43, 8, 0.5
 OPTIMIZERS = {
     "adamw": AdamW(AdamW.Config(lr=0.01)),
     "lazy_adam": LazyAdam(LazyAdam.Config(lr=0.01)),
@@ -213,18 +213,18 @@ def kernels_of_both() -> dict:
         for optimizer in ("sgd", "rowwise_adagrad"):
             for sharding in ("local", "row_wise", "table_wise"):
                 fused = {"name": "torchrec", "sharding": sharding, "kernel": "fused"}
-                model, engine = made(joined, optimizer, **({} if sharding == "local" else fused))
+                model, engine = made(joined, optimizer, clip=CLIP, **({} if sharding == "local" else fused))
                 losses = train(joined, model, engine, range(3))
                 tensors = {name: whole(v, joined.world) for name, v in engine.tensors().items()}
                 # gone on with elsewhere, from what a checkpoint has
-                other, its = made(joined, optimizer, **({} if sharding == "local" else fused))
+                other, its = made(joined, optimizer, clip=CLIP, **({} if sharding == "local" else fused))
                 wanted = its.load([*tensors])
                 for name, value in wanted.items():
                     _fill(value, tensors[name])
                 its.loaded(wanted)
                 again = train(joined, other, its, range(3, 5))
                 found[optimizer, sharding] = {"losses": losses + again, "tensors": tensors}
-                found[optimizer, sharding]["fused"] = sharding != "local" and model.items.exchange.fused
+                found[optimizer, sharding]["fused"] = sharding != "local" and model.items.fused
     return found
 
 
@@ -268,7 +268,7 @@ def test_fbgemms_kernels_train_as_our_own_on_a_gpu_wherever_the_rows_lie(optimiz
             model, engine = made(joined, optimizer, **table)
             losses = train(joined, model, engine, range(5))
             found.append((losses, {name: whole(v).cpu() for name, v in engine.tensors().items()}))
-        assert model.items.exchange.fused
+        assert model.items.fused
     (expected, tensors), (losses, others) = found
     # Adam divides gradients by their own size: a move of 0.01 is off by that part of it, five times
     bound = BOUND + (5 * 0.01 * 2**-10 if optimizer == "lazy_adam" else 0)
@@ -282,7 +282,6 @@ def test_kernels_that_are_not_exactly_the_optimizers_are_refused_with_the_reason
     cases = {
         "no optimizer of exactly": {"optimizer": "adamw"},
         "ADAM is for GPUs alone": {"optimizer": "lazy_adam"},
-        "gradients before they move": {"optimizer": "sgd", "clip": 1.0},
         "item bias is a column": {"optimizer": "sgd", "bias": True},
         "divides by 4, and model.dim is 6 (next: 8)": {"optimizer": "sgd", "dim": 6},
     }
@@ -296,7 +295,7 @@ def test_kernels_that_are_not_exactly_the_optimizers_are_refused_with_the_reason
             )
             assert why in said
         model, _ = made(joined, "sgd", name="torchrec")
-        assert not model.items.exchange.fused, "on a CPU our own are the faster ones"
+        assert not model.items.fused, "on a CPU our own are the faster ones"
 
 
 def test_what_a_cpu_or_a_row_cannot_have_is_refused_in_one_sentence():
