@@ -61,12 +61,15 @@ class FusedRows(RowOptimizer):
 
     def step(self, gradients: Sequence[Gradient]) -> None:
         """Move the pieces by their gradients, in the same order: each kernel looks the rows up and goes back once."""
-        for piece, gradient, kernel in zip(self.pieces, gradients, self.kernels, strict=True):
+        parts = zip(self.pieces, gradients, self.kernels, strict=True)
+        for number, (piece, gradient, kernel) in enumerate(parts):
             rows = gradient.rows()
             assert rows is not None  # the spec said that only rows that are looked up have gradients
             rows_U, gradient_UC = rows
             if not len(rows_U):
                 continue
+            if self.moving is not None:
+                self.moving(number, rows_U)
             # FBGEMM counts look-ups as steps, evaluation's too; and it takes the rate as it is at the look-up
             kernel.iter_cpu.fill_(self.steps)
             kernel.iter.fill_(self.steps)

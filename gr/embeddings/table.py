@@ -131,6 +131,7 @@ class Table(ABC):
                 first_NC = first_ND[:, piece.col0 : piece.col0 + piece.values_RC.shape[1]]
                 first_NC = first_NC.to(piece.values_RC.device)
             piece.values_RC[own_N.to(piece.values_RC.device)] = first_NC
+        self.refilled()
 
     def row_optimizer(self, maths: Maths, param_groups: list[dict[str, Any]]) -> RowOptimizer:
         """What moves its pieces by :meth:`gather_gradients`; ``param_groups`` as a :class:`RowOptimizer` has them."""
