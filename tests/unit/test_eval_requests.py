@@ -168,6 +168,19 @@ def test_a_subset_of_users_is_the_same_each_time(data):
         subset = got
 
 
+def test_a_subset_is_drawn_for_each_dataset_anew(tmp_path):
+    """Not the first users in its order, and not the same places in every dataset."""
+    places = []
+    for items in (7, 8, 9):
+        lists = [[items, n % items, 3] for n in range(60)]
+        made = dataset(tmp_path / str(items), sequences(lists))
+        split = LeaveOneOut(LeaveOneOut.Config())
+        asked = requests(made, split, "test", max_length=4, max_users=12)
+        places.append(sorted(n for request in asked for n in request.batch.ordinals_B.tolist()))
+    assert all(len(drawn) == 12 and max(drawn) > 30 for drawn in places)
+    assert places[0] != places[1] != places[2] != places[0]
+
+
 def test_training_counts_see_training_actions_only(data, lists):
     def counts(rows):
         return np.bincount([i for row in rows for i in row], minlength=ITEMS).tolist()
