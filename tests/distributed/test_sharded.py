@@ -77,7 +77,7 @@ def train(joined: Processes, model, engine, first: int = 0, last: int = STEPS) -
         if model.needs_global_targets:
             candidates = joined.world.gather(torch.cat([part.targets_S for part in parts]))
         loss = engine.forward_backward(parts, StepContext(step, candidates), int(targets))
-        found.append((joined.world.sum([loss.item()])[0] / targets, float(engine.step(1.0))))
+        found.append((joined.world.sum([loss.item()])[0] / targets, engine.step(1.0).item()))
     return found
 
 

@@ -19,7 +19,9 @@ SEEN = ([0, 2, 5], [2], [], [2, 5, 6], [0, 2])  # rows by step; 1, 3 and 4 never
 def steps():
     """(rows, their gradients) by step."""
     g = generator(3)
-    return [(torch.tensor(rows, dtype=torch.int64), torch.randn(len(rows), DIM, generator=g)) for rows in SEEN]
+    return [
+        (torch.tensor(rows, dtype=torch.int64), torch.randn(len(rows), DIM, generator=g)) for rows in SEEN
+    ]
 
 
 def moved(optimizer, factor=None):

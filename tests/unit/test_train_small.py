@@ -85,9 +85,7 @@ def test_every_rank_and_step_drops_by_seeds_of_its_own(config, monkeypatch, tmp_
     device, seeds, keys = torch.device("cpu"), [], []
     parts = build(config(), Processes(device))
     supervise = parts.model.supervise
-    monkeypatch.setattr(
-        parts.model, "supervise", lambda *given: keys.append(given[-1]) or supervise(*given)
-    )
+    monkeypatch.setattr(parts.model, "supervise", lambda *given: keys.append(given[-1]) or supervise(*given))
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
