@@ -141,7 +141,12 @@ def test_what_one_process_is_told_or_finds_all_do(folder):
     told, early = ({"config": write_config(folder, folder / "data", folder / name)} for name in names)
     told |= {"overrides": ["eval.splits=[]", "checkpoint.every_steps=null"], "told": [1, 3]}
     early["overrides"] = [
-        *("train.epochs=30", "optimizer.lr=0.3", "train.early_stopping={metric: mrr, patience: 2}"),
+        *(
+            "train.epochs=30",
+            "optimizer.lr=0.3",
+            "train.early_stopping={metric: mrr, patience: 2}",
+            "eval.splits=[valid]",
+        ),
         *("eval.every_steps=3", "checkpoint={every_steps: null, every_epochs: 99, keep: 1}"),
     ]
     assert run_jobs(folder, [told, early], 2) == [[None, None]] * 2
