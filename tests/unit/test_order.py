@@ -206,6 +206,9 @@ def test_samples_are_the_latest_training_actions(dataset):
 def test_tail_drop_leaves_the_short_batch_out(dataset):
     assert [b.samples for b in batches(dataset, tail="drop")] == [10] * 5
     assert [b.samples for b in batches(dataset)] == [10] * 5 + [7]
+    order, split = Order("f", 3, 50, 8, 2), LeaveOneOut(LeaveOneOut.Config())
+    for tail in ("drop", "keep"):  # of whole batches nothing is left over
+        assert Plan(split, order, global_batch=10, max_length=12, tail=tail).per_epoch == 5
 
 
 def test_an_error_in_the_reading_thread_reaches_the_reader(dataset, tmp_path):
@@ -226,3 +229,5 @@ def test_dealing_levels_the_cost():
         assert counts.max() - counts.min() <= 1
         assert cost.max() / cost.min() < 1.02
     assert deal(np.array([5]), 4).tolist() == [0]
+    # one sequence of 1000 actions costs more than two of 700 and 500: attention's share grows with the square
+    assert deal(np.array([1000, 700, 500, 100, 90, 10]), 2).tolist() == [0, 1, 1, 0, 1, 0]
