@@ -97,7 +97,9 @@ def test_a_split_that_trains_is_refused(data):
 
 
 def test_global_time(data, lists):
-    split = GlobalTime(GlobalTime.Config(valid_from=115, test_from=135))
+    split = GlobalTime(
+        GlobalTime.Config(valid_from=120, test_from=140)
+    )  # times of actions: they belong to it
 
     def first_from(start, stop):
         def target(row):
@@ -106,10 +108,18 @@ def test_global_time(data, lists):
 
         return target
 
-    for name, bounds in (("valid", (115, 135)), ("test", (135, 10**9))):
+    for name, bounds in (("valid", (120, 140)), ("test", (140, 10**9))):
         want = expected(lists, first_from(*bounds), 2, "all")
         assert len(want) >= 5
         assert unpack(requests(data, split, name, max_length=2, exclude="all", batch=3)) == want
+
+
+def test_who_did_nothing_while_others_validate_is_not_validated_by_the_test(tmp_path):
+    times = [[100, 110, 200], [100, 120, 200]]
+    made = dataset(tmp_path / "gap", sequences([[1, 2, 3], [4, 5, 6]], times=times))
+    split = GlobalTime(GlobalTime.Config(valid_from=120, test_from=140))
+    asked = {name: set(unpack(requests(made, split, name, max_length=5))) for name in split.names}
+    assert asked == {"valid": {10}, "test": {0, 10}}
 
 
 def test_records(data, lists):
