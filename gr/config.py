@@ -80,6 +80,10 @@ class DataSection(Section):
         default_factory=lambda: {"name": "arrow"}, validate_default=True
     )
 
+    def idle(self) -> dict[str, str]:
+        ahead = getattr(self.ingest.component(), "reads_ahead", True)
+        return {} if ahead else {"prefetch": f"data.ingest is {self.ingest.name}, which reads nothing ahead"}
+
 
 class FeatureSection(Section):
     """A table of its own for something that is known of an action, a user or a request beside the item.
@@ -237,7 +241,7 @@ class EvalSection(Section):
         return self
 
     def idle(self) -> dict[str, str]:
-        return {} if self.splits else {"baselines": "eval.splits is empty"}
+        return {} if self.splits else dict.fromkeys(("every_steps", "baselines"), "eval.splits is empty")
 
 
 class CheckpointSection(Section):
@@ -278,6 +282,16 @@ class RunConfig(Section):
         for name in self.eval.splits:
             split.check(name)
         return self
+
+    def idle(self) -> dict[str, str]:
+        """Keys of ``eval`` that other models' metrics look at."""
+        families = {
+            name: registry.resolve(registry.METRICS, name, "metric family") for name in registry.METRICS
+        }
+        others = frozenset().union(*(family.eval_keys for family in families.values()))
+        own = families[self.model.component().judged_by].eval_keys  # type: ignore[attr-defined]
+        why = f"the metrics of model {self.model.name} don't look at it"
+        return {f"eval.{key}": why for key in sorted(others - own)}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
