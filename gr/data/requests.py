@@ -300,7 +300,7 @@ def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> FoundUsers:
     sought: dict[int, set[Any]] = {}
     if blocks[0].first_hash is None:
         everybody = set(given)
-        sought = {number: everybody for number in range(len(blocks))}
+        sought = dict.fromkeys(range(len(blocks)), everybody)
     else:
         candidates = [user for user in given if isinstance(user, int) == integers]
         hashes = hash_ids(np.array(candidates, np.int64 if integers else object))
