@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from gr.batch import UNKNOWN, SequenceBatch
 from gr.config import ComponentConfig
+from gr.models.cut import cut
 from gr.models.layout import JaggedLayout
+from gr.processes import Axis
 from gr_kernels.counter_random import derive_key, uniform_floats
 
 MASK = -1
@@ -57,6 +59,28 @@ class Supervision:
     def count(self) -> int:
         """S."""
         return self.targets_S.shape[0]
+
+    def part_of(self, context: Axis) -> Supervision:
+        """The rows of the sequences that this process has among those which share them, and the targets at these rows;
+        for training."""
+        if context.size == 1:
+            return self
+        layout = cut(self.layout, context)
+        assert layout.cut is not None
+        chosen_S, queries_S = layout.cut.numbers_T, None
+        if self.queries_S is not None:
+            place_T = torch.full((self.layout.rows,), -1, device=chosen_S.device)
+            place_T[layout.cut.numbers_T] = torch.arange(layout.rows, device=chosen_S.device)
+            chosen_S = (place_T[self.queries_S] >= 0).nonzero().squeeze(1)
+            queries_S = place_T[self.queries_S[chosen_S]]
+        return Supervision(
+            tokens_T=self.tokens_T[layout.cut.numbers_T],
+            layout=layout,
+            queries_S=queries_S,
+            targets_S=self.targets_S[chosen_S],
+            ordinals_S=self.ordinals_S[chosen_S],
+            positions_S=self.positions_S[chosen_S],
+        )
 
     def select(self, encoded_TD: Tensor) -> Tensor:
         """The queries (S, D) out of the encoder's output."""

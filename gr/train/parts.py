@@ -17,6 +17,9 @@ from gr.train.engines.engine import Engine
 from gr.train.evaluation import Evaluation, baseline_kind
 from gr.train.selection import check_selection, judged_by
 
+SHARE_SEQUENCES = ("ddp", "all_reduce")
+"""Engines beside which train.context may be above 1."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -59,6 +62,7 @@ def _open_to_train(config: RunConfig) -> Data:
 def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
     check_targets(config, data)
     model = build_model(config, data, processes)
+    _check_context(model, config)
     if config.train.activation_checkpointing:
         _recompute(model, config)
     engine = config.train.engine.build(
@@ -74,10 +78,35 @@ def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
         config,
         data.catalogue,
         judged_by=model.judged_by,
-        processes=processes,
+        processes=processes.of_whole_sequences(),
         columns=model.needs,
     )
     return Parts(data, model, engine, build_batches(config, data, model.needs, processes), evaluation)
+
+
+def _check_context(model: Model, config: RunConfig) -> None:
+    """Refuse to share sequences that can't be."""
+    context, rows = config.train.context, config.data.max_length
+    if context == 1:
+        return
+    if not model.cuttable:
+        raise UserError(
+            f"train.context is {context}, and model.encoder {config.model.encoder.name} reads a sequence row after "
+            "row, which no two processes can share: use train.context=1, or an encoder with attention",
+            everywhere=True,
+        )
+    if context > rows:
+        raise UserError(
+            f"train.context is {context}, and a sequence has {rows} rows at most (data.max_length): some of the "
+            "processes that share one would have none, so lower train.context",
+            everywhere=True,
+        )
+    if config.train.engine.name not in SHARE_SEQUENCES:
+        raise UserError(
+            f"train.context is {context}, and train.engine {config.train.engine.name} has only been made for whole "
+            f"sequences: use train.engine={' or '.join(SHARE_SEQUENCES)}, or train.context=1",
+            everywhere=True,
+        )
 
 
 def _recompute(model: Model, config: RunConfig) -> None:

@@ -119,8 +119,10 @@ def test_every_place_of_a_model_has_a_key_of_its_own(name):
     """Equal keys would drop the same rows and columns in two places."""
     model, keys = build(name), []
     for module in model.modules():
-        if isinstance(module, Dropout | GatedOutput):  # the key is their last argument
-            module.register_forward_pre_hook(lambda module, arguments: keys.append(arguments[-1]))
+        if isinstance(module, Dropout | GatedOutput):  # the key is their one number
+            module.register_forward_pre_hook(
+                lambda module, arguments: keys.extend(a for a in arguments if isinstance(a, int))
+            )
     with preferring("reference"):
         for key in (1, 2):
             loss_of(model, model.supervise(batch(items=ITEMS), 1, key))
