@@ -152,9 +152,10 @@ class _Attention(torch.autograd.Function):
                 for rows, keys, problem in work.pairs(other, position, time):
                     part = attend_part(q[rows], k_PHQ[keys], v_PHV[keys], problem)
                     so_far = (out_THV[rows], None if lse_HT is None else lse_HT[:, rows])
-                    out_THV[rows], sums = add_part(so_far, part)
-                    if lse_HT is not None:
-                        lse_HT[:, rows] = sums
+                    out_rows, lse_rows = add_part(so_far, part)
+                    out_THV[rows] = out_rows
+                    if lse_HT is not None and lse_rows is not None:
+                        lse_HT[:, rows] = lse_rows
         out = out_THV.to(q.dtype)
         ctx.save_for_backward(q, k, v, position, time, *((out, lse_HT) if softmax else (None, None)))
         ctx.work, ctx.kernels = work, preferred()
@@ -167,7 +168,8 @@ class _Attention(torch.autograd.Function):
         work: _Work = ctx.work
         wide = torch.promote_types(q.dtype, torch.float32)
         d_out = d_out.contiguous()
-        d_q, d_kv = (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (q, _beside(k, v)))
+        d_q = torch.zeros_like(q, dtype=wide, memory_format=torch.contiguous_format)
+        d_kv = q.new_zeros((k.shape[0], k.shape[1] * (k.shape[2] + v.shape[2])), dtype=wide)
         d_tables = [None if table is None else torch.zeros_like(table) for table in (position, time)]
         homecoming: Callable[[], None] = _nothing
         with _plain(q), preferring(ctx.kernels):
@@ -176,15 +178,16 @@ class _Attention(torch.autograd.Function):
                 d_kv_P = d_kv if own else d_kv.new_zeros((k_PHQ.shape[0], d_kv.shape[1]))
                 d_k_PHQ, d_v_PHV = _apart(d_kv_P, k, v)
                 for rows, keys, problem in work.pairs(other, position, time):
-                    whole = (None, None) if lse is None else (out[rows], lse[:, rows].contiguous())
+                    out_rows = None if out is None else out[rows]
+                    lse_rows = None if lse is None else lse[:, rows].contiguous()
                     found = attend_part_backward(
-                        d_out[rows], *whole, q[rows], k_PHQ[keys], v_PHV[keys], problem
+                        d_out[rows], out_rows, lse_rows, q[rows], k_PHQ[keys], v_PHV[keys], problem
                     )
                     d_q[rows] += found[0]
                     d_k_PHQ[keys] += found[1]
                     d_v_PHV[keys] += found[2]
                     for sums, gradient in zip(d_tables, found[3:], strict=True):
-                        if sums is not None:
+                        if sums is not None and gradient is not None:
                             sums += gradient
                 homecoming()
                 homecoming = _nothing if own else _send_home(d_kv_P, d_kv, other, work)

@@ -15,6 +15,7 @@ from gr.processes import Axis, _on_mesh
 from gr.train.parts import _check_context
 from gr_kernels.dispatch import preferring
 from tests.precision import UNIT, growth
+from tests.unit import test_models_ranking as ranking
 from tests.unit.models_common import (
     batch,
     in_double,
@@ -37,6 +38,7 @@ MODELS = {
         "encoder": {"name": "transformer", "layers": 1, "heads": 2, "causal": False, "input_norm": True},
         "task": "cloze",
     },
+    "ranking": {},
 }
 
 
@@ -85,15 +87,21 @@ def together(work, size, monkeypatch):
     return results
 
 
+def model_and_batch(name, lengths):
+    sections = {"input": {"dropout": 0.3}}
+    if name == "ranking":
+        sections |= {"encoder": HSTU, "hidden_dropout": 0.3}
+        return ranking.build(data={"path": "none", "max_length": 64}, model=sections), ranking.labelled(
+            lengths
+        )
+    config = run_config(length=64, **MODELS[name], model=sections)
+    return randomise(retrieval(config, ITEMS)), batch(lengths, items=ITEMS)
+
+
 def losses_and_gradients(axis, name, lengths):
     """Of a training micro-batch, this process's part of them."""
-    config = run_config(
-        length=max(lengths) + 1,
-        **{key: value for key, value in MODELS[name].items()},
-        model={"input": {"dropout": 0.3}},
-    )
-    model = in_double(randomise(retrieval(config, ITEMS)))
-    part = model.supervise(batch(lengths, items=ITEMS), 5, 11).part_of(axis)
+    model, samples = model_and_batch(name, lengths)
+    part = in_double(model).supervise(samples, 5, 11).part_of(axis)
     with preferring(
         "reference"
     ):  # dropout's bits come from counters: threads have one generator between them
