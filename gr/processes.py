@@ -291,6 +291,8 @@ def _on_mesh(device: torch.device, rank: int, ranks: int, context: int, local: A
         Axis(mesh.get_local_rank(name), mesh[name].size(), mesh.get_group(name))
         for name in ("data", "context")
     )
+    # NCCL connects a group in its first operation, where all must be; later ones may be between two of them
+    shared.add_up(torch.zeros(1, device=device))
     return Processes(device, world, data, shared, local)
 
 

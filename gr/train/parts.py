@@ -17,9 +17,6 @@ from gr.train.engines.engine import Engine
 from gr.train.evaluation import Evaluation, baseline_kind
 from gr.train.selection import check_selection, judged_by
 
-SHARE_SEQUENCES = ("ddp", "all_reduce")
-"""Engines beside which train.context may be above 1."""
-
 
 @dataclass(frozen=True)
 class Data:
@@ -101,10 +98,11 @@ def _check_context(model: Model, config: RunConfig) -> None:
             "processes that share one would have none, so lower train.context",
             everywhere=True,
         )
-    if config.train.engine.name not in SHARE_SEQUENCES:
+    engine: type[Engine] = config.train.engine.component()
+    if not engine.shares_sequences:
         raise UserError(
-            f"train.context is {context}, and train.engine {config.train.engine.name} has only been made for whole "
-            f"sequences: use train.engine={' or '.join(SHARE_SEQUENCES)}, or train.context=1",
+            f"train.context is {context}, and train.engine {config.train.engine.name} has only been tried with whole "
+            "sequences: use train.engine=ddp (or all_reduce), or train.context=1",
             everywhere=True,
         )
 
