@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from benchmarks.training import context as memory_benchmark
 from gr.errors import UserError
 from gr.models import context, dropout
 from gr.models.cut import Cut, cut
+from gr.models.hstu import HSTU as HSTU_ENCODER
 from gr.models.step import StepContext
 from gr.processes import Axis, _on_mesh
 from gr.train.parts import _check_context
@@ -135,6 +137,18 @@ def test_processes_without_rows_take_part(lengths, monkeypatch):
         assert not any(value.any() for value in part.values())
     if lengths and max(lengths):
         assert torch.allclose(parts[0]["loss"], one["loss"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+def test_what_is_kept_for_the_backward_pass_is_shared(activation, monkeypatch):
+    """Nobody keeps keys or values of the others."""
+    encoder = randomise(HSTU_ENCODER.Config(**{**HSTU, "activation": activation, "layers": 1}).build(16, 512))
+
+    def kept(axis):
+        return memory_benchmark.step(encoder, axis, 512)["kept_mib"]
+
+    one = kept(Axis())
+    assert max(together(kept, 4, monkeypatch)) <= 1.02 * one / 4  # two weight matrices apart
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
