@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             }
         )
         print(f"{size}: {results[-1]['peak_mib']:,.1f} MiB", flush=True)
+    results = sorted([*results, *kept(options)], key=lambda result: result["context"])
     show(results, options)
     write(results, options)
     return 0
@@ -156,13 +157,26 @@ def show(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     Console(width=110).print(table)
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("length", "dim", "heads", "layers", "activation")}
+
+
+def kept(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """With --add, what the file has of other numbers of processes."""
+    if not options.add:
+        return []
+    record = json.loads(options.json.read_text())
+    if record["settings"] != settings_of(options):
+        raise UserError(f"'{options.json}' was made with other settings: leave --add out")
+    return [result for result in record["results"] if result["context"] not in options.context]
+
+
 def write(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    settings = {name: getattr(options, name) for name in ("length", "dim", "heads", "layers", "activation")}
     record = {
         "benchmark": "context",
         "method": METHOD.replace("WARM_UP", str(WARM_UP)),
         "environment": environment.record(),
-        "settings": settings,
+        "settings": settings_of(options),
         "results": results,
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--activation", choices=["silu", "softmax"], default="silu")
+    parser.add_argument("--add", action="store_true", help="to the file's figures, of the same settings")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "training-context.json"
     )

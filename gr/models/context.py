@@ -1,24 +1,27 @@
 """Attention over sequences whose rows are shared by the processes of the context axis (gr/models/cut.py).
 
-Each process attends with its own rows.  The keys and values of the others come by, one process's at a time, and are
-not kept: the backward pass fetches them once more, and what it finds of their gradients goes home at once.  So a
-process holds 1/C of everything that is as wide as the model, and never more than two others' keys and values.
+Each process attends with its own rows.  The keys and values of the others come by, a piece of a stretch at a time, and
+are not kept: the backward pass fetches them once more, and what it finds of their gradients goes home at once.  So a
+process holds 1/C of everything that is as wide as the model, and a few pieces.
 What a row gets from each part adds up, for softmax by the log-sums (gr_kernels/hstu_attention/parts.py); places, times
 and dropout are those of whole sequences, and so is the result, to rounding.
 
 In step s of C process r deals with the rows of r - s, and r + s with those of r: nothing is handed on, and under the
-causal mask a process gets only what its rows can see.  Everybody goes through the same steps, whatever it holds.
+causal mask a process gets only what its rows can see.  Everybody goes through the same steps, as many pieces in each,
+whatever it holds: so both ends of a pair know which rows come next.
 
 Gradients of the bias tables are those of this process's rows: a part of a sum, as those of all parameters are.
 
-Shapes: T rows of this process, S rows of one stretch, P rows of another process, H heads, Q query/key width per head,
-V value width per head.
+Shapes: T rows of this process, S rows of one stretch, P rows of a piece, H heads, Q query/key width per head, V value
+width per head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gr.models.cut import Cut, Stretch
+from gr.models.cut import QUAD, Cut, Stretch
 from gr.models.layout import JaggedLayout
 from gr.processes import Axis
 from gr_kernels.dispatch import preferred, preferring
@@ -41,6 +44,8 @@ from gr_kernels.hstu_attention import (
     attend_part_backward,
 )
 from gr_kernels.hstu_attention.problem import Activation
+
+PIECE = 1024  # rows that travel at a time, of which a process holds a handful of copies
 
 
 def shared_attention(
@@ -83,6 +88,26 @@ def shared_attention(
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """Some rows of process ``rank``: ``within`` one of its two stretches, which ``half`` counts, and as it ``holds``
+    them among all of its rows."""
+
+    rank: int
+    half: int
+    within: slice
+    holds: slice
+
+    @property
+    def rows(self) -> int:
+        """P."""
+        return self.within.stop - self.within.start
+
+
+_Exchanged = tuple[int, _Piece | None, int, _Piece | None]
+"""(reader, the piece that it gets of this process's, source, the piece that comes from it)."""
+
+
+@dataclass(frozen=True)
 class _Work:
     """What there is to do beside the numbers.  problem: of the whole sequences, without tables and times."""
 
@@ -90,30 +115,54 @@ class _Work:
     problem: AttentionProblem
     query_times_T: Tensor | None
 
-    def wanted(self, rank: int, by: int) -> int:
-        """Rows of process ``rank`` that process ``by`` can see something of: the first so many, all or one stretch."""
-        first, second = self.cut.held_by(rank)
-        return first.rows + (second.rows if self._sees(by, rank, 1) else 0)
+    def own(self) -> list[_Piece]:
+        """This process's rows, for itself: each stretch is one piece."""
+        return list(self._pieces(self.cut.axis.rank, whole=True))
 
-    def _sees(self, rank: int, other: int, half: int) -> bool:
-        """Whether any row of process ``rank`` may see keys of a stretch of ``other``."""
-        return (
-            not self.problem.mask.causal or self.cut.numbers_of(rank)[1] >= self.cut.numbers_of(other)[half]
-        )
+    def wanted(self, rank: int, by: int) -> list[_Piece]:
+        """The pieces of process ``rank`` that process ``by`` can see something of."""
+        last = self.cut.numbers_of(by)[1]
+        return [
+            piece
+            for piece in self._pieces(rank)
+            if not self.problem.mask.causal or last >= self.cut.numbers_of(rank)[piece.half]
+        ]
 
-    def pairs(
-        self, other: int, position: Tensor | None, time: Tensor | None
-    ) -> Iterator[tuple[slice, slice, AttentionProblem]]:
-        """Stretches of this process and of ``other`` that see something of each other: which rows of this process's,
-        which of the other's, and the call."""
+    def exchanges(self) -> list[_Exchanged]:
+        """What there is to exchange, in order."""
+        rank, size = self.cut.axis.rank, self.cut.axis.size
+        found = []
+        for step in range(1, size):
+            most = max(len(self.wanted(other, (other + step) % size)) for other in range(size))
+            reader, source = (rank + step) % size, (rank - step) % size
+            sent, received = self.wanted(rank, reader), self.wanted(source, rank)
+            for number in range(most):
+                out, back = (some[number] if number < len(some) else None for some in (sent, received))
+                found.append((reader, out, source, back))
+        return found
+
+    def calls(
+        self, piece: _Piece, position: Tensor | None, time: Tensor | None
+    ) -> Iterator[tuple[slice, AttentionProblem]]:
+        """Which rows of this process's see something of a piece, a stretch at a time, and the attention's call."""
+        key_number = self.cut.numbers_of(piece.rank)[piece.half]
+        keys = self.cut.stretches[key_number]
         for queries, number, rows_T in self._stretches(self.cut.axis.rank):
-            for keys, key_number, rows_P in self._stretches(other):
-                seen = not self.problem.mask.causal or number >= key_number
-                if seen and queries.rows and keys.rows:
-                    times_S = None if self.query_times_T is None else self.query_times_T[rows_T]
-                    key_times_S = None if times_S is None else self.cut.key_times[key_number]
-                    bias = RelativeBias(position, time, times_S, key_times_S, self.problem.bias.buckets)
-                    yield rows_T, rows_P, self._call(queries, keys, bias)
+            seen = not self.problem.mask.causal or number >= key_number
+            if seen and queries.rows:
+                times_S = None if self.query_times_T is None else self.query_times_T[rows_T]
+                key_times_S = None if times_S is None else self.cut.key_times[key_number]
+                key_times_P = None if key_times_S is None else key_times_S[piece.within]
+                bias = RelativeBias(position, time, times_S, key_times_P, self.problem.bias.buckets)
+                yield rows_T, self._call(queries, keys, piece.within, bias)
+
+    def _pieces(self, rank: int, whole: bool = False) -> Iterator[_Piece]:
+        for half, (stretch, _, rows) in enumerate(self._stretches(rank)):
+            edges = [0, stretch.rows] if whole else _edges(stretch.lengths, PIECE)
+            for begin, end in pairwise(edges):
+                if begin < end:
+                    held = slice(rows.start + begin, rows.start + end)
+                    yield _Piece(rank, half, slice(begin, end), held)
 
     def _stretches(self, rank: int) -> Iterator[tuple[Stretch, int, slice]]:
         begin = 0
@@ -122,14 +171,31 @@ class _Work:
             yield stretch, number, slice(begin, begin + stretch.rows)
             begin += stretch.rows
 
-    def _call(self, queries: Stretch, keys: Stretch, bias: RelativeBias) -> AttentionProblem:
+    def _call(self, queries: Stretch, keys: Stretch, within: slice, bias: RelativeBias) -> AttentionProblem:
+        """within: which rows of the stretch of keys there are."""
+        offsets_B1 = keys.offsets_B1.clamp(within.start, within.stop)
+        starts_B = keys.starts_B + (offsets_B1[:-1] - keys.offsets_B1[:-1]).clamp_min(0)
+        # a sequence that ended before is empty here, wherever it is said to begin
+        starts_B = torch.where(offsets_B1.diff() > 0, starts_B, keys.starts_B)
         return replace(
             self.problem,
-            offsets=keys.offsets_B1,
+            offsets=offsets_B1 - within.start,
             query_offsets=queries.offsets_B1,
             bias=bias,
-            part=AttentionPart(queries.starts_B, keys.starts_B, self.cut.whole.offsets_B1[:-1]),
+            part=AttentionPart(queries.starts_B, starts_B, self.cut.whole.offsets_B1[:-1]),
         )
+
+
+@lru_cache(maxsize=256)
+def _edges(lengths: tuple[int, ...], most: int) -> list[int]:
+    """Where to cut a stretch of sequences into pieces of at most so many rows: a multiple of four rows behind where a
+    sequence begins."""
+    edges, begin = [0], 0
+    for length in lengths:
+        while begin + length - edges[-1] > most:
+            edges.append(begin + (edges[-1] + most - begin) // QUAD * QUAD)
+        begin += length
+    return [*edges, begin]
 
 
 class _Attention(torch.autograd.Function):
@@ -148,9 +214,9 @@ class _Attention(torch.autograd.Function):
         out_THV = q.new_zeros((*q.shape[:2], v.shape[2]), dtype=wide)
         lse_HT = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=wide) if softmax else None
         with _plain(q):
-            for other, k_PHQ, v_PHV in _passing(k, v, work):
-                for rows, keys, problem in work.pairs(other, position, time):
-                    part = attend_part(q[rows], k_PHQ[keys], v_PHV[keys], problem)
+            for piece, k_PHQ, v_PHV, _ in _passing(k, v, work):
+                for rows, problem in work.calls(piece, position, time) if piece else ():
+                    part = attend_part(q[rows], k_PHQ, v_PHV, problem)
                     so_far = (out_THV[rows], None if lse_HT is None else lse_HT[:, rows])
                     out_rows, lse_rows = add_part(so_far, part)
                     out_THV[rows] = out_rows
@@ -173,64 +239,73 @@ class _Attention(torch.autograd.Function):
         d_tables = [None if table is None else torch.zeros_like(table) for table in (position, time)]
         homecoming: Callable[[], None] = _nothing
         with _plain(q), preferring(ctx.kernels):
-            for other, k_PHQ, v_PHV in _passing(k, v, work):
-                own = other == work.cut.axis.rank
-                d_kv_P = d_kv if own else d_kv.new_zeros((k_PHQ.shape[0], d_kv.shape[1]))
+            for piece, k_PHQ, v_PHV, exchanged in _passing(k, v, work):
+                if piece is not None and exchanged is None:
+                    d_kv_P = d_kv[piece.holds]
+                else:
+                    d_kv_P = d_kv.new_zeros((0 if piece is None else piece.rows, d_kv.shape[1]))
                 d_k_PHQ, d_v_PHV = _apart(d_kv_P, k, v)
-                for rows, keys, problem in work.pairs(other, position, time):
+                for rows, problem in work.calls(piece, position, time) if piece else ():
                     out_rows = None if out is None else out[rows]
                     lse_rows = None if lse is None else lse[:, rows].contiguous()
                     found = attend_part_backward(
-                        d_out[rows], out_rows, lse_rows, q[rows], k_PHQ[keys], v_PHV[keys], problem
+                        d_out[rows], out_rows, lse_rows, q[rows], k_PHQ, v_PHV, problem
                     )
                     d_q[rows] += found[0]
-                    d_k_PHQ[keys] += found[1]
-                    d_v_PHV[keys] += found[2]
+                    d_k_PHQ += found[1]
+                    d_v_PHV += found[2]
                     for sums, gradient in zip(d_tables, found[3:], strict=True):
                         if sums is not None and gradient is not None:
                             sums += gradient
                 homecoming()
-                homecoming = _nothing if own else _send_home(d_kv_P, d_kv, other, work)
+                homecoming = _nothing
+                if exchanged is not None:
+                    homecoming = _send_home(d_kv_P, d_kv, exchanged, work.cut.axis)
             homecoming()
         d_k, d_v = _apart(d_kv, k, v)
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), *d_tables, None
 
 
-def _passing(k_THQ: Tensor, v_THV: Tensor, work: _Work) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(process, its keys, its values), this one's first; of the others what this one's rows can see.  The next ones
-    travel while the caller computes."""
-    axis = work.cut.axis
-    kv = _beside(k_THQ, v_THV)
-    coming = _fetch(kv, 1, work)
-    yield axis.rank, k_THQ, v_THV
-    for step in range(1, axis.size):
-        other, kv_P, arrived = coming
+def _passing(
+    k_THQ: Tensor, v_THV: Tensor, work: _Work
+) -> Iterator[tuple[_Piece | None, Tensor, Tensor, _Exchanged | None]]:
+    """(piece, its keys, its values, what was exchanged): first this process's own, which nobody exchanged, then those
+    of the others, None where nothing is left to come.  The next one travels while the caller computes."""
+    exchanges = work.exchanges()
+    coming = _fetch(k_THQ, v_THV, exchanges[0], work.cut.axis) if exchanges else None
+    for piece in work.own():
+        yield piece, k_THQ[piece.holds], v_THV[piece.holds], None
+    for number, exchanged in enumerate(exchanges):
+        assert coming is not None
+        kv_P, arrived = coming
         arrived()
-        if step + 1 < axis.size:
-            coming = _fetch(kv, step + 1, work)
-        yield other, *_apart(kv_P, k_THQ, v_THV)
+        if number + 1 < len(exchanges):
+            coming = _fetch(k_THQ, v_THV, exchanges[number + 1], work.cut.axis)
+        yield exchanged[3], *_apart(kv_P, k_THQ, v_THV), exchanged
 
 
-def _fetch(kv: Tensor, step: int, work: _Work) -> tuple[int, Tensor, Callable[[], None]]:
-    """Begin to exchange this process's keys and values with those of ``step`` before it, for the one as far behind it:
-    (process, its rows, what waits for them)."""
-    axis = work.cut.axis
-    source, reader = (axis.rank - step) % axis.size, (axis.rank + step) % axis.size
-    kv_P = kv.new_empty((work.wanted(source, axis.rank), kv.shape[1]))
-    return source, kv_P, _exchange(axis, kv[: work.wanted(axis.rank, reader)], reader, kv_P, source)
+def _fetch(
+    k_THQ: Tensor, v_THV: Tensor, exchanged: _Exchanged, axis: Axis
+) -> tuple[Tensor, Callable[[], None]]:
+    """Begin an exchange of keys and values: (those that come, what waits for them)."""
+    reader, out, source, back = exchanged
+    rows = slice(0, 0) if out is None else out.holds
+    kv = torch.cat([k_THQ[rows].flatten(1), v_THV[rows].flatten(1)], dim=1)
+    kv_P = kv.new_empty((0 if back is None else back.rows, kv.shape[1]))
+    return kv_P, _exchange(axis, kv, reader, kv_P, source)
 
 
-def _send_home(d_kv_P: Tensor, d_kv: Tensor, other: int, work: _Work) -> Callable[[], None]:
-    """Begin to send the gradients of ``other``'s keys and values, and to receive those that somebody found for this
-    process's; what waits for these, and adds them up."""
-    axis = work.cut.axis
-    finder = (2 * axis.rank - other) % axis.size  # as far behind this process as ``other`` is before it
-    found = d_kv.new_empty((work.wanted(axis.rank, finder), d_kv.shape[1]))
-    arrived = _exchange(axis, d_kv_P, other, found, finder)
+def _send_home(d_kv_P: Tensor, d_kv: Tensor, exchanged: _Exchanged, axis: Axis) -> Callable[[], None]:
+    """Begin to send the gradients of the piece that came, and to receive those of the one that was sent; what waits
+    for these, and adds them up."""
+    reader, out, source, _ = exchanged
+    found = d_kv.new_empty((0 if out is None else out.rows, d_kv.shape[1]))
+    arrived = _exchange(axis, d_kv_P, source, found, reader)
 
     def add_up() -> None:
         arrived()
-        d_kv[: found.shape[0]] += found
+        if out is not None:
+            d_kv[out.holds] += found
 
     return add_up
 
@@ -257,13 +332,8 @@ def _nothing() -> None:
     """Nobody to wait for."""
 
 
-def _beside(k_THQ: Tensor, v_THV: Tensor) -> Tensor:
-    """(T, H (Q + V)): each row's keys, then its values, contiguous."""
-    return torch.cat([k_THQ.flatten(1), v_THV.flatten(1)], dim=1)
-
-
 def _apart(kv: Tensor, k_THQ: Tensor, v_THV: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and the values in what ``_beside`` made, as views."""
+    """The keys and the values in rows that have both side by side, as views."""
     keys = k_THQ.shape[1] * k_THQ.shape[2]
     return kv[:, :keys].unflatten(1, k_THQ.shape[1:]), kv[:, keys:].unflatten(1, v_THV.shape[1:])
 

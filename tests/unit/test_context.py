@@ -1,5 +1,6 @@
 """Processes that share sequences compute what one does: here as threads, which hand each other rows through queues."""
 
+import itertools
 import queue
 import threading
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,7 @@ def exchange(axis, sent, to, received, source):
 def together(work, size, monkeypatch):
     """What ``work(axis)`` returns on each of ``size`` threads that share sequences."""
     monkeypatch.setattr(context, "_exchange", exchange)
+    monkeypatch.setattr(context, "PIECE", 8)
     post, results, failures = Post(), [None] * size, []
 
     def run(rank):
@@ -168,6 +170,17 @@ def test_everybody_has_other_rows(size):
             stretch = part.cut.held_by(part.cut.axis.rank)[sequence // len(LENGTHS)]
             begin = stretch.starts_B[sequence % len(LENGTHS)]
             assert begin % 4 == 0 and begin <= position < begin + part.lengths[sequence]
+
+
+@pytest.mark.parametrize("most", [4, 8, 1000])
+@pytest.mark.parametrize("lengths", [(), (0, 0), (3,), (8, 0, 1, 24, 2), (1, 1, 1, 40)])
+def test_pieces_are_small_and_cut_sequences_at_fours(lengths, most):
+    edges = context._edges(lengths, most)
+    assert edges[0] == 0 and edges[-1] == sum(lengths)
+    begins = [sum(lengths[:number]) for number in range(len(lengths))]
+    for begin, end in itertools.pairwise(edges):
+        assert begin <= end <= begin + most
+        assert end == sum(lengths) or (end - max(b for b in begins if b <= end)) % 4 == 0
 
 
 def test_work_is_level():
