@@ -252,6 +252,11 @@ def test_nobody_and_no_keys() -> None:
             )  # fmt: skip
             out, lse = attend_part(q, q[:0], q[:0], problem, implementation)
             assert not out.any() and (lse is None) == (activation == "silu")
+            with torch.no_grad():
+                whole = (None, None) if lse is None else (out, lse + 1.0)
+                gradients = attend_part_backward(q, *whole, q, q[:0], q[:0], problem, implementation)
+            assert [x.shape[0] for x in gradients[:3] if x is not None] == [2, 0, 0]
+            assert not any(x.any() for x in gradients if x is not None)
             assert lse is None or bool((lse == -math.inf).all())
             total, sums = add_part((torch.ones(2, 1, 4), None if lse is None else lse + 0.0), (out, lse))
             assert bool(total.isfinite().all()) and (sums is None or bool((sums == -math.inf).all()))

@@ -165,8 +165,9 @@ def part_backward(
     q_leaf, k_leaf, v_leaf, position, time = leaves
     assert q_leaf is not None and k_leaf is not None and v_leaf is not None
     bias = replace(problem.bias, position=position, time=time)
-    total = torch.stack([x.sum() * 0.0 for x in leaves if x is not None]).sum()
     with torch.enable_grad():
+        # 0, a sum of no numbers: without a pair, gradients are zeros all the same
+        total = torch.stack([x[:0].sum() for x in leaves if x is not None]).sum()
         for queries, keys, scores_Hmn, hidden_mn, factors_Hmn in _parts(
             q_leaf, k_leaf, replace(problem, bias=bias)
         ):
