@@ -20,7 +20,7 @@ def check(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> None
     _check_settings(problem)
     _check_offsets(problem, q_THQ.device)
     _check_targets(problem.mask, problem.offsets.shape[0] - 1, q_THQ.device)
-    _check_part(problem, q_THQ.device)
+    _check_part(problem, q_THQ)
     _check_order(problem.order, problem.offsets.shape[0] - 1, q_THQ.device)
     if values_are_at_hand(q_THQ):
         _check_rows(problem, q_THQ.shape[0], k_SHQ.shape[0])
@@ -115,7 +115,7 @@ def _check_rows(problem: Problem, queries: int, keys: int) -> None:
         raise _wrong(f"order must name each of the {len(lengths)} sequences once")
 
 
-def _check_part(problem: Problem, device: torch.device) -> None:
+def _check_part(problem: Problem, q: Tensor) -> None:
     part, sequences = problem.part, problem.offsets.shape[0] - 1
     if part is None:
         return
@@ -127,8 +127,8 @@ def _check_part(problem: Problem, device: torch.device) -> None:
             raise _wrong(
                 f"part.{name} must be ({sequences},) int64, one number a sequence, not {tuple(x.shape)} {x.dtype}"
             )
-        _check_device(f"part.{name}", x, device)
-    if device.type != "cpu":
+        _check_device(f"part.{name}", x, q.device)
+    if not values_are_at_hand(q):
         return
     for sequence, (query, key) in enumerate(zip(part.query_starts.tolist(), part.key_starts.tolist())):
         if key % 4:

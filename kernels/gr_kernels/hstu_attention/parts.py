@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gr_kernels.dispatch import Implementation, choose
+from gr_kernels.dispatch import Implementation, choose, takes_all
 from gr_kernels.hstu_attention import blocked, reference, triton_op
 from gr_kernels.hstu_attention.checks import check
 from gr_kernels.hstu_attention.problem import Gradients, Problem
@@ -30,10 +30,6 @@ class _Both:
         self.forward, self.backward = forward, backward
 
 
-def _none(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> str:
-    return ""
-
-
 IMPLEMENTATIONS = (
     Implementation(
         "triton",
@@ -44,13 +40,13 @@ IMPLEMENTATIONS = (
     ),
     Implementation(
         "blocked",
-        _none,
+        takes_all,
         _Both(blocked.forward, blocked.backward),
         "plain PyTorch in blocks, any device and precision",
     ),
     Implementation(
         "reference",
-        _none,
+        takes_all,
         _Both(reference.part_forward, reference.part_backward),
         "the definition, every score of a sequence at once",
     ),
