@@ -84,6 +84,16 @@ class Cut:
             ]
         )
 
+    def among(self, numbers_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows by their numbers in the whole batch, those that this process has: which they are, and as which of its
+        own rows it has them, ascending.  Waits for a device."""
+        own_T = self.numbers_T
+        place_N = torch.full((self.whole.rows,), -1, device=own_T.device)
+        place_N[own_T] = torch.arange(own_T.shape[0], device=own_T.device)
+        chosen_K = (place_N[numbers_K] >= 0).nonzero().squeeze(1)
+        places_K, order_K = place_N[numbers_K[chosen_K]].sort()
+        return chosen_K[order_K], places_K
+
     @cached_property
     def key_times(self) -> list[Tensor | None]:
         """Of each stretch, the times of its rows' actions."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gr.batch import UNKNOWN, SequenceBatch
 from gr.config import ComponentConfig
-from gr.models.cut import cut
+from gr.models.cut import Cut, cut
 from gr.models.layout import JaggedLayout
 from gr.processes import Axis
 from gr_kernels.counter_random import derive_key, uniform_floats
@@ -33,6 +33,13 @@ class Known:
 
     rows_F: Tensor
     places_F: Tensor | None = None
+
+    def part_of(self, cut: Cut) -> Known:
+        """What is known at the rows of a cut."""
+        if self.places_F is None:
+            return Known(self.rows_F[cut.numbers_T])
+        chosen_F, places_F = cut.among(self.places_F)
+        return Known(self.rows_F[chosen_F], places_F)
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,7 @@ class Supervision:
         assert layout.cut is not None
         chosen_S, queries_S = layout.cut.numbers_T, None
         if self.queries_S is not None:
-            place_T = torch.full((self.layout.rows,), -1, device=chosen_S.device)
-            place_T[layout.cut.numbers_T] = torch.arange(layout.rows, device=chosen_S.device)
-            chosen_S = (place_T[self.queries_S] >= 0).nonzero().squeeze(1)
-            queries_S = place_T[self.queries_S[chosen_S]]
+            chosen_S, queries_S = layout.cut.among(self.queries_S)
         return Supervision(
             tokens_T=self.tokens_T[layout.cut.numbers_T],
             layout=layout,
@@ -80,6 +84,7 @@ class Supervision:
             targets_S=self.targets_S[chosen_S],
             ordinals_S=self.ordinals_S[chosen_S],
             positions_S=self.positions_S[chosen_S],
+            features={name: known.part_of(layout.cut) for name, known in self.features.items()},
         )
 
     def select(self, encoded_TD: Tensor) -> Tensor:

@@ -98,6 +98,12 @@ def _check_context(model: Model, config: RunConfig) -> None:
             "processes that share one would have none, so lower train.context",
             everywhere=True,
         )
+    if model.vocabularies:
+        raise UserError(
+            f"train.context is {context}, and model.input.features has an open vocabulary, which would count the ids of "
+            "a shared sequence once a process: use train.context=1, or columns whose values are rows",
+            everywhere=True,
+        )
     engine: type[Engine] = config.train.engine.component()
     if not engine.shares_sequences:
         raise UserError(

@@ -14,6 +14,7 @@ from gr.models import context, dropout
 from gr.models.cut import Cut, cut
 from gr.models.hstu import HSTU as HSTU_ENCODER
 from gr.models.step import StepContext
+from gr.models.tasks import Known
 from gr.processes import Axis, _on_mesh
 from gr.train.parts import _check_context
 from gr_kernels.dispatch import preferring
@@ -208,8 +209,26 @@ def test_the_generator_drops_of_some_rows_what_it_drops_of_all(width, dtype, mon
         assert torch.equal(torch.get_rng_state(), state), "everybody goes on from the same place"
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_known_at_some_rows_goes_with_them(size):
+    """Features of hidden actions are left out: each process has those of its own rows, in their order."""
+    whole = layout(LENGTHS)
+    places = torch.arange(whole.rows)[torch.arange(whole.rows) % 3 != 1]
+    known, every = Known(places * 10, places), Known(torch.arange(whole.rows) * 10)
+    found = []
+    for rank in range(size):
+        some = Cut(whole, Axis(rank, size))
+        part = known.part_of(some)
+        assert torch.equal(some.numbers_T[part.places_F] * 10, part.rows_F)
+        assert torch.equal(part.places_F, part.places_F.sort().values)
+        assert torch.equal(every.part_of(some).rows_F, some.numbers_T * 10)
+        found.append(part.rows_F)
+    assert torch.equal(torch.cat(found).sort().values, known.rows_F)
+
+
 class Encoded(torch.nn.Module):
     cuttable = True
+    vocabularies = {}
 
 
 def test_what_cannot_be_shared_is_refused_in_a_sentence():
