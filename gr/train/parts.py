@@ -100,8 +100,8 @@ def _check_context(model: Model, config: RunConfig) -> None:
         )
     if model.vocabularies:
         raise UserError(
-            f"train.context is {context}, and model.input.features has an open vocabulary, which would count the ids of "
-            "a shared sequence once a process: use train.context=1, or columns whose values are rows",
+            f"train.context is {context}, and model.input.features has an open vocabulary, which would count the ids "
+            "of a shared sequence once a process: use train.context=1, or columns whose values are rows",
             everywhere=True,
         )
     engine: type[Engine] = config.train.engine.component()
