@@ -193,6 +193,9 @@ class TrainSection(Section):
     """``global_batch`` sequences a step over all processes; a process cuts its share into micro-batches of at most
     ``micro_batch_actions`` actions and accumulates: neither changes the loss but by rounding.
 
+    context: how many processes share each sequence, and hold its rows between them; the others along the data axis
+    have other sequences.
+
     activation_checkpointing: of each layer of the encoder only the input is kept, and the rest is formed again in the
     backward pass: less memory, about a third more time, the same losses."""
 
@@ -208,6 +211,7 @@ class TrainSection(Section):
     deterministic: bool = True
     kernels: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     engine: component(registry.ENGINES, "train.engine", default="ddp")  # type: ignore[valid-type]
+    context: POSITIVE = 1
     activation_checkpointing: bool = False
     early_stopping: EarlyStopping | None = None
 

@@ -128,8 +128,10 @@ def test_every_place_of_a_model_has_a_key_of_its_own(name, monkeypatch):
     for owner in (hstu, encoder):
         monkeypatch.setattr(owner, "hstu_attention", attention)
     for module in model.modules():
-        if isinstance(module, Dropout | GatedOutput):  # the key is their last argument
-            module.register_forward_pre_hook(lambda module, arguments: keys.append(arguments[-1]))
+        if isinstance(module, Dropout | GatedOutput):  # the key is their one number
+            module.register_forward_pre_hook(
+                lambda module, arguments: keys.extend(a for a in arguments if isinstance(a, int))
+            )
     with preferring("reference"):
         for key in (1, 2):
             loss_of(model, model.supervise(batch(items=ITEMS), 1, key))

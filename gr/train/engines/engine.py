@@ -132,6 +132,9 @@ class Engine(ABC):
     collective = False
     """Whether a micro-batch's forward or backward pass is an exchange, so that everybody needs as many."""
 
+    shares_sequences = False
+    """Whether processes may share each sequence (``train.context``), and exchange rows of it in both passes."""
+
     module: nn.Module
     """What is called for a micro-batch's loss: the model, or what wraps it."""
 
