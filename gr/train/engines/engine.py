@@ -102,10 +102,10 @@ class Engine(ABC):
         for name, rows_N in rows.items():
             if not len(rows_N):
                 continue
-            self.model.tables[name].restart(rows_N)
-            if name in self.row_optimizers:
+            if name in self.row_optimizers:  # before the values: it says whose rows are about to change
                 self.row_optimizers[name].restart(rows_N)
                 waiting = waiting or not self.row_tables[name].replicated
+            self.model.tables[name].restart(rows_N)
             for column in ("weight", "bias"):
                 if (full_name := f"tables.{name}.{column}") in self.dense:
                     self.dense[full_name].restart(full_name, rows_N)
