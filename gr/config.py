@@ -80,6 +80,10 @@ class DataSection(Section):
         default_factory=lambda: {"name": "arrow"}, validate_default=True
     )
 
+    def idle(self) -> dict[str, str]:
+        ahead = getattr(self.ingest.component(), "reads_ahead", True)
+        return {} if ahead else {"prefetch": f"data.ingest is {self.ingest.name}, which reads nothing ahead"}
+
 
 class FeatureSection(Section):
     """A table of its own for something that is known of an action, a user or a request beside the item.
@@ -189,6 +193,9 @@ class TrainSection(Section):
     """``global_batch`` sequences a step over all processes; a process cuts its share into micro-batches of at most
     ``micro_batch_actions`` actions and accumulates: neither changes the loss but by rounding.
 
+    context: how many processes share each sequence, and hold its rows between them; the others along the data axis
+    have other sequences.
+
     activation_checkpointing: of each layer of the encoder only the input is kept, and the rest is formed again in the
     backward pass: less memory, about a third more time, the same losses."""
 
@@ -204,6 +211,7 @@ class TrainSection(Section):
     deterministic: bool = True
     kernels: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     engine: component(registry.ENGINES, "train.engine", default="ddp")  # type: ignore[valid-type]
+    context: POSITIVE = 1
     activation_checkpointing: bool = False
     early_stopping: EarlyStopping | None = None
 
@@ -237,7 +245,7 @@ class EvalSection(Section):
         return self
 
     def idle(self) -> dict[str, str]:
-        return {} if self.splits else {"baselines": "eval.splits is empty"}
+        return {} if self.splits else dict.fromkeys(("every_steps", "baselines"), "eval.splits is empty")
 
 
 class CheckpointSection(Section):
@@ -278,6 +286,16 @@ class RunConfig(Section):
         for name in self.eval.splits:
             split.check(name)
         return self
+
+    def idle(self) -> dict[str, str]:
+        """Keys of ``eval`` that other models' metrics look at."""
+        families = {
+            name: registry.resolve(registry.METRICS, name, "metric family") for name in registry.METRICS
+        }
+        others = frozenset().union(*(family.eval_keys for family in families.values()))
+        own = families[self.model.component().judged_by].eval_keys  # type: ignore[attr-defined]
+        why = f"the metrics of model {self.model.name} don't look at it"
+        return {f"eval.{key}": why for key in sorted(others - own)}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -125,6 +125,10 @@ class Processes:
         finally:
             dist.destroy_process_group(group)
 
+    def of_whole_sequences(self) -> Processes:
+        """The same processes where nobody shares a sequence: each has its own along the data axis."""
+        return replace(self, data=self.world, context=Axis())
+
     def barrier(self) -> None:
         if self.world.size > 1:
             dist.barrier(self.world.group)
@@ -271,7 +275,8 @@ def _store(rank: int, ranks: int) -> dist.Store | None:
 def _on_mesh(device: torch.device, rank: int, ranks: int, context: int, local: Axis) -> Processes:
     if ranks % context:
         raise UserError(
-            f"{ranks} processes can't be cut into groups of {context} that share a sequence: start a multiple",
+            f"{ranks} processes can't be cut into groups of {context} that share a sequence (train.context): start a "
+            "multiple, or change it",
             everywhere=True,
         )
     if ranks == 1:
@@ -286,6 +291,8 @@ def _on_mesh(device: torch.device, rank: int, ranks: int, context: int, local: A
         Axis(mesh.get_local_rank(name), mesh[name].size(), mesh.get_group(name))
         for name in ("data", "context")
     )
+    # NCCL connects a group in its first operation, where all must be; later ones may be between two of them
+    shared.add_up(torch.zeros(1, device=device))
     return Processes(device, world, data, shared, local)
 
 

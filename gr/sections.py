@@ -7,6 +7,7 @@ from a table of ``gr.registry``.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -50,7 +51,7 @@ class Section(BaseModel):
     """The key that a text in place of the section stands for."""
 
     def idle(self) -> dict[str, str]:
-        """Keys that change nothing beside the values of the others, and why not."""
+        """Keys that change nothing beside the values of the others, and why not: its own, or dotted ones below."""
         return {}
 
 
@@ -125,8 +126,10 @@ def validate(section: type[Section], raw: Any, prefix: str) -> Any:
 def idle_keys(section: Section, prefix: str = "") -> Iterator[str]:
     """A sentence for each key that was given a value of its own and changes nothing beside the others."""
     for key, why in section.idle().items():
-        value = getattr(section, key)
-        if value != type(section).model_fields[key].get_default(call_default_factory=True):
+        *path, last = key.split(".")
+        owner: Any = reduce(getattr, path, section)
+        value = getattr(owner, last)
+        if value != type(owner).model_fields[last].get_default(call_default_factory=True):
             yield f"config key '{prefix}{key}' is {shown(value)} and has no effect: {why}"
     for key in type(section).model_fields:
         value = getattr(section, key)

@@ -135,7 +135,9 @@ class Catalogue:
             if name not in table.column_names:
                 raise self._changed(f"has no column '{name}', the manifest says it has")
             if checksum(table[name].combine_chunks()) != self._manifest.catalogue[name]:
-                raise self._changed(f"does not hold in column '{name}' what was written there (its checksum differs)")
+                raise self._changed(
+                    f"does not hold in column '{name}' what was written there (its checksum differs)"
+                )
         return {name: table[name] for name in names}
 
     def _unreadable(self, error: Exception) -> UserError:

@@ -133,7 +133,9 @@ def block_digest(rows: Sequences) -> str:
         column = rows.columns.get(name)
         digest.update(b"|" if column is None else _bytes(column))  # type: ignore[arg-type]
     others = [(name, rows.columns[name]) for name in sorted(rows.columns.keys() - DTYPES.keys())]
-    others += [(f"{name} of users", rows.user_columns[name]) for name in sorted(rows.user_columns.keys() - {USER_ID})]
+    others += [
+        (f"{name} of users", rows.user_columns[name]) for name in sorted(rows.user_columns.keys() - {USER_ID})
+    ]
     for name, column in others:
         digest.update(f"|{name}|".encode())
         for part in _content(_to_arrow(column)):

@@ -36,7 +36,16 @@ from gr.data.columns import (
 )
 from gr.data.folder import Folder, first_line, is_url
 from gr.data.hashing import hash_ids
-from gr.data.manifest import MANIFEST, SCHEMA_VERSION, Block, Manifest, fingerprint, place, read_manifest, to_json
+from gr.data.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Block,
+    Manifest,
+    fingerprint,
+    place,
+    read_manifest,
+    to_json,
+)
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
 from gr.errors import UserError
 
@@ -131,17 +140,20 @@ class SequenceDataset:
         entry = self.manifest.blocks[block]
         where = f"row group {entry.row_group} of '{self.folder.of(entry.file)}'"
         try:
-            with self.folder.opened(entry.file) as source, pq.ParquetFile(
-                source, metadata=self._footer(entry.file), pre_buffer=self.folder.local is None
-            ) as parquet:
+            with (
+                self.folder.opened(entry.file) as source,
+                pq.ParquetFile(
+                    source, metadata=self._footer(entry.file), pre_buffer=self.folder.local is None
+                ) as parquet,
+            ):
                 table = parquet.read_row_group(entry.row_group, columns=[info.stored for info in infos])
         except (OSError, pa.ArrowException, IndexError) as error:
-            raise UserError(f"cannot read {where} ({first_line(error)}): prepare the dataset again") from error
+            raise UserError(
+                f"cannot read {where} ({first_line(error)}): prepare the dataset again"
+            ) from error
         changed = "the files were changed after preparing; prepare the dataset again"
         if table.num_rows != entry.rows:
-            raise UserError(
-                f"{where} has {table.num_rows} rows, the manifest says {entry.rows}: {changed}"
-            )
+            raise UserError(f"{where} has {table.num_rows} rows, the manifest says {entry.rows}: {changed}")
         for info in infos:
             if info.stored not in table.column_names:
                 raise UserError(f"{where} has no column '{info.stored}', the manifest says it has: {changed}")
@@ -160,7 +172,8 @@ class SequenceDataset:
             )
         if checksum(column) != entry.columns[info.name]:
             raise UserError(
-                f"column '{info.name}' in {where} does not hold what was written there (its checksum differs): {changed}"
+                f"column '{info.name}' in {where} does not hold what was written there (its checksum differs): "
+                f"{changed}"
             )
 
     def _footer(self, file: str) -> pq.FileMetaData:
@@ -279,7 +292,9 @@ class DatasetWriter:
     def _write(self, rows: Sequences) -> None:
         rows = canonical(rows)
         infos, table = described(rows), to_table(rows)
-        stored = table.rename_columns([{i.name: i.stored for i in infos}[name] for name in table.column_names])
+        stored = table.rename_columns(
+            [{i.name: i.stored for i in infos}[name] for name in table.column_names]
+        )
         file, row_group = place(len(self._blocks))
         if not self._blocks:
             self._columns = infos
@@ -294,7 +309,9 @@ class DatasetWriter:
         columns = {name: checksum(table[name].combine_chunks()) for name in table.column_names}
         first_hash = self._next_users(rows.users_R)
         actions = len(rows.items_A)
-        self._blocks.append(Block(file, row_group, len(rows), actions, block_digest(rows), columns, first_hash))
+        self._blocks.append(
+            Block(file, row_group, len(rows), actions, block_digest(rows), columns, first_hash)
+        )
         self.users += len(rows)
         self.actions += actions
         if rows.timestamps_A is not None and actions:

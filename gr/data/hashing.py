@@ -21,7 +21,10 @@ def hash_ids(ids: np.ndarray) -> np.ndarray:
     if np.issubdtype(ids.dtype, np.integer):
         return mix64(ids.astype(np.int64).view(np.uint64))
     return np.fromiter(
-        (int.from_bytes(hashlib.blake2b(str(i).encode(), digest_size=8).digest(), "little") for i in ids.tolist()),
+        (
+            int.from_bytes(hashlib.blake2b(str(i).encode(), digest_size=8).digest(), "little")
+            for i in ids.tolist()
+        ),
         dtype=np.uint64,
         count=len(ids),
     )

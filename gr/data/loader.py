@@ -22,7 +22,9 @@ T = TypeVar("T")
 
 class InProcess:
     """What the engines of this file share.  With pin_memory batches lie in memory from which a GPU copies without
-    being waited for.  ``prefetch``: batches ready before they are asked for."""
+    being waited for.  ``prefetch``: batches ready before they are asked for, if the engine ``reads_ahead``."""
+
+    reads_ahead = True
 
     def __init__(
         self,
@@ -59,6 +61,8 @@ class Arrow(InProcess):
 
 class Direct(InProcess):
     """Reads when a batch is asked for, without a thread: for profiles, and where threads may not be."""
+
+    reads_ahead = False
 
     class Config(ComponentConfig):
         name: Literal["direct"] = "direct"

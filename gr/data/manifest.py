@@ -85,7 +85,9 @@ def read_manifest(folder: Folder) -> Manifest:
             "make one with python -m gr prepare, or set data.path to one"
         ) from None
     except OSError as error:
-        raise UserError(f"cannot read '{file}' ({first_line(error)}): check the path and its access") from None
+        raise UserError(
+            f"cannot read '{file}' ({first_line(error)}): check the path and its access"
+        ) from None
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -192,7 +194,10 @@ def _contradiction(manifest: Manifest) -> str:
             return f"block {number} has {block.rows} rows where a block has {manifest.block_rows}"
         if block.actions < 0:
             return f"block {number} has {block.actions} actions"
-    for what, counted in (("users", sum(b.rows for b in blocks)), ("actions", sum(b.actions for b in blocks))):
+    for what, counted in (
+        ("users", sum(b.rows for b in blocks)),
+        ("actions", sum(b.actions for b in blocks)),
+    ):
         if getattr(manifest, what) != counted:
             return f"it says {getattr(manifest, what)} {what} and its blocks have {counted}"
     return _contradiction_in_columns(manifest) or _contradiction_in_digests(manifest)
@@ -221,7 +226,9 @@ def _contradiction_in_digests(manifest: Manifest) -> str:
     if wrong := [n for n, b in enumerate(blocks) if not re.fullmatch("[0-9a-f]{32}", b.digest)]:
         return f"the digest of block {wrong[0]} is not one"
     hashes = [b.first_hash for b in blocks if b.first_hash is not None]
-    if hashes and (len(hashes) < len(blocks) or hashes != sorted(hashes) or not 0 <= hashes[0] <= hashes[-1] < 2**64):
+    if hashes and (
+        len(hashes) < len(blocks) or hashes != sorted(hashes) or not 0 <= hashes[0] <= hashes[-1] < 2**64
+    ):
         return "the first hashes of its blocks are not in order"
     made = fingerprint(manifest.row_order, manifest.block_rows, manifest.items, (b.digest for b in blocks))
     if manifest.fingerprint != made:

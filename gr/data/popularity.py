@@ -129,5 +129,7 @@ def _kept(dataset: SequenceDataset, file: str, about: dict) -> Counted | None:
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        log.info("'%s' is counted again, what was kept is no use (%s)", dataset.folder.of(file), first_line(error))
+        log.info(
+            "'%s' is counted again, what was kept is no use (%s)", dataset.folder.of(file), first_line(error)
+        )
         return None

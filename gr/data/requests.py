@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr.batch import UNKNOWN, SequenceBatch
+from gr.batch import SequenceBatch
 from gr.data.collate import collate
 from gr.data.dataset import SequenceDataset
 from gr.data.hashing import derive, hash_ids, mix64
@@ -234,7 +234,9 @@ def recommendation_requests(
         found = users if isinstance(users, FoundUsers) else find_users(dataset, users).refuse_unknown()
         wanted = found.rows
     carried = None if columns is None else frozenset(columns)
-    return _requests(_recommendation_parts(dataset, wanted, max_length, exclude, time, carried), batch, carried)
+    return _requests(
+        _recommendation_parts(dataset, wanted, max_length, exclude, time, carried), batch, carried
+    )
 
 
 def _recommendation_parts(
@@ -297,7 +299,8 @@ def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> FoundUsers:
         given.setdefault(_as_id(written, integers), written)
     sought: dict[int, set[Any]] = {}
     if blocks[0].first_hash is None:
-        sought = dict.fromkeys(range(len(blocks)), set(given))
+        everybody = set(given)
+        sought = dict.fromkeys(range(len(blocks)), everybody)
     else:
         candidates = [user for user in given if isinstance(user, int) == integers]
         hashes = hash_ids(np.array(candidates, np.int64 if integers else object))

@@ -76,7 +76,9 @@ class Sequences:
             user_columns={name: column for name, column in self.user_columns.items() if name in wanted},
         )
 
-    def take(self, rows: np.ndarray, first: np.ndarray | None = None, stop: np.ndarray | None = None) -> Sequences:
+    def take(
+        self, rows: np.ndarray, first: np.ndarray | None = None, stop: np.ndarray | None = None
+    ) -> Sequences:
         """The given rows, each cut to its actions ``first[i]:stop[i]`` (counted within the sequence)."""
         base = self.offsets_R1[rows]
         begin = base if first is None else base + first
@@ -88,7 +90,9 @@ class Sequences:
         """Rows ``start`` to ``stop`` (exclusive), without copies."""
         offsets = self.offsets_R1[start : stop + 1]
         first, last = int(offsets[0]), int(offsets[-1])
-        return self._each(lambda column: column[first:last], lambda column: column[start:stop], offsets - first)
+        return self._each(
+            lambda column: column[first:last], lambda column: column[start:stop], offsets - first
+        )
 
     def append_unknown(self, time: int | None) -> Sequences:
         """Each row with one more action, an unknown item at ``time``.
@@ -134,7 +138,9 @@ class Sequences:
             offsets_R1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             ordinals_R=np.concatenate([p.ordinals_R for p in parts]),
             columns={name: join([p.columns[name] for p in parts]) for name in parts[0].columns},
-            user_columns={name: join([p.user_columns[name] for p in parts]) for name in parts[0].user_columns},
+            user_columns={
+                name: join([p.user_columns[name] for p in parts]) for name in parts[0].user_columns
+            },
         )
 
     def _each(self, of_actions: Change, of_users: Change, offsets_R1: np.ndarray) -> Sequences:

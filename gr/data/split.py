@@ -116,8 +116,8 @@ class GlobalTime(Split):
             if not first < bound <= latest:
                 side = "before" if bound <= first else "at or after"
                 raise UserError(
-                    f"no action of '{dataset.path}' is {side} data.split.{name} {bound} ({_date(bound)}), they are from "
-                    f"{first} ({_date(first)}) to {last} ({_date(last)}): {_likely(bound, first, last)}"
+                    f"no action of '{dataset.path}' is {side} data.split.{name} {bound} ({_date(bound)}), they are "
+                    f"from {first} ({_date(first)}) to {last} ({_date(last)}): {_likely(bound, first, last)}"
                 )
 
     def train_stop(self, rows: Sequences) -> np.ndarray:
@@ -133,7 +133,9 @@ class GlobalTime(Split):
     @staticmethod
     def _before(rows: Sequences, time: int) -> np.ndarray:
         if rows.timestamps_A is None:
-            raise UserError("data.split 'global_time' needs timestamps, and this dataset has none: use leave_one_out")
+            raise UserError(
+                "data.split 'global_time' needs timestamps, and this dataset has none: use leave_one_out"
+            )
         count = np.concatenate([[0], np.cumsum(rows.timestamps_A < time)])
         return count[rows.offsets_R1[1:]] - count[rows.offsets_R1[:-1]]
 

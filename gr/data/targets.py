@@ -47,7 +47,11 @@ class TargetKinds:
     def shares(self, counts: Sequence[int]) -> dict[str, float]:
         """Share of the targets by kind, of ``counts`` (several processes' added up); empty without targets."""
         total, *each = counts
-        return {f"{n}_targets": count / total for n, count in zip(self.names, each, strict=True)} if total else {}
+        return (
+            {f"{n}_targets": count / total for n, count in zip(self.names, each, strict=True)}
+            if total
+            else {}
+        )
 
 
 def _repeated(rows: Sequences, who_R: np.ndarray, target_R: np.ndarray) -> np.ndarray:

@@ -194,10 +194,14 @@ class RowOptimizer:
                     moment[rows_U] = here[name]
 
     def restart(self, rows_N: Tensor) -> None:
-        """``rows_N`` of the table have no moments, as if they had never moved; the steps are the table's and stay."""
-        for piece, moments in zip(self.pieces, self.moments, strict=True):
+        """``rows_N`` of the table have no moments, as if they had never moved, and may be filled anew when this
+        returns; the steps are the table's and stay."""
+        for number, (piece, moments) in enumerate(zip(self.pieces, self.moments, strict=True)):
+            own_N = piece.own(rows_N).to(piece.values_RC.device)
+            if self.moving is not None:
+                self.moving(number, own_N)
             for moment in moments.values():
-                moment[piece.own(rows_N).to(moment.device)] = 0
+                moment[own_N] = 0
 
     def owned(self) -> Iterator[tuple[int, Tensor]]:
         """(a piece's number, its values or one of its moments): the tensors whose rows move together."""

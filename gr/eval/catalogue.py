@@ -26,6 +26,7 @@ class CatalogueMetrics(MetricFamily):
     popularity."""
 
     heading = "whole catalogue ranked"
+    eval_keys = frozenset({"ks", "exclude", "max_scores"})
 
     def __init__(self, config: EvalSection, items: int, item_counts: Tensor | None = None) -> None:
         self.items, self.max_scores = items, config.max_scores

@@ -45,6 +45,9 @@ class MetricFamily(ABC):
     heading: str
     """What was measured, for the caption of a table."""
 
+    eval_keys: frozenset[str] = frozenset()
+    """Keys of the config's section ``eval`` that say something to this kind of metrics and not to every kind."""
+
     @classmethod
     @abstractmethod
     def of(cls, config: RunConfig, catalogue: Catalogue) -> Self:

@@ -1,4 +1,4 @@
-"""What every sequence encoder is, and the attention call they share.
+"""What every sequence encoder is, and the softmax attention that several share.
 
 Shapes: T actions in the batch, D model width, H heads, Q query/key width per head, V value width per head.
 """
@@ -10,20 +10,22 @@ from typing import Protocol
 from torch import Tensor
 
 from gr.errors import UserError
+from gr.models.attention import attention
 from gr.models.layout import JaggedLayout
 from gr.models.tasks import Task
-from gr_kernels.hstu_attention import AttentionMask, hstu_attention
 
 
 class Encoder(Protocol):
     """(T, D) vectors of jagged sequences -> (T, D).  No row depends on another sequence's rows.
 
     ``uses_times``: whether the layout must carry times.  ``causal``: whether a row's output depends on that row and
-    earlier ones alone.
+    earlier ones alone.  ``cuttable``: whether processes may share a sequence's rows (gr/models/cut.py): rows meet in
+    attention alone.
     """
 
     uses_times: bool
     causal: bool
+    cuttable: bool
 
     def __call__(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor: ...
 
@@ -51,19 +53,16 @@ def softmax_attention(
     dropout_key: int,
 ) -> Tensor:
     """Scaled dot-product attention inside each sequence, (T, H, V): softmax(q . k / sqrt(Q)) v."""
-    return hstu_attention(
+    return attention(
         q_THQ,
         k_THQ,
         v_THV,
-        layout.offsets_B1,
-        max_length=layout.max_length,
+        layout,
         scale=q_THQ.shape[-1] ** -0.5,
-        divisor=1.0,
         activation="softmax",
-        mask=AttentionMask(causal=causal),
+        causal=causal,
         dropout=dropout,
         dropout_key=dropout_key,
-        order=layout.start_order_B,
     )
 
 

@@ -31,7 +31,7 @@ class GRU4Rec(nn.Module):
 
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
-        self.uses_times, self.causal = False, True
+        self.uses_times, self.causal, self.cuttable = False, True, False
         self.dropout = Dropout(config.dropout)
         between = config.dropout if config.layers > 1 else 0.0
         self.gru = nn.GRU(dim, config.hidden, config.layers, dropout=between)

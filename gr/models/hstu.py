@@ -24,13 +24,16 @@ from torch.nn import functional as F
 
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
+from gr.models.attention import attention
+from gr.models.cut import Cut
 from gr.models.dropout import from_generator, generator_dropout
 from gr.models.layers import Linear, Stack
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
 from gr_kernels.fused_layer import gated_output, norm_linear_silu_parts
 from gr_kernels.fused_layer.op import IMPLEMENTATIONS as FUSED
-from gr_kernels.hstu_attention import RelativeBias, TimeBuckets, hstu_attention
+from gr_kernels.fused_layer.reference import keep_factors
+from gr_kernels.hstu_attention import TimeBuckets
 
 EPS = 1e-6
 INIT_STD = 0.02
@@ -63,7 +66,7 @@ class HSTU(nn.Module):
 
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
-        self.uses_times, self.causal = config.relative_time, True
+        self.uses_times, self.causal, self.cuttable = config.relative_time, True, True
         self.layers = Stack(HSTULayer(config, dim, max_length, layer) for layer in range(config.layers))
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
@@ -89,24 +92,22 @@ class HSTULayer(nn.Module):
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         config = self.config
         u, v, q, k = self.uvqk(x_TD)
-        attended_THV = hstu_attention(
+        attended_THV = attention(
             q.unflatten(-1, (config.heads, config.qk_dim)),
             k.unflatten(-1, (config.heads, config.qk_dim)),
             v.unflatten(-1, (config.heads, config.v_dim)),
-            layout.offsets_B1,
-            max_length=layout.max_length,
+            layout,
             scale=self.scale,
             divisor=self.divisor,
             activation=config.activation,
-            bias=RelativeBias(
-                self.position_bias, self.time_bias, layout.query_times_T, layout.key_times_T, BUCKETS
-            ),
+            position=self.position_bias,
+            time=self.time_bias,
+            buckets=BUCKETS,
             dropout=config.attention_dropout if self.training else 0.0,
             dropout_key=derive_key(layout.dropout_key, self.layer),
-            order=layout.start_order_B,
         )
         key = derive_key(layout.dropout_key, self.layer, "output")
-        return self.output(attended_THV.flatten(1), u, x_TD, key)
+        return self.output(attended_THV.flatten(1), u, x_TD, key, layout.cut)
 
 
 class Projection(Linear):
@@ -135,12 +136,13 @@ class GatedOutput(Linear):
         self.dropout = dropout
 
     def forward(  # type: ignore[override]
-        self, attended_TV: Tensor, u_TV: Tensor, x_TD: Tensor, dropout_key: int
+        self, attended_TV: Tensor, u_TV: Tensor, x_TD: Tensor, dropout_key: int, cut: Cut | None = None
     ) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        if from_generator(x_TD.device, FUSED):  # the operator's dropout is a counter's
+        if (
+            from_generator(x_TD.device, FUSED) or cut is not None
+        ):  # the operator counts rows, and those that it gets
             gated_TV = u_TV * F.layer_norm(attended_TV, u_TV.shape[-1:], eps=EPS)
-            return x_TD + super().forward(generator_dropout(gated_TV, dropout) if dropout else gated_TV)
+            return x_TD + super().forward(self._dropped(gated_TV, dropout_key, cut))
         return gated_output(
             attended_TV,
             u_TV,
@@ -148,6 +150,15 @@ class GatedOutput(Linear):
             self.weight,
             self.bias,
             eps=EPS,
-            dropout=dropout,
+            dropout=self.dropout if self.training else 0.0,
             dropout_key=dropout_key,
         )
+
+    def _dropped(self, gated_TV: Tensor, dropout_key: int, cut: Cut | None) -> Tensor:
+        """The operator's dropout of all rows or, by their numbers, of a cut's."""
+        if not self.training or not self.dropout:
+            return gated_TV
+        if from_generator(gated_TV.device, FUSED):
+            return generator_dropout(gated_TV, self.dropout, cut)
+        numbers_T = None if cut is None else cut.numbers_T
+        return gated_TV * keep_factors(gated_TV.shape, self.dropout, dropout_key, gated_TV, numbers_T)

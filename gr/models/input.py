@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gr.config import InputSection
 from gr.embeddings.view import View
@@ -75,7 +76,11 @@ class ItemInput(nn.Module):
             x_TD = items.lookup(tokens_T)
         if features_TD is not None:
             x_TD = x_TD + features_TD
-        if self.positions is not None or self.config.scale:
+        if layout.cut is not None:  # rows of a sequence, from anywhere in it
+            x_TD = x_TD * self.scale
+            if self.positions is not None:
+                x_TD = x_TD + F.embedding(layout.positions_T, self.positions)
+        elif self.positions is not None or self.config.scale:
             x_TD = add_positions_and_times(
                 x_TD,
                 layout.offsets_B1,
@@ -85,4 +90,4 @@ class ItemInput(nn.Module):
             )
         if beside_TD is not None:
             x_TD = x_TD + beside_TD
-        return self.dropout(x_TD, derive_key(layout.dropout_key, "input"))
+        return self.dropout(x_TD, derive_key(layout.dropout_key, "input"), layout.cut)

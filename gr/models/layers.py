@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gr.models import init
+from gr.models.cut import Cut
 from gr.models.dropout import Dropout
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
@@ -89,6 +90,6 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
         self.inner_dropout = Dropout(dropout if inner_dropout is None else inner_dropout)
 
-    def forward(self, x_TD: Tensor, dropout_key: int) -> Tensor:
-        inner_TF = self.inner_dropout(self.activation(self.up(x_TD)), derive_key(dropout_key, "inner"))
-        return self.dropout(self.down(inner_TF), derive_key(dropout_key, "outer"))
+    def forward(self, x_TD: Tensor, dropout_key: int, cut: Cut | None = None) -> Tensor:
+        inner_TF = self.inner_dropout(self.activation(self.up(x_TD)), derive_key(dropout_key, "inner"), cut)
+        return self.dropout(self.down(inner_TF), derive_key(dropout_key, "outer"), cut)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gr.models.cut import Cut
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class JaggedLayout:
     offsets_B1: int64, first row of each sequence and the end of the last.  lengths: the same as Python integers.
     max_length: N.  query_times_T: int64 seconds, the time of the action that row i predicts (t_{i+1} when the next
     action is predicted).  key_times_T: the time of the action in row i.  Both None for data without times.
-    dropout_key: 64 bits, from which every dropout of this micro-batch derives a key of its own.
+    dropout_key: 64 bits, from which every dropout of this micro-batch derives a key of its own.  cut: which rows these
+    are of the sequences, where processes share them; then a sequence here is a stretch of one.
     """
 
     offsets_B1: Tensor
@@ -28,6 +33,7 @@ class JaggedLayout:
     query_times_T: Tensor | None = None
     key_times_T: Tensor | None = None
     dropout_key: int = 0
+    cut: Cut | None = None
 
     @property
     def rows(self) -> int:
@@ -42,6 +48,8 @@ class JaggedLayout:
     @cached_property
     def positions_T(self) -> Tensor:
         """int64: each row's place in its sequence, from 0."""
+        if self.cut is not None:
+            return self.cut.positions_T
         rows = torch.arange(self.rows, device=self.offsets_B1.device)
         return rows - self.offsets_B1[self.sequences_T]
 

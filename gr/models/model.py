@@ -23,6 +23,7 @@ from gr.embeddings.vocabulary import OpenVocabulary
 from gr.labels import Described
 from gr.models.layers import Stack
 from gr.models.step import StepContext
+from gr.processes import Axis
 
 
 class Supervised(Protocol):
@@ -33,6 +34,10 @@ class Supervised(Protocol):
 
     @property
     def targets_S(self) -> Tensor: ...
+
+    def part_of(self, context: Axis) -> Supervised:
+        """The rows of the sequences, with their targets, that are this process's; all where nobody shares them."""
+        ...
 
 
 class Catalogue(Protocol):
@@ -52,12 +57,14 @@ class Catalogue(Protocol):
 class Model(nn.Module):
     """``needs``: the action columns that a batch must carry.  ``judged_by``: the metric family that evaluates it (a
     name in ``gr.registry.METRICS``).  ``needs_global_targets``: whether ``StepContext.candidates_G`` must be filled.
+    ``cuttable``: whether processes may share the rows of a sequence (``Supervised.part_of``).
     ``entrances``: methods beside ``forward`` that compute with the module's parameters.  ``lockstep``: set by an engine
     whose parameters are gathered from all processes when the model computes."""
 
     needs: frozenset[str]
     judged_by: str
     needs_global_targets = False
+    cuttable = False
     entrances: tuple[str, ...] = ()
     lockstep = False
 

@@ -28,6 +28,7 @@ from gr.embeddings.table import TableSpec
 from gr.errors import UserError
 from gr.labels import TASKS, Labels
 from gr.models import init
+from gr.models.cut import Cut
 from gr.models.dropout import Dropout
 from gr.models.encoder import check_causal
 from gr.models.features import Features, vectors
@@ -38,7 +39,7 @@ from gr.models.model import Catalogue, Model
 from gr.models.step import StepContext
 from gr.models.tasks import NextItem, Supervision, sources
 from gr.modes import evaluating
-from gr.processes import Processes
+from gr.processes import Axis, Processes
 from gr_kernels.counter_random import derive_key
 
 
@@ -62,6 +63,13 @@ class Labelled:
     @property
     def targets_S(self) -> Tensor:
         return self.sequence.targets_S
+
+    def part_of(self, context: Axis) -> Labelled:
+        """This process's rows of the sequences, where processes share them."""
+        sequence = self.sequence.part_of(context)
+        if (cut := sequence.layout.cut) is None:
+            return self
+        return Labelled(sequence, self.history_TK[cut.numbers_T], self.labels_SK[cut.numbers_T])
 
 
 class Ranking(Model):
@@ -127,6 +135,10 @@ class Ranking(Model):
         initialise(self, run.train.seed)
 
     @property
+    def cuttable(self) -> bool:  # type: ignore[override]
+        return self.encoder.cuttable
+
+    @property
     def items(self):
         """The table of items."""
         return self.tables["items"]
@@ -185,7 +197,7 @@ class Ranking(Model):
         )
         queries_SD = sequence.select(self.encoder(x_TD, layout))
         candidates_SD = items.lookup(part.targets_S) * self.input.scale  # as large as where they are inputs
-        return self.head(queries_SD, candidates_SD, layout.dropout_key)
+        return self.head(queries_SD, candidates_SD, layout.dropout_key, layout.cut)
 
 
 class HistoryLabels(nn.Module):
@@ -216,11 +228,13 @@ class Head(nn.Module):
         self.out = Linear(widths[-1], tasks, init.xavier_uniform)
         self.dropout = Dropout(dropout)
 
-    def forward(self, queries_SD: Tensor, candidates_SD: Tensor, dropout_key: int) -> Tensor:
+    def forward(
+        self, queries_SD: Tensor, candidates_SD: Tensor, dropout_key: int, cut: Cut | None = None
+    ) -> Tensor:
         """(S, D), (S, D) -> (S, K)."""
         with torch.autocast(queries_SD.device.type, enabled=False):
             h_SD = queries_SD if queries_SD.dtype == torch.float64 else queries_SD.float()
             x = torch.cat([h_SD, candidates_SD, h_SD * candidates_SD], dim=1)
             for number, layer in enumerate(self.layers):
-                x = self.dropout(F.relu(layer(x)), derive_key(dropout_key, "head", number))
+                x = self.dropout(F.relu(layer(x)), derive_key(dropout_key, "head", number), cut)
             return self.out(x)

@@ -96,6 +96,10 @@ class Retrieval(Model):
         return self.tables["items"]
 
     @property
+    def cuttable(self) -> bool:  # type: ignore[override]
+        return self.encoder.cuttable
+
+    @property
     def needs_global_targets(self) -> bool:  # type: ignore[override]
         return self.objective.needs_global_targets
 

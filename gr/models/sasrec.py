@@ -51,7 +51,7 @@ class SASRec(nn.Module):
 
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
-        self.uses_times, self.causal = False, config.causal
+        self.uses_times, self.causal, self.cuttable = False, config.causal, True
         self.blocks = Stack(SASRecBlock(config, dim, layer) for layer in range(config.layers))
         self.final_norm = _norm(config, dim) if config.final_norm else nn.Identity()
 
@@ -93,7 +93,7 @@ class SASRecBlock(nn.Module):
             dropout_key=derive_key(layout.dropout_key, self.layer),
         )
         z_TD = self.ffn_norm(normed_TD + self.output(attended_THQ.flatten(1)))
-        return z_TD + self.ffn(z_TD, derive_key(layout.dropout_key, self.layer, "ffn"))
+        return z_TD + self.ffn(z_TD, derive_key(layout.dropout_key, self.layer, "ffn"), layout.cut)
 
 
 def _norm(config: SASRec.Config, dim: int) -> nn.LayerNorm:

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from gr.batch import UNKNOWN, SequenceBatch
 from gr.config import ComponentConfig
+from gr.models.cut import Cut, cut
 from gr.models.layout import JaggedLayout
+from gr.processes import Axis
 from gr_kernels.counter_random import derive_key, uniform_floats
 
 MASK = -1
@@ -31,6 +33,13 @@ class Known:
 
     rows_F: Tensor
     places_F: Tensor | None = None
+
+    def part_of(self, cut: Cut) -> Known:
+        """What is known at the rows of a cut."""
+        if self.places_F is None:
+            return Known(self.rows_F[cut.numbers_T])
+        chosen_F, places_F = cut.among(self.places_F)
+        return Known(self.rows_F[chosen_F], places_F)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,26 @@ class Supervision:
     def count(self) -> int:
         """S."""
         return self.targets_S.shape[0]
+
+    def part_of(self, context: Axis) -> Supervision:
+        """The rows of the sequences that this process has among those which share them, and the targets at these rows;
+        for training."""
+        if context.size == 1:
+            return self
+        layout = cut(self.layout, context)
+        assert layout.cut is not None
+        chosen_S, queries_S = layout.cut.numbers_T, None
+        if self.queries_S is not None:
+            chosen_S, queries_S = layout.cut.among(self.queries_S)
+        return Supervision(
+            tokens_T=self.tokens_T[layout.cut.numbers_T],
+            layout=layout,
+            queries_S=queries_S,
+            targets_S=self.targets_S[chosen_S],
+            ordinals_S=self.ordinals_S[chosen_S],
+            positions_S=self.positions_S[chosen_S],
+            features={name: known.part_of(layout.cut) for name, known in self.features.items()},
+        )
 
     def select(self, encoded_TD: Tensor) -> Tensor:
         """The queries (S, D) out of the encoder's output."""

@@ -48,7 +48,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config, dim: int, max_length: int) -> None:
         super().__init__()
         self.config = config
-        self.uses_times, self.causal = False, config.causal
+        self.uses_times, self.causal, self.cuttable = False, config.causal, True
         self.input_norm = nn.LayerNorm(dim, eps=EPS) if config.input_norm else None
         self.input_dropout = Dropout(config.dropout)
         self.blocks = Stack(TransformerBlock(config, dim, layer) for layer in range(config.layers))
@@ -56,7 +56,9 @@ class Transformer(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         if self.input_norm is not None:
-            x_TD = self.input_dropout(self.input_norm(x_TD), derive_key(layout.dropout_key, "input_norm"))
+            x_TD = self.input_dropout(
+                self.input_norm(x_TD), derive_key(layout.dropout_key, "input_norm"), layout.cut
+            )
         x_TD = self.blocks(x_TD, layout)
         return x_TD if self.final_norm is None else self.final_norm(x_TD)
 
@@ -84,9 +86,9 @@ class TransformerBlock(nn.Module):
         ffn_key = derive_key(layout.dropout_key, self.layer, "ffn")
         if self.config.norm == "pre":
             x_TD = x_TD + self._attention(self.attention_norm(x_TD), layout)
-            return x_TD + self.ffn(self.ffn_norm(x_TD), ffn_key)
+            return x_TD + self.ffn(self.ffn_norm(x_TD), ffn_key, layout.cut)
         x_TD = self.attention_norm(x_TD + self._attention(x_TD, layout))
-        return self.ffn_norm(x_TD + self.ffn(x_TD, ffn_key))
+        return self.ffn_norm(x_TD + self.ffn(x_TD, ffn_key, layout.cut))
 
     def _attention(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         heads = (self.config.heads, self.head_width)
@@ -101,4 +103,4 @@ class TransformerBlock(nn.Module):
             dropout_key=derive_key(layout.dropout_key, self.layer),
         )
         key = derive_key(layout.dropout_key, self.layer, "output")
-        return self.dropout(self.output(attended_THQ.flatten(1)), key)
+        return self.dropout(self.output(attended_THQ.flatten(1)), key, layout.cut)

@@ -13,6 +13,10 @@ from pathlib import Path
 from gr.errors import UserError, program
 from gr.programs._arguments import add_data_path, add_run, names, new_parser, settle_run
 
+OPTIONS = {"eval.splits": "--split", "eval.baselines": "--baselines", "eval.buckets": "--buckets"}
+"""Keys of ``eval`` that are options here."""
+OF_TRAINING = ("eval.every_epochs", "eval.every_steps")
+
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
@@ -34,11 +38,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     options = parser.parse_intermixed_args(arguments)
     settle_run(parser, options)
-    if others := [o for o in options.overrides if not o.startswith("eval.")]:
-        raise UserError(
-            f"'{others[0]}' cannot change when evaluating: only eval.* can (--data-path says where the data is)",
-            everywhere=True,
-        )
+    for override in options.overrides:
+        if (key := override.partition("=")[0]) in OPTIONS:
+            raise UserError(f"'{key}' is not looked at when evaluating: say {OPTIONS[key]}", everywhere=True)
+        if not key.startswith("eval.") or key in OF_TRAINING:
+            raise UserError(
+                f"'{override}' cannot change when evaluating: only eval.* can, and not {' or '.join(OF_TRAINING)} "
+                "(--data-path says where the data is)",
+                everywhere=True,
+            )
     return options
 
 

@@ -88,6 +88,9 @@ def _config(
     """The run's config with its overrides; refuses what can be known before the work."""
     try:
         config = configs.override(config_of(run, data_path), overrides)
+        for key, why in config.idle().items():
+            if any(override.partition("=")[0] == key for override in overrides):
+                raise UserError(f"'{key}' has no effect on run '{run}' ({why}): leave it out")
         for name in baselines:
             baseline_kind(name, judged_by(config))
         if output is not None:

@@ -29,7 +29,7 @@ TIMED_STEPS = 3
 
 def dry_run(config: RunConfig) -> None:
     """Build ``config``, take a step (and time two more), print shapes, memory and an estimate of the whole."""
-    with running(config) as processes:
+    with running(config, config.train.context) as processes:
         parts = processes.together(lambda: build(config, processes))
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(

@@ -35,7 +35,7 @@ CHANGEABLE = (
     *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
-    *("train.activation_checkpointing", "model.input.features.*.table"),
+    *("train.context", "train.activation_checkpointing", "model.input.features.*.table"),
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.
 
@@ -76,7 +76,7 @@ class RunResult:
 def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
     """Train ``config`` in a new folder; where torchrun has started the job again, go on in the folder of its first
     attempt.  ``on_step``: called with the folder after each step."""
-    with running(config) as processes:
+    with running(config, config.train.context) as processes:
         if (begun := _begun(config, processes)) is not None:
             return _go_on(begun, config, processes, on_step)
         parts = processes.together(lambda: build(config, processes))
@@ -98,7 +98,7 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep =
     ``overrides``: dotted, of the keys that ``CHANGEABLE`` lists; others are refused.
     """
     folder, config = saved_run(path, overrides)
-    with running(config) as processes:
+    with running(config, config.train.context) as processes:
         return _go_on(folder, config, processes, on_step)
 
 
@@ -135,10 +135,11 @@ def _begun(config: RunConfig, processes: Processes) -> RunFolder | None:
 
 
 @contextmanager
-def running(config: RunConfig) -> Iterator[Processes]:
-    """The processes of a run, with the settings that its numbers hang on, and advice where memory runs out."""
+def running(config: RunConfig, context: int = 1) -> Iterator[Processes]:
+    """The processes of a run, with the settings that its numbers hang on, and advice where memory runs out.
+    ``context``: how many share a sequence, which is for training alone."""
     with (
-        processes(config.train.device, config.train.threads) as joined,
+        processes(config.train.device, config.train.threads, context) as joined,
         advice_when_out_of_memory(config),
         numerics(config, joined.device),
     ):

@@ -56,7 +56,7 @@ def advice_when_out_of_memory(config: RunConfig) -> Iterator[None]:
             f"out of memory ({str(error).splitlines()[0]}): lower train.micro_batch_actions (now "
             f"{train.micro_batch_actions}; the loss does not change), then {again}eval.max_scores (now "
             f"{evaluation.max_scores}), data.max_length (now {config.data.max_length}) or model.dim, "
-            "or train on more processes"
+            "or train on more processes (train.context: that share each sequence)"
         ) from error
 
 

@@ -59,6 +59,7 @@ def _open_to_train(config: RunConfig) -> Data:
 def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
     check_targets(config, data)
     model = build_model(config, data, processes)
+    _check_context(model, config)
     if config.train.activation_checkpointing:
         _recompute(model, config)
     engine = config.train.engine.build(
@@ -74,10 +75,42 @@ def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
         config,
         data.catalogue,
         judged_by=model.judged_by,
-        processes=processes,
+        processes=processes.of_whole_sequences(),
         columns=model.needs,
     )
     return Parts(data, model, engine, build_batches(config, data, model.needs, processes), evaluation)
+
+
+def _check_context(model: Model, config: RunConfig) -> None:
+    """Refuse to share sequences that can't be."""
+    context, rows = config.train.context, config.data.max_length
+    if context == 1:
+        return
+    if not model.cuttable:
+        raise UserError(
+            f"train.context is {context}, and model.encoder {config.model.encoder.name} reads a sequence row after "
+            "row, which no two processes can share: use train.context=1, or an encoder with attention",
+            everywhere=True,
+        )
+    if context > rows:
+        raise UserError(
+            f"train.context is {context}, and a sequence has {rows} rows at most (data.max_length): some of the "
+            "processes that share one would have none, so lower train.context",
+            everywhere=True,
+        )
+    if model.vocabularies:
+        raise UserError(
+            f"train.context is {context}, and model.input.features has an open vocabulary, which would count the ids "
+            "of a shared sequence once a process: use train.context=1, or columns whose values are rows",
+            everywhere=True,
+        )
+    engine: type[Engine] = config.train.engine.component()
+    if not engine.shares_sequences:
+        raise UserError(
+            f"train.context is {context}, and train.engine {config.train.engine.name} has only been tried with whole "
+            "sequences: use train.engine=ddp (or all_reduce), or train.context=1",
+            everywhere=True,
+        )
 
 
 def _recompute(model: Model, config: RunConfig) -> None:

@@ -1,7 +1,8 @@
 """Trainer: epochs of steps, evaluations and checkpoints; every number it makes is a function of config, data, seed.
 
-A step: cut the rank's share into micro-batches; count the targets of the global batch; forward and backward each
-micro-batch with loss = sum over targets / global count; clip; move the parameters.
+A step: cut the rank's share into micro-batches (and these, where processes share sequences, into its part of them);
+count the targets of the global batch; forward and backward each micro-batch with loss = sum over targets / global
+count; clip; move the parameters.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ class Trainer:
         self.engine.restart(restarted)
         share = share.to(self.processes.device)
         parts = [
-            self.model.supervise(part, key, derive_key(key, "dropout", rank, number))
+            self.model.supervise(part, key, derive_key(key, "dropout", rank, number)).part_of(
+                self.processes.context
+            )
             for number, part in enumerate(self._micro_batches(share))
         ]
         targets, stops = self._agree([sum(part.count for part in parts), int(stop)])
@@ -191,7 +194,7 @@ class Trainer:
 
     def _micro_batches(self, share: SequenceBatch) -> list[SequenceBatch]:
         """The share, cut; where a micro-batch is an exchange, everybody has as many, the last ones perhaps empty."""
-        parts = share.split(self.config.train.micro_batch_actions)
+        parts = share.split(self.config.train.micro_batch_actions * self.processes.context.size)
         if self.model.collective or self.engine.collective:
             (most,) = self.processes.world.maximum([len(parts)])
             parts += [share.slice(0, 0)] * (most - len(parts))

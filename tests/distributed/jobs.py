@@ -2,14 +2,17 @@
 
 A job is {"config": path, "overrides": [...]} or {"resume": run's folder, "overrides": [...]}; with "broken_at": STEP,
 that step's gradients are not numbers, though its loss is one; with "dirty": true, new memory has NaN in it until it is
-written.
+written; with "told": [RANK, STEP], that rank alone gets a SIGTERM after that step.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,22 +69,37 @@ def dirty_memory(wanted: bool) -> Iterator[None]:
         torch.empty = real
 
 
+def telling(rank: int, step: int, own: int) -> Callable[[object], None]:
+    """What a run calls after each step on rank ``own``."""
+    steps = itertools.count(1)
+
+    def on_step(_: object) -> None:
+        if (own, next(steps)) == (rank, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return on_step
+
+
 def refusals(jobs: str) -> list[str | None]:
     """What each of ``jobs`` (JSON) was refused with on this process."""
+    import torch.distributed as dist
+
     from gr import config as configs
     from gr.errors import UserError
     from gr.train import job
 
+    rank = dist.get_rank() if dist.is_initialized() else 0
     job.plot_run = lambda folder, shown: None  # pictures take longer than runs
     said: list[str | None] = []
     for asked in json.loads(jobs):
         overrides, refusal = asked.get("overrides", []), None
+        on_step = telling(*asked["told"], rank) if "told" in asked else job.nothing
         try:
             with breaking(asked.get("broken_at")), dirty_memory(asked.get("dirty", False)):
                 if "resume" in asked:
                     job.resume(asked["resume"], overrides)
                 else:
-                    job.run(configs.load(asked["config"], overrides))
+                    job.run(configs.load(asked["config"], overrides), on_step=on_step)
         except UserError as error:
             refusal = str(error)
         said.append(refusal)

@@ -12,8 +12,10 @@ import torch
 
 from gr import config as configs
 from gr.train import job
+from gr.train.checkpoint import listed
 from gr.train.folder import RunFolder
 from tests.distributed.group import free_port, in_group, variables
+from tests.distributed.jobs import run_jobs
 from tests.distributed.test_training import LOSS_TOLERANCE, NO_DROPOUT, WEIGHT_TOLERANCE
 from tests.end_to_end.tiny import ROOT, make_dataset, weights, write_config
 
@@ -130,6 +132,29 @@ def test_a_mapped_run_of_four_processes_goes_on_as_a_local_one_of_two(folder, ru
 def go_on(run: Path) -> list[float]:
     result = job.resume(run, ["train.max_steps=12", "model.table=local", "train.engine=all_reduce"])
     return losses(result.metrics)
+
+
+def test_what_one_process_is_told_or_finds_all_do(folder):
+    """A signal to one stops all after the same step; all know which validation was the best, save there, and stop
+    early together."""
+    names = ("told", "early")
+    told, early = ({"config": write_config(folder, folder / "data", folder / name)} for name in names)
+    told |= {"overrides": ["eval.splits=[]", "checkpoint.every_steps=null"], "told": [1, 3]}
+    early["overrides"] = [
+        *(
+            "train.epochs=30",
+            "optimizer.lr=0.3",
+            "train.early_stopping={metric: mrr, patience: 2}",
+            "eval.splits=[valid]",
+        ),
+        *("eval.every_steps=3", "checkpoint={every_steps: null, every_epochs: 99, keep: 1}"),
+    ]
+    assert run_jobs(folder, [told, early], 2) == [[None, None]] * 2
+    saved = {name: [step for step, _ in listed(RunFolder(folder / name).checkpoints)] for name in names}
+    assert saved["told"] == [4]
+    valid = [r for r in RunFolder(folder / "early").read_metrics() if r.get("split") == "valid"]
+    best = max(valid, key=lambda row: row["mrr"])["step"]
+    assert saved["early"] == [best, valid[-1]["step"]] and valid[-3]["step"] == best < 200
 
 
 def test_a_folder_that_processes_do_not_share_is_refused(folder, tmp_path):

@@ -682,7 +682,7 @@ def blocks_kernel(cases, out, S: tl.constexpr):
     case = tl.program_id(0)
     cases += case * 10
     n, o = tl.load(cases), tl.load(cases + 1)
-    sequence = (n, o, tl.load(cases + 2), tl.load(cases + 3), tl.load(cases + 4))
+    sequence = (n, o, tl.load(cases + 2), tl.load(cases + 3), tl.load(cases + 4), n)
     numbers = (tl.load(cases + 5), tl.load(cases + 6), tl.load(cases + 7))
     first = tl.load(cases + 8)
     if tl.load(cases + 9) == 0:

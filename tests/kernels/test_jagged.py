@@ -423,6 +423,24 @@ def test_dropout_decides_by_key_row_and_column(
         assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.parametrize("implementation", COMPUTING)
+def test_dropout_of_some_rows_is_that_of_all(
+    implementation: str, place: Callable[[str], torch.device]
+) -> None:
+    """Forward and backward, with the rows' own numbers, in any order."""
+    device = place(implementation)
+    x, d_out = numbers(70, 10).to(device), numbers(70, 10, seed=1).to(device)
+    rows = torch.tensor([69, 3, 4, 5, 30, 0], device=device)
+    leaves = [x.clone().requires_grad_(), x[rows].requires_grad_()]
+    every = jagged_dropout(leaves[0], 0.4, key=7, implementation=implementation)
+    some = jagged_dropout(leaves[1], 0.4, key=7, rows=rows, implementation=implementation)
+    every.backward(d_out)
+    some.backward(d_out[rows])
+    assert torch.equal(some, every[rows]) and torch.equal(leaves[1].grad, leaves[0].grad[rows])  # type: ignore[index,arg-type]
+    with pytest.raises(ValueError, match=r"rows must be \(70,\) int64"):
+        jagged_dropout(x, 0.4, key=7, rows=rows)
+
+
 def test_dropout_rows_past_32_bits_differ() -> None:
     """The reference's counter has the row's 64 bits; the kernel splits its row in the same two words."""
     words = [uniform_integers(5, torch.tensor([row]), torch.tensor([0]), 4, 2**32) for row in (3, 3 + 2**32)]

@@ -152,6 +152,26 @@ def test_pruning_counts_no_damaged_checkpoint_of_a_later_step(tmp_path):
     assert checkpoint.newest(tmp_path).name == "step-00000006"
 
 
+def test_of_two_checkpoints_of_a_step_the_newer_counts(tmp_path):
+    """A process died before the one that was replaced could be removed."""
+    new = save(tmp_path, 4)
+    shutil.copytree(new, tmp_path / f"{new.name}.replaced")
+    assert checkpoint.newest(tmp_path) == new == dict(checkpoint.listed(tmp_path))[4]
+    save(tmp_path, 6)
+    checkpoint.prune(tmp_path, 1, 6, best_step=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_cursors_digest_tells_every_batch_and_their_order():
+    digests = []
+    for batches in (["a", "b"], ["b", "a"], ["b"], ["a", "a", "b"]):
+        cursor = Cursor("g")
+        for batch in batches:
+            cursor.advance(batch)
+        digests.append(cursor.data_digest)
+    assert len(set(digests)) == 4
+
+
 @pytest.mark.parametrize("file", ["state.json", ".metadata", "complete.json"])
 def test_a_checkpoint_without_one_of_its_files_is_skipped(tmp_path, file):
     save(tmp_path, 1)
@@ -205,3 +225,24 @@ def test_a_disk_without_room_is_a_sentence_and_older_checkpoints_stay(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint.newest(tmp_path) == before
     assert checkpoint.newest(tmp_path) != save(tmp_path, 2, engine) == checkpoint.newest(tmp_path)
+
+
+def held(values):
+    """A tensor in three parts, as two processes may have a table: two rows, and the rest cut by columns."""
+    return Slices(values.shape, [([0, 0], values[:2]), ([2, 0], values[2:, :1]), ([2, 1], values[2:, 1:])])
+
+
+@pytest.mark.filterwarnings("ignore")  # DCP tells every time that it runs in one process
+@pytest.mark.parametrize("numbers", [1, 7, 1 << 24], ids=["row by row", "several", "whole"])
+def test_parts_of_any_size_are_saved_and_loaded_into_others(tmp_path, monkeypatch, numbers):
+    """Large ones in cuts, each at its own place."""
+    monkeypatch.setattr(slices, "PART_NUMBERS", numbers)
+    values = torch.arange(40.0).view(10, 4)
+    rows = Slices.of_rows(values.shape, range(10), values.clone())
+    assert torch.equal(rows.rows(), values)
+    for name, saved in (("parts", held(values)), ("rows", rows)):
+        dcp.save({"table": saved}, checkpoint_id=tmp_path / name, no_dist=True)
+        parts, whole = torch.zeros(10, 4), torch.zeros(10, 4)
+        for into in (held(parts), Slices.of_rows(whole.shape, range(10), whole)):
+            dcp.load({"table": into}, checkpoint_id=tmp_path / name, no_dist=True)
+        assert torch.equal(parts, values) and torch.equal(whole, values)

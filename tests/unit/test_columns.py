@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import torch
 from gr.batch import UNKNOWN, Jagged
 from gr.data.batches import Plan
 from gr.data.collate import collate
+from gr.data.columns import block_digest
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.hashing import hash_ids
 from gr.data.loader import Direct
@@ -118,7 +120,8 @@ def test_a_dataset_keeps_every_column(tmp_path):
     writer.add(rows.slice(0, 3))
     writer.add(rows.slice(3, 5))
     dataset = writer.finish(pa.table({"item_id": np.arange(15), "count": np.ones(15, np.int64)}))
-    assert plain(dataset.read_rows(0, 5)) == plain(rows)
+    for start, stop in ((0, 5), (0, 4), (2, 4), (3, 5), (1, 2)):  # blocks of 2, cut or whole
+        assert plain(dataset.read_rows(start, stop)) == plain(rows)[start:stop]
     kinds = {c.name: (c.of, c.type, c.multi) for c in dataset.manifest.columns}
     assert kinds["tags"] == ("actions", "int64", True) and kinds["words"] == ("actions", "string", True)
     assert kinds["interests"] == ("users", "int64", True) and kinds["user_id"] == ("users", "int64", False)
@@ -142,6 +145,28 @@ def test_a_dataset_keeps_every_column(tmp_path):
             n for n, d in changed.blocks[2].columns.items() if d != dataset.manifest.blocks[2].columns[n]
         }
         assert differing == {name}
+
+
+def test_a_blocks_digest_tells_users_lengths_and_names():
+    rows = made()
+    columns, users = dict(rows.columns), dict(rows.user_columns)
+    offsets = rows.offsets_R1.copy()
+    offsets[1] -= 1
+    others = [
+        replace(rows, offsets_R1=offsets),
+        replace(rows, user_columns={**users, "user_id": users["user_id"] + 1}),
+        replace(rows, columns={"brand" if n == "device" else n: column for n, column in columns.items()}),
+        replace(rows, columns={n: column for n, column in columns.items() if n != "value"}),
+    ]
+    assert len({block_digest(given) for given in (rows, *others)}) == 5
+
+
+def test_a_dataset_of_whole_blocks_is_read_to_its_end(tmp_path):
+    rows = made([3, 1, 2, 2])
+    writer = DatasetWriter(tmp_path / "set", "even", block_rows=2)
+    writer.add(rows)
+    dataset = writer.finish(pa.table({"item_id": np.arange(8), "count": np.ones(8, np.int64)}))
+    assert plain(dataset.read_rows(0, 4)) == plain(rows)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Configs: what is accepted, and the one sentence that says what is not."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -11,10 +12,11 @@ from gr import config as configs, registry
 from gr.config import RunConfig, Section, validate
 from gr.errors import UserError
 from gr.overlay import section_of
+from gr.programs import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "table.yaml")
-HSTU = ROOT / "configs/ml-1m/hstu.yaml"
+HSTU, RANKING = ROOT / "configs/ml-1m/hstu.yaml", ROOT / "configs/ml-1m/ranking.yaml"
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -309,6 +311,8 @@ def test_no_choice_is_of_numbers():
             ["optimizer.groups=[{match: table, lr: 1}]"],
         ),
         (["eval.baselines=[popularity]", "eval.splits=[]"], "eval.baselines", ["eval.splits=[test]"]),
+        (["eval.every_steps=9", "eval.splits=[]"], "eval.every_steps", ["eval.splits=[test]"]),
+        (["data.ingest=direct", "data.prefetch=9"], "data.prefetch", ["data.ingest=arrow"]),
     ],
 )
 def test_a_key_without_effect_is_said(caplog, overrides, key, with_effect):
@@ -321,6 +325,34 @@ def test_a_key_without_effect_is_said(caplog, overrides, key, with_effect):
     configs.warn_of_idle_keys(configs.override(config, with_effect))
     configs.warn_of_idle_keys(configs.load(HSTU))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("override", ["eval.ks=[3]", "eval.exclude=all", "eval.max_scores=9"])
+def test_a_key_of_other_metrics_than_the_models_is_said(caplog, override):
+    configs.warn_of_idle_keys(configs.load(HSTU, [override]))
+    configs.warn_of_idle_keys(configs.load(RANKING, ["eval.max_users=9", "eval.buckets=false"]))
+    assert not caplog.records
+    configs.warn_of_idle_keys(configs.load(RANKING, [override]))
+    (record,) = caplog.records
+    key = override.partition("=")[0]
+    assert record.getMessage().startswith(f"config key '{key}' is ")
+    assert record.getMessage().endswith("has no effect: the metrics of model ranking don't look at it")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("eval.splits=[valid]", "'eval.splits' is not looked at when evaluating: say --split"),
+        ("eval.baselines=[prior]", "'eval.baselines' is not looked at when evaluating: say --baselines"),
+        ("eval.buckets=true", "'eval.buckets' is not looked at when evaluating: say --buckets"),
+        ("eval.every_steps=3", "only eval.* can, and not eval.every_epochs or eval.every_steps"),
+        ("train.seed=3", "'train.seed=3' cannot change when evaluating: only eval.* can"),
+    ],
+)
+def test_evaluating_takes_no_key_that_it_does_not_look_at(override, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        evaluate.parse(["--run", "runs/x", "eval.ks=[3]", override])
+    assert evaluate.parse(["--run", "runs/x", "eval.ks=[3]"]).overrides == ["eval.ks=[3]"]
 
 
 # --- from Python --------------------------------------------------------------------------------------------------

@@ -183,15 +183,28 @@ SAID = {
 }
 
 
+UNTOLD = {
+    *("two blocks exchange actions", "a column's checksum", "a checksum of the catalogue", "generation"),
+    *("the digest of the manifest", "a column of another type", "a column of users", "first time is later"),
+    "action types renamed",
+}
+"""What nothing else in the manifest contradicts."""
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_manifest_is_refused_when_opened(copy, name):
+    """Its digest tells; the others contradict themselves even where that was made anew."""
     file = copy / "manifest.json"
     raw = json.loads(file.read_text())
     EDITS[name](raw)
-    file.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=r"manifest\.json.*prepare (the dataset|it) again$") as error:
-        SequenceDataset(copy)
-    assert "\n" not in str(error.value) and SAID.get(name, "") in str(error.value)
+    for digest in (raw.get("digest"), content_digest(raw)):
+        file.write_text(json.dumps({**raw, "digest": digest}))
+        if digest == content_digest(raw) and name in UNTOLD:
+            SequenceDataset(copy)
+            continue
+        with pytest.raises(UserError, match=r"manifest\.json.*prepare (the dataset|it) again$") as error:
+            SequenceDataset(copy)
+        assert "\n" not in str(error.value) and SAID.get(name, "") in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["name", "provenance"])

@@ -97,7 +97,9 @@ def test_a_split_that_trains_is_refused(data):
 
 
 def test_global_time(data, lists):
-    split = GlobalTime(GlobalTime.Config(valid_from=115, test_from=135))
+    split = GlobalTime(
+        GlobalTime.Config(valid_from=120, test_from=140)
+    )  # times of actions: they belong to it
 
     def first_from(start, stop):
         def target(row):
@@ -106,10 +108,18 @@ def test_global_time(data, lists):
 
         return target
 
-    for name, bounds in (("valid", (115, 135)), ("test", (135, 10**9))):
+    for name, bounds in (("valid", (120, 140)), ("test", (140, 10**9))):
         want = expected(lists, first_from(*bounds), 2, "all")
         assert len(want) >= 5
         assert unpack(requests(data, split, name, max_length=2, exclude="all", batch=3)) == want
+
+
+def test_who_did_nothing_while_others_validate_is_not_validated_by_the_test(tmp_path):
+    times = [[100, 110, 200], [100, 120, 200]]
+    made = dataset(tmp_path / "gap", sequences([[1, 2, 3], [4, 5, 6]], times=times))
+    split = GlobalTime(GlobalTime.Config(valid_from=120, test_from=140))
+    asked = {name: set(unpack(requests(made, split, name, max_length=5))) for name in split.names}
+    assert asked == {"valid": {10}, "test": {0, 10}}
 
 
 def test_records(data, lists):
@@ -166,6 +176,19 @@ def test_a_subset_of_users_is_the_same_each_time(data):
         ]
         assert {**shares[0], **shares[1]} == got
         subset = got
+
+
+def test_a_subset_is_drawn_for_each_dataset_anew(tmp_path):
+    """Not the first users in its order, and not the same places in every dataset."""
+    places = []
+    for items in (7, 8, 9):
+        lists = [[items, n % items, 3] for n in range(60)]
+        made = dataset(tmp_path / str(items), sequences(lists))
+        split = LeaveOneOut(LeaveOneOut.Config())
+        asked = requests(made, split, "test", max_length=4, max_users=12)
+        places.append(sorted(n for request in asked for n in request.batch.ordinals_B.tolist()))
+    assert all(len(drawn) == 12 and max(drawn) > 30 for drawn in places)
+    assert places[0] != places[1] != places[2] != places[0]
 
 
 def test_training_counts_see_training_actions_only(data, lists):

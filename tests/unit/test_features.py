@@ -19,6 +19,7 @@ from gr.processes import Processes
 from gr.train.engines.engine import parameters
 from gr.train.job import refuse_changes
 from gr.train.optimizers import AdamW, LazyAdam, RowwiseAdagrad
+from gr.train.snapshot import Snapshot, snapshot
 from tests.precision import tolerance
 from tests.unit.models_common import (
     LENGTHS,
@@ -432,6 +433,25 @@ def test_the_row_of_an_id_that_gave_way_starts_as_the_seed_says_without_moments(
         moved = {name: whole(values) for name, values in engine.tensors().items()}
         assert not torch.equal(moved["model/tables.device.weight"], now["model/tables.device.weight"])
     assert evicted > 3
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_checkpoint_that_is_being_written_has_rows_as_they_were_before_they_started_anew(optimizer):
+    model = build(features=OPEN, table="mapped", processes=ALONE, table_std=0.5)
+    engine = engine_of(model, OPTIMIZERS[optimizer], processes=ALONE)
+    share, restarted = model.learn(stream(0), 0)
+    engine.restart(restarted)
+    train_step(engine, [model.supervise(share, 5)])
+    were = {name: whole(values) for name, values in engine.tensors().items()}
+    taken, aside = snapshot(engine.tensors(), engine.row_optimizers.values(), 1 << 30)
+    rows = torch.arange(0, 12, 2)
+    engine.restart({"device": rows})
+    name = "model/tables.device.weight"
+    assert not torch.equal(whole(engine.tensors()[name])[rows], were[name][rows])
+    for name, read in [(n, r) for n, t in taken.items() if isinstance(t, Snapshot) for r in t.reads.items()]:
+        (start, *_), values = read[0], read[1]()
+        assert torch.equal(values, were[name][start : start + len(values)]), name
+    aside.end()
 
 
 def test_evaluation_learns_nothing_and_asks_rows_as_training_left_them():

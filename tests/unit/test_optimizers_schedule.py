@@ -36,8 +36,10 @@ def test_the_first_rule_that_matches_takes_a_parameter_and_the_rest_keep_the_def
     assert (second["lr"], second["weight_decay"]) == (0.1, 0.25)
     assert [p is model.layer.weight for p in first["params"]] == [True]
     assert {id(p) for p in second["params"]} == {id(model.table.weight), id(model.layer.bias)}
-    first, rest = parameter_groups(named(model), [rule("table", lr=0.0)], lr=0.1, weight_decay=0.01)
-    assert (first["lr"], rest["lr"], rest["weight_decay"], len(rest["params"])) == (0.0, 0.1, 0.01, 2)
+    nothing = rule("table", lr=0.0, weight_decay=0.0)  # a value like others, and not its absence
+    first, rest = parameter_groups(named(model), [nothing], lr=0.1, weight_decay=0.01)
+    assert (first["lr"], first["weight_decay"]) == (0.0, 0.0)
+    assert (rest["lr"], rest["weight_decay"], len(rest["params"])) == (0.1, 0.01, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The order is a permutation, a pure function of its key, and independent of ranks and restarts."""
 
+from dataclasses import replace
+
 import fsspec
 import numpy as np
 import pytest
 import torch
 
-from gr.data.batches import Plan
+from gr.data.batches import Plan, share
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.deal import deal
 from gr.data.loader import Arrow, Direct
@@ -47,6 +49,23 @@ def test_epochs_and_seeds_differ_and_a_stream_keeps_its_order():
     assert first != Order("f", 2, 100, 10, 4).window(0, 0)[1].tolist()
     stream = Order("f", 1, 100, 10, 4, shuffle=False)
     assert np.concatenate([stream.window(3, w)[1] for w in range(3)]).tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("window_blocks", [1, 20], ids=["windows of a block", "one window"])
+@pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"seed": 2}, {"epoch": 1}], ids=str)
+def test_blocks_and_rows_hang_on_dataset_seed_and_epoch_each_by_itself(window_blocks, other):
+    def positions(fingerprint="f", seed=1, epoch=0):
+        order = Order(fingerprint, seed, rows=200, block_rows=10, window_blocks=window_blocks)
+        return np.concatenate([order.window(epoch, number)[1] for number in range(order.windows)])
+
+    one, two = positions(), positions(**other)
+    if window_blocks == 1:  # each block's rows are together: the blocks' order, and that of the rows in each
+        assert (one // 10).tolist() != (two // 10).tolist()
+        rows = [{int(block[0]) // 10: block.tolist() for block in np.split(p, 20)} for p in (one, two)]
+        assert all(rows[0][block] != rows[1][block] for block in range(20))
+    else:  # the blocks are mixed: by chance a row's neighbour is of its block 9 times in 199
+        assert one.tolist() != two.tolist()
+        assert max((np.diff(p // 10) == 0).sum() for p in (one, two)) < 40
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +168,28 @@ def test_what_goes_wrong_with_a_url_is_one_sentence(dataset, places, tmp_path):
         DatasetWriter("memory://bucket/third", "third")
 
 
+def test_a_digest_tells_samples_their_order_and_their_items(dataset):
+    rows = dataset.read_rows(0, 9)
+    others = [
+        dataset.read_rows(1, 10),
+        rows.take(np.arange(9)[::-1]),
+        replace(rows, columns={**rows.columns, "item": rows.items_A[::-1]}),
+    ]
+    plan = Plan(LeaveOneOut(LeaveOneOut.Config()), Order("f", 3, 57, 8, 2), global_batch=9, max_length=12)
+    assert len({share(plan, 0, given, 0, 1).digest for given in (rows, *others)}) == 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_shares_are_dealt_by_their_cost(dataset, ranks):
+    rows = dataset.read_rows(0, 40)
+    plan = Plan(LeaveOneOut(LeaveOneOut.Config()), Order("f", 3, 57, 8, 2), global_batch=40, max_length=30)
+    dealt = deal(rows.lengths_R, ranks)
+    for rank in range(ranks):
+        found = share(plan, 7, rows, rank, ranks)
+        assert (found.index, found.samples) == (7, 40)
+        assert found.share.ordinals_B.tolist() == np.flatnonzero(dealt == rank).tolist()
+
+
 def test_samples_are_the_latest_training_actions(dataset):
     seen = {}
     for batch in batches(dataset):
@@ -165,6 +206,9 @@ def test_samples_are_the_latest_training_actions(dataset):
 def test_tail_drop_leaves_the_short_batch_out(dataset):
     assert [b.samples for b in batches(dataset, tail="drop")] == [10] * 5
     assert [b.samples for b in batches(dataset)] == [10] * 5 + [7]
+    order, split = Order("f", 3, 50, 8, 2), LeaveOneOut(LeaveOneOut.Config())
+    for tail in ("drop", "keep"):  # of whole batches nothing is left over
+        assert Plan(split, order, global_batch=10, max_length=12, tail=tail).per_epoch == 5
 
 
 def test_an_error_in_the_reading_thread_reaches_the_reader(dataset, tmp_path):
@@ -185,3 +229,5 @@ def test_dealing_levels_the_cost():
         assert counts.max() - counts.min() <= 1
         assert cost.max() / cost.min() < 1.02
     assert deal(np.array([5]), 4).tolist() == [0]
+    # one sequence of 1000 actions costs more than two of 700 and 500: attention's share grows with the square
+    assert deal(np.array([1000, 700, 500, 100, 90, 10]), 2).tolist() == [0, 1, 1, 0, 1, 0]

@@ -137,6 +137,11 @@ def test_auc_is_exact_on_logits_that_are_far_apart_and_says_how_exact():
     assert family.heading == f"labels of the last action, AUC exact to {max(shared):.0e}"
 
 
+def test_logits_on_both_sides_of_zero_share_no_bin():
+    logits = np.array([[-1, -1], [1, 1]], np.float32) * (WIDTH / 4)
+    assert measured(logits, [1, 5], [1, 1]).result()["auc/like"] == 1.0
+
+
 def test_sums_depend_on_no_order():
     logits, values, lengths = case(3, users=997)
     whole = measured(logits, values, lengths)

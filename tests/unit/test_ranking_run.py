@@ -167,6 +167,10 @@ def test_recommendation_and_baselines_that_rank_are_refused(trained, config, tmp
         job.run(config("eval.baselines=[popularity]"))
     with pytest.raises(UserError, match=sentence):
         compare(str(trained.path), "test", ["popularity"])
+    with pytest.raises(
+        UserError, match=r"'eval.exclude' has no effect on run .* \(the metrics of model ranking"
+    ):
+        compare(str(trained.path), "test", overrides=["eval.exclude=all"])
     model = "model={name: retrieval, encoder: hstu}"
     with pytest.raises(
         UserError, match=r"'prior' gives probabilities of labels, and this model ranks.*item_knn"

@@ -92,5 +92,7 @@ def test_cloze_rates():
     only_last = hidden(mask_probability=0.2, last_probability=0.25)
     alone = (only_last.sum(dim=1) == 1) & only_last[:, -1]
     assert alone.float().mean().item() == pytest.approx(0.25, abs=0.087)
+    # which samples these are says nothing about what is hidden in the others, their first actions included
+    assert only_last[~alone, 0].float().mean().item() == pytest.approx(0.2, abs=0.1)  # 4 sigma of some 300
     assert hidden(mask_probability=0.2, last_probability=1.0).nonzero()[:, 1].eq(49).all()
     assert hidden(mask_probability=1e-9)[:, -1].all()

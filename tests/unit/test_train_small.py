@@ -1,5 +1,6 @@
 """Whole tiny runs in this process: when it evaluates, saves, stops, and what it goes on with."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,13 +15,15 @@ from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
 from gr.errors import UserError
 from gr.models.retrieval import Retrieval
-from gr.processes import Processes
+from gr.processes import Axis, Processes
 from gr.train import checkpoint, job
 from gr.train.cursor import Cursor
 from gr.train.folder import RunFolder
+from gr.train.parts import build
 from gr.train.report import final_rows
 from gr.train.reproduction import reproduce as reproduction
 from gr.train.runs import find_checkpoint, open_run
+from gr.train.trainer import Trainer
 from tests.end_to_end.tiny import CONFIG, make_dataset, weights
 
 
@@ -53,6 +56,12 @@ def test_steps_and_epochs_say_when_to_evaluate_and_each_moment_counts_once(confi
     assert {4, 8, 12, 16, 20, 24, 28, 10, 30} <= set(saved_steps(result))
 
 
+@pytest.mark.parametrize(("most", "expected"), [(99, [20, 30]), (13, [13])], ids=["epochs end it", "cut"])
+def test_it_evaluates_at_the_end_wherever_that_is(config, most, expected):
+    result = job.run(config("eval.every_epochs=2", "eval.splits=[test]", f"train.max_steps={most}"))
+    assert evaluated(result) == expected and result.metrics[-2]["step"] == expected[-1]
+
+
 def test_a_step_is_saved_once(config, monkeypatch):
     saved = []
     real = checkpoint.save
@@ -69,6 +78,25 @@ def test_every_micro_batch_drops_differently(config, monkeypatch):
     )
     job.run(config("train.max_steps=4", "train.micro_batch_actions=30"))
     assert len(keys) > 4 and len(set(keys)) == len(keys)
+
+
+def test_every_rank_and_step_drops_by_seeds_of_its_own(config, monkeypatch, tmp_path):
+    """Those of torch's generator, and keys."""
+    device, seeds, keys = torch.device("cpu"), [], []
+    parts = build(config(), Processes(device))
+    supervise = parts.model.supervise
+    monkeypatch.setattr(parts.model, "supervise", lambda *given: keys.append(given[-1]) or supervise(*given))
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        processes = Processes(device, data=Axis(rank, 2))
+        trainer = Trainer(config(), parts, processes, RunFolder(tmp_path / str(rank)), Cursor("g"))
+        for batch in itertools.islice(parts.batches.epoch(0), 2):
+            trainer.step(batch)
+        trainer.metrics.close()
+        trainer.progress.close()
+    for drawn in (seeds, keys):
+        assert len(drawn) == len(set(drawn)) == 4
 
 
 @pytest.mark.gpu

@@ -223,6 +223,7 @@ OPTIMIZERS = {
     "sgd, groups": SGD.Config(lr=0.05, groups=[{"match": r"tables\.items\.bias", "lr": 0.5}]),
     "sgd, momentum": SGD.Config(lr=0.05, momentum=0.9),
     "sgd, decay": SGD.Config(lr=0.05, weight_decay=0.01),
+    "sgd, a group's decay": SGD.Config(lr=0.05, groups=[{"match": r"items\.weight", "weight_decay": 0.1}]),
     "lazy_adam": LazyAdam.Config(lr=0.01, weight_decay=0.1),
     "rowwise_adagrad": RowwiseAdagrad.Config(lr=0.05),
 }
@@ -308,12 +309,25 @@ def test_every_objective_trains_on_views(objective, biased):
 def test_every_optimiser_moves_a_mapped_table_as_a_local_one(monkeypatch, optimizer, clip_norm):
     monkeypatch.setattr(row_updates, "CHUNK_NUMBERS", 10 * DIM)  # several chunks, one of them short
     pairs = list(both(optimizer=optimizer, clip_norm=clip_norm))
-    seen = optimizer in ("sgd", "sgd, groups", "lazy_adam", "rowwise_adagrad")
+    seen = optimizer in ("sgd", "sgd, groups", "lazy_adam", "rowwise_adagrad")  # of the others all rows move
     assert pairs[1][1].row_optimizers["items"].maths.all_rows != seen
     trained = [train(*pair) for pair in pairs]
     assert len(trained[0][1]) == (0 if clip_norm is None else STEPS)
     assert all((norm > clip_norm) == (clip_norm < 1) for norm in trained[0][1]), "the case clips what it says"
     assert_same_training(pairs, trained)
+
+
+def test_one_number_of_one_row_that_is_none_is_noticed(monkeypatch):
+    monkeypatch.setattr(row_updates, "CHUNK_NUMBERS", 10 * DIM)
+    for model, engine in both():
+        piece = next(p for p in model.items.pieces() if p.column == "weight")
+        assert engine.finite()
+        for row in (0, ITEMS - 1):
+            kept = piece.values_RC[row, 2].clone()
+            piece.values_RC[row, 2] = torch.nan
+            assert not engine.finite()
+            piece.values_RC[row, 2] = kept
+        assert engine.finite()
 
 
 def test_full_softmax_is_refused_in_one_sentence_when_the_model_is_built():

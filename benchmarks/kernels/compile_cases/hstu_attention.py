@@ -21,7 +21,7 @@ _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _NUMBERS = {"q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"}
 _TYPES = {
     **dict.fromkeys(("lse", "delta", "position", "time", "position_sums", "time_sums"), "*fp32"),
-    **dict.fromkeys(("offsets", "query_offsets", "targets", "order"), "*i64"),
+    **dict.fromkeys(("offsets", "query_offsets", "targets", "parts", "order"), "*i64"),
     **dict.fromkeys(("query_times", "key_times", "thresholds"), "*i64"),
     **dict.fromkeys(("scale", "weight_scale", "score_scale", "keep_scale"), "fp32"),
     **dict.fromkeys(("buckets_per_unit", "bucket_margin"), "fp32"),
@@ -77,6 +77,7 @@ def _absent(settings: Settings) -> set[str]:
     """Pointers that a launch with these settings gives as None."""
     absent = {"query_offsets"} if not settings.CROSS else set()
     absent |= {"targets"} if not settings.TARGETS else set()
+    absent |= {"parts"} if not settings.PART else set()
     absent |= {"lse", "delta"} if not settings.SOFTMAX else set()
     absent |= {"position", "position_sums"} if not settings.POSITION else set()
     if not settings.TIME:

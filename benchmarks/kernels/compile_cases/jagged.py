@@ -85,7 +85,7 @@ def _drops(dtype: str, width: int) -> CompileCase:
         f"drop.{dtype}.d{width}",
         dropout.drop,
         f"*{dtype} *{dtype} u32 u32 u32 fp32 i32 i32",
-        {"BLOCK_R": t.rows, "BLOCK_C": t.columns},
+        {"numbers_ptr": None, "BLOCK_R": t.rows, "BLOCK_C": t.columns},
     )
 
 

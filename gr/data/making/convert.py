@@ -141,7 +141,9 @@ def field_type(kinds: list[pa.DataType]) -> str:
     text."""
 
     def whole(kind: pa.DataType) -> bool:
-        return pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0 and kind.precision < 19)
+        return pa.types.is_integer(kind) or (
+            pa.types.is_decimal(kind) and kind.scale == 0 and kind.precision < 19
+        )
 
     if kinds and all(map(whole, kinds)):
         return "integer"

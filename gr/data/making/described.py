@@ -54,7 +54,9 @@ def catalogue_table(table: pa.Table, item: str, integer_ids: bool, name: str) ->
     if column.bad is not None:
         row = int(column.bad.argmax())
         value, what = table[item][row].as_py(), column.problem(row).what
-        problem = "the value is missing" if what == MISSING else f"{value!r} {what}, where the log has integers"
+        problem = (
+            "the value is missing" if what == MISSING else f"{value!r} {what}, where the log has integers"
+        )
         if what != MISSING and not integer_ids:
             problem = f"{value!r} {what}"
         raise UserError(f"'{name}', row {row}, column '{item}': {problem}; correct the catalogue")

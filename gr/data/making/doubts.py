@@ -28,7 +28,8 @@ ENOUGH = 20
 COUNTED = ("unit", "early")
 """Names of the doubts of times that are counted again when all rows are known; so are unknown ones."""
 GRID = 64
-"""A power of two in the steps of times; clocks tick in 1, 10, 60, 3600 (with hours and days 128 divides too) or 1000."""
+"""A power of two in the steps of times; clocks tick in 1, 10, 60, 1000 or 3600 (with hours
+and days 128 divides too)."""
 WORDS_FOR_NOTHING = ("nan", "NaN", "None", "none", "null", "NULL", "<NA>", "N/A", "\\N")
 
 
@@ -59,7 +60,9 @@ def of_times(column: str, clock: Clock, files: dict[str, FileTimes], sampled: bo
                 if not clock.typed
                 else f"write the column as integers with time_unit: {found[0]}"
             )
-            doubts["unit"] = f"{said}; the last would be {when(found[1])} in {found[0]}: {remedy} if that is it"
+            doubts["unit"] = (
+                f"{said}; the last would be {when(found[1])} in {found[0]}: {remedy} if that is it"
+            )
         elif later:
             doubts["early"] = (
                 f"{said}, the others until {when(max(later) // per_second)}: set earliest if they are no times of "
@@ -97,8 +100,8 @@ def of_time_sample(column: str, clock: Clock, ticks: pa.Array) -> Doubts:
     if len(values) >= 3 and step >= GRID and not of_clock and int(values.max()) >= step << 22:
         unit = "s" if clock.fractions else "us" if clock.unit == "iso" else clock.unit
         return {
-            "steps": f"column '{column}': all sampled times are multiples of {step} {unit}, as if they had gone through "
-            "floats, which loses the order of near ones: write them again from the source"
+            "steps": f"column '{column}': all sampled times are multiples of {step} {unit}, as if they had gone "
+            "through floats, which loses the order of near ones: write them again from the source"
         }
     return {}
 
@@ -123,8 +126,8 @@ def of_ids(column: str, ids: pa.Array, text: bool) -> Doubts:
     doubts: Doubts = {}
     if nothing := [w for w in WORDS_FOR_NOTHING if pc.index(values, w).as_py() >= 0]:
         doubts[f"{column} words"] = (
-            f"column '{column}': '{nothing[0]}' is an id like any other here: if it stands for a missing one, name it in "
-            "csv.null_values, or write such ids as null"
+            f"column '{column}': '{nothing[0]}' is an id like any other here: if it stands for a missing one, name it "
+            "in csv.null_values, or write such ids as null"
         )
     spelled = values.to_pylist()
     if all(t[:1] + t[-1:] in ("[]", "()", "{}") for t in spelled):

@@ -15,8 +15,8 @@ from urllib.parse import urlparse
 
 import fsspec
 
-from gr.progress import Progress
 from gr.errors import UserError
+from gr.progress import Progress
 
 BLOCK = 2**20
 TIMEOUT_SECONDS = 30

@@ -71,8 +71,8 @@ def who_is_huge(store: PartitionStore, row_bytes: int, memory_mb: int) -> list[s
         if actions * row_bytes > memory_mb << 20:
             needed = COPIES * actions * row_bytes >> 20
             said.append(
-                f"user {user!r} has {actions:,} of the {store.rows.sum():,} actions, which take about {needed:,} MiB of "
-                f"memory where memory_mb is {memory_mb}: set max_user_actions to keep only the latest of each user"
+                f"user {user!r} has {actions:,} of the {store.rows.sum():,} actions, which take about {needed:,} MiB "
+                f"of memory where memory_mb is {memory_mb}: set max_user_actions to keep only the latest of each user"
             )
     return said
 
@@ -92,10 +92,11 @@ def out_of_memory(
     rows = int(store.rows[partition])
     if 2 * actions > rows and COPIES * actions * row_bytes > memory_mb << 20:
         return UserError(
-            f"out of memory for '{out}': user {user!r} has {actions:,} of the {store.rows.sum():,} actions, and a user's "
-            "actions are not cut; set max_user_actions to keep only the latest of each user, or give it more memory"
+            f"out of memory for '{out}': user {user!r} has {actions:,} of the {store.rows.sum():,} actions, and a "
+            "user's actions are not cut; set max_user_actions to keep only the latest of each user, or give it more "
+            "memory"
         )
     return UserError(
-        f"out of memory for '{out}' at a partition of {rows:,} actions: set memory_mb to less than {memory_mb}, or give "
-        "it more memory"
+        f"out of memory for '{out}' at a partition of {rows:,} actions: set memory_mb to less than {memory_mb}, or "
+        "give it more memory"
     )

@@ -47,7 +47,9 @@ class LogReader:
         self._notes: list[str] = []
         self.files = find_files(source, schema.format, note=self._notes.append)
         columns = schema.columns
-        self.fields = {n: FieldColumn(column=f) if isinstance(f, str) else f for n, f in columns.fields.items()}
+        self.fields = {
+            n: FieldColumn(column=f) if isinstance(f, str) else f for n, f in columns.fields.items()
+        }
         self.columns = {
             "user": columns.user,
             "item": columns.item,
@@ -122,8 +124,8 @@ class LogReader:
                 return []
             first, last = self.files[0].name, self.files[-1].name
             return [
-                f"no times: a user's order is that of the {len(self.files):,} files by the numbers in their names, from "
-                f"'{first}' to '{last}', and of the rows in them"
+                f"no times: a user's order is that of the {len(self.files):,} files by the numbers in their names, "
+                f"from '{first}' to '{last}', and of the rows in them"
             ]
         naive = any(f.naive for f in self.times.seen.values()) if self.rows_read else self.layout.naive
         return [f"times without a zone are taken as {self.times.clock.zone or 'UTC'}"] if naive else []
@@ -168,8 +170,8 @@ class LogReader:
             found |= doubts.of_times(column, self.times.clock, self.times.seen, sampled=False)
         if self.rounded_values:
             found["rounded"] = (
-                f"column '{self.columns['value']}': {self.rounded_values:,} integers have more digits than a value of 32 "
-                "bits and were rounded: keep them as a field to have them exact"
+                f"column '{self.columns['value']}': {self.rounded_values:,} integers have more digits than a value of "
+                "32 bits and were rounded: keep them as a field to have them exact"
             )
         return found
 
@@ -306,9 +308,7 @@ class LogReader:
             raise refuse(f"'{file.name}', {place}, column '{column}'", sentence, problem.fix)
         record = {c: _readable(batch.column(c), row) for c in dict.fromkeys(self.columns.values())}
         text = json.dumps(record, default=str, ensure_ascii=False)
-        quarantine.add(
-            BadRow(file.name, group, number, column, sentence, text), f"{column}: {problem.what}"
-        )
+        quarantine.add(BadRow(file.name, group, number, column, sentence, text), f"{column}: {problem.what}")
 
 
 def _in_row_group(group: int, start: int, row: int) -> tuple[int | None, int]:

@@ -92,7 +92,9 @@ class Layout:
         clock, found = self.types.clock, {}
         for name, span in self.spans.items() if clock else ():
             assert clock is not None
-            scale = clock.per_second // span.per_second if span.per_second else 10**6 if clock.fractions else 1
+            scale = (
+                clock.per_second // span.per_second if span.per_second else 10**6 if clock.fractions else 1
+            )
             first, last = span.first * scale, span.last * scale
             if 0 < last < EARLY * clock.per_second:
                 found[name] = FileTimes(rows=span.rows, first=first, last=last)
@@ -136,12 +138,14 @@ def lay_out_parquet(
                     clocks.setdefault(_sort_of_time(kind), file.name)
                     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
                         units.add(getattr(kind, "unit", "ms" if pa.types.is_date64(kind) else "s"))
-            if "time" in columns and columns["time"] not in constants and rows:
-                if span := _statistics(parquet, columns["time"]):
-                    layout.spans[file.name] = span
+            timed = "time" in columns and columns["time"] not in constants and rows
+            if timed and (span := _statistics(parquet, columns["time"])):
+                layout.spans[file.name] = span
     for role, column in columns.items():
         found = layout.folder_kinds(column)
-        if role in IDS and pa.string() in found:  # one that is not written as an integer makes all of them text
+        if (
+            role in IDS and pa.string() in found
+        ):  # one that is not written as an integer makes all of them text
             kinds[role] = [pa.string()]
         else:
             kinds[role] += [k for k in found if k != pa.null()]
@@ -261,8 +265,9 @@ def _check_type(
         remedy = "write its parts as columns of their own"
         if not pa.types.is_struct(kind):
             remedy = (
-                "the log has one row an action, so explode the lists first (explode in Spark and pandas, unnest in SQL)"
+                "the log has one row an action, so explode the lists first (explode in Spark and pandas, "
             )
+            remedy += "unnest in SQL)"
     raise UserError(f"'{file.name}', column '{column}': type {kind} cannot be used as {role}; {remedy}")
 
 
@@ -272,8 +277,8 @@ def _check_booleans(
     """true in one file and 1 or 'true' in another would be two action types."""
     if role == "action_type" and before and pa.types.is_boolean(kind) != pa.types.is_boolean(before[0]):
         raise UserError(
-            f"'{file.name}', column '{column}': type {kind}, where other files have {before[0]}; write all files with the "
-            "same type"
+            f"'{file.name}', column '{column}': type {kind}, where other files have {before[0]}; write all files with "
+            "the same type"
         )
 
 
@@ -296,8 +301,8 @@ def _clock(
         )
     if "zoned" in clocks and "naive" in clocks and schema.time_zone is None:
         raise UserError(
-            f"'{clocks['naive']}', column '{column}': times without a zone, while those of '{clocks['zoned']}' have one; "
-            "set time_zone to the zone of those without, such as UTC (Spark's INT96 is UTC)"
+            f"'{clocks['naive']}', column '{column}': times without a zone, while those of '{clocks['zoned']}' have "
+            "one; set time_zone to the zone of those without, such as UTC (Spark's INT96 is UTC)"
         )
     if schema.time_unit == "iso" and "number" in clocks:
         raise UserError(
@@ -314,8 +319,8 @@ def _clock(
 def _check_zone(schema: LogSchema, used: bool) -> None:
     if schema.time_zone is not None and not used:
         raise UserError(
-            f"time_zone is '{schema.time_zone}', but times in time_unit '{schema.time_unit}' count from 1970 in UTC: leave "
-            "time_zone out"
+            f"time_zone is '{schema.time_zone}', but times in time_unit '{schema.time_unit}' count from 1970 in UTC: "
+            "leave time_zone out"
         )
 
 
@@ -335,4 +340,6 @@ def _statistics(parquet: pq.ParquetFile, column: str) -> Span | None:
         return None
     own = TICKS_PER_SECOND[kind.unit] if pa.types.is_timestamp(kind) else None
     days = 86_400 if pa.types.is_date32(kind) else 1
-    return Span(metadata.num_rows, int(min(ends)) * days, int(max(ends)) * days, own or (1 if days > 1 else None))
+    return Span(
+        metadata.num_rows, int(min(ends)) * days, int(max(ends)) * days, own or (1 if days > 1 else None)
+    )

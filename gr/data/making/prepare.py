@@ -7,9 +7,9 @@
    are stored in the order of their hash, that is the dataset's order.
 
 Memory: a chunk, one partition (``memory_mb``; a single user's actions are cut by nothing but ``max_user_actions``) and
-tables of the distinct items; it does not grow with the number of actions.  Disk: the partitions take about 20 bytes an action with integer
-ids, beside OUT or in ``scratch``, until the dataset is complete.  The result does not depend on the chunk size, the
-number of partitions, or how the log is cut into files.
+tables of the distinct items; it does not grow with the number of actions.  Disk: the partitions take
+about 20 bytes an action with integer ids, beside OUT or in ``scratch``, until the dataset is complete.  The result does
+not depend on the chunk size, the number of partitions, or how the log is cut into files.
 
 Shapes: R users of a partition, A their actions, I items.
 """
@@ -26,9 +26,9 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from gr.data.dataset import BLOCK_ROWS, DatasetWriter, SequenceDataset
 from gr.data.making import huge
 from gr.data.making.described import join
-from gr.data.dataset import BLOCK_ROWS, DatasetWriter, SequenceDataset
 from gr.data.making.ids import IdCodes, numbering
 from gr.data.making.partitions import (
     Grouped,
@@ -38,12 +38,12 @@ from gr.data.making.partitions import (
     group,
     grouped_before,
 )
-from gr.progress import Progress
 from gr.data.making.quarantine import Quarantine
 from gr.data.making.schema import Preparation
-from gr.data.sequences import Sequences
 from gr.data.making.stages import Counts, StageCount
+from gr.data.sequences import Sequences
 from gr.errors import UserError
+from gr.progress import Progress
 
 # working bytes of a partition's action while it is sorted and written, measured (benchmarks/data/prepare.py)
 ROW_BYTES, TEXT_BYTES, FIELD_BYTES = 120, 80, 32

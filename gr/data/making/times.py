@@ -15,7 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data.making.convert import Converted, Problem, as_written, cast_rows, checked, exact_integers, plain, readable, some
+from gr.data.making.convert import (
+    Converted,
+    Problem,
+    as_written,
+    cast_rows,
+    checked,
+    exact_integers,
+    plain,
+    readable,
+    some,
+)
 from gr.data.making.schema import LAST_DAY, TICKS_PER_SECOND, LogSchema, TimeUnit
 
 DATE = r"^\d{4}-\d{2}-\d{2}"
@@ -228,11 +238,16 @@ class Times:
         first, stop = clock.first * clock.per_second, clock.stop * clock.per_second
         if low < first:
             rows = pc.less(ticks, min(first, INT64[1]))
-            fix = self._unit_fix(pc.max(pc.filter(ticks, rows)).as_py()) or "set earliest if such times are meant"
+            fix = (
+                self._unit_fix(pc.max(pc.filter(ticks, rows)).as_py())
+                or "set earliest if such times are meant"
+            )
             problems += some(rows, f"is before {_day(clock.first)}{unit}", fix)
         if high >= stop:
             rows = pc.greater_equal(ticks, max(stop, INT64[0]))
-            fix = self._unit_fix(pc.min(pc.filter(ticks, rows)).as_py()) or "set latest if such times are meant"
+            fix = (
+                self._unit_fix(pc.min(pc.filter(ticks, rows)).as_py()) or "set latest if such times are meant"
+            )
             problems += some(rows, f"is not before {_day(clock.stop)}{unit}", fix)
         return problems
 

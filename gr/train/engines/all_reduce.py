@@ -18,6 +18,8 @@ class AllReduce(Engine):
     class Config(ComponentConfig):
         name: Literal["all_reduce"] = "all_reduce"
 
+    shares_sequences = True
+
     def wrap(self, model: Model) -> nn.Module:
         return model
 

@@ -19,6 +19,8 @@ class DDP(Engine):
     class Config(ComponentConfig):
         name: Literal["ddp"] = "ddp"
 
+    shares_sequences = True
+
     def wrap(self, model: Model) -> nn.Module:
         world = self.processes.world  # along either axis, gradients are parts of one sum
         if world.size == 1:

@@ -102,10 +102,10 @@ class Engine(ABC):
         for name, rows_N in rows.items():
             if not len(rows_N):
                 continue
-            self.model.tables[name].restart(rows_N)
-            if name in self.row_optimizers:
+            if name in self.row_optimizers:  # before the values: it says whose rows are about to change
                 self.row_optimizers[name].restart(rows_N)
                 waiting = waiting or not self.row_tables[name].replicated
+            self.model.tables[name].restart(rows_N)
             for column in ("weight", "bias"):
                 if (full_name := f"tables.{name}.{column}") in self.dense:
                     self.dense[full_name].restart(full_name, rows_N)
@@ -131,6 +131,9 @@ class Engine(ABC):
 
     collective = False
     """Whether a micro-batch's forward or backward pass is an exchange, so that everybody needs as many."""
+
+    shares_sequences = False
+    """Whether processes may share each sequence (``train.context``), and exchange rows of it in both passes."""
 
     module: nn.Module
     """What is called for a micro-batch's loss: the model, or what wraps it."""

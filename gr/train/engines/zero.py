@@ -116,7 +116,7 @@ class Zero(Dense):
             for gradient, parameter in zip(gradients or [], optimizer.fp16_groups[number], strict=True):
                 gradient.view(-1)[self._held_of(parameter, gradient.numel()) :].zero_()
 
-    def _held_of(self, parameter: nn.Parameter, share: int) -> int:
+    def _held_of(self, parameter: Any, share: int) -> int:
         """How many numbers of a parameter this process has in its ``share`` numbers."""
         return min(max(parameter.ds_numel - self.world.rank * share, 0), share)
 

@@ -20,14 +20,18 @@ from gr_kernels.fused_layer.schema import Functions, keeps_normed, keeps_x, stat
 from gr_kernels.operators import unsigned
 
 
-def keep_factors(shape: torch.Size, dropout: float, key: int, like: Tensor) -> Tensor:
+def keep_factors(
+    shape: torch.Size, dropout: float, key: int, like: Tensor, numbers_T: Tensor | None = None
+) -> Tensor:
     """(T, V) of `like`'s dtype: 0 where dropout zeroes, else 1 / (1 - dropout).
 
     The value of row t and column c goes by word c mod 4 of Philox4x32-10 at counter (t, 0, c div 4, 0): it is kept
-    when the word is at least ceil(dropout 2^32).
+    when the word is at least ceil(dropout 2^32). numbers: int64, t of each row, where these are some of many; else 0,
+    1, 2, ...
     """
     rows, columns = shape
-    row_T1 = torch.arange(rows, device=like.device)[:, None] & 0xFFFFFFFF
+    row_T = torch.arange(rows, device=like.device) if numbers_T is None else numbers_T
+    row_T1 = row_T[:, None] & 0xFFFFFFFF
     block_C = torch.arange((columns + 3) // 4, device=like.device)
     words = philox(key, row_T1, torch.zeros_like(block_C), block_C, torch.zeros_like(block_C))
     word_TV = torch.stack(words, dim=-1).flatten(1)[:, :columns]

@@ -36,27 +36,38 @@ PADDING = 1.35
 SMALL_BLOCK_SCORES = 2**17
 
 
-def forward(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> tuple[Tensor, None]:
-    """The output (and nothing else that the backward pass would want)."""
+def forward(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The output, and where it is a part of a softmax's the log-sums (H, T); nothing else that the backward pass would
+    want."""
     precision = _Precision.of(q_THQ)
     heads = q_THQ.shape[1]
     out_THV = _zeros((q_THQ.shape[0], *v_SHV.shape[1:]), q_THQ, precision)
+    lse_HT = None
+    if problem.part is not None and problem.activation == "softmax":
+        lse_HT = torch.full((heads, q_THQ.shape[0]), -torch.inf, dtype=precision.sums, device=q_THQ.device)
     for block in _blocks(problem, heads, precision):
         q, k = _gather(q_THQ, block.queries_BR, precision), _gather(k_SHQ, block.keys_BJ, precision)
         s_BHRJ = _scores(q, k, block, _buckets(block, problem), problem, precision)
-        weights_BHRJ = _weights(s_BHRJ, block, problem)
+        lse_BHR1 = None
+        if lse_HT is not None:
+            lse_BHR1 = _seen(s_BHRJ, block).logsumexp(-1, keepdim=True)
+            lse_HT[:, block.queries_BR] = lse_BHR1[..., 0].transpose(0, 1)
+        weights_BHRJ = _weights(s_BHRJ, block, problem, lse_BHR1)
         keep_BHRJ = _keep(block, heads, problem)
         if keep_BHRJ is not None:
             weights_BHRJ *= keep_BHRJ
         out_BHRV = _matmul(weights_BHRJ, _gather(v_SHV, block.keys_BJ, precision), precision)
         _add_rows(out_THV, block.queries_BR, out_BHRV * block.exists_BR[:, None, :, None])
-    return out_THV.div_(_divisor(problem)).to(q_THQ.dtype), None
+    return out_THV.div_(_divisor(problem)).to(q_THQ.dtype), lse_HT
 
 
 def backward(
     d_out_THV: Tensor, out: Any, lse: Any, q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem
 ) -> Gradients:
-    """The gradients of q, k, v and the bias tables. Scale and divisor are multiplied in at the very end."""
+    """The gradients of q, k, v and the bias tables. Scale and divisor are multiplied in at the very end.
+
+    out, lse: of a part of a softmax alone, where they are the whole rows'.
+    """
     precision = _Precision.of(q_THQ)
     position, time = problem.bias.position, problem.bias.time
     heads = q_THQ.shape[1]
@@ -71,7 +82,8 @@ def backward(
         d_out = d_out * block.exists_BR[:, None, :, None]
         bucket_BRJ = _buckets(block, problem)
         s_BHRJ = _scores(q, k, block, bucket_BRJ, problem, precision)
-        weights_BHRJ = _weights(s_BHRJ, block, problem)
+        lse_BHR1 = None if lse is None else lse[:, block.queries_BR].transpose(0, 1)[..., None]
+        weights_BHRJ = _weights(s_BHRJ, block, problem, lse_BHR1)
         d_weights_BHRJ = _matmul(d_out, v.transpose(2, 3), precision)
         keep_BHRJ = _keep(block, heads, problem)
         kept_BHRJ = weights_BHRJ
@@ -82,7 +94,11 @@ def backward(
         if problem.activation == "silu":
             d_s_BHRJ = torch.ops.aten.silu_backward(d_weights_BHRJ, s_BHRJ).mul_(block.seen_BRJ[:, None])
         else:
-            mean_BHR1 = (weights_BHRJ * d_weights_BHRJ).sum(-1, keepdim=True)
+            if lse is None:
+                mean_BHR1 = (weights_BHRJ * d_weights_BHRJ).sum(-1, keepdim=True)
+            else:  # over all keys of the rows, of which these are some
+                out_BHRV = _gather(out, block.queries_BR, precision)
+                mean_BHR1 = (out_BHRV * d_out).sum(-1, keepdim=True, dtype=precision.sums)
             d_s_BHRJ = d_weights_BHRJ.sub_(mean_BHR1).mul_(weights_BHRJ)
         d_s_BRJ = d_s_BHRJ.sum(1) if heads > 1 else d_s_BHRJ[:, 0]
         if d_position is not None:
@@ -133,13 +149,20 @@ def _zeros(shape: Sequence[int], like: Tensor, precision: _Precision) -> Tensor:
 
 
 class _Sequence(NamedTuple):
-    """n key rows from `begin`, m query rows from `query_begin`; the last t of the n are targets."""
+    """n key rows from `begin`, m query rows from `query_begin`; the last t of the n are targets.
+
+    The first query stands o rows behind the first key; that is row `row` of the batch, and as a draw of dropout the
+    `quad`-th four keys of its sequence begin with it.
+    """
 
     begin: int
     n: int
     query_begin: int
     m: int
     t: int
+    o: int
+    row: int
+    quad: int
 
 
 @dataclass(frozen=True)
@@ -156,6 +179,9 @@ class _Block:
     seen_BRJ: Tensor  # 1 if the key exists and the row sees it (one that doesn't exist sees some key), else 0
     distance_B1RJ: Tensor  # int64, max(i - j, 0)
     first_key: int  # of the sequence; the others follow
+    quads_B11: (
+        Tensor | None
+    )  # int64: four keys of the sequence each, before the first that the call has; None: none
 
 
 def _blocks(problem: Problem, heads: int, precision: _Precision) -> Iterator[_Block]:
@@ -184,15 +210,23 @@ def _sequences(problem: Problem) -> list[_Sequence]:
     """Those with something to compute."""
     edges = problem.offsets.tolist()
     query_edges = edges if problem.query_offsets is None else problem.query_offsets.tolist()
-    targets = problem.mask.targets
+    targets, part = problem.mask.targets, problem.part
     t = [0] * len(edges) if targets is None else targets.tolist()
-    every = (
-        _Sequence(begin, end - begin, query_begin, query_end - query_begin, t[sequence])
-        for sequence, (begin, end, query_begin, query_end) in enumerate(
-            zip(edges, edges[1:], query_edges, query_edges[1:])
+    if part is not None:
+        stands = list(
+            zip(part.query_starts.tolist(), part.key_starts.tolist(), part.first_rows.tolist(), strict=True)
         )
-    )
-    return [sequence for sequence in every if sequence.m > 0]
+    every = []
+    for sequence, (begin, end, query_begin, query_end) in enumerate(
+        zip(edges, edges[1:], query_edges, query_edges[1:])
+    ):
+        n, m = end - begin, query_end - query_begin
+        o, row, quad = n - m, begin, 0
+        if part is not None:
+            query_start, key_start, first_row = stands[sequence]
+            o, row, quad = query_start - key_start, first_row + key_start, key_start // 4
+        every.append(_Sequence(begin, n, query_begin, m, t[sequence], o, row, quad))
+    return [sequence for sequence in every if sequence.m > 0 and sequence.n > 0]
 
 
 def _block(
@@ -204,11 +238,13 @@ def _block(
 ) -> _Block:
     device, mask = problem.offsets.device, problem.mask
     first_key, last_key = _key_range(group, first_row, last_row, mask)
-    begin_B1, n_B1, query_begin_B1, m_B1, t_B1 = torch.tensor(group, device=device).T[:, :, None]
+    begin_B1, n_B1, query_begin_B1, m_B1, t_B1, o_B1, row_B1, quad_B1 = torch.tensor(group, device=device).T[
+        :, :, None
+    ]
     r_R = torch.arange(first_row, last_row, device=device)
     j_J = torch.arange(first_key, last_key, device=device)
     r_BR = torch.minimum(r_R, m_B1 - 1)
-    i_BR = n_B1 - m_B1 + r_BR
+    i_BR = o_B1 + r_BR
     # Where all sequences are alike, up to their lengths, what they share is computed once.
     i_B1R1 = (r_R if problem.query_offsets is None else i_BR)[..., None]
     if mask.plain:
@@ -218,11 +254,12 @@ def _block(
     return _Block(
         queries_BR=query_begin_B1 + r_BR,
         keys_BJ=begin_B1 + torch.minimum(j_J, n_B1 - 1),
-        rows_BR=begin_B1 + i_BR,
+        rows_BR=row_B1 + i_BR,
         exists_BR=(r_R < m_B1).to(precision.factors),
         seen_BRJ=(seen_B1RJ & (j_J < n_B1)[:, None, :]).to(precision.sums),
         distance_B1RJ=(i_B1R1 - j_J).clamp_min_(0).view(-1, r_R.shape[0], j_J.shape[0]),
         first_key=first_key,
+        quads_B11=None if problem.part is None else quad_B1[:, :, None],
     )
 
 
@@ -231,13 +268,13 @@ def _key_range(
 ) -> tuple[int, int]:
     """The keys, first and behind the last, that rows first_row to last_row of these sequences may see."""
     longest = max(x.n for x in group)
-    first = min(x.n - x.m for x in group) + first_row
+    first = min(x.o for x in group) + first_row
     if not mask.causal or first < mask.contexts:
         return 0, longest
-    last_key = min(longest, max(x.n - x.m for x in group) + last_row)
+    last_key = min(longest, max(x.o for x in group) + last_row)
     ahead = max(mask.contexts - 1, 0)
     # The earliest row of each sequence: its last one if it ends before the block, the end of history for a target.
-    first_key = min(min(x.n - x.m + first_row, x.n - 1, x.n - x.t) for x in group) - mask.window
+    first_key = min(min(x.o + first_row, x.n - 1, x.n - x.t) for x in group) - mask.window
     # A window reaches back to the first key while it reaches a context; some rows it doesn't bind at all.
     free = mask.full_rows > 0 and any(
         x.n - x.t - ahead - mask.full_rows <= 0 or last_key > x.n - x.t - mask.full_rows for x in group
@@ -292,12 +329,20 @@ def _buckets(block: _Block, problem: Problem) -> Tensor | None:
     return bias.buckets.bucket_between(query_time_BR1, bias.key_times[block.keys_BJ][:, None, :])
 
 
-def _weights(s_BHRJ: Tensor, block: _Block, problem: Problem) -> Tensor:
-    """The activation's values before dropout and divisor; zero where the mask forbids."""
+def _weights(s_BHRJ: Tensor, block: _Block, problem: Problem, lse_BHR1: Tensor | None) -> Tensor:
+    """The activation's values before dropout and divisor; zero where the mask forbids. lse: softmax's log-sums, where
+    they are known already, and of more keys than these."""
     if problem.activation == "silu":
         return torch.nn.functional.silu(s_BHRJ).mul_(block.seen_BRJ[:, None])
+    if lse_BHR1 is not None:
+        return _seen(s_BHRJ, block).sub_(lse_BHR1).exp_()
+    return _seen(s_BHRJ, block).softmax(-1)
+
+
+def _seen(s_BHRJ: Tensor, block: _Block) -> Tensor:
+    """The scores, -inf where the mask forbids."""
     forbidden_BRJ = 1 - block.seen_BRJ.reciprocal()  # 0 or -inf
-    return (s_BHRJ + forbidden_BRJ[:, None]).softmax(-1)
+    return s_BHRJ + forbidden_BRJ[:, None]
 
 
 def _keep(block: _Block, heads: int, problem: Problem) -> Tensor | None:
@@ -308,6 +353,8 @@ def _keep(block: _Block, heads: int, problem: Problem) -> Tensor | None:
     device = block.rows_BR.device
     head_H11 = torch.arange(heads, device=device)[:, None, None]
     quad_C = torch.arange((keys + 3) // 4, device=device) + block.first_key // 4
+    if block.quads_B11 is not None:
+        quad_C = quad_C + block.quads_B11[..., None]
     row_B1R1 = block.rows_BR[:, None, :, None] & 0xFFFFFFFF
     words = philox(problem.dropout_key, row_B1R1, head_H11, quad_C, torch.zeros_like(quad_C))
     word_BHRJ = torch.stack(words, dim=-1).flatten(-2)[..., :keys]

@@ -20,6 +20,7 @@ def check(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> None
     _check_settings(problem)
     _check_offsets(problem, q_THQ.device)
     _check_targets(problem.mask, problem.offsets.shape[0] - 1, q_THQ.device)
+    _check_part(problem, q_THQ)
     _check_order(problem.order, problem.offsets.shape[0] - 1, q_THQ.device)
     if values_are_at_hand(q_THQ):
         _check_rows(problem, q_THQ.shape[0], k_SHQ.shape[0])
@@ -102,7 +103,7 @@ def _check_rows(problem: Problem, queries: int, keys: int) -> None:
     for sequence, length in enumerate(lengths):
         if length > problem.max_length:
             raise _wrong(f"sequence {sequence} has {length} rows, more than max_length {problem.max_length}")
-    if cross is not None:
+    if cross is not None and problem.part is None:
         for sequence, (m, n) in enumerate(zip(_lengths("query_offsets", cross, queries, "q"), lengths)):
             if m > n:
                 raise _wrong(f"sequence {sequence} has {m} query rows, but they are the last of its {n} rows")
@@ -112,6 +113,31 @@ def _check_rows(problem: Problem, queries: int, keys: int) -> None:
                 raise _wrong(f"sequence {sequence} has {n} rows, of which {t} can't be targets")
     if problem.order is not None and sorted(problem.order.tolist()) != list(range(len(lengths))):
         raise _wrong(f"order must name each of the {len(lengths)} sequences once")
+
+
+def _check_part(problem: Problem, q: Tensor) -> None:
+    part, sequences = problem.part, problem.offsets.shape[0] - 1
+    if part is None:
+        return
+    if not problem.mask.plain:
+        raise _wrong("parts are for the causal and the full mask, without a window, contexts or targets")
+    for name in ("query_starts", "key_starts", "first_rows"):
+        x = getattr(part, name)
+        if x.shape != (sequences,) or x.dtype != torch.int64:
+            raise _wrong(
+                f"part.{name} must be ({sequences},) int64, one number a sequence, not {tuple(x.shape)} {x.dtype}"
+            )
+        _check_device(f"part.{name}", x, q.device)
+    if not values_are_at_hand(q):
+        return
+    for sequence, (query, key) in enumerate(zip(part.query_starts.tolist(), part.key_starts.tolist())):
+        if key % 4:
+            raise _wrong(f"sequence {sequence}'s keys begin at its row {key}, which 4 doesn't divide")
+        if problem.mask.causal and query < key:
+            raise _wrong(
+                f"sequence {sequence}'s queries begin at its row {query}, before its keys at {key}: causal rows "
+                "would see none"
+            )
 
 
 def _lengths(name: str, offsets: Tensor, rows: int, of: str) -> list[int]:

@@ -48,6 +48,20 @@ class RelativeBias:
 _NO_BIAS = RelativeBias()
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionPart:
+    """Which stretch of its sequence a call has of each: parts.py.
+
+    query_starts: (B,) int64, the place in its sequence of the first of a call's queries.
+    key_starts:   (B,) int64, that of its first key, a multiple of 4 (dropout draws four keys at a time).
+    first_rows:   (B,) int64, the number in the batch of the sequence's own first row, by which dropout counts.
+    """
+
+    query_starts: Tensor
+    key_starts: Tensor
+    first_rows: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """What an implementation needs beside q, k and v; the fields are hstu_attention()'s arguments."""
@@ -66,6 +80,8 @@ class Problem:
     # (B,) int64: the sequences as their work should start, e.g. longest first; any permutation gives the same results
     order: Tensor | None = None
     deterministic: bool = False  # equal calls give equal bits, gradients included
+    # stretches of longer sequences, of queries and of keys; with query_offsets, and only in parts.py's two functions
+    part: AttentionPart | None = None
 
     @property
     def drop_below(self) -> int:

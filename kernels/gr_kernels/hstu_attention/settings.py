@@ -11,9 +11,9 @@ class Settings:
 
     ROWS, KEYS: the tile of scores. WIDTH_Q, WIDTH_V: a head's widths; BLOCK_Q, BLOCK_V: the next powers of two, at
     least 16. CAUSAL, TARGETS, WINDOW, CONTEXTS: features of the mask. CROSS: queries have offsets of their own.
-    POSITION, TIME: which tables the bias has; SQRT: buckets of the root, not of the logarithm. SOFTMAX: instead of
-    SiLU. FAST: tanh.approx. PRECISION: of float32 products. ORDERED: sequences come in a given order.
-    ATOMIC: the pass over keys adds up the gradient of the queries as well.
+    PART: stretches of longer sequences. POSITION, TIME: which tables the bias has; SQRT: buckets of the root, not of
+    the logarithm. SOFTMAX: instead of SiLU. FAST: tanh.approx. PRECISION: of float32 products. ORDERED: sequences come
+    in a given order. ATOMIC: the pass over keys adds up the gradient of the queries as well.
     FAR: a tile's rows, or the heads, are 2^31 numbers apart or more: addresses take 64 bits, and more registers.
     ALIGNED: every row of q, k, v and the other tensors of rows starts at a multiple of so many bytes, at most 16; 0:
     as far as Triton finds out by itself.
@@ -30,6 +30,7 @@ class Settings:
     WINDOW: bool = False
     CONTEXTS: bool = False
     CROSS: bool = False
+    PART: bool = False
     POSITION: bool = False
     TIME: bool = False
     SQRT: bool = False

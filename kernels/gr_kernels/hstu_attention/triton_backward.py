@@ -75,8 +75,8 @@ def row_gradients(
     """(ds, k) of a block of keys: ds is (ROWS, KEYS) float32, k the block's keys."""
     q, d_out, i, query_time, lse, delta, counter, head = rows
     k_base, k_row, v_base, v_row, key_times = keys
-    key_low, key_high, drop_last, keep_scale = dropout
-    n = sequence[0]
+    key_low, key_high, drop_last, keep_scale, place = dropout
+    n, last = sequence[0], sequence[5]
     first = block * S.KEYS
     j = first + tl.arange(0, S.KEYS)
     k = load_rows(k_base, first, n, k_row, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, S, MASKED)
@@ -88,12 +88,12 @@ def row_gradients(
     if MASKED:
         seen = allowed(i[:, None], j[None, :], sequence, numbers, S)
     products = tl.dot(q, tl.trans(k), input_precision=S.PRECISION)
-    bias_i = tl.minimum(i, n - 1)[:, None]  # rows past the end read the last row's bias, and aren't stored
+    bias_i = tl.minimum(i, last - 1)[:, None]  # rows past the end read the last row's bias, and aren't stored
     s = scores(products, bias_i, j[None, :], query_time, key_time, scale, bias, S)
     slope = weights_and_slope(s, lse, seen, S, MASKED)[1]
     d_weights = tl.dot(d_out, tl.trans(v), input_precision=S.PRECISION)
     if S.DROPOUT:
-        keep = kept(key_low, key_high, counter, head, first, drop_last, S.KEYS)
+        keep = kept(key_low, key_high, counter, head, place + first, drop_last, S.KEYS)
     return score_gradient(d_weights, slope, keep, delta, keep_scale, S), k
 
 
@@ -106,7 +106,7 @@ def load_row_block(
     query_times,
     first,
     query_begin,
-    key_begin,
+    counter_begin,
     head,
     strides,
     rows,
@@ -115,22 +115,22 @@ def load_row_block(
 ):
     """What `row_gradients` needs of a block of rows."""
     q_row, q_head, out_row, out_head = strides
-    n, o = sequence[0], sequence[1]
+    o, last = sequence[1], sequence[5]
     i = o + first + tl.arange(0, S.ROWS)
     of_batch = query_begin - o + i
     q_base, d_out_base = (
         head_rows(q, query_begin, q_row, head, q_head, S.FAR),
         head_rows(d_out, query_begin, out_row, head, out_head, S.FAR),
     )
-    q_tile = load_rows(q_base, first, n - o, q_row, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, S, True)
-    d_out_tile = load_rows(d_out_base, first, n - o, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, S, True)
+    q_tile = load_rows(q_base, first, last - o, q_row, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, S, True)
+    d_out_tile = load_rows(d_out_base, first, last - o, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, S, True)
     query_time, lse_i, delta_i = 0, 0, 0
     if S.TIME:
-        query_time = tl.load(query_times + of_batch, mask=i < n, other=0)[:, None]
+        query_time = tl.load(query_times + of_batch, mask=i < last, other=0)[:, None]
     if S.SOFTMAX:
-        lse_i = tl.load(lse + head * rows + of_batch, mask=i < n, other=0.0)[:, None]
-        delta_i = tl.load(delta + head * rows + of_batch, mask=i < n, other=0.0)[:, None]
-    return (q_tile, d_out_tile, i, query_time, lse_i, delta_i, (key_begin + i).to(tl.uint32), head)
+        lse_i = tl.load(lse + head * rows + of_batch, mask=i < last, other=0.0)[:, None]
+        delta_i = tl.load(delta + head * rows + of_batch, mask=i < last, other=0.0)[:, None]
+    return (q_tile, d_out_tile, i, query_time, lse_i, delta_i, (counter_begin + i).to(tl.uint32), head)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -145,6 +145,7 @@ def d_q_kernel(
     offsets,
     query_offsets,
     targets,
+    parts,
     order,
     position,
     time,
@@ -182,15 +183,17 @@ def d_q_kernel(
 ):
     """d_q[row, head] = score_scale * sum over seen keys of ds * k."""
     b, head, block = work_item(tl.program_id(0), order, sequences, heads, blocks, group, S, True)
-    query_begin, key_begin, sequence = load_sequence(b, offsets, query_offsets, targets, contexts, S)
-    n, o = sequence[0], sequence[1]
+    query_begin, key_begin, sequence, counters = load_sequence(
+        b, offsets, query_offsets, targets, parts, contexts, S
+    )
+    o, last = sequence[1], sequence[5]
     first = block * S.ROWS
-    if first >= n - o:
+    if first >= last - o:
         return
     numbers = (window, full_rows, contexts)
     strides = (q_row, q_head, out_row, out_head)
     rows_of_block = load_row_block(
-        q, d_out, lse, delta, query_times, first, query_begin, key_begin, head, strides, rows, sequence, S
+        q, d_out, lse, delta, query_times, first, query_begin, counters[0], head, strides, rows, sequence, S
     )
     if S.TIME:
         key_times += key_begin
@@ -202,10 +205,10 @@ def d_q_kernel(
         key_times,
     )
     bias = (position, time, (thresholds, buckets_per_unit, bucket_margin, last_bucket))
-    dropout = (key_low, key_high, drop_last, keep_scale)
+    dropout = (key_low, key_high, drop_last, keep_scale, counters[1])
     sums = tl.full((S.ROWS, S.BLOCK_Q), 0.0, dtype=tl.float32)
 
-    whole, whole_end, runs = key_blocks(o + first, tl.minimum(o + first + S.ROWS, n), sequence, numbers, S)
+    whole, whole_end, runs = key_blocks(o + first, tl.minimum(o + first + S.ROWS, last), sequence, numbers, S)
     for whole_block in range(whole, whole_end):
         ds, k_tile = row_gradients(
             whole_block, rows_of_block, keys, sequence, numbers, scale, bias, dropout, S, False
@@ -219,7 +222,7 @@ def d_q_kernel(
         sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision=S.PRECISION)
 
     base = head_rows(d_q, query_begin, d_q_row, head, d_q_head, S.FAR)
-    store_rows(base, first, n - o, d_q_row, sums * score_scale, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, S)
+    store_rows(base, first, last - o, d_q_row, sums * score_scale, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, S)
 
 
 @triton.jit
@@ -230,30 +233,30 @@ def _collect(
     d_k, d_v = sums
     q_base, q_row, d_out_base, out_row, lse, delta, query_times, d_q_base, counter_begin, head = rows
     k, v, first_key, key_time = keys
-    key_low, key_high, drop_last, keep_scale = dropout
-    n, o = sequence[0], sequence[1]
+    key_low, key_high, drop_last, keep_scale, place = dropout
+    o, last = sequence[1], sequence[5]
     first = block * S.ROWS
     r = first + tl.arange(0, S.ROWS)
     i, j = o + r, first_key + tl.arange(0, S.KEYS)
-    q = load_rows(q_base, first, n - o, q_row, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, S, MASKED)
-    d_out = load_rows(d_out_base, first, n - o, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, S, MASKED)
+    q = load_rows(q_base, first, last - o, q_row, S.ROWS, S.WIDTH_Q, S.BLOCK_Q, S, MASKED)
+    d_out = load_rows(d_out_base, first, last - o, out_row, S.ROWS, S.WIDTH_V, S.BLOCK_V, S, MASKED)
     query_time, lse_i, delta_i = 0, 0, 0
     if S.TIME:
-        query_time = tl.load(query_times + r, mask=i < n, other=0)[None, :]
+        query_time = tl.load(query_times + r, mask=i < last, other=0)[None, :]
     if S.SOFTMAX:
-        lse_i = tl.load(lse + r, mask=i < n, other=0.0)[None, :]
-        delta_i = tl.load(delta + r, mask=i < n, other=0.0)[None, :]
+        lse_i = tl.load(lse + r, mask=i < last, other=0.0)[None, :]
+        delta_i = tl.load(delta + r, mask=i < last, other=0.0)[None, :]
     seen, keep = None, None
     if MASKED:
         seen = allowed(i[None, :], j[:, None], sequence, numbers, S)
     products = tl.dot(k, tl.trans(q), input_precision=S.PRECISION)
     # Rows past the end read the last row's bias; their d_out and q were loaded as zero, so they add nothing.
-    bias_i = tl.minimum(i, n - 1)[None, :]
+    bias_i = tl.minimum(i, last - 1)[None, :]
     s = scores(products, bias_i, j[:, None], query_time, key_time, scale, bias, S)
     weights, slope = weights_and_slope(s, lse_i, seen, S, MASKED)
     if S.DROPOUT:
         counter = (counter_begin + i).to(tl.uint32)
-        keep = tl.trans(kept(key_low, key_high, counter, head, first_key, drop_last, S.KEYS))
+        keep = tl.trans(kept(key_low, key_high, counter, head, place + first_key, drop_last, S.KEYS))
         weights = tl.where(keep, weights, 0.0)
     d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision=S.PRECISION)
     d_weights = tl.dot(v, tl.trans(d_out), input_precision=S.PRECISION)
@@ -263,7 +266,7 @@ def _collect(
         d_q = tl.dot(tl.trans(ds), k, input_precision=S.PRECISION)
         pointers = row_pointers(d_q_base, first, S.BLOCK_Q, S.ROWS, S.BLOCK_Q, False, 0)
         if MASKED:
-            tl.atomic_add(pointers, d_q, mask=(i < n)[:, None], sem="relaxed")
+            tl.atomic_add(pointers, d_q, mask=(i < last)[:, None], sem="relaxed")
         else:
             tl.atomic_add(pointers, d_q, sem="relaxed")
     return d_k, d_v
@@ -283,6 +286,7 @@ def d_kv_kernel(
     offsets,
     query_offsets,
     targets,
+    parts,
     order,
     position,
     time,
@@ -327,7 +331,9 @@ def d_kv_kernel(
     whose strides are known makes addresses that need few registers.
     """
     b, head, block = work_item(tl.program_id(0), order, sequences, heads, blocks, group, S, False)
-    query_begin, key_begin, sequence = load_sequence(b, offsets, query_offsets, targets, contexts, S)
+    query_begin, key_begin, sequence, counters = load_sequence(
+        b, offsets, query_offsets, targets, parts, contexts, S
+    )
     n = sequence[0]
     first = block * S.KEYS
     if first >= n:
@@ -375,12 +381,12 @@ def d_kv_kernel(
         delta,
         query_times,
         d_q_base,
-        key_begin,
+        counters[0],
         head,
     )
     keys = (k_tile, v_tile, first, key_time)
     bias = (position, time, (thresholds, buckets_per_unit, bucket_margin, last_bucket))
-    dropout = (key_low, key_high, drop_last, keep_scale)
+    dropout = (key_low, key_high, drop_last, keep_scale, counters[1])
     k_sums = tl.full((S.KEYS, S.BLOCK_Q), 0.0, dtype=tl.float32)
     v_sums = tl.full((S.KEYS, S.BLOCK_V), 0.0, dtype=tl.float32)
 

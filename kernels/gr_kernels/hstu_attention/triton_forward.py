@@ -30,7 +30,7 @@ def _attend(
     sums, top, total = state
     q, i, query_time, counter, head = rows
     k_base, k_row, v_base, v_row, key_times = keys
-    n = sequence[0]
+    n, last = sequence[0], sequence[5]
     first = block * S.KEYS
     j = first + tl.arange(0, S.KEYS)
     k = load_rows(k_base, first, n, k_row, S.KEYS, S.WIDTH_Q, S.BLOCK_Q, S, MASKED)
@@ -38,7 +38,7 @@ def _attend(
     key_time = 0
     if S.TIME:
         key_time = tl.load(key_times + j, mask=j < n, other=0)[None, :]
-    bias_i = tl.minimum(i, n - 1)[:, None]  # rows past the end read the last row's bias, and aren't stored
+    bias_i = tl.minimum(i, last - 1)[:, None]  # rows past the end read the last row's bias, and aren't stored
     s = scores(products, bias_i, j[None, :], query_time, key_time, scale, bias, S)
     if S.SOFTMAX:
         if MASKED:
@@ -55,8 +55,10 @@ def _attend(
         if MASKED:
             weights = tl.where(allowed(i[:, None], j[None, :], sequence, numbers, S), weights, 0.0)
     if S.DROPOUT:
-        key_low, key_high, drop_last = dropout
-        weights = tl.where(kept(key_low, key_high, counter, head, first, drop_last, S.KEYS), weights, 0.0)
+        key_low, key_high, drop_last, place = dropout
+        weights = tl.where(
+            kept(key_low, key_high, counter, head, place + first, drop_last, S.KEYS), weights, 0.0
+        )
     v = load_rows(v_base, first, n, v_row, S.KEYS, S.WIDTH_V, S.BLOCK_V, S, MASKED)
     sums = tl.dot(weights.to(v.dtype), v, sums, input_precision=S.PRECISION)
     return sums, top, total
@@ -72,6 +74,7 @@ def forward_kernel(
     offsets,
     query_offsets,
     targets,
+    parts,
     order,
     position,
     time,
@@ -110,21 +113,23 @@ def forward_kernel(
     batch has. `weight_scale` is 1 / divisor and dropout's 1 / (1 - p).
     """
     b, head, block = work_item(tl.program_id(0), order, sequences, heads, blocks, group, S, True)
-    query_begin, key_begin, sequence = load_sequence(b, offsets, query_offsets, targets, contexts, S)
-    n, o = sequence[0], sequence[1]
+    query_begin, key_begin, sequence, counters = load_sequence(
+        b, offsets, query_offsets, targets, parts, contexts, S
+    )
+    o, last = sequence[1], sequence[5]
     first = block * S.ROWS
-    if first >= n - o:
+    if first >= last - o:
         return
     numbers = (window, full_rows, contexts)
     i = o + first + tl.arange(0, S.ROWS)
     query_time = 0
     if S.TIME:
-        query_time = tl.load(query_times + query_begin - o + i, mask=i < n, other=0)[:, None]
+        query_time = tl.load(query_times + query_begin - o + i, mask=i < last, other=0)[:, None]
         key_times += key_begin
     q_tile = load_rows(
         head_rows(q, query_begin, q_row, head, q_head, S.FAR),
         first,
-        n - o,
+        last - o,
         q_row,
         S.ROWS,
         S.WIDTH_Q,
@@ -132,7 +137,7 @@ def forward_kernel(
         S,
         True,
     )
-    rows_of_block = (q_tile, i, query_time, (key_begin + i).to(tl.uint32), head)
+    rows_of_block = (q_tile, i, query_time, (counters[0] + i).to(tl.uint32), head)
     keys = (
         head_rows(k, key_begin, k_row, head, k_head, S.FAR),
         k_row,
@@ -141,12 +146,12 @@ def forward_kernel(
         key_times,
     )
     bias = (position, time, (thresholds, buckets_per_unit, bucket_margin, last_bucket))
-    dropout = (key_low, key_high, drop_last)
+    dropout = (key_low, key_high, drop_last, counters[1])
     sums = tl.full((S.ROWS, S.BLOCK_V), 0.0, dtype=tl.float32)
     top = tl.full((S.ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.full((S.ROWS,), 0.0, dtype=tl.float32)
 
-    whole, whole_end, runs = key_blocks(o + first, tl.minimum(o + first + S.ROWS, n), sequence, numbers, S)
+    whole, whole_end, runs = key_blocks(o + first, tl.minimum(o + first + S.ROWS, last), sequence, numbers, S)
     for whole_block in range(whole, whole_end):
         sums, top, total = _attend(
             (sums, top, total),
@@ -180,11 +185,11 @@ def forward_kernel(
     if S.SOFTMAX:
         total = tl.where(total == 0.0, 1.0, total)  # rows past the end, which see nothing
         sums = sums / total[:, None]
-        tl.store(lse + head * rows + query_begin - o + i, top + tl.log(total), mask=i < n)
+        tl.store(lse + head * rows + query_begin - o + i, top + tl.log(total), mask=i < last)
     store_rows(
         head_rows(out, query_begin, out_row, head, out_head, S.FAR),
         first,
-        n - o,
+        last - o,
         out_row,
         sums * weight_scale,
         S.ROWS,

@@ -4,10 +4,11 @@ mask.py's `allowed` is the specification. A kernel walks two runs of blocks: tho
 whole, without looking at the mask, then the others one score at a time. Blocks that nobody sees are in neither: those
 behind the window, those ahead of the rows, and those between the end of history and a target's own key.
 
-A sequence is the tuple (n, o, history, ahead, highest) of int32 scalars: n keys; o, the row that its first query is
-(0 but in the cross form); history, the rows that aren't targets; ahead and highest as in `allowed`. A mask's numbers
-are the tuple (window, full_rows, contexts). Which features a mask has is known at compile time, so that a causal mask
-costs nothing of the others.
+A sequence is the tuple (n, o, history, ahead, highest, last) of int32 scalars: n keys; o, the row that its first query
+is (0 but in the cross form), counted from the first key; history, the rows that aren't targets; ahead and highest as in
+`allowed`; last, the row behind the last query (n, but for parts of sequences, whose queries may all stand behind all
+keys). A mask's numbers are the tuple (window, full_rows, contexts). Which features a mask has is known at compile time,
+so that a causal mask costs nothing of the others.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def free_from(highest, full_rows):
 @triton.jit
 def allowed(i, j, sequence, numbers, S: tl.constexpr):
     """Whether row i sees key j, for int32 tensors that broadcast; False where either is past the sequence's end."""
-    n, _, _, ahead, highest = sequence
+    n, _, _, ahead, highest, last = sequence
     window, full_rows, _ = numbers
-    exists = (i < n) & (j < n)
+    exists = (i < last) & (j < n)
     if not S.CAUSAL:
         seen = exists
     elif not (S.TARGETS or S.WINDOW or S.CONTEXTS):
@@ -57,7 +58,7 @@ def key_blocks(first, end, sequence, numbers, S: tl.constexpr):
     Returns (a, b, runs): blocks [a, b) are seen whole by every row; `runs` are the others needed, as `nth_block` takes
     them: from the first block to a, from b on, and the rows' own keys.
     """
-    n, _, history, ahead, highest = sequence
+    n, _, history, ahead, highest, _ = sequence
     window, full_rows, contexts = numbers
     if not S.CAUSAL:
         a, b = n * 0, n // S.KEYS
@@ -65,6 +66,8 @@ def key_blocks(first, end, sequence, numbers, S: tl.constexpr):
     else:
         # Keys below `seen_end` may be seen by several rows of the block; from there on by row i == j alone.
         seen_from, whole_from, seen_end, whole_end = n * 0, n * 0, end, first
+        if S.PART:
+            seen_end, whole_end = tl.minimum(end, n), tl.minimum(first, n)
         if S.TARGETS or S.CONTEXTS:
             seen_end, whole_end = tl.minimum(end, history), tl.minimum(first, history)
             if S.CONTEXTS:  # the first rows see all of the history
@@ -100,9 +103,9 @@ def row_blocks(first, end, sequence, numbers, S: tl.constexpr):
     Blocks are counted from the first query. Returns (a, b, runs) as `key_blocks` does; blocks [a, b) lie whole in
     the sequence, too.
     """
-    n, o, history, ahead, highest = sequence
+    n, o, history, ahead, highest, last_row = sequence
     window, full_rows, contexts = numbers
-    m = n - o
+    m = last_row - o
     zero = n * 0
     last = tl.cdiv(m, S.ROWS)
     if not S.CAUSAL:
@@ -110,7 +113,7 @@ def row_blocks(first, end, sequence, numbers, S: tl.constexpr):
         runs = (b, last - b, b, zero, b, zero, b, zero)
     else:
         # Rows [first, seen_end) see something; rows [whole_from, whole_end) everything.
-        seen_end, whole_from, whole_end = n, end, n
+        seen_end, whole_from, whole_end = last_row, end, last_row
         some = zero == 0  # whether any row sees another's key in this block
         if S.TARGETS or S.CONTEXTS:
             some = (first < history) & (highest > 0)

@@ -88,6 +88,15 @@ class Launch:
         return self.problem.offsets if query_offsets is None else query_offsets
 
     @functools.cached_property
+    def parts(self) -> Tensor | None:
+        """(B, 3) int64, as load_sequence reads them."""
+        part = self.problem.part
+        if part is None:
+            return None
+        columns = (part.query_starts - part.key_starts, part.first_rows + part.key_starts, part.key_starts)
+        return torch.stack(columns, dim=1)
+
+    @functools.cached_property
     def weight_scale(self) -> float:
         problem = self.problem
         divisor = problem.divisor if problem.activation == "silu" else 1.0
@@ -152,6 +161,7 @@ class Launch:
             WINDOW=mask.window > 0,
             CONTEXTS=mask.contexts > 0,
             CROSS=problem.query_offsets is not None,
+            PART=problem.part is not None,
             POSITION=bias.position is not None,
             TIME=bias.time is not None,
             SQRT=bias.time is not None and bias.buckets.kind == "sqrt",
@@ -179,6 +189,7 @@ class Launch:
             "offsets": problem.offsets,
             "query_offsets": problem.query_offsets,
             "targets": mask.targets,
+            "parts": self.parts,
             "order": self.order,
             "position": bias.position,
             "time": bias.time,
@@ -397,7 +408,9 @@ def _table_gradients(launch: Launch, given: Mapping[str, Any]) -> tuple[Tensor |
         return None, None
     tile = launch.tile("tables")
     blocks = -(-launch.longest[0] // tile.rows)
-    positions = 0 if bias.position is None else min(bias.position.shape[0], launch.longest[1])
+    # a part's rows may be as far from its keys as a sequence is long
+    farthest = launch.longest[1] if launch.problem.part is None else launch.problem.max_length
+    positions = 0 if bias.position is None else min(bias.position.shape[0], farthest)
     times = 0 if bias.time is None else bias.buckets.last() + 1  # higher ones are no difference's
     affordable = max(FEWEST_TABLE_PROGRAMS, TABLE_BYTES // (4 * max(1, positions + times)))
     programs = min(launch.sequences * blocks, TABLE_PROGRAMS, affordable)

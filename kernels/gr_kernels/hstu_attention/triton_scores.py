@@ -40,8 +40,13 @@ def work_item(index, order, sequences, heads, blocks, group, S: tl.constexpr, LA
 
 
 @triton.jit
-def load_sequence(b, offsets, query_offsets, targets, contexts, S: tl.constexpr):
-    """(first query row, first key row, the tuple that triton_mask.py describes); rows of the batch are int64."""
+def load_sequence(b, offsets, query_offsets, targets, parts, contexts, S: tl.constexpr):
+    """(first query row, first key row, the tuple that triton_mask.py describes, where dropout counts from); rows of the
+    batch are int64.
+
+    Dropout counts from (the number of the row that the first key is, that key's place in the whole sequence). `parts`
+    holds, for parts of sequences, (o, those two) of each, int64.
+    """
     begin = tl.load(offsets + b)
     n = (tl.load(offsets + b + 1) - begin).to(tl.int32)
     query_begin, m = begin, n
@@ -53,7 +58,12 @@ def load_sequence(b, offsets, query_offsets, targets, contexts, S: tl.constexpr)
         history = tl.maximum(n - tl.load(targets + b).to(tl.int32), 0)
     if S.CONTEXTS:
         ahead = ahead + contexts - 1
-    return query_begin, begin, (n, n - m, history, ahead, tl.maximum(history - ahead, 0))
+    o, last, counters = n - m, n, (begin, n * 0)
+    if S.PART:
+        o = tl.load(parts + 3 * b).to(tl.int32)
+        last = o + m
+        counters = (tl.load(parts + 3 * b + 1), tl.load(parts + 3 * b + 2).to(tl.int32))
+    return query_begin, begin, (n, o, history, ahead, tl.maximum(history - ahead, 0), last), counters
 
 
 @triton.jit

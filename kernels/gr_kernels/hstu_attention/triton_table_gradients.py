@@ -67,6 +67,7 @@ def table_gradients_kernel(
     offsets,
     query_offsets,
     targets,
+    parts,
     order,
     position,
     time,
@@ -115,20 +116,22 @@ def table_gradients_kernel(
         b, block = work % sequences, blocks - 1 - work // sequences
         if S.ORDERED:
             b = tl.load(order + b).to(tl.int32)
-        query_begin, key_begin, sequence = load_sequence(b, offsets, query_offsets, targets, contexts, S)
-        n, o = sequence[0], sequence[1]
+        query_begin, key_begin, sequence, counters = load_sequence(
+            b, offsets, query_offsets, targets, parts, contexts, S
+        )
+        n, o, last = sequence[0], sequence[1], sequence[5]
         first = block * S.ROWS
         i = o + first + tl.arange(0, S.ROWS)
-        bias_i = tl.minimum(i, n - 1)[:, None]
+        bias_i = tl.minimum(i, last - 1)[:, None]
         query_time = 0
         if S.TIME:
-            query_time = tl.load(query_times + query_begin - o + i, mask=i < n, other=0)[:, None]
-        end = tl.minimum(o + first + S.ROWS, n)
+            query_time = tl.load(query_times + query_begin - o + i, mask=i < last, other=0)[:, None]
+        end = tl.minimum(o + first + S.ROWS, last)
         walk = key_blocks(o + first, end, sequence, numbers, S)
         whole_end, runs = walk[1], walk[2]
         start, after, own_start, own = runs[0], runs[3], runs[4], runs[5]
         connected = whole_end + after - start
-        count = tl.where(first < n - o, connected + own, 0)
+        count = tl.where(first < last - o, connected + own, 0)
         for index in range(count):
             key_block = tl.where(index < connected, start + index, own_start + index - connected)
             first_key = key_block * S.KEYS
@@ -151,7 +154,7 @@ def table_gradients_kernel(
                     query_times,
                     first,
                     query_begin,
-                    key_begin,
+                    counters[0],
                     head,
                     strides,
                     rows,
@@ -174,10 +177,10 @@ def table_gradients_kernel(
                 d_weights = tl.dot(d_out_tile, tl.trans(v_tile), input_precision=S.PRECISION)
                 keep = None
                 if S.DROPOUT:
-                    keep = kept(key_low, key_high, counter, head, first_key, drop_last, S.KEYS)
+                    keep = kept(key_low, key_high, counter, head, counters[1] + first_key, drop_last, S.KEYS)
                 ds += score_gradient(d_weights, slope, keep, delta_i, keep_scale, S)
             if S.POSITION:
-                add_diagonals(ds, o + first, first_key, position_sums, n, S)
+                add_diagonals(ds, o + first, first_key, position_sums, last, S)
             if S.TIME:
                 # Buckets are found again rather than kept in registers over the heads; a volatile load can't be
                 # recognised as the one before.

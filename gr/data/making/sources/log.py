@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gr.data.making.described import read_catalogue
 from gr.data.dataset import SequenceDataset
+from gr.data.making.described import read_catalogue
 from gr.data.making.log import LogReader
 from gr.data.making.prepare import prepare
-from gr.progress import Progress
 from gr.data.making.schema import LogSchema, Preparation
 from gr.data.making.sources.base import QUIET, Source
 from gr.errors import UserError
+from gr.progress import Progress
 
 
 class ActionLog(Source):
@@ -46,7 +46,9 @@ class ActionLog(Source):
             out,
             Path(out).name,
             options,
-            described=None if catalogue is None else lambda integer: read_catalogue(catalogue, integer, progress.note),
+            described=None
+            if catalogue is None
+            else lambda integer: read_catalogue(catalogue, integer, progress.note),
             overwrite=overwrite,
             progress=progress,
             provenance={"source": source, "options": options.model_dump(mode="json")},

@@ -8,9 +8,9 @@ from typing import ClassVar
 from gr.data.dataset import SequenceDataset
 from gr.data.making.download import Published, obtain
 from gr.data.making.prepare import Actions, Described, prepare
-from gr.progress import Progress
 from gr.data.making.schema import Preparation
 from gr.data.making.sources.base import QUIET, Source
+from gr.progress import Progress
 
 
 class PublishedSource(Source):

@@ -28,10 +28,10 @@ from pydantic import Field
 from gr.config import POSITIVE, SEED
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.hashing import derive
-from gr.progress import Progress
-from gr.data.sequences import Sequences
 from gr.data.making.sources.base import QUIET, Source
+from gr.data.sequences import Sequences
 from gr.errors import UserError
+from gr.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,6 +5,7 @@ T rows (sum of lengths), C columns.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gr_kernels.dispatch import Choice, Implementation, choose, takes_all
@@ -37,7 +38,9 @@ IMPLEMENTATIONS = (
 )
 
 
-def jagged_dropout(x: Tensor, probability: float, *, key: int, implementation: str = "auto") -> Tensor:
+def jagged_dropout(
+    x: Tensor, probability: float, *, key: int, rows: Tensor | None = None, implementation: str = "auto"
+) -> Tensor:
     """Zeroes each number with ``probability`` and divides the others by 1 - probability.
 
     The decision for column c of row t (dimensions after the first count as one) is a pure function of (key, t, c): a
@@ -48,6 +51,7 @@ def jagged_dropout(x: Tensor, probability: float, *, key: int, implementation: s
         x: (T, ...) floating.
         probability: at least 0 and below 1; 0 returns x itself.
         key: 64-bit.
+        rows: (T,) int64: t of each row of x, where these are some rows of a larger tensor; None: 0, 1, 2, ...
         implementation: "auto", or "triton", "reference".
 
     Returns:
@@ -56,15 +60,22 @@ def jagged_dropout(x: Tensor, probability: float, *, key: int, implementation: s
     Raises:
         ValueError: one sentence saying which argument is wrong, or why the asked-for implementation can't run.
     """
-    choice = _choose(x, probability, key, implementation)
-    return x if probability == 0.0 else choice.implementation.run(x, probability, key)
+    choice = _choose(x, probability, key, rows, implementation)
+    return x if probability == 0.0 else choice.implementation.run(x, probability, key, rows)
 
 
-def _choose(x: Tensor, probability: float, key: int, name: str) -> Choice:
+def _choose(x: Tensor, probability: float, key: int, rows: Tensor | None, name: str) -> Choice:
     if x.dim() < 1 or not x.is_floating_point():
         raise ValueError(f"{_NAME}: x must be floating, with rows, not {tuple(x.shape)} {x.dtype}.")
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"{_NAME}: probability must be at least 0 and below 1, not {probability}.")
     if not 0 <= key < 2**64:
         raise ValueError(f"{_NAME}: key must be a 64-bit number of at least 0, not {key}.")
+    if rows is not None and (
+        rows.shape != x.shape[:1] or rows.dtype != torch.int64 or rows.device != x.device
+    ):
+        raise ValueError(
+            f"{_NAME}: rows must be ({x.shape[0]},) int64 on {x.device}, not {tuple(rows.shape)} {rows.dtype} on "
+            f"{rows.device}."
+        )
     return choose(_NAME, IMPLEMENTATIONS, x.device, (x,), name)

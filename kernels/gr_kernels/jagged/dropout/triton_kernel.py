@@ -10,15 +10,22 @@ from gr_kernels.triton_common.random import interleave, words
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "drop_below", "rows"])
 def drop(
-    x_ptr, out_ptr, key_low: tl.uint32, key_high: tl.uint32, drop_below: tl.uint32, keep_scale, rows, width,
+    x_ptr, out_ptr, numbers_ptr,
+    key_low: tl.uint32, key_high: tl.uint32, drop_below: tl.uint32, keep_scale, rows, width,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = x keep_scale where the word of (row, column) is at least ``drop_below``, else 0. Keys are 32-bit halves."""
+    """out = x keep_scale where the word of (row, column) is at least ``drop_below``, else 0. Keys are 32-bit halves.
+
+    numbers_ptr: (rows,) int64 by which rows count, or None: by their place.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * BLOCK_C
     block = (first // 4 + tl.arange(0, BLOCK_C // 4)).to(tl.uint32)
-    low = (row & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    high = (row >> 32).to(tl.uint32)[:, None]
+    number = row
+    if numbers_ptr is not None:
+        number = tl.load(numbers_ptr + row, mask=row < rows, other=0)
+    low = (number & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    high = (number >> 32).to(tl.uint32)[:, None]
     zero = tl.zeros([BLOCK_R, BLOCK_C // 4], tl.uint32)
     # the casts are the interpreter's, which knows no argument types
     w0, w1, w2, w3 = words(

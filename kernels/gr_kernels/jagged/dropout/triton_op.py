@@ -19,19 +19,20 @@ def obstacle(x: Tensor) -> str:
     return why_unavailable(x.device)
 
 
-def dropout(x: Tensor, probability: float, key: int) -> Tensor:
+def dropout(x: Tensor, probability: float, key: int, rows: Tensor | None = None) -> Tensor:
     """reference.dropout() for a call without obstacle."""
     from gr_kernels.jagged.dropout import triton_kernel
 
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel():
-        rows, width = x.shape[0], math.prod(x.shape[1:])
+        count, width = x.shape[0], math.prod(x.shape[1:])
+        numbers = None if rows is None else rows.contiguous()
         t = dropout_tile(width)
         with on(x):
-            triton_kernel.drop[(-(-rows // t.rows), -(-width // t.columns))](
-                x, out, key & 0xFFFFFFFF, key >> 32, min(drop_below(probability), 2**32 - 1),
-                keep_scale(probability), rows, width,
+            triton_kernel.drop[(-(-count // t.rows), -(-width // t.columns))](
+                x, out, numbers, key & 0xFFFFFFFF, key >> 32, min(drop_below(probability), 2**32 - 1),
+                keep_scale(probability), count, width,
                 BLOCK_R=t.rows, BLOCK_C=t.columns, num_warps=WARPS,
             )  # fmt: skip
     return out
