@@ -45,11 +45,12 @@ class Exchange:
         self.alone, self.cached, self.rounded = alone, cached, rounded
         self.kernels = [kernel for lookup in module._lookups for kernel in lookup._emb_modules]
         self.shards = [
-            Shard(*config.local_metadata.shard_offsets, weight.detach(), nn.Parameter(weight.detach()))
+            Shard(row0, col0, weight.detach(), nn.Parameter(weight.detach()))
             for kernel in self.kernels
             for config, weight in zip(
                 kernel.config.embedding_tables, kernel.split_embedding_weights(), strict=True
             )
+            for row0, col0 in [config.local_metadata.shard_offsets]
         ]
 
     # -- the shards' memory ---------------------------------------------------------------------------------------

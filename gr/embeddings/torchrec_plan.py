@@ -252,9 +252,8 @@ def _count_moments(collection: Any, spec: TableSpec) -> None:
     from torchrec.optim import RowWiseAdagrad
 
     moments, row_moments = spec.moments, spec.row_moments
-    kind = {0: torch.optim.SGD, 1: torch.optim.Adagrad}.get(moments, torch.optim.Adam)
-    if row_moments and not moments:
-        kind = RowWiseAdagrad
+    kinds: dict[int, Any] = {0: torch.optim.SGD, 1: torch.optim.Adagrad}
+    kind = RowWiseAdagrad if row_moments and not moments else kinds.get(moments, torch.optim.Adam)
     _apply_optimizer_in_backward(kind, collection.parameters(), {"lr": 0.0})
 
 
