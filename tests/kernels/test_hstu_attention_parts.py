@@ -292,7 +292,7 @@ def test_wrong_calls_are_one_sentence(sentence: str) -> None:
 
 def test_choice() -> None:
     q, k = torch.randn(3, 1, 4).double(), torch.randn(4, 1, 4).double()
-    with pytest.raises(CannotRun, match="float16 and bfloat16"):
+    with pytest.raises(CannotRun, match="float16 or bfloat16"):
         attend_part(q, k, k, problem(), "triton")
     with pytest.raises(ValueError, match="one of 'triton', 'blocked', 'reference'"):
         attend_part(q, k, k, problem(), "cpp")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gr.models import encoder, hstu
+from gr.models import attention as of_models
 from gr.models.dropout import Dropout
 from gr.models.hstu import GatedOutput
 from gr_kernels.dispatch import preferring
@@ -125,8 +125,7 @@ def test_every_place_of_a_model_has_a_key_of_its_own(name, monkeypatch):
         keys.append(named["dropout_key"])
         return hstu_attention(*given, **named)
 
-    for owner in (hstu, encoder):
-        monkeypatch.setattr(owner, "hstu_attention", attention)
+    monkeypatch.setattr(of_models, "hstu_attention", attention)
     for module in model.modules():
         if isinstance(module, Dropout | GatedOutput):  # the key is their one number
             module.register_forward_pre_hook(
