@@ -57,7 +57,8 @@ def import_torchrec() -> Any:
             f"model.table is torchrec, and it can't be imported ({error}): make setup-sharded installs it",
             everywhere=True,
         ) from None
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    for name in ("torchrec", "torch.fx._symbolic_trace"):  # the latter speaks of how TorchRec calls it
+        logging.getLogger(name).setLevel(logging.ERROR)
     from torchrec.distributed.comm_ops import set_gradient_division
 
     set_gradient_division(False)  # owners get the sum of gradients, as everything here does

@@ -266,6 +266,8 @@ def import_deepspeed(device: torch.device) -> Any:
             everywhere=True,
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # names of collectives that it calls and nobody else can change
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # else it compiles a C++ operator when it is started on a CPU, and fails where there is no compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
