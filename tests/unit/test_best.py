@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 
-from gr import config as configs
 from gr.errors import UserError
 from gr.train import checkpoint, job
 from gr.train.cursor import Cursor
@@ -15,24 +14,14 @@ from gr.train.folder import RunFolder
 from gr.train.report import final_rows
 from gr.train.runs import find_checkpoint, open_run
 from gr.train.selection import best_of, better, comparable
-from tests.end_to_end.tiny import CONFIG, make_dataset
 
 EVERY = ["eval.splits=[valid, test]", "eval.ks=[1, 10]", "checkpoint.keep=99", "checkpoint.every_steps=null"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("best") / "data"
-    make_dataset(path)
-    return path
-
-
 @pytest.fixture
-def config(data, tmp_path):
-    file = tmp_path / "tiny.yaml"
-    file.write_text(CONFIG.format(run=tmp_path / "run", data=data))
+def config(config):
     # a rate at which validation goes up and down
-    return lambda *overrides: configs.load(file, [*EVERY, "optimizer.lr=0.3", *overrides])
+    return lambda *overrides: config(*EVERY, "optimizer.lr=0.3", *overrides)
 
 
 def validations(result, **protocol):

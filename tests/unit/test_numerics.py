@@ -9,13 +9,11 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from gr import config as configs
 from gr.errors import UserError
 from gr.processes import processes
 from gr.train import job
 from gr.train.numerics import WORKSPACE, numerics
 from gr_kernels.dispatch import preferred
-from tests.end_to_end.tiny import CONFIG, make_dataset
 
 CPU = torch.device("cpu")
 MODES = {"off": (False, False), "warn only": (True, True), "strict": (True, False)}
@@ -23,18 +21,9 @@ INSIDE = {"off": "warn only", "warn only": "warn only", "strict": "strict"}
 """Which mode a deterministic run has in a process of each mode: never a laxer one."""
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("numerics") / "data"
-    make_dataset(path)
-    return path
-
-
 @pytest.fixture
-def config(data, tmp_path):
-    file = tmp_path / "tiny.yaml"
-    file.write_text(CONFIG.format(run=tmp_path / "run", data=data))
-    return lambda *overrides: configs.load(file, ["train.max_steps=2", *overrides])
+def config(config):
+    return lambda *overrides: config("train.max_steps=2", *overrides)
 
 
 def mode() -> tuple[bool, bool]:

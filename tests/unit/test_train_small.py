@@ -24,22 +24,7 @@ from gr.train.report import final_rows
 from gr.train.reproduction import reproduce as reproduction
 from gr.train.runs import find_checkpoint, open_run
 from gr.train.trainer import Trainer
-from tests.end_to_end.tiny import CONFIG, make_dataset, weights
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("small") / "data"
-    make_dataset(path)
-    return path
-
-
-@pytest.fixture
-def config(data, tmp_path):
-    """``config("train.epochs=1")``: the tiny config, 10 steps an epoch, with overrides."""
-    file = tmp_path / "tiny.yaml"
-    file.write_text(CONFIG.format(run=tmp_path / "run", data=data))
-    return lambda *overrides: configs.load(file, overrides)
+from tests.end_to_end.tiny import CONFIG, weights
 
 
 def evaluated(result, split="test"):

@@ -5,7 +5,6 @@ import threading
 import pytest
 import torch
 
-from gr import config as configs
 from gr.embeddings.mapped import MappedTable
 from gr.embeddings.table import TableSpec
 from gr.errors import UserError
@@ -16,27 +15,12 @@ from gr.train.cursor import Cursor
 from gr.train.folder import RunFolder
 from gr.train.optimizers import AdamW, LazyAdam, RowwiseAdagrad
 from gr.train.writer import CheckpointWriter
-from tests.end_to_end.tiny import CONFIG, assert_same_run, make_dataset, tensors_in
+from tests.end_to_end.tiny import assert_same_run, tensors_in
 from tests.unit.models_common import Tiny, engine_of, whole
 from tests.unit.test_checkpoint import model_and_engine, train
 
 ALONE = Processes(torch.device("cpu"))
 BACKGROUND = "checkpoint.asynchronous=true"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("writer") / "data"
-    make_dataset(path)
-    return path
-
-
-@pytest.fixture
-def config(data, tmp_path):
-    """``config("train.epochs=1")``: the tiny config, 10 steps an epoch, with overrides."""
-    file = tmp_path / "tiny.yaml"
-    file.write_text(CONFIG.format(run=tmp_path / "run", data=data))
-    return lambda *overrides: configs.load(file, overrides)
 
 
 @pytest.fixture
