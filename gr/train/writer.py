@@ -68,7 +68,7 @@ class CheckpointWriter:
         """Write the state as it is now, the checkpoint of ``cursor``; now, or soon."""
         started = time.perf_counter()
         self.wait()
-        tensors = shared_out(engine.tensors(), self.processes.world)
+        tensors = engine.tensors()
         taken = self._taken(tensors, engine)
         if taken is None:
             self._write(tensors, cursor, self.processes)
@@ -110,7 +110,8 @@ class CheckpointWriter:
         if not config.asynchronous:
             return None
         optimizers = list(engine.row_optimizers.values())
-        taken = snapshot(tensors, optimizers, config.copy_mib << 20)
+        # each copies its share alone of what all have
+        taken = snapshot(shared_out(tensors, self.processes.world), optimizers, config.copy_mib << 20)
         (refused,) = self.processes.world.maximum([int(taken is None)])
         if not refused:
             return taken
