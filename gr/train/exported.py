@@ -24,7 +24,7 @@ from gr.processes import Axis
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import parameters
-from gr.train.slices import Slices
+from gr.train.slices import held_parts
 from gr.train.tensor_files import Part, read_into
 
 FORMAT_VERSION = 1
@@ -120,8 +120,7 @@ def load(path: Path, model: Model, checkpoint_name: str = "last", world: Axis = 
     sizes = {f"model/{name}": size for name, size in manifest.sizes.items()}
     checkpoint.check_tensors(f"export '{path}'", sizes, wanted, model)
     for name, tensor in wanted.items():
-        held = tensor.parts if isinstance(tensor, Slices) else {(0,) * tensor.dim(): tensor}
-        for offsets, values in held.items():
+        for offsets, values in held_parts(tensor).items():
             read_into(path, manifest.tensors, name.removeprefix("model/"), offsets, values)
     return Cursor(manifest.generation, epoch=manifest.epoch, step=manifest.step)
 

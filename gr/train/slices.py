@@ -78,6 +78,11 @@ class Slices(Tensor):
         raise TypeError(f"{operator} isn't to be had of slices: they are for checkpoints")
 
 
+def held_parts(tensor: Tensor) -> dict[torch.Size, Tensor]:
+    """What this process holds of a tensor: offsets -> values, their memory."""
+    return tensor.parts if isinstance(tensor, Slices) else {torch.Size([0] * tensor.dim()): tensor}
+
+
 def own_rows(rows: int, axis: Axis) -> range:
     """The share of a tensor's rows that falls to this process, where they are dealt out evenly."""
     return range(axis.rank * rows // axis.size, (axis.rank + 1) * rows // axis.size)

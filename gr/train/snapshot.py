@@ -6,7 +6,7 @@ everything else is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from gr.embeddings.row_updates import RowOptimizer
 from gr.train.aside import Aside
-from gr.train.slices import Slices, part_rows
+from gr.train.slices import Slices, held_parts, part_rows
 
 
 class Snapshot(Slices):
@@ -92,8 +92,7 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
     total = 0
     for tensor in tensors:
         held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        parts: Sequence[Tensor] = list(held.parts.values()) if isinstance(held, Slices) else [held]
-        total += sum(part.numel() * part.element_size() for part in parts)
+        total += sum(part.numel() * part.element_size() for part in held_parts(held).values())
     return total
 
 
