@@ -11,7 +11,7 @@ PY = $(VENV)/bin/python
 STEP = @bash launch/setup_environment.sh
 DONE = @touch $@
 
-.PHONY: help setup setup-sharded train test test-instruction-sets bench-gpu bench-cpu check format clean
+.PHONY: help setup setup-sharded setup-ray train test test-instruction-sets bench-gpu bench-cpu check format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -47,10 +47,17 @@ $(VENV)/.sharded: pyproject.toml gr/tested_set.txt $(VENV)/.torch | $(VENV)/.gr
 	$(STEP) sharded $(VENV) $(DEVICE)
 	$(DONE)
 
+setup-ray: setup $(VENV)/.ray ## also Ray and the client of S3, for logs and datasets of a cluster
+	@echo "[setup] ready: $(PY), for logs and datasets of a cluster"
+
+$(VENV)/.ray: pyproject.toml gr/tested_set.txt | $(VENV)/.gr
+	$(STEP) ray $(VENV) $(DEVICE)
+	$(DONE)
+
 train: setup ## quickstart: makes a small synthetic stream, trains HSTU on it, ends with a table and a plot
 	@$(PY) launch/quickstart.py
 
-test: setup setup-sharded ## all tests (TESTS=tests/unit for some)
+test: setup setup-sharded setup-ray ## all tests (TESTS=tests/unit for some)
 	@GR_TEST_ALL=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 test-instruction-sets: setup ## the numeric tests under other instruction sets, libraries' settings and threads (hours)

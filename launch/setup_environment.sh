@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One step of `make setup`: setup_environment.sh STEP VENV DEVICE
-#   STEP    venv, torch, packages, kernels, gr, sharded
+#   STEP    venv, torch, packages, kernels, gr, sharded, ray
 #   VENV    the virtual environment's folder
 #   DEVICE  auto (cuda where an NVIDIA GPU is seen, else cpu), cpu or cuda
 # The index is the one pip is configured for; torch alone can have its own: GR_TORCH_INDEX_URL=URL make setup
@@ -110,7 +110,13 @@ sharded)
     install ${index[@]+"${index[@]}"} --no-deps "$fbgemm" torchrec
     ;;
 
+ray)
+    say "installing ray and s3fs"
+    listed ray s3 >"$venv/ray.txt"
+    install -r "$venv/ray.txt"
+    ;;
+
 *)
-    fail "unknown step '$step': venv, torch, packages, kernels, gr or sharded"
+    fail "unknown step '$step': venv, torch, packages, kernels, gr, sharded or ray"
     ;;
 esac
