@@ -34,7 +34,9 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def joined(address: str | None = None, *, cpus: int | None = None, store_mib: int | None = None) -> Iterator[Any]:
+def joined(
+    address: str | None = None, *, cpus: int | None = None, store_mib: int | None = None
+) -> Iterator[Any]:
     """The package ``ray``, connected; disconnected at the end.
 
     address: "auto" or HOST:PORT of a cluster that runs; None starts one on this machine, which listens on loopback
@@ -69,7 +71,11 @@ def joined(address: str | None = None, *, cpus: int | None = None, store_mib: in
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-            what = "no Ray cluster could be started" if address is None else f"no Ray cluster answers at '{address}'"
+            what = (
+                "no Ray cluster could be started"
+                if address is None
+                else f"no Ray cluster answers at '{address}'"
+            )
             raise UserError(
                 f"{what} ({first_line(error)}): check the address (ray status), and that RAY_AUTH_MODE and "
                 "RAY_AUTH_TOKEN are the cluster's"

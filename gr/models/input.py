@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr.config import InputSection
-from gr.embeddings.view import View
 from gr.models import init
 from gr.models.dropout import Dropout
 from gr.models.layout import JaggedLayout
@@ -63,17 +62,16 @@ class ItemInput(nn.Module):
         self,
         tokens_T: Tensor,
         layout: JaggedLayout,
-        items: View,
+        items_TD: Tensor,
         features_TD: Tensor | None = None,
         beside_TD: Tensor | None = None,
     ) -> Tensor:
-        """(T, D) float32; ``items``: the view that holds the tokens' vectors; ``features_TD``: added to those, and
+        """(T, D) float32; ``items_TD``: the tokens' vectors, whatever stands where one is hidden; ``features_TD``: added to those, and
         scaled as they are; ``beside_TD``: what else is known of the actions, added before the dropout."""
         if hasattr(self, "mask"):
-            hidden_T1 = (tokens_T == MASK)[:, None]
-            x_TD = torch.where(hidden_T1, self.mask, items.lookup(tokens_T.clamp_min(0)))
+            x_TD = torch.where((tokens_T == MASK)[:, None], self.mask, items_TD)
         else:
-            x_TD = items.lookup(tokens_T)
+            x_TD = items_TD
         if features_TD is not None:
             x_TD = x_TD + features_TD
         if layout.cut is not None:  # rows of a sequence, from anywhere in it

@@ -193,7 +193,11 @@ class Ranking(Model):
                 "set model.encoder.relative_time=false"
             )
         x_TD = self.input(
-            sequence.tokens_T, layout, items, vectors(sequence, context.views), self.history(part.history_TK)
+            sequence.tokens_T,
+            layout,
+            items.lookup(sequence.tokens_T),
+            vectors(sequence, context.views),
+            self.history(part.history_TK),
         )
         queries_SD = sequence.select(self.encoder(x_TD, layout))
         candidates_SD = items.lookup(part.targets_S) * self.input.scale  # as large as where they are inputs

@@ -115,7 +115,7 @@ class Retrieval(Model):
         return self.features.of_inputs(self.prepare(batch), self.task.supervise(batch, key, dropout_key))
 
     def wanted(self, parts: Sequence[Supervision], context: StepContext) -> dict[str, list[Tensor]]:
-        rows = [part.tokens_T.clamp_min(0) for part in parts]
+        rows = [part.rows_T(self.task.masks) for part in parts]
         rows += [r for part in parts for r in self.objective.wanted(part, context)]
         return {"items": rows, **self.features.wanted(parts)}
 
@@ -132,7 +132,7 @@ class Retrieval(Model):
         """
         with evaluating(self):
             part = self.features.of_inputs(self.prepare(batch), self.task.request(batch))
-            views = self.fetch({"items": [part.tokens_T.clamp_min(0)], **self.features.wanted([part])})
+            views = self.fetch({"items": [part.rows_T(self.task.masks)], **self.features.wanted([part])})
             return part.select(self._encode(part, StepContext(0, views=views)))
 
     def scores(self, batch: SequenceBatch) -> Tensor:
@@ -156,4 +156,5 @@ class Retrieval(Model):
                 "set model.encoder.relative_time=false"
             )
         features_TD = vectors(part, context.views)
-        return self.encoder(self.input(part.tokens_T, layout, context.views["items"], features_TD), layout)
+        items_TD = context.views["items"].lookup(part.rows_T(self.task.masks))
+        return self.encoder(self.input(part.tokens_T, layout, items_TD, features_TD), layout)

@@ -67,6 +67,14 @@ class Supervision:
         """S."""
         return self.targets_S.shape[0]
 
+    def rows_T(self, masks: bool) -> Tensor:
+        """The item rows to look up for the tokens.  With ``masks`` a target's stands where an item is hidden: that one
+        is looked at anyway, so that no row is moved for having stood there."""
+        if not masks:
+            return self.tokens_T
+        target_1 = F.pad(self.targets_S, (0, 1))[:1].clamp_min(0)
+        return torch.where(self.tokens_T == MASK, target_1, self.tokens_T)
+
     def part_of(self, context: Axis) -> Supervision:
         """The rows of the sequences that this process has among those which share them, and the targets at these rows;
         for training."""

@@ -87,5 +87,6 @@ def encoded(model, b):
     part = model.supervise(b, key=5)
     context = StepContext(0, views={name: table.view([b.items_T]) for name, table in model.tables.items()})
     with torch.no_grad():
-        states = model.encoder(model.input(part.tokens_T, part.layout, context.views["items"]), part.layout)
+        vectors_TD = context.views["items"].lookup(part.rows_T(model.task.masks))
+        states = model.encoder(model.input(part.tokens_T, part.layout, vectors_TD), part.layout)
     return part.select(states), part.targets_S.tolist()

@@ -120,14 +120,16 @@ def test_constant_scores_give_the_middle_rank(items):
     assert ranks_in(torch.full((items, items), 0.25), targets).tolist() == [(items + 1) / 2] * items
 
 
-def test_a_nan_score_is_one_clear_sentence():
+@pytest.mark.parametrize("max_scores", [53, 2 * 53, 10**6])
+def test_a_nan_score_is_one_clear_sentence(max_scores):
+    """It names the user, in whatever slice of the request."""
     scores, _, asked = random_case(1)
     scores[5, 50] = np.nan
     asked.targets_B[5] = 4
     with pytest.raises(
         UserError, match="scored items as NaN for 1 users, the first is 1005: the model has diverged"
     ):
-        ranks_of(Fixed(torch.from_numpy(scores)), asked, 53)
+        ranks_of(Fixed(torch.from_numpy(scores)), asked, 53, max_scores)
 
 
 def test_a_scorer_of_another_catalogue_is_refused():
@@ -163,6 +165,15 @@ def test_buckets_hold_their_users_and_only_those():
     popularity = metrics.by_bucket()["popularity"]
     assert [(b["from"], b["to"], b["users"]) for b in popularity] == [(0, 0, 1), (1, None, 3)]
     assert popularity[1]["mrr"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 50) / 3, **rounding(3))
+
+
+def test_who_is_below_the_first_bound_is_in_no_bucket():
+    metrics = RankMetrics([2], {"history": (5, 10), "popularity": (0,)})
+    metrics.add(torch.tensor([1.0, 1.0]), history=torch.tensor([4, 7]), popularity=torch.tensor([0, 2]))
+    buckets = metrics.by_bucket()
+    assert [(b["from"], b["users"]) for b in buckets["history"]] == [(5, 1)]
+    assert [(b["from"], b["users"]) for b in buckets["popularity"]] == [(0, 2)]
+    assert metrics.users == 2
 
 
 def test_sums_depend_on_no_order():

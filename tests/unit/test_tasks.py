@@ -53,6 +53,16 @@ def test_a_request_does_not_show_its_target(task):
     assert torch.equal(task.request(b).tokens_T, task.request(other).tokens_T)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (), (0,), (1, 1), (30, 7)])
+def test_cloze_looks_up_no_row_but_those_shown_or_asked_for(lengths):
+    """An optimiser that moves the rows of a step must not move one that merely stood where an item was hidden."""
+    b = batch(lengths)
+    s = Cloze(Cloze.Config(mask_probability=0.3)).supervise(b, key=9)
+    rows_T, shown_T = s.rows_T(masks=True), s.tokens_T != MASK
+    assert torch.equal(rows_T[shown_T], b.items_T[shown_T])
+    assert set(rows_T.tolist()) <= set(b.items_T[shown_T].tolist()) | set(s.targets_S.tolist())
+
+
 def test_cloze_hides_what_it_asks_for_and_nothing_else():
     b = batch((30, 7, 1, 0, 12))
     s = Cloze(Cloze.Config(mask_probability=0.3)).supervise(b, key=9)
