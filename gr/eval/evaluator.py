@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from gr.errors import UserError
 from gr.eval.family import MetricFamily
-from gr.eval.protocols import Request, Requests
+from gr.eval.protocols import Requests
 from gr.modes import evaluating
 from gr.processes import Axis, Processes
 
@@ -75,15 +75,8 @@ def evaluate(
     """
     world, data = (Axis(), Axis()) if processes is None else (processes.world, processes.data)
     start = time.perf_counter()
-    failure: UserError | None = None
     with evaluating(scorer):
-        try:
-            for request in _in_step(requests, scorer, world):
-                family.add(scorer, request.to(device))
-                if advance is not None:
-                    advance(len(request))
-        except UserError as error:  # the other processes wait in the sum: tell them, then stop together
-            failure = error
+        failure = _judge(scorer, requests, family, world, device, advance)
     _stop_together(failure, world)
     family.all_reduce(data)
     return EvalResult(
@@ -100,17 +93,39 @@ def evaluate(
     )
 
 
-def _in_step(requests: Requests, scorer: Any, world: Axis) -> Iterator[Request]:
-    """The requests; where all processes must ask the scorer together, those that have no more ask empty ones."""
-    if world.size == 1 or not getattr(scorer, "collective", False):
-        yield from requests
-        return
-    own = iter(requests)
+def _judge(
+    scorer: Any,
+    requests: Requests,
+    family: MetricFamily,
+    world: Axis,
+    device: torch.device | str,
+    advance: Advance | None,
+) -> UserError | None:
+    """Ask all requests, or until one fails.  Where all processes must ask the scorer together, those that have no more
+    ask empty ones, and none goes on when one has failed."""
+    together = world.size > 1 and getattr(scorer, "collective", False)
+    own, request, failure = iter(requests), None, None
     while True:
-        request = next(own, None)
-        if not world.sum([int(request is not None)], dtype=torch.int64)[0]:
-            return
-        yield requests.empty() if request is None else request
+        try:
+            request = next(own, None)
+        except UserError as error:
+            failure = error
+        if together:
+            asking, failing = world.sum(
+                [int(request is not None), int(failure is not None)], dtype=torch.int64
+            )
+            if failing or not asking:
+                return failure
+        elif failure is not None or request is None:
+            return failure
+        asked = requests.empty() if request is None else request
+        try:
+            family.add(scorer, asked.to(device))
+        except UserError as error:
+            failure = error
+        else:
+            if advance is not None:
+                advance(len(asked))
 
 
 def _stop_together(failure: UserError | None, world: Axis) -> None:

@@ -66,8 +66,8 @@ class ItemInput(nn.Module):
         features_TD: Tensor | None = None,
         beside_TD: Tensor | None = None,
     ) -> Tensor:
-        """(T, D) float32; ``items_TD``: the tokens' vectors, whatever stands where one is hidden; ``features_TD``: added to those, and
-        scaled as they are; ``beside_TD``: what else is known of the actions, added before the dropout."""
+        """(T, D) float32; ``items_TD``: the tokens' vectors, anything where one is hidden; ``features_TD``: added to
+        those, and scaled as they are; ``beside_TD``: what else is known of the actions, added before the dropout."""
         if hasattr(self, "mask"):
             x_TD = torch.where((tokens_T == MASK)[:, None], self.mask, items_TD)
         else:

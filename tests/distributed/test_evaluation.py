@@ -20,7 +20,7 @@ from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
 from gr.eval.baselines import ItemKNN
-from gr.processes import Processes, processes
+from gr.processes import Axis, Processes, processes
 from gr.train.evaluation import Evaluation
 from gr.train.parts import Catalogue
 
@@ -66,6 +66,8 @@ def evaluating(path: str, joined: Processes | None = None, **changes) -> Evaluat
 class Diverged:
     """NaN for the user of one ordinal."""
 
+    collective = False
+
     def __init__(self, ordinal: int):
         self.ordinal = ordinal
 
@@ -73,6 +75,20 @@ class Diverged:
         scores = torch.zeros(batch.sequences, ITEMS)
         scores[batch.ordinals_B == self.ordinal, 3] = torch.nan
         return scores
+
+
+class DivergedTogether(Diverged):
+    """The same, with an exchange whenever somebody asks: a process that stops alone would leave the others waiting."""
+
+    collective = True
+
+    def __init__(self, ordinal: int, world: Axis):
+        super().__init__(ordinal)
+        self.world = world
+
+    def scores(self, batch):
+        self.world.sum([batch.sequences], dtype=torch.int64)
+        return super().scores(batch)
 
 
 def measure(path: str, joined: Processes | None = None, **changes) -> dict:
@@ -88,6 +104,9 @@ def measure(path: str, joined: Processes | None = None, **changes) -> dict:
     third = int(next(iter(every)).batch.ordinals_B[2])
     with pytest.raises(UserError) as refusal:
         evaluation.run("test", Diverged(third))  # one rank has it; all must stop
+    world = Axis() if joined is None else joined.world
+    with pytest.raises(UserError, match=r"NaN for 1 users|failed on 1 other"):
+        evaluation.run("test", DivergedTogether(third, world))
     return {
         "knn": [knn.row(), knn.buckets],
         "popularity": [popular.row(), popular.buckets],
