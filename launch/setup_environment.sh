@@ -112,7 +112,7 @@ sharded)
 
 ray)
     say "installing ray and s3fs"
-    listed ray s3 >"$venv/ray.txt"
+    listed ray s3 s3-tests >"$venv/ray.txt"
     install -r "$venv/ray.txt"
     ;;
 
