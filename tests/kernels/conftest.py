@@ -21,9 +21,9 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
             "imported): run tests/kernels in a process of its own, or find what imports triton at collection"
         )
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests.kernels.interpreter import repair_bfloat16
+    from tests.kernels.interpreter import repair
 
-    repair_bfloat16()
+    repair()
 
 
 @pytest.fixture(scope="session")

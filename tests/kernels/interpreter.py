@@ -1,4 +1,4 @@
-"""Triton's interpreter with bfloat16 that is right.
+"""Triton's interpreter with bfloat16 that is right, and without work that it repeats.
 
 The interpreter keeps bfloat16 numbers as their uint16 bits, and computes on the bits: sums, products and dots are
 wrong by many orders of magnitude, conversions from float32 truncate.  Here operands become float32, and results are
@@ -10,11 +10,13 @@ Atomic additions to bfloat16 remain unsupported by the interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 from numpy.typing import NDArray
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
@@ -137,8 +139,62 @@ def _get_bf16(self: InterpreterBuilder, value: float) -> TensorHandle:
     return TensorHandle(to_bits(np.array([value], dtype=np.float32)), tl.bfloat16)
 
 
+def _patched_once(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A launch replaces the builtins of the language and puts them back; each call of a function in the kernel walked
+    through all of them again, to replace what was replaced already."""
+    launched: list[frozenset] = []
+
+    @cache
+    def languages(function: Any) -> frozenset:
+        return frozenset(id(lang) for lang in (tl, tl.core) if lang in function.__globals__.values())
+
+    def patch_lang(function: Any) -> Any:
+        if launched:
+            return interpreter._LangPatchScope() if languages(function) <= launched[0] else stock(function)
+        scope = stock(function)
+        restore = scope.restore
+
+        def ended() -> None:
+            launched.clear()
+            restore()
+
+        scope.restore = ended
+        launched.append(languages(function))
+        return scope
+
+    return patch_lang
+
+
+def _type_of_numbers(stock: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
+    """NumPy's type of Triton's: looked up by name instead of in a table made for each operation."""
+    known = cache(lambda name: stock(tl.dtype(name)))
+    return lambda type_: np.dtype(np.uint64) if type_.scalar.is_ptr() else known(type_.scalar.name)
+
+
+def _when_debugging(stock: Callable[..., None]) -> Callable[..., None]:
+    """Of each sum and product of integers: whether it overflowed, worked out in 64 bits, and forgotten but in debug."""
+
+    def sanitize(self: TritonSemantic, *operands: Any) -> None:
+        if self.builder.options.debug:
+            stock(self, *operands)
+
+    return sanitize
+
+
+def repair() -> None:
+    """Patches Triton's interpreter, once."""
+    if not hasattr(InterpreterBuilder, "repaired"):
+        InterpreterBuilder.repaired = True
+        repair_bfloat16()
+        interpreter._patch_lang = _patched_once(interpreter._patch_lang)
+        TritonSemantic.binary_op_sanitize_overflow_impl = _when_debugging(
+            TritonSemantic.binary_op_sanitize_overflow_impl
+        )
+        interpreter._get_np_dtype = _type_of_numbers(interpreter._get_np_dtype)
+
+
 def repair_bfloat16() -> None:
-    """Patches Triton's interpreter, once; a Triton that represents bfloat16 otherwise is left alone."""
+    """A Triton that represents bfloat16 otherwise is left alone."""
     if interpreter._get_np_dtype(tl.bfloat16) != np.uint16 or hasattr(InterpreterBuilder, "get_bf16"):
         return
     replaced = {"cast_impl": _cast, "create_dot": _dot, "ternary_op": _ternary_op}
