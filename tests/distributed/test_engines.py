@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from tests.distributed.rounding import adamw, of_losses, of_weights, sgd
 from tests.end_to_end.tiny import ROOT, command, make_dataset, weights, write_config
 from tests.packages import needs
 from tests.precision import UNIT
+from tests.programs import run_python
 from tests.unit.test_ranking_run import CONFIG as RANKING, make_dataset as make_ranking_dataset
 
 needs("torchrec", "fbgemm_gpu", "deepspeed")
@@ -258,13 +258,7 @@ def test_a_step_whose_gradients_are_not_numbers_stops_the_run(folder):
 def refused(folder, name, overrides, environment=None):
     """What two processes say of a config, started as people do."""
     config = write_config(folder, folder / "data", folder / name)
-    done = subprocess.run(
-        command(["--config", config, *overrides], 2),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **(environment or {})},
-    )
+    done = run_python(command(["--config", config, *overrides], 2), environment=environment)
     assert done.returncode != 0
     assert str(ROOT / "gr") not in done.stderr, "a traceback, beside torchrun's own"
     return [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 
 from gr.data.dataset import SequenceDataset
 from gr.train.folder import RunFolder
+from tests.programs import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 USERS, ITEMS, ACTIONS, K = 60, 30, 900, 7
@@ -32,16 +32,8 @@ def start(
 ) -> subprocess.CompletedProcess[str]:
     """``launch/PROGRAM.py`` in ``folder``, under torchrun when there are several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "launch" / f"{program}.py")]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    words = [*(torchrun if processes > 1 else []), ROOT / "launch" / f"{program}.py", *arguments]
+    return run_python(words, folder=folder, environment=environment, timeout=120)
 
 
 def run(program: str, *arguments: object, folder: Path, processes: int = 1) -> str:
@@ -366,12 +358,9 @@ def test_a_launcher_that_says_half_is_refused(folder, trained):
 
 def test_programs_by_name(folder, trained):
     """``python -m gr NAME`` is ``launch/NAME.py``; configs that ship are found by name."""
-    command = [sys.executable, "-m", "gr"]
 
     def by_name(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False
-        )
+        return run_python(["-m", "gr", *arguments], folder=folder, timeout=60)
 
     listed = by_name().stdout
     for program in (ROOT / "launch").glob("*.py"):

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 
 import pytest
 
@@ -21,6 +20,7 @@ from tests.end_to_end.tiny import (
     train_and_signal,
     write_config,
 )
+from tests.programs import run_python
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(folder, uninterrupted):
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     victim = next(newest.glob("*.distcp"))
     victim.write_bytes(victim.read_bytes()[:-7])
-    done = subprocess.run(command(["--resume", run, "train.max_steps=null"]), capture_output=True, text=True)
+    done = run_python(command(["--resume", run, "train.max_steps=null"]))
     assert done.returncode == 0, done.stderr
     assert f"skipping damaged checkpoint '{newest}'" in done.stderr
     assert digests(run) == digests(uninterrupted[1])
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(folder, uninterrupted):
 
 def test_runs_never_overwrite_each_other_and_resume_refuses_other_mathematics(folder, uninterrupted):
     def refused(arguments):
-        done = subprocess.run(command(arguments), capture_output=True, text=True)
+        done = run_python(command(arguments))
         assert done.returncode == 2 and "Traceback" not in done.stderr
         return done.stderr
 
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_samples_and_the_last_good_chec
     config = write_config(folder, folder / "data", run)
     # temperature 1e-38 overflows the first logits
     overrides = ["model.similarity.temperature=1e-44", "model.similarity.normalize=false"]
-    done = subprocess.run(command(["--config", config, *overrides]), capture_output=True, text=True)
+    done = run_python(command(["--config", config, *overrides]))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "the loss of step 1 is not finite" in done.stderr
     assert "last good checkpoint is none" in done.stderr

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.sequences import Sequences
 from gr.train.folder import RunFolder, read_rows
+from tests.programs import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -58,23 +59,14 @@ def write_config(folder: Path, data: Path, run: Path) -> Path:
 
 
 def command(arguments: list, processes: int = 1) -> list[str]:
-    program = [str(ROOT / "launch/train.py"), *map(str, arguments)]
-    if processes == 1:
-        return [sys.executable, *program]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        *program,
-    ]
+    """What follows ``python`` to train."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*(torchrun if processes > 1 else []), str(ROOT / "launch/train.py"), *map(str, arguments)]
 
 
 def train(arguments: list, processes: int = 1) -> str:
     """Run train.py to its end; returns what it printed."""
-    done = subprocess.run(command(arguments, processes), capture_output=True, text=True, timeout=300)
+    done = run_python(command(arguments, processes))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -85,7 +77,7 @@ def train_and_signal(
     """Start train.py, send ``number`` to every one of its processes ``delay`` seconds after ``step`` was logged; the
     exit status, when all of them have ended."""
     process = subprocess.Popen(
-        command(arguments, processes),
+        [sys.executable, *command(arguments, processes)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
