@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import bisect
 import io
+import logging
 import os
 import random
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,11 +24,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.errors import UserError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -36,6 +41,8 @@ LARGEST_RANGE = 1 << 24
 """Bytes of a request; larger ranges are several requests at a time."""
 AHEAD = 8
 """Reads of a store that are on their way at a time."""
+FILES_KEPT = 256
+"""Files of S3 that are kept open: opening one is a request."""
 FIRST_PAUSE_S, PAUSE_FACTOR = 0.1, 3.0
 OBJECT_STORES = frozenset(
     ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "memory")
@@ -74,6 +81,7 @@ class Store:
         # s3fs repeats on its own, up to 25 times: here it is done for every store in the same way
         if hasattr(filesystem, "retries"):
             filesystem.retries = 1
+        self._ranged = _ArrowS3(filesystem) if "s3" in self.protocols else None
 
     @staticmethod
     def at(url: str) -> tuple[Store, str]:
@@ -110,8 +118,7 @@ class Store:
         left = list(range(len(ranges)))
 
         def ask() -> None:
-            starts, stops = zip(*(ranges[n] for n in left))
-            contents = self.filesystem.cat_ranges([path] * len(left), list(starts), list(stops))
+            contents = self._asked_ranges(path, [ranges[n] for n in left])
             problem: BaseException | None = None
             for n, content in zip(list(left), contents):
                 start, stop = ranges[n]
@@ -120,7 +127,7 @@ class Store:
                 elif len(content) != stop - start:
                     problem = OSError(f"bytes {start} to {stop} are asked for and {len(content)} come")
                 else:
-                    found[n] = bytes(content)
+                    found[n] = content
                     left.remove(n)
             if problem is not None:
                 raise problem
@@ -186,6 +193,21 @@ class Store:
         with suppress(FileNotFoundError):
             self.asked(lambda: self.filesystem.rm_file(path), path)
 
+    def _asked_ranges(self, path: str, ranges: list[tuple[int, int]]) -> list[Any]:
+        """The bytes of each, or the error instead of them."""
+        if self._ranged is not None:
+            try:
+                return self._ranged.read(path, ranges)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if self._ranged.works:
+                    raise
+                log.info("%s is read by its own client alone (%s)", self.protocols[0], first_line(error))
+                self._ranged = None
+        starts, stops = zip(*ranges)
+        return self.filesystem.cat_ranges([path] * len(ranges), list(starts), list(stops))
+
     def _named(self, folder: str, entries: Callable[[], list[dict[str, Any]]]) -> dict[str, int]:
         """Name in the folder -> bytes, of the files among its ``entries``."""
         root = folder.rstrip("/") + "/"
@@ -226,6 +248,61 @@ class Store:
             time.sleep(pause * random.uniform(0.75, 1.25))
             pause *= PAUSE_FACTOR
         raise AssertionError("an attempt returns or raises")
+
+
+class _ArrowS3:
+    """Reads ranges of S3 by Arrow's client, which takes half of s3fs' time for them, with s3fs' settings.
+
+    ``works``: whether it has ever read any; where it knows no credentials that s3fs knows, it never will.
+    """
+
+    def __init__(self, filesystem: Any):
+        self.filesystem, self.works = filesystem, False
+        self._client: Any = None
+        self._files: dict[str, pa.NativeFile] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        file = self._file(path)
+        try:
+            ahead = min(len(ranges), AHEAD) if len(ranges) > 1 else 0
+            contents = list(in_order(lambda span: file.read_at(span[1] - span[0], span[0]), ranges, ahead))
+        except BaseException:
+            self._files.pop(path, None)  # it may be another file by now
+            raise
+        self.works = True
+        return contents
+
+    def _file(self, path: str) -> pa.NativeFile:
+        """Opened once: that is a request."""
+        with self._lock:
+            self._client = self._client or self._connected()
+            file = self._files.get(path)
+        if file is None:
+            file = self._client.open_input_file(path)
+            with self._lock:
+                if len(self._files) >= FILES_KEPT:
+                    self._files.pop(next(iter(self._files)))
+                self._files[path] = file
+        return file
+
+    def _connected(self) -> Any:
+        from pyarrow import fs
+
+        s3 = self.filesystem
+        s3.connect()
+        meta, given = s3.s3.meta, s3.config_kwargs
+        own = not re.search(r"\.amazonaws\.com(\.cn)?$", urlsplit(meta.endpoint_url).hostname or "")
+        keys = {"access_key": s3.key, "secret_key": s3.secret, "session_token": s3.token} if s3.key else {}
+        return fs.S3FileSystem(
+            **keys,
+            anonymous=bool(s3.anon),
+            region=meta.region_name or "us-east-1",
+            endpoint_override=meta.endpoint_url if own else None,
+            connect_timeout=given.get("connect_timeout"),
+            request_timeout=given.get("read_timeout"),
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
+        )
 
 
 class RangedFile(io.RawIOBase):
