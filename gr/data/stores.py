@@ -81,7 +81,9 @@ class Store:
         # s3fs repeats on its own, up to 25 times: here it is done for every store in the same way
         if hasattr(filesystem, "retries"):
             filesystem.retries = 1
-        self._ranged = _ArrowS3(filesystem) if "s3" in self.protocols else None
+        self._ranged: _ArrowS3 | None = None
+        if "s3" in self.protocols:  # lives as long as s3fs' client, whoever asks
+            self._ranged = filesystem.__dict__.setdefault("_gr_ranged", _ArrowS3(filesystem))
 
     @staticmethod
     def at(url: str) -> tuple[Store, str]:
@@ -195,7 +197,7 @@ class Store:
 
     def _asked_ranges(self, path: str, ranges: list[tuple[int, int]]) -> list[Any]:
         """The bytes of each, or the error instead of them."""
-        if self._ranged is not None:
+        if self._ranged is not None and not self._ranged.useless:
             try:
                 return self._ranged.read(path, ranges)
             except FileNotFoundError:
@@ -204,7 +206,7 @@ class Store:
                 if self._ranged.works:
                     raise
                 log.info("%s is read by its own client alone (%s)", self.protocols[0], first_line(error))
-                self._ranged = None
+                self._ranged.useless = True
         starts, stops = zip(*ranges)
         return self.filesystem.cat_ranges([path] * len(ranges), list(starts), list(stops))
 
@@ -253,11 +255,11 @@ class Store:
 class _ArrowS3:
     """Reads ranges of S3 by Arrow's client, which takes half of s3fs' time for them, with s3fs' settings.
 
-    ``works``: whether it has ever read any; where it knows no credentials that s3fs knows, it never will.
+    ``works``: whether it has ever read any.  ``useless``: it has not, where s3fs may: of credentials s3fs knows more.
     """
 
     def __init__(self, filesystem: Any):
-        self.filesystem, self.works = filesystem, False
+        self.filesystem, self.works, self.useless = filesystem, False, False
         self._client: Any = None
         self._files: dict[str, pa.NativeFile] = {}
         self._lock = threading.Lock()

@@ -74,7 +74,7 @@ def test_a_row_group_is_one_request_for_the_columns_that_are_needed(local, url, 
     assert epoch(dataset, engine) == epoch(local)
     footer = pq.read_metadata(local.path / PART)
     blocks = len(dataset.manifest.blocks)
-    assert len(store.asked) == blocks + 1  # and the file's footer, once
+    assert len(store.asked) == blocks + 2  # and the file is opened and its footer read, once
     ranges = {asked.bytes for asked in store.gets(PART)}
     for block in range(blocks):
         spans = stores.column_ranges(footer, [block], ["items", "timestamps"])
