@@ -91,6 +91,9 @@ DATASETS = {
     "amazon-beauty": "gr.data.making.sources.amazon:AmazonBeauty",
     "synthetic-dp": "gr.data.making.sources.synthetic_dp:SyntheticDP",
     "log": "gr.data.making.sources.log:ActionLog",
+    "lists": "gr.data.making.sources.lists:UserLists",
+    "sequences": "gr.data.making.sources.sequences:SequenceFiles",
+    "recbole": "gr.data.making.sources.recbole:RecBole",
 }
 
 

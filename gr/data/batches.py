@@ -24,6 +24,7 @@ from gr.data.deal import deal
 from gr.data.order import Order
 from gr.data.sequences import ITEM, Sequences
 from gr.data.split import Split
+from gr.data.stores import in_order
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,21 @@ def read_samples(plan: Plan, dataset: SequenceDataset, block: int) -> Sequences:
 
 
 def epoch_batches(
-    plan: Plan, dataset: SequenceDataset, epoch: int, start: int, rank: int, ranks: int
+    plan: Plan,
+    dataset: SequenceDataset,
+    epoch: int,
+    start: int,
+    rank: int,
+    ranks: int,
+    threads: bool = True,
 ) -> Iterator[GlobalBatch]:
-    """All of the above in one process, block after block."""
-    parts = windows(plan, lambda block: read_samples(plan, dataset, block), epoch, start * plan.global_batch)
+    """All of the above in one process, block after block; of a store some blocks ahead, where ``threads`` may be."""
+    order, position = plan.order, start * plan.global_batch
+    numbers = range(order.window_of(position), order.windows)
+    blocks = (block for number in numbers for block in order.blocks(epoch, number).tolist())
+    read = in_order(  # as windows ask for them
+        lambda block: read_samples(plan, dataset, block), blocks, dataset.ahead if threads else 0
+    )
+    parts = windows(plan, lambda block: next(read), epoch, position)
     for index, rows in global_batches(plan, parts, start):
         yield share(plan, index, rows, rank, ranks)

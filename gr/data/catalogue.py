@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.data.columns import checksum
-from gr.data.folder import first_line
 from gr.data.popularity import Counted, counted
+from gr.data.stores import first_line, remedy
 from gr.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -33,11 +33,12 @@ class Catalogue:
         self._folder, self._manifest = dataset.folder, dataset.manifest
         self._read: dict[str, pa.ChunkedArray] = {}
         self._counted: Counted | None = None
+        self._footer: pq.FileMetaData | None = None
 
     def under(self, split: Split) -> Catalogue:
         """The same items, counted under ``split``."""
         other = Catalogue(self._dataset, split)
-        other._read = self._read
+        other._read, other._footer = self._read, self._footer
         return other
 
     @property
@@ -111,8 +112,8 @@ class Catalogue:
     def check_footer(self) -> None:
         """Refuse a file that has not the manifest's rows and columns; reads the footer alone."""
         try:
-            with self._folder.opened(CATALOGUE) as source:
-                footer = pq.read_metadata(source)
+            with self._folder.parquet(CATALOGUE) as parquet:
+                footer = self._footer = parquet.metadata
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error
         if footer.num_rows != self._manifest.items:
@@ -127,7 +128,7 @@ class Catalogue:
 
     def _columns(self, names: list[str]) -> dict[str, pa.ChunkedArray]:
         try:
-            with self._folder.opened(CATALOGUE) as source, pq.ParquetFile(source) as parquet:
+            with self._folder.parquet(CATALOGUE, self._footer, columns=names) as parquet:
                 table = parquet.read(columns=names)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error
@@ -141,7 +142,9 @@ class Catalogue:
         return {name: table[name] for name in names}
 
     def _unreadable(self, error: Exception) -> UserError:
-        return UserError(f"cannot read '{self._file}' ({first_line(error)}): prepare the dataset again")
+        return UserError(
+            f"cannot read '{self._file}' ({first_line(error)}): {remedy(error, 'prepare the dataset again')}"
+        )
 
     def _changed(self, how: str) -> UserError:
         return UserError(

@@ -7,14 +7,18 @@
 
 The layout is canonical: the same actions give the same blocks, digests and fingerprint, whoever wrote them.
 Rows are users sorted by (hash64(id), id), or in the log's own order for a stream (``row_order: stream``).
-DIR may be a URL of anything that fsspec reads; datasets are written to a path of this machine.
+DIR may be a URL of anything that fsspec reads and writes.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +38,7 @@ from gr.data.columns import (
     from_table,
     to_table,
 )
-from gr.data.folder import Folder, first_line, is_url
+from gr.data.folder import Folder
 from gr.data.hashing import hash_ids
 from gr.data.manifest import (
     MANIFEST,
@@ -47,11 +51,13 @@ from gr.data.manifest import (
     to_json,
 )
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
+from gr.data.stores import AHEAD, Store, Unreachable, all_shown, first_line, in_order, remedy
 from gr.errors import UserError
 
 BLOCK_ROWS = 1024
-FOOTERS = 8
-"""Parquet footers kept: one of a file of 256 blocks takes some 0.3 MiB."""
+FOOTERS, FOOTERS_OF_A_STORE = 8, 256
+"""Parquet footers kept: one of a file of 256 blocks takes some 0.3 MiB, and two requests."""
+UPLOADING = ".uploading-"
 COLUMN_OF_LOG = {"time": "columns.time", "type": "columns.action_type", "value": "columns.value"}
 
 
@@ -69,6 +75,7 @@ class SequenceDataset:
         self._columns = {info.name: info for info in self.manifest.columns}
         self._checked: set[tuple[int, str]] = set()
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._reading_footer = threading.Lock()
         self._check_files()
 
     users = property(lambda self: self.manifest.users)
@@ -105,6 +112,16 @@ class SequenceDataset:
             self.require(names, "what reads it")
         return from_table(self._read(block, infos), infos, self.first_ordinal(block))
 
+    @property
+    def ahead(self) -> int:
+        """Blocks that are best read at the same time: one waits for a store, not for a disk."""
+        return 0 if self.folder.local is not None else AHEAD
+
+    def read_blocks(self, blocks: Iterable[int], columns: Iterable[str] | None = None) -> Iterator[Sequences]:
+        """:meth:`read_block` of each, in order, ``ahead`` of them at the same time."""
+        names = None if columns is None else frozenset(columns)
+        return in_order(lambda block: self.read_block(block, names), blocks, self.ahead)
+
     def read_user_ids(self, block: int) -> np.ndarray:
         """(rows,) raw ids of a block's users: int64 or str objects."""
         return self._read(block, [self._columns[USER_ID]]).column(USER_ID).to_numpy()
@@ -126,9 +143,12 @@ class SequenceDataset:
 
     def _check_files(self) -> None:
         """All that the manifest names is there, and the catalogue has its rows."""
-        Catalogue(self).check_footer()
+        self.catalogue.check_footer()
         try:
             there = self.folder.files("sequences")
+        except Unreachable as error:
+            where = self.folder.of("sequences")
+            raise UserError(f"cannot list '{where}' ({first_line(error)}): {remedy(error, '')}") from error
         except OSError:
             there = set()
         for file in dict.fromkeys(block.file for block in self.manifest.blocks):
@@ -139,17 +159,15 @@ class SequenceDataset:
         """Columns of a block, as stored, checked."""
         entry = self.manifest.blocks[block]
         where = f"row group {entry.row_group} of '{self.folder.of(entry.file)}'"
+        stored = [info.stored for info in infos]
         try:
-            with (
-                self.folder.opened(entry.file) as source,
-                pq.ParquetFile(
-                    source, metadata=self._footer(entry.file), pre_buffer=self.folder.local is None
-                ) as parquet,
-            ):
-                table = parquet.read_row_group(entry.row_group, columns=[info.stored for info in infos])
+            footer = self._footer(entry.file)
+            with self.folder.parquet(entry.file, footer, [entry.row_group], stored) as parquet:
+                table = parquet.read_row_group(entry.row_group, columns=stored)
         except (OSError, pa.ArrowException, IndexError) as error:
             raise UserError(
-                f"cannot read {where} ({first_line(error)}): prepare the dataset again"
+                f"cannot read {', '.join(info.name for info in infos)} in {where} ({first_line(error)}): "
+                f"{remedy(error, 'prepare the dataset again')}"
             ) from error
         changed = "the files were changed after preparing; prepare the dataset again"
         if table.num_rows != entry.rows:
@@ -177,14 +195,16 @@ class SequenceDataset:
             )
 
     def _footer(self, file: str) -> pq.FileMetaData:
-        footer = self._footers.get(file)
-        if footer is None:
-            with self.folder.opened(file) as source:
-                footer = pq.read_metadata(source)
-            for oldest in list(self._footers)[: len(self._footers) - FOOTERS + 1]:
-                self._footers.pop(oldest, None)
-            self._footers[file] = footer
-        return footer
+        with self._reading_footer:
+            footer = self._footers.get(file)
+            if footer is None:
+                with self.folder.parquet(file) as parquet:
+                    footer = parquet.metadata
+                kept = FOOTERS if self.folder.local is not None else FOOTERS_OF_A_STORE
+                for oldest in list(self._footers)[: len(self._footers) - kept + 1]:
+                    self._footers.pop(oldest, None)
+                self._footers[file] = footer
+            return footer
 
 
 def same_type(one: pa.DataType, other: pa.DataType) -> bool:
@@ -197,7 +217,9 @@ def same_type(one: pa.DataType, other: pa.DataType) -> bool:
 class DatasetWriter:
     """Writes a sequence dataset; nothing is visible at ``path`` until :meth:`finish`.
 
-    Rows must arrive in the dataset's order, all with the same columns.  Memory: one block of pending rows.
+    Rows must arrive in the dataset's order, all with the same columns.  Memory: one block of pending rows.  What is
+    written lies beside ``path``, or, where that is a URL, in a folder in ``scratch`` (None: the machine's for temporary
+    files), until it is complete.
     """
 
     def __init__(
@@ -209,24 +231,20 @@ class DatasetWriter:
         block_rows: int = BLOCK_ROWS,
         action_type_names: list[str] | None = None,
         overwrite: bool = False,
+        scratch: str | os.PathLike | None = None,
     ):
-        if is_url(os.fspath(path)):
-            raise UserError(
-                f"'{path}' is a URL, and a dataset is written to a path of this machine: prepare it there, then copy it"
-            )
-        self.path = Path(path)
-        if self.path.exists() and not overwrite:
-            raise UserError(f"'{self.path}' exists: choose another --out, or say --overwrite")
-        if self.path.exists() and not _replaceable(self.path):
-            raise UserError(
-                f"'{self.path}' is not a dataset that could be overwritten: choose another --out, or move it away"
-            )
+        self.place = Folder(path)
         self.name, self.row_order, self.block_rows = name, row_order, block_rows
         self.action_type_names = action_type_names or []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = self.path.with_name(f".{self.path.name}.writing-{os.getpid()}")
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        (self._scratch / "sequences").mkdir(parents=True)
+        self._check_place(overwrite)
+        if self.place.local is None:
+            self.scratch = Path(tempfile.mkdtemp(prefix="gr-writing-", dir=scratch))
+        else:
+            local = self.place.local
+            local.parent.mkdir(parents=True, exist_ok=True)
+            self.scratch = local.with_name(f".{local.name}.writing-{os.getpid()}")
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        (self.scratch / "sequences").mkdir(parents=True)
         self._pending: list[Sequences] = []
         self._pending_rows = 0
         self._blocks: list[Block] = []
@@ -236,6 +254,17 @@ class DatasetWriter:
         self._sorted = row_order == "hash"
         self._times: list[int] = []
         self.users = self.actions = 0
+
+    def _check_place(self, overwrite: bool) -> None:
+        """Refuse a place where something is that may not be replaced."""
+        name = self.place.name
+        there = _entries(self.place)
+        if there is not None and not overwrite:
+            raise UserError(f"'{name}' exists: choose another --out, or say --overwrite")
+        if there is not None and not there <= OURS:
+            raise UserError(
+                f"'{name}' is not a dataset that could be overwritten: choose another --out, or move it away"
+            )
 
     def add(self, rows: Sequences) -> None:
         """Append rows (their ``ordinals_R`` are ignored: the writer numbers them)."""
@@ -248,14 +277,17 @@ class DatasetWriter:
             self._pending, self._pending_rows = [rest], len(rest)
 
     def finish(self, catalogue: pa.Table, provenance: dict[str, Any] | None = None) -> SequenceDataset:
-        """Write what is pending, the catalogue and the manifest, and make the dataset visible by one rename."""
+        """Write what is pending, the catalogue and the manifest, and make the dataset visible: by one rename, or in a
+        store by its manifest, which is written last."""
         if self._pending_rows:
             self._write(Sequences.concatenate(self._pending))
         if self._writer is None:
-            raise UserError(f"no sequence is left to write to '{self.path}': check the filters and the log")
+            raise UserError(
+                f"no sequence is left to write to '{self.place.name}': check the filters and the log"
+            )
         self._writer.close()
-        pq.write_table(catalogue, self._scratch / CATALOGUE)
-        stored = pq.read_table(self._scratch / CATALOGUE)  # Parquet doesn't keep every type as it is
+        pq.write_table(catalogue, self.scratch / CATALOGUE)
+        stored = pq.read_table(self.scratch / CATALOGUE)  # Parquet doesn't keep every type as it is
         digests = [block.digest for block in self._blocks]
         identity = (self.row_order, self.block_rows, catalogue.num_rows, digests)
         manifest = Manifest(
@@ -275,19 +307,24 @@ class DatasetWriter:
             generation=fingerprint(*identity, _some_at_a_time(catalogue["item_id"])),
             blocks=self._blocks if self._sorted else [replace(b, first_hash=None) for b in self._blocks],
             digest="",
-            provenance=provenance or {},
+            provenance=all_shown(provenance or {}),
         )
-        (self._scratch / MANIFEST).write_text(to_json(manifest))
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        os.replace(self._scratch, self.path)
-        return SequenceDataset(self.path)
+        (self.scratch / MANIFEST).write_text(to_json(manifest))
+        if self.place.local is None:
+            publish(self.scratch, self.place)
+            shutil.rmtree(self.scratch)
+        else:
+            if self.place.local.exists():
+                shutil.rmtree(self.place.local)
+            os.replace(self.scratch, self.place.local)
+        return SequenceDataset(self.place.path)
 
     def abandon(self) -> None:
         """Remove what was written so far."""
         if self._writer is not None:
-            self._writer.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+            with suppress(OSError):  # the disk may be full
+                self._writer.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _write(self, rows: Sequences) -> None:
         rows = canonical(rows)
@@ -303,7 +340,7 @@ class DatasetWriter:
         if row_group == 0:
             if self._writer is not None:
                 self._writer.close()
-            self._writer = pq.ParquetWriter(self._scratch / file, stored.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self.scratch / file, stored.schema, compression="zstd")
         assert self._writer is not None
         self._writer.write_table(stored, row_group_size=len(rows))
         columns = {name: checksum(table[name].combine_chunks()) for name in table.column_names}
@@ -339,9 +376,69 @@ def _some_at_a_time(column: pa.ChunkedArray, size: int = 1 << 16) -> Iterator[li
     return (column.slice(start, size).to_pylist() for start in range(0, len(column), size))
 
 
-def _replaceable(path: Path) -> bool:
-    """Whether nothing but a dataset is lost with the folder."""
-    if path.is_symlink() or not path.is_dir():
-        return False
-    ours = {"sequences", CATALOGUE, MANIFEST, "quarantine", "counts"}
-    return {entry.name for entry in path.iterdir()} <= ours
+OURS = {"sequences", CATALOGUE, MANIFEST, "quarantine", "counts"}
+
+
+def _entries(place: Folder) -> set[str] | None:
+    """What is at a place: names in the folder, or ``""`` where that is no folder; None where nothing is."""
+    if place.local is None:
+        names = {name.partition("/")[0] for name in place.store.tree(place.root)}
+        return {name for name in names if not name.startswith(UPLOADING)} or None
+    if place.local.is_symlink() or (place.local.exists() and not place.local.is_dir()):
+        return {""}
+    return {entry.name for entry in place.local.iterdir()} if place.local.exists() else None
+
+
+def publish(folder: Path, place: Folder) -> None:
+    """Bring a complete dataset from ``folder`` to a place in a store.
+
+    The manifest comes last: what has none is no dataset.  One that is there stays as it is until the new one has been
+    uploaded beside it (``.uploading-...``), and is replaced within the store.  Whatever ends this before the end: what
+    was uploaded is removed again.
+    """
+    store, root = place.store, place.root
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    names = [name for name in files if name != MANIFEST] + [MANIFEST]
+    before = store.tree(root)
+    aside = f"{root}/{UPLOADING}{secrets.token_hex(4)}" if before else root
+    replacing = False
+    try:
+        for name in names:
+            if name == MANIFEST:
+                _check_uploaded(
+                    store, aside, {n: f.stat().st_size for n, f in files.items() if n != MANIFEST}
+                )
+            store.upload(files[name], f"{aside}/{name}")
+        if aside != root:
+            replacing = True
+            for name in sorted(before, key=lambda name: name != MANIFEST):
+                store.remove(f"{root}/{name}")
+            for name in names:
+                store.copy(f"{aside}/{name}", f"{root}/{name}")
+    except BaseException as error:
+        if aside == root or replacing:
+            _remove(store, root, names)
+        if not isinstance(error, OSError):
+            raise
+        lost = ", and the dataset that was there is gone" if replacing else ""
+        raise UserError(
+            f"cannot write the dataset to '{place.name}' ({first_line(error)}){lost}: "
+            f"{remedy(error, 'see to the store and your access to it, and run it again')}"
+        ) from error
+    finally:
+        if aside != root:
+            _remove(store, aside, names)
+
+
+def _check_uploaded(store: Store, root: str, sizes: dict[str, int]) -> None:
+    there = store.tree(root)
+    for name, size in sizes.items():
+        if there.get(name) != size:
+            raise OSError(f"{name} has {there.get(name, 0):,} bytes there, not {size:,}")
+
+
+def _remove(store: Store, root: str, names: list[str]) -> None:
+    """As far as it can be done: the store may be the reason why."""
+    for name in reversed(names):
+        with suppress(OSError):
+            store.remove(f"{root}/{name}")

@@ -114,8 +114,7 @@ def describe(dataset: SequenceDataset) -> Description:
 
 
 def blocks(dataset: SequenceDataset) -> Iterator[Sequences]:
-    for block in range(len(dataset.manifest.blocks)):
-        yield dataset.read_block(block)
+    return dataset.read_blocks(range(len(dataset.manifest.blocks)))
 
 
 def titles(dataset: SequenceDataset, items: list[int]) -> list[str]:

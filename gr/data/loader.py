@@ -45,7 +45,9 @@ class InProcess:
         return self.plan.per_epoch
 
     def _epoch(self, epoch: int, start: int) -> Iterator[GlobalBatch]:
-        for batch in epoch_batches(self.plan, self.dataset, epoch, start, self.rank, self.ranks):
+        for batch in epoch_batches(
+            self.plan, self.dataset, epoch, start, self.rank, self.ranks, self.reads_ahead
+        ):
             yield replace(batch, share=batch.share.pin_memory()) if self.pin_memory else batch
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gr.data.columns import TYPES, ColumnInfo
-from gr.data.folder import Folder, first_line
+from gr.data.folder import Folder
 from gr.data.sequences import ITEM, TIME, USER_ID
+from gr.data.stores import first_line, remedy
 from gr.errors import UserError
 
 SCHEMA_VERSION = 2
@@ -86,7 +87,7 @@ def read_manifest(folder: Folder) -> Manifest:
         ) from None
     except OSError as error:
         raise UserError(
-            f"cannot read '{file}' ({first_line(error)}): check the path and its access"
+            f"cannot read '{file}' ({first_line(error)}): {remedy(error, 'check the path and its access')}"
         ) from None
     try:
         raw = json.loads(text)

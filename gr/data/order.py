@@ -38,22 +38,25 @@ class Order:
     def window_of(self, position: int) -> int:
         return position // self.window_rows
 
-    def window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """The blocks of a window, sorted, and the ordinals of its rows in the order of their positions."""
-        key = derive(self.fingerprint, self.seed, epoch)
+    def blocks(self, epoch: int, window: int) -> np.ndarray:
+        """The blocks of a window, sorted."""
         full, short = divmod(self.rows, self.block_rows)
         start, stop = window * self.window_blocks, (window + 1) * self.window_blocks
         blocks = np.arange(start, min(stop, full))
         if self.shuffle:
-            blocks = permute(blocks, full, key)
+            blocks = np.sort(permute(blocks, full, derive(self.fingerprint, self.seed, epoch)))
+        return np.append(blocks, full) if short and start <= full < stop else blocks
+
+    def window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of a window, sorted, and the ordinals of its rows in the order of their positions."""
+        key = derive(self.fingerprint, self.seed, epoch)
+        blocks = self.blocks(epoch, window)
         ordinals = (blocks[:, None] * self.block_rows + np.arange(self.block_rows)).reshape(-1)
-        if short and start <= full < stop:
-            blocks = np.append(blocks, full)
-            ordinals = np.append(ordinals, full * self.block_rows + np.arange(short))
+        ordinals = ordinals[ordinals < self.rows]  # the last block may be short
         if self.shuffle:
             random = mix64(ordinals.astype(np.uint64) ^ mix64(np.array([key], dtype=np.uint64)))
             ordinals = ordinals[np.lexsort((ordinals, random))]
-        return np.sort(blocks), ordinals
+        return blocks, ordinals
 
 
 def permute(index: np.ndarray, size: int, key: int, rounds: int = 6) -> np.ndarray:

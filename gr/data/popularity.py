@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.data.columns import checksum
-from gr.data.folder import first_line
 from gr.data.sequences import ITEM, Sequences
+from gr.data.stores import first_line
 from gr.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,10 +50,8 @@ def training_sequences(
 ) -> Iterator[Sequences]:
     """The training users' sequences cut to the actions that training may see, block by block, in order.  ``columns``:
     those wanted beside ``item``."""
-    for block in range(len(dataset.manifest.blocks)):
-        if dataset.first_ordinal(block) >= split.training_rows(dataset.users):
-            return
-        rows = dataset.read_block(block, {ITEM, *columns, *split.needs})
+    blocks = range(-(-split.training_rows(dataset.users) // dataset.manifest.block_rows))
+    for rows in dataset.read_blocks(blocks, {ITEM, *columns, *split.needs}):
         stop_R = _training_stops(dataset, split, rows)
         yield rows.take(np.flatnonzero(stop_R >= 0), stop=stop_R[stop_R >= 0])
 
@@ -92,8 +90,8 @@ def count(dataset: SequenceDataset, split: Split) -> Counted:
     """Reads the whole dataset, its items alone (and what the split looks at)."""
     counts = np.zeros(dataset.items, np.int64)
     users, targets = 0, dict.fromkeys(split.names, 0)
-    for block in range(len(dataset.manifest.blocks)):
-        rows = dataset.read_block(block, {ITEM, *split.needs})
+    blocks = range(len(dataset.manifest.blocks))
+    for block, rows in zip(blocks, dataset.read_blocks(blocks, {ITEM, *split.needs})):
         if len(rows.items_A) and not 0 <= rows.items_A.min() <= rows.items_A.max() < dataset.items:
             raise UserError(
                 f"block {block} of '{dataset.path}' has actions on items that its catalogue of {dataset.items} does "
@@ -115,8 +113,7 @@ def _training_stops(dataset: SequenceDataset, split: Split, rows: Sequences) -> 
 
 def _kept(dataset: SequenceDataset, file: str, about: dict) -> Counted | None:
     try:
-        with dataset.folder.opened(file) as source:
-            table = pq.read_table(source)
+        table = pq.read_table(pa.BufferReader(dataset.folder.read(file)))
         said = json.loads((table.schema.metadata or {})[b"gr"])
         column = table["count"].combine_chunks()
         fits = (

@@ -179,8 +179,7 @@ class HeldOutRequests:
     def _held_out(self, columns: Iterable[str] | None) -> Iterator[tuple[Sequences, np.ndarray, np.ndarray]]:
         """Block by block: its rows (with ``columns``), the numbers of those with a target, and the targets' indices."""
         found, population = [], 0
-        for block in self._blocks:
-            rows = self.dataset.read_block(block, columns)
+        for block, rows in zip(self._blocks, self.dataset.read_blocks(self._blocks, columns)):
             index_R = self.split.target(rows, self.name, self.dataset.users)
             who_R = np.flatnonzero(index_R >= 0)
             if self.users is not None:
@@ -247,8 +246,8 @@ def _recommendation_parts(
     time: int | None,
     columns: frozenset[str] | None,
 ) -> Iterator[_Part]:
-    for block, who in wanted.items():
-        rows = dataset.read_block(block, None if columns is None else {ITEM, USER_ID, *columns})
+    names = None if columns is None else {ITEM, USER_ID, *columns}
+    for who, rows in zip(wanted.values(), dataset.read_blocks(wanted, names)):
         who_R = np.arange(len(rows)) if who is None else who
         history_R = rows.lengths_R[who_R]
         first_R = np.maximum(history_R - max_length, 0)

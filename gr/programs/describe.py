@@ -19,7 +19,7 @@ from gr.programs._arguments import new_parser, refuse_torchrun
 @program
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("dataset", help="folder of a sequence dataset")
+    parser.add_argument("dataset", help="folder or URL of a sequence dataset")
     parser.add_argument("--samples", type=int, default=3, help="users to show (default 3)")
     parser.add_argument("--actions", type=int, default=5, help="actions to show of each (default 5)")
     parser.add_argument(

@@ -17,6 +17,7 @@ from gr.data.dataset import SequenceDataset
 from gr.data.describe_tables import preparation_tables
 from gr.data.making.files import output_folder
 from gr.data.making.sources.base import make_source
+from gr.data.stores import is_url
 from gr.errors import UserError, program
 from gr.programs._arguments import new_parser, refuse_torchrun
 from gr.progress import default_progress
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("name", help=", ".join(registry.DATASETS))
     parser.add_argument("--source", help="file, glob (in quotes), folder or URL to read")
-    parser.add_argument("--out", required=True, help="folder of the dataset")
+    parser.add_argument("--out", required=True, help="folder or URL of the dataset")
     parser.add_argument("--schema", help="YAML: the log's columns and the policies")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument(
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     refuse_torchrun("prepare", "its result doesn't depend on how many read it")
-    output_folder(args.out)
+    if not is_url(args.out):
+        output_folder(args.out)
     if args.schema and not Path(args.schema).exists():
         raise UserError(f"no schema file '{args.schema}': docs/your-own-data.md shows one")
     start = time.monotonic()

@@ -7,6 +7,9 @@
 A checkpoint is written beside its place, digested, and made visible by one rename, so that a kill at any moment
 leaves the older ones whole (one of the same step is step-00001234.replaced meanwhile).  It holds no partition of
 any engine: any number of processes loads it.
+
+In a store nothing can be renamed: each process writes its files to a folder for temporary files and brings them to
+their place, and complete.json comes last: what has none is no checkpoint.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,12 +34,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from gr.data.stores import StoreError
 from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Axis, Processes
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import Engine, of_vocabularies, parameters
 from gr.train.folder import sync
+from gr.train.place import LAST, AnyPath, StorePath, StoreReader, remove_tree
 from gr.train.slices import Slices, shared_out
 
 FORMAT_VERSION = 2
@@ -45,14 +51,22 @@ log = logging.getLogger(__name__)
 
 
 def save(
-    folder: Path, tensors: Mapping[str, Tensor], cursor: Cursor, config: dict[str, Any], processes: Processes
-) -> Path:
+    folder: AnyPath,
+    tensors: Mapping[str, Tensor],
+    cursor: Cursor,
+    config: dict[str, Any],
+    processes: Processes,
+) -> AnyPath:
     """Write ``tensors`` (an engine's) as the checkpoint of ``cursor.step``; every rank calls this, and digests what it
     wrote.  Its path.  UserError, on every rank: it can't be written; older ones are whole."""
     final = folder / f"step-{cursor.step:08d}"
-    scratch = folder / f"{_SCRATCH}{final.name}"
-    with _refusing(final):
-        processes.together(lambda: _make(scratch) if processes.is_main else None)
+    with _refusing(final), ExitStack() as held:
+        if isinstance(folder, StorePath):  # machines with disks of their own
+            temporary = tempfile.TemporaryDirectory(prefix="gr-checkpoint-", ignore_cleanup_errors=True)
+            scratch = Path(held.enter_context(temporary))
+        else:
+            scratch = folder / f"{_SCRATCH}{final.name}"
+            processes.together(lambda: _make(scratch) if processes.is_main else None)
         with quiet():
             shares = shared_out(tensors, processes.world)
             dcp.save(
@@ -61,8 +75,11 @@ def save(
                 no_dist=processes.world.size == 1,
                 process_group=processes.world.group,
             )  # it syncs what it writes
-        own = scratch.glob(f"__{processes.world.rank}_*.distcp")
+        own = list(scratch.glob(f"__{processes.world.rank}_*.distcp"))
         written = processes.everybodys({file.name: _fingerprint(file) for file in own})
+        if isinstance(final, StorePath):
+            processes.together(lambda: _make_room(final) if processes.is_main else None)
+            processes.together(lambda: _upload(own, final))
         state = {"format_version": FORMAT_VERSION, "cursor": asdict(cursor), "config": config}
         files = {name: fingerprint for of_rank in written for name, fingerprint in of_rank.items()}
         processes.together(lambda: _publish(scratch, final, state, files) if processes.is_main else None)
@@ -77,17 +94,23 @@ def _make(scratch: Path) -> None:
         raise _unwritable(scratch, error) from error
 
 
-def _publish(scratch: Path, final: Path, state: dict[str, Any], files: dict[str, list]) -> None:
+def _publish(scratch: Path, final: AnyPath, state: dict[str, Any], files: dict[str, list]) -> None:
     """Complete ``scratch`` and make it visible.  ``files``: the fingerprints of those that ranks have digested."""
-    replaced = final.with_name(f"{final.name}.replaced")
+    of_ranks = set(files)
     try:
         (scratch / "state.json").write_text(json.dumps(state, indent=1))
         for file in scratch.iterdir():
             if file.name not in files:
                 files[file.name] = _fingerprint(file)
-        (scratch / "complete.json").write_text(json.dumps(dict(sorted(files.items())), indent=1))
-        for path in (scratch / "state.json", scratch / "complete.json", scratch):
+        (scratch / LAST).write_text(json.dumps(dict(sorted(files.items())), indent=1))
+        if isinstance(final, StorePath):
+            _upload([scratch / name for name in files if name not in of_ranks], final)
+            _upload([scratch / LAST], final)
+            _replaced(final).remove_tree()
+            return
+        for path in (scratch / "state.json", scratch / LAST, scratch):
             sync(path)
+        replaced = _replaced(final)
         if final.exists():  # the same step again: a run that goes on and ends where it was
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(final, replaced)
@@ -98,8 +121,30 @@ def _publish(scratch: Path, final: Path, state: dict[str, Any], files: dict[str,
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _replaced(final: Any) -> Any:
+    return final.with_name(f"{final.name}.replaced")
+
+
+def _make_room(final: StorePath) -> None:
+    """What is at a checkpoint's place in a store makes room; a whole one stays as it is under another name."""
+    try:
+        if (final / LAST).is_file():
+            final.copy_tree(_replaced(final))
+        final.remove_tree()
+    except OSError as error:
+        raise _unwritable(final, error) from error
+
+
+def _upload(files: Sequence[Path], final: StorePath) -> None:
+    try:
+        for file in files:
+            final.upload(file, file.name)
+    except OSError as error:
+        raise _unwritable(final, error) from error
+
+
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def _refusing(path: AnyPath) -> Iterator[None]:
     """DCP's word for a disk that is full or not there, as a sentence; it has said it to every rank."""
     try:
         yield
@@ -110,7 +155,7 @@ def _refusing(path: Path) -> Iterator[None]:
         raise RuntimeError(f"checkpoint '{path}' could not be written: {error}") from error
 
 
-def _unwritable(path: Path, error: OSError, where: str = "") -> UserError:
+def _unwritable(path: AnyPath, error: OSError, where: str = "") -> UserError:
     return UserError(
         f"checkpoint '{path}' can't be written{where} ({error.strerror or error}): older ones are whole; make room, or "
         "see to the disk, and go on with --resume",
@@ -129,30 +174,38 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def prune(folder: Path, keep: int, step: int, best_step: int | None) -> None:
+def prune(folder: AnyPath, keep: int, step: int, best_step: int | None) -> None:
     """Remove all but the ``keep`` newest checkpoints up to ``step``, the one just saved, and the best one.
 
     Those of later steps go too: training did not continue from them, so they are damaged.
     """
-    for path in folder.glob(f"{_SCRATCH}*"):  # of processes that were killed
-        shutil.rmtree(path)
     found = listed(folder)
+    if isinstance(folder, StorePath):  # of processes that were killed
+        whole = {path for _, path in found}
+        unfinished: list[AnyPath] = [path for path in folder.iterdir() if path not in whole]
+    else:
+        unfinished = list(folder.glob(f"{_SCRATCH}*"))
+    for path in unfinished:
+        remove_tree(path)
     kept = {path for _, path in [entry for entry in found if entry[0] <= step][-keep:]}
     for number, path in found:
         if path not in kept and (number != best_step or path.suffix):
-            shutil.rmtree(path)
+            remove_tree(path)
 
 
-def listed(folder: Path) -> list[tuple[int, Path]]:
+def listed(folder: AnyPath) -> list[tuple[int, AnyPath]]:
     """Visible checkpoints with their steps, oldest first."""
-    if not folder.is_dir():
-        return []
-    matches = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    if isinstance(folder, StorePath):
+        names = [name.partition("/") for name in folder.tree()]
+        there: list[AnyPath] = [folder / name for name, _, file in names if file == LAST]
+    else:
+        there = list(folder.iterdir()) if folder.is_dir() else []
+    matches = [(match, path) for path in there if (match := _NAME.fullmatch(path.name))]
     matches.sort(key=lambda entry: (int(entry[0][1]), entry[0][2] is None))
     return [(int(match[1]), path) for match, path in matches]
 
 
-def newest(folder: Path, processes: Processes | None = None) -> Path | None:
+def newest(folder: AnyPath, processes: Processes | None = None) -> AnyPath | None:
     """The newest complete checkpoint; damaged ones are named and skipped.  ``processes``: all ask together, and each
     looks at its share of the files."""
     main = processes is None or processes.is_main
@@ -165,7 +218,7 @@ def newest(folder: Path, processes: Processes | None = None) -> Path | None:
     return None
 
 
-def damaged(path: Path, processes: Processes | None = None) -> str | None:
+def damaged(path: AnyPath, processes: Processes | None = None) -> str | None:
     """What is wrong with the checkpoint at ``path``, or None; every one of ``processes`` looks at its share."""
     if processes is None:
         return _damage(path, Axis())
@@ -173,20 +226,24 @@ def damaged(path: Path, processes: Processes | None = None) -> str | None:
     return next((damage for damage in found if damage is not None), None)
 
 
-def _damage(path: Path, axis: Axis) -> str | None:
+def _damage(path: AnyPath, axis: Axis) -> str | None:
     try:
-        files = json.loads((path / "complete.json").read_text())
+        files = json.loads((path / LAST).read_text())
+    except StoreError:  # an answer that doesn't come says nothing of the checkpoint
+        raise
     except (OSError, ValueError):
         return "complete.json is missing or unreadable"
     for name, fingerprint in list(files.items())[axis.rank :: axis.size]:
-        if not (path / name).is_file():
+        try:
+            found = _fingerprint(path / name)
+        except (FileNotFoundError, IsADirectoryError):
             return f"{name} is missing"
-        if _fingerprint(path / name) != fingerprint:
+        if found != fingerprint:
             return f"{name} is not what was written"
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: AnyPath) -> dict[str, Any]:
     """``cursor``, ``config`` and ``format_version`` of a checkpoint."""
     state = json.loads((path / "state.json").read_text())
     if state["format_version"] != FORMAT_VERSION:
@@ -197,11 +254,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, model: Model, engine: Engine | None = None) -> Cursor:
+def load(path: AnyPath, model: Model, engine: Engine | None = None) -> Cursor:
     """Fill ``model``, its tables (and ``engine``'s moments) in place from the checkpoint at ``path``; returns its
     cursor."""
     cursor = Cursor(**read_state(path)["cursor"])
-    reader = dcp.FileSystemReader(path)
+    reader = StoreReader(path)
     sizes = {name: entry.size for name, entry in described(reader).items()}
     if engine is None:
         wanted = parameters(model) | of_vocabularies(model)
@@ -257,6 +314,6 @@ def _words(name: str) -> str:
     return f"{moment} of '{owner}'"
 
 
-def _fingerprint(file: Path) -> list:
+def _fingerprint(file: AnyPath) -> list:
     with file.open("rb") as content:
         return [file.stat().st_size, hashlib.file_digest(content, "blake2b").hexdigest()[:32]]

@@ -24,6 +24,7 @@ from gr.processes import Axis
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import parameters
+from gr.train.place import StorePath, place
 from gr.train.slices import held_parts
 from gr.train.tensor_files import Part, read_into
 
@@ -60,7 +61,13 @@ class Manifest:
 
 def is_export(path: str | Path) -> bool:
     """Whether a folder is one, however damaged."""
-    folder = Path(path)
+    folder = place(path)
+    if isinstance(folder, StorePath):
+        if (folder / MANIFEST).is_file():
+            raise UserError(
+                f"'{path}' is an export, which is read from a path of this machine: copy it there"
+            )
+        return False
     return (folder / MANIFEST).is_file() or any(folder.glob("model*.safetensors"))
 
 

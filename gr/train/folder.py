@@ -6,6 +6,9 @@ timing.jsonl      speeds and memory, as they were
 checkpoints/      step-00001234/ ...           plots/            loss and metrics, PNG and SVG
 tensorboard/      events, when installed       trace.json        with --profile
 .lock             held by the process that trains here
+
+A run's folder may be a URL.  Then checkpoints are written there as they are made, the other files here, in a folder for
+temporary files, and brought there with every checkpoint and at the end; nothing is held by a lock.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count, takewhile
@@ -20,18 +24,55 @@ from pathlib import Path
 from typing import Any
 
 from gr.config import RunConfig
+from gr.data.stores import first_line, remedy
 from gr.errors import UserError
+from gr.train.place import StorePath, place
+
+FETCHED = {"config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl"}
 
 
 class RunFolder:
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.config = self.path / "config.yaml"
-        self.environment = self.path / "environment.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.timing = self.path / "timing.jsonl"
+    """``path``: where the run is.  ``here``: where its files are but for checkpoints, the same unless that is a URL."""
+
+    def __init__(self, path: str | os.PathLike | StorePath):
+        self.path = place(path)
+        self._pushed: dict[Path, tuple[int, int]] = {}
+        if isinstance(self.path, StorePath):
+            self._temporary = tempfile.TemporaryDirectory(prefix="gr-run-", ignore_cleanup_errors=True)
+            self.here = Path(self._temporary.name)
+            self._fetch(self.path)
+        else:
+            self.here = self.path
+        self.config = self.here / "config.yaml"
+        self.environment = self.here / "environment.json"
+        self.metrics = self.here / "metrics.jsonl"
+        self.timing = self.here / "timing.jsonl"
+        self.plots = self.here / "plots"
         self.checkpoints = self.path / "checkpoints"
-        self.plots = self.path / "plots"
+
+    def _fetch(self, path: StorePath) -> None:
+        """The files that a run goes on with, as they are there."""
+        try:
+            there = path.store.files(path.root)
+            for name in FETCHED.intersection(there):
+                path.download(name, self.here / name)
+        except OSError as error:
+            raise UserError(
+                f"cannot read the run at '{path}' ({first_line(error)}): "
+                f"{remedy(error, 'check the URL and its access')}"
+            ) from error
+
+    def push(self) -> None:
+        """Bring what has changed here to where the run is, if that is a URL."""
+        if not isinstance(self.path, StorePath):
+            return
+        for file in sorted(self.here.rglob("*")):
+            if not file.is_file():
+                continue
+            state = file.stat().st_size, file.stat().st_mtime_ns
+            if self._pushed.get(file) != state:
+                self.path.upload(file, str(file.relative_to(self.here)))
+                self._pushed[file] = state
 
     @staticmethod
     def make(config: RunConfig, config_yaml: str, environment: dict[str, Any]) -> RunFolder:
@@ -46,6 +87,7 @@ class RunFolder:
         else:
             folder = next(f for f in _numbered(config.run.name) if f._take(config_yaml, new=True))
         folder.environment.write_text(json.dumps(environment, indent=1) + "\n")
+        folder.push()
         return folder
 
     @staticmethod
@@ -67,6 +109,8 @@ class RunFolder:
     def _take(self, config_yaml: str, new: bool = False) -> bool:
         """Make the folder with its config.yaml; False if it holds a run, or (``new``) if it exists at all.  One of
         several processes at a time succeeds: the folder, or else its config.yaml, is made by one alone."""
+        if isinstance(self.path, StorePath):
+            return self._take_url(self.path, config_yaml)
         try:
             self.path.mkdir(parents=True, exist_ok=not new)
             names = {entry.name for entry in self.path.iterdir()}
@@ -84,8 +128,28 @@ class RunFolder:
             ) from None
         return True
 
+    def _take_url(self, path: StorePath, config_yaml: str) -> bool:
+        """The same in a store, which doesn't say who was first."""
+        if self.config.exists():
+            return False
+        try:
+            if path.exists():
+                raise UserError(f"'{path}' exists and is not empty: choose another run.dir")
+            self.config.write_text(config_yaml)
+            self.push()
+        except OSError as error:
+            raise UserError(
+                f"cannot write a run to '{path}' ({first_line(error)}): "
+                f"{remedy(error, 'choose another run.dir')}"
+            ) from error
+        return True
+
     def give_up(self) -> None:
         """Take back what :meth:`make` made, for a run that won't be: the same command can be given again."""
+        if isinstance(self.path, StorePath):
+            for name in (self.config.name, self.environment.name):
+                (self.path / name).unlink()
+            return
         for file in (self.config, self.environment):
             file.unlink(missing_ok=True)
         with suppress(OSError):  # somebody has put something there
@@ -102,7 +166,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training here; the lock goes with the process, however it ends."""
+        """Keep other processes from training here; the lock goes with the process, however it ends.  Not in a store."""
+        if isinstance(self.path, StorePath):
+            yield
+            return
         with (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,6 +181,11 @@ class RunFolder:
 
     def rewrite_config(self, config_yaml: str) -> None:
         _replace(self.config, config_yaml)
+        self.push()
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the run, by any process."""
+        (self.path / name).write_text(text)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_rows(self.metrics)
@@ -129,9 +201,10 @@ class RunFolder:
         return len(kept)
 
     def sync_metrics(self) -> None:
-        """Have metrics.jsonl on the disk: a checkpoint counts on its rows."""
+        """Have metrics.jsonl on the disk, and where the run is: a checkpoint counts on its rows."""
         if self.metrics.exists():
             sync(self.metrics)
+        self.push()
 
 
 def _numbered(name: str) -> Iterator[RunFolder]:

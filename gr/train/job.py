@@ -24,6 +24,7 @@ from gr.train.folder import RunFolder
 from gr.train.memory import advice_when_out_of_memory
 from gr.train.numerics import numerics
 from gr.train.parts import Parts, build
+from gr.train.place import AnyPath
 from gr.train.plans import plans_of, shown
 from gr.train.plots import plot_run
 from gr.train.selection import best_of, best_validation, family_of, selection_metric, validations
@@ -55,7 +56,7 @@ class RunResult:
     (resume it).  ``selection``: the validation metric by which an epoch is chosen.  ``shown``: the metrics that people
     look at first.  ``model``: its kind."""
 
-    path: Path
+    path: AnyPath
     metrics: list[dict[str, Any]]
     finished: bool
     selection: str = "ndcg@10"
@@ -123,7 +124,7 @@ def _begun(config: RunConfig, processes: Processes) -> RunFolder | None:
     if not max(processes.world.maximum([number])):
         return None
 
-    def find() -> Path | None:
+    def find() -> AnyPath | None:
         folder = RunFolder.of_job(config, job) if processes.is_main else None
         if folder is None:
             return None
@@ -190,13 +191,13 @@ def within(key: str, sections: Sequence[str]) -> bool:
     )
 
 
-def _prepare_folder(folder: RunFolder, config: RunConfig, cursor: Cursor, newest: Path | None) -> None:
+def _prepare_folder(folder: RunFolder, config: RunConfig, cursor: Cursor, newest: AnyPath | None) -> None:
     """Files and cursor as of the checkpoint that training goes on from."""
     rows = folder.cut_metrics(cursor.metrics_rows)
     if rows < cursor.metrics_rows:
         log.warning(
             "'%s' has lost rows: %d of the %d that '%s' counts on are left, training goes on with those",
-            *(folder.metrics, rows, cursor.metrics_rows, newest),
+            *(folder.path / folder.metrics.name, rows, cursor.metrics_rows, newest),
         )
         cursor.metrics_rows = rows
     where = "its end" if cursor.finished else f"epoch {cursor.epoch + 1}, step {cursor.step}"
@@ -242,13 +243,14 @@ def _train(
             plot_run(folder, trainer.shown)
         except Exception as error:  # a picture can never fail a run
             log.warning("no plot of '%s' (%s)", folder.path, error)
+    folder.push()
     return RunResult(folder.path, rows, finished, trainer.selection, trainer.shown, config.model.name)
 
 
 def _new_folder(config: RunConfig, processes: Processes) -> RunFolder:
     """The main process chooses and makes the folder."""
 
-    def make() -> Path | None:
+    def make() -> AnyPath | None:
         return RunFolder.make(config, configs.to_yaml(config), record()).path if processes.is_main else None
 
     path = processes.broadcast(processes.together(make))
@@ -264,7 +266,7 @@ def _locked(folder: RunFolder, processes: Processes) -> Iterator[None]:
         yield
 
 
-def _load(path: Path, parts: Parts) -> Cursor:
+def _load(path: AnyPath, parts: Parts) -> Cursor:
     """Fill the model and the engine from a checkpoint of the same data."""
     dataset = parts.data.dataset
     saved = checkpoint.read_state(path)["cursor"]["generation"]

@@ -55,7 +55,7 @@ def _tensorboard(folder: RunFolder, done: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(folder.path / "tensorboard"), purge_step=done + 1 if done else None)
+        return SummaryWriter(str(folder.here / "tensorboard"), purge_step=done + 1 if done else None)
     except Exception:  # not installed, or broken: it is an extra
         return None
 

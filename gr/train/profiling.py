@@ -24,7 +24,7 @@ def trace() -> Iterator[Callable[[RunFolder], None]]:
     written = []
 
     def finish(done: profiler.profile) -> None:
-        path = folders[-1].path / name
+        path = folders[-1].here / name
         done.export_chrome_trace(str(path))
         written.append(path)
         if rank == 0:

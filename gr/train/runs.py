@@ -16,6 +16,7 @@ from gr.processes import Processes
 from gr.train import checkpoint, exported
 from gr.train.folder import RunFolder
 from gr.train.parts import Data, build_model, open_data
+from gr.train.place import AnyPath
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def open_run(
 
 def config_of(path: str | Path, data_path: str | None = None) -> RunConfig:
     """The config of the run or export in ``path``, reading its dataset at ``data_path`` if that is given."""
-    folder = RunFolder(path)
     if exported.is_export(path):
-        exported.check(path, exported.read_manifest(path), [folder.config.name])
-    config = configs.load(RunFolder.existing(path).config)
+        exported.check(path, exported.read_manifest(path), ["config.yaml"])
+    folder = RunFolder.existing(path)
+    config = configs.load(folder.config)
     return config if data_path is None else configs.override(config, [f"data.path={json.dumps(data_path)}"])
 
 
@@ -72,7 +73,7 @@ def check_generation(data: Data, generation: str, path: str | Path) -> None:
         )
 
 
-def find_checkpoint(folder: RunFolder, name: str) -> Path:
+def find_checkpoint(folder: RunFolder, name: str) -> AnyPath:
     """The path of a checkpoint: ``last``, ``best`` or a step number."""
     last = checkpoint.newest(folder.checkpoints)
     if last is None:

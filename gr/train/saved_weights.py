@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from gr.train import checkpoint
+from gr.train.place import AnyPath, StoreReader
 from gr.train.slices import Slices
 
 _WEIGHTS = "model/"
@@ -23,7 +22,7 @@ _WEIGHTS = "model/"
 class SavedWeights:
     """``sizes``: of each parameter of the checkpoint at ``path``, by its name in the model."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path, self._reader = path, _Reader(path)
         self._described = {
             name.removeprefix(_WEIGHTS): entry
@@ -54,7 +53,7 @@ class SavedWeights:
         return wanted
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(StoreReader):
     """Reads what the checkpoint says of itself once: of a large table it says a lot."""
 
     _description: Any = None

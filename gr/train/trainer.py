@@ -312,21 +312,19 @@ class Trainer:
     def _stop_broken(self, what: str) -> NoReturn:
         assert self._unchecked is not None
         _, batch = self._unchecked
-        file = (
-            self.folder.path / f"nonfinite-step-{self.cursor.step:08d}-rank-{self.processes.world.rank}.json"
-        )
+        name = f"nonfinite-step-{self.cursor.step:08d}-rank"
         ids = {
             "step": self.cursor.step,
             "epoch": self.cursor.epoch,
             "ordinals": batch.share.ordinals_B.tolist(),
         }
-        file.write_text(json.dumps(ids))
+        self.folder.write(f"{name}-{self.processes.world.rank}.json", json.dumps(ids))
         self.writer.join()
         self.processes.barrier()
         good = checkpoint.newest(self.folder.checkpoints)
         raise UserError(
             f"the {what} of step {self.cursor.step} is not finite: its samples are in "
-            f"'{file.with_name(file.name.rpartition('-')[0])}-*.json', the last good checkpoint is "
+            f"'{self.folder.path / name}-*.json', the last good checkpoint is "
             f"{good or 'none'}; lower optimizer.lr, set train.clip_norm, or look at the samples",
             everywhere=True,
         )

@@ -101,7 +101,8 @@ def test_bad_layout_is_named(tmp_path):
     path = parquet(tmp_path, u=[[1], [2]])
     assert message(path) == (
         f"'{path}', column 'u': type list<element: int64> cannot be used as user; "
-        "the log has one row an action, so explode the lists first (explode in Spark and pandas, unnest in SQL)"
+        "the log has one row an action, so explode the lists first (explode in Spark and pandas, unnest in SQL), "
+        "or prepare it as lists if a row is a user's"
     )
     path = parquet(tmp_path)
     assert message(path, time_unit="iso") == (
@@ -132,7 +133,7 @@ def test_damaged_row_group_is_named(tmp_path):
     start = chunk.dictionary_page_offset or chunk.data_page_offset
     data[start : start + 40] = b"\xff" * 40
     path.write_bytes(data)
-    assert message(path).startswith(f"cannot read '{path}', row group 1 (")
+    assert message(path).startswith(f"cannot read '{path}', row group 1, columns 'u', 'i', 't' (")
     assert message(path).endswith("): the file is damaged; write it again or leave it out")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from gr.data.making.sources.base import make_source
 from gr.errors import UserError
+from tests.unit.logs_common import ASIDE
 
 
 @pytest.mark.data
@@ -109,9 +110,9 @@ def test_beauty_errors(tmp_path):
     for text, message in (
         (
             "1 2 3\n2 x\n",
-            f"'{file}', line 2: '2 x' is not a user id and item ids, all integers; fetch the file again",
+            f"'{file}', line 2: '2 x': item 'x' is not a plain integer of 64 bits; fetch the file again, {ASIDE}",
         ),
-        ("1 2 3\n1 4\n", f"'{file}', line 2: user 1 has a line above; fetch the file again"),
+        ("1 2 3\n1 4\n", f"'{file}', line 2: '1 4': user 1 has a line above; fetch the file again, {ASIDE}"),
     ):
         file.write_text(text)
         with pytest.raises(UserError) as error:

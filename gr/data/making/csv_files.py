@@ -15,6 +15,7 @@ import pyarrow.csv as arrow_csv
 
 from gr.data.making.files import DataFile, require_column
 from gr.data.making.schema import Csv
+from gr.data.stores import first_line, remedy
 from gr.errors import UserError
 
 BLOCK_BYTES = 2**23
@@ -183,10 +184,8 @@ def _record(row: int, left_out: list[int]) -> int:
 
 
 def _unreadable(file: DataFile, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0].rstrip(".")
-    return UserError(
-        f"cannot read '{file.name}' as CSV ({reason}): check the file and the csv keys of the schema"
-    )
+    fix = remedy(error, "check the file and the csv keys of the schema")
+    return UserError(f"cannot read '{file.name}' as CSV ({first_line(error)}): {fix}")
 
 
 def _delimiter(file: DataFile, form: Csv) -> tuple[str, int]:

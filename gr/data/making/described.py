@@ -31,7 +31,7 @@ def read_catalogue(
         for column in wanted:
             require_column(file.name, column, names)
         if file.format == "parquet":
-            table = file.parquet().read(columns=wanted)
+            table = file.table(wanted)
         else:
             stream = read_csv(file, schema.csv, wanted)
             batches = list(stream.batches)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,17 +15,45 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from gr.data.stores import (
+    AHEAD,
+    RangedFile,
+    Store,
+    column_ranges,
+    first_line,
+    in_order,
+    is_url,
+    remedy,
+    shown,
+)
 from gr.errors import UserError, nearest
 
 PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".tsv", ".txt", ".dat")
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 COMPRESSED = tuple(CODECS)
-READ_BUFFER = 2**20
+READ_BUFFER, READ_BUFFER_OF_A_STORE = 2**20, 2**23
+WHOLE_ROW_GROUP = 2**27
+"""Bytes of a row group that are fetched from a store at once; a larger one is read through buffers."""
+ROW_GROUPS_AHEAD = 2
+FOOTERS_KEPT = 2**28
+"""Bytes of memory for the footers of a store's files, each of which costs two requests."""
 MISSING_IN_PATH = "__HIVE_DEFAULT_PARTITION__"
 TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
 PART = re.compile(r"\.c\d+$")  # part-00000-4f1c.c000: Spark's counter is no ending
 LISTED = 3
+
+
+class Footers(dict[str, tuple[int, pq.FileMetaData]]):
+    """Path -> (bytes of the file, its footer), of files in a store: as many as memory is meant for."""
+
+    room = FOOTERS_KEPT
+
+    def keep(self, path: str, size: int, footer: pq.FileMetaData) -> None:
+        bytes = 4 * footer.serialized_size  # about, in memory
+        if bytes <= self.room:
+            self.room -= bytes
+            self[path] = size, footer
 
 
 @dataclass(frozen=True)
@@ -35,10 +63,11 @@ class DataFile:
     filesystem: Any
     path: str
     format: str
+    footers: Footers = field(default_factory=Footers, repr=False, compare=False)
 
     @property
     def name(self) -> str:
-        return self.path if self.local else self.filesystem.unstrip_protocol(self.path)
+        return self.path if self.local else shown(self.filesystem.unstrip_protocol(self.path))
 
     @property
     def local(self) -> bool:
@@ -47,15 +76,17 @@ class DataFile:
     @property
     def size(self) -> int:
         """Bytes, as stored."""
-        return int(self.filesystem.size(self.path) or 0)
+        return self._store.size(self.path) or 0
 
     def open(self) -> pa.NativeFile:
         """The content, decompressed where the name says that it is compressed."""
         if self.local:
             return pa.input_stream(self.path, "detect")
-        return pa.input_stream(
-            self.filesystem.open(self.path, "rb"), CODECS.get(Path(self.path.lower()).suffix)
-        )
+        codec = CODECS.get(Path(self.path.lower()).suffix)
+        size = self._store.size(self.path)
+        if size is None:  # a server that sends all or nothing
+            return pa.input_stream(self.filesystem.open(self.path, "rb"), codec)
+        return pa.input_stream(RangedFile(self._store, self.path, size, READ_BUFFER_OF_A_STORE), codec)
 
     @property
     def folder_columns(self) -> dict[str, str | None]:
@@ -73,56 +104,126 @@ class DataFile:
         INT96 times (Spark, Impala) are read as microseconds: as nanoseconds, Arrow's own choice, all but the years
         1678 to 2261 would wrap around to other times."""
         try:
-            source = self.path if self.local else self.filesystem.open(self.path, "rb")
-            return pq.ParquetFile(
-                source, buffer_size=READ_BUFFER, pre_buffer=False, coerce_int96_timestamp_unit="us"
-            )
+            if self.local:
+                return _opened(self.path, READ_BUFFER)
+            source, footer = self._source()
+            parquet = _opened(source, READ_BUFFER_OF_A_STORE, footer)
+            if footer is None:
+                self.footers.keep(self.path, source.size, parquet.metadata)
+            return parquet
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
-                f"cannot read '{self.name}' as Parquet ({_first_line(error)}): check the file"
+                f"cannot read '{self.name}' as Parquet ({first_line(error)}): {remedy(error, 'check the file')}"
             ) from None
+
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of a Parquet file, whole."""
+        with self.parquet() as parquet:
+            try:
+                if self.local:
+                    return parquet.read(columns=columns)
+                source, footer = self._source()
+                source.fetch(column_ranges(parquet.metadata, range(parquet.num_row_groups), columns))
+                return _opened(source, READ_BUFFER_OF_A_STORE, footer).read(columns=columns)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise UserError(
+                    f"cannot read '{self.name}' ({first_line(error)}): {remedy(error, 'write the file again')}"
+                ) from None
+
+    def row_group(
+        self, parquet: pq.ParquetFile, group: int, columns: Sequence[str], most: int = WHOLE_ROW_GROUP
+    ) -> pq.ParquetFile:
+        """What the row group's ``columns`` are read from: the opened file itself, or, of a store, another one that has
+        their bytes in memory, if they are no more than ``most``."""
+        if self.local:
+            return parquet
+        source, _ = self._source()
+        ranges = column_ranges(parquet.metadata, [group], columns)
+        if sum(stop - start for start, stop in ranges) <= most:
+            source.fetch(ranges)
+        return _opened(source, READ_BUFFER_OF_A_STORE, parquet.metadata)
+
+    def row_groups(self, parquet: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+        """:meth:`row_group` of each; of a store the next ones are on their way meanwhile."""
+        ahead = 0 if self.local else ROW_GROUPS_AHEAD
+        groups = range(parquet.num_row_groups)
+        return in_order(lambda group: self.row_group(parquet, group, columns), groups, ahead)
+
+    @property
+    def _store(self) -> Store:
+        return Store(self.filesystem)
+
+    def _source(self) -> tuple[RangedFile, pq.FileMetaData | None]:
+        """The file in its store, and its footer where that is known."""
+        size, footer = self.footers.get(self.path, (None, None))
+        if size is None:
+            size = self._store.size(self.path)
+        if size is None:
+            raise OSError("its store doesn't say how large it is")
+        return RangedFile(self._store, self.path, size), footer
+
+
+def opened_parquet(files: Sequence[DataFile]) -> Iterator[pq.ParquetFile]:
+    """Each file, opened, in order: of a store several at the same time."""
+    return in_order(DataFile.parquet, files, 0 if not files or files[0].local else AHEAD)
+
+
+def _opened(source: Any, buffer: int, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        source, metadata=footer, buffer_size=buffer, pre_buffer=False, coerce_int96_timestamp_unit="us"
+    )
 
 
 def find_files(
-    source: str, format: str = "auto", *, key: str = "format", note: Callable[[str], None] | None = None
+    source: str,
+    format: str = "auto",
+    *,
+    key: str | None = "format",
+    note: Callable[[str], None] | None = None,
 ) -> list[DataFile]:
     """The files that ``source`` names, in natural order (:func:`natural`); hidden ones and those that start with '_'
     are not data.
 
     ``format``: parquet or csv; auto goes by the names, and in a folder leaves out what they don't tell; ``key``: what
-    the schema calls it.  ``note`` is told of files in a folder that are left out.
+    the schema calls it, if it may be set there.  ``note`` is told of files in a folder that are left out.
     """
-    paths: list[str] = []
-    left_out: list[str] = []
-    try:
+    if is_url(source):
+        store, path = Store.at(source)
+        filesystem, source = store.filesystem, shown(source)
+    else:
         filesystem, path = fsspec.core.url_to_fs(source)
+        store = Store(filesystem)
+
+    def find() -> tuple[list[str], list[str]]:
+        filesystem.invalidate_cache()
         if any(c in path for c in "*?[") and not filesystem.exists(path):
-            paths, left_out = _by_glob(filesystem, path, source, format)
-        elif filesystem.isdir(path):
-            paths, left_out = _in_folder(filesystem, path, source, format)
-        elif filesystem.exists(path):
-            paths = [path]
-    except ImportError as error:  # the protocol's package isn't there
-        raise UserError(f"cannot open '{source}' ({_first_line(error)}): install what it names") from None
-    except (ValueError, OSError) as error:
+            return _by_glob(filesystem, path, source, format)
+        if filesystem.isdir(path):
+            return _in_folder(filesystem, path, source, format)
+        return ([path], []) if filesystem.exists(path) else ([], [])
+
+    try:
+        paths, left_out = store.asked(find, path)
+    except OSError as error:
         raise UserError(
-            f"cannot open '{source}' ({_first_line(error)}): check the URL and its access"
+            f"cannot open '{source}' ({first_line(error)}): {remedy(error, 'check the URL and its access')}"
         ) from None
     kind = "data" if format == "auto" else format
     if not paths and left_out:
         raise UserError(
-            f"no {kind} file at '{source}' by the names ({_listed(left_out)}): set {key} to parquet or csv if these "
-            "are data, or name them by a glob"
+            f"no {kind} file at '{source}' by the names ({_listed(left_out)}): "
+            f"{f'set {key} to parquet or csv if these are data, or ' if key else ''}name them by a glob"
         )
     if not paths:
         raise UserError(f"no {kind} file at '{source}': check the path or the glob")
     if left_out and note is not None:
         note(
-            f"left out of '{source}', not {kind} by their names: {_listed(left_out)}; set {key}, or name the files by "
-            "a glob, if these are data"
+            f"left out of '{source}', not {kind} by their names: {_listed(left_out)}; "
+            f"{f'set {key}, or ' if key else ''}name the files by a glob, if these are data"
         )
+    footers = Footers()
     files = [
-        DataFile(filesystem, p, _format_by_name(p) if format == "auto" else format)
+        DataFile(filesystem, p, _format_by_name(p) if format == "auto" else format, footers)
         for p in sorted(paths, key=natural)
     ]
     if unknown := [f for f in files if not f.format]:
@@ -132,6 +233,12 @@ def find_files(
     if len({f.format for f in files}) > 1:
         raise UserError(f"'{source}' holds both Parquet and CSV files: set {key}, or name them by a glob")
     return files
+
+
+def is_there(path: str) -> bool:
+    """Whether there is a file of that path, glob or URL."""
+    store, where = Store.at(path)
+    return store.asked(lambda: bool(store.filesystem.glob(where) or store.filesystem.exists(where)), where)
 
 
 def natural(path: str) -> list[tuple[list[Any], str]]:
@@ -239,7 +346,3 @@ def _without_ending(name: str) -> bool:
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
     return "." not in PART.sub("", name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,7 @@ def who_is_huge(store: PartitionStore, row_bytes: int, memory_mb: int) -> list[s
     return said
 
 
-def out_of_memory_reading(out: Path, chunk_rows: int) -> UserError:
+def out_of_memory_reading(out: str, chunk_rows: int) -> UserError:
     return UserError(
         f"out of memory while reading the log for '{out}': set chunk_rows to less than {chunk_rows:,}, or give it more "
         "memory"
@@ -85,7 +84,7 @@ def out_of_memory_reading(out: Path, chunk_rows: int) -> UserError:
 
 
 def out_of_memory(
-    out: Path, store: PartitionStore, partition: int, row_bytes: int, memory_mb: int
+    out: str, store: PartitionStore, partition: int, row_bytes: int, memory_mb: int
 ) -> UserError:
     """The sentence for it, at a partition: who needs the memory, and what to do."""
     user, actions = store.busiest(partition)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from gr.data.making import convert, doubts
 from gr.data.making.convert import MISSING, Converted
@@ -24,6 +26,7 @@ from gr.data.making.log_types import IDS, csv_sample, lay_out_csv, lay_out_parqu
 from gr.data.making.quarantine import BadRow, Quarantine, refuse
 from gr.data.making.schema import FieldColumn, LogSchema
 from gr.data.making.times import FileTimes, Times, when
+from gr.data.stores import first_line, remedy
 from gr.errors import UserError
 
 Locate = Callable[[int], tuple[int | None, int]]
@@ -31,6 +34,7 @@ Locate = Callable[[int], tuple[int | None, int]]
 Located = tuple[pa.RecordBatch, Locate]
 
 SAMPLED_FILES, SAMPLED_ROWS = 8, 4096
+SAMPLED_BYTES = 2**24  # of a row group in a store that is fetched at once for that
 SHOWN = 200  # characters of a bad value that a sentence repeats
 FIXES = {
     "user": "set user_ids: string if ids are text",
@@ -41,6 +45,9 @@ FIXES = {
 
 class LogReader:
     """Opens the log: finds the files, checks that each has the columns, fixes the types."""
+
+    lists = False
+    """Whether a row is a user's, with lists of its actions."""
 
     def __init__(self, source: str, schema: LogSchema):
         self.schema = schema
@@ -60,8 +67,14 @@ class LogReader:
         }
         self.rows_read = 0
         self.rounded_values = 0
-        lay_out = lay_out_parquet if self.files[0].format == "parquet" else lay_out_csv
-        self.layout = lay_out(self.files, schema, self.columns, self.fields)
+        if self.files[0].format == "parquet":
+            self.layout = lay_out_parquet(self.files, schema, self.columns, self.fields, self.lists)
+        elif self.lists:
+            raise UserError(
+                f"'{self.files[0].name}' is text, and lists are read from Parquet: name other files"
+            )
+        else:
+            self.layout = lay_out_csv(self.files, schema, self.columns, self.fields)
         self._notes += self.layout.notes
         self.types, self.estimated_rows = self.layout.types, self.layout.rows
         self.times = Times(self.types.clock) if self.types.clock else None
@@ -182,16 +195,12 @@ class LogReader:
         names = self.layout.in_file(file)
         empty = pa.record_batch([pa.array([], pa.null()) for _ in names], names=names)
         with file.parquet() as parquet:
+            if not parquet.num_row_groups:
+                return empty
             try:
-                return next(
-                    parquet.iter_batches(
-                        SAMPLED_ROWS,
-                        row_groups=[0] if parquet.num_row_groups else [],
-                        columns=names,
-                        use_threads=False,
-                    ),
-                    empty,
-                )
+                source = file.row_group(parquet, 0, names, SAMPLED_BYTES)
+                batches = source.iter_batches(SAMPLED_ROWS, row_groups=[0], columns=names, use_threads=False)
+                return next(batches, empty)
             except (OSError, pa.ArrowInvalid):
                 return empty
 
@@ -199,20 +208,34 @@ class LogReader:
 
     def _parquet_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
         names = self.layout.in_file(file)
-        with file.parquet() as parquet:
+        with file.parquet() as parquet, closing(file.row_groups(parquet, names)) as sources:
             for group in range(parquet.num_row_groups):  # one by one, so that an error can name it
                 start = 0
+                rows = self._rows_at_once(parquet, group, chunk_rows)
                 try:
-                    for batch in parquet.iter_batches(
-                        chunk_rows, row_groups=[group], columns=names, use_threads=False
+                    for batch in next(sources).iter_batches(
+                        rows, row_groups=[group], columns=names, use_threads=False
                     ):
-                        yield self.layout.whole(file, batch), partial(_in_row_group, group, start)
+                        yield from self._actions(file, batch, group, start, chunk_rows, quarantine)
                         start += batch.num_rows
                 except (OSError, pa.ArrowInvalid) as error:
-                    raise UserError(
-                        f"cannot read '{file.name}', row group {group} ({str(error).splitlines()[0].rstrip('.')}): "
-                        "the file is damaged; write it again or leave it out"
-                    ) from None
+                    raise _unreadable(file, group, names, error) from None
+
+    def _rows_at_once(self, parquet: pq.ParquetFile, group: int, chunk_rows: int) -> int:
+        """Rows of a row group that hold about ``chunk_rows`` actions."""
+        return chunk_rows
+
+    def _actions(
+        self,
+        file: DataFile,
+        batch: pa.RecordBatch,
+        group: int,
+        start: int,
+        chunk_rows: int,
+        quarantine: Quarantine,
+    ) -> Iterator[Located]:
+        """Rows of a row group from ``start`` on, as actions."""
+        yield self.layout.whole(file, batch), partial(_in_row_group, group, start)
 
     def _csv_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
         stream = read_csv(file, self.schema.csv, self.layout.in_file(file))
@@ -309,6 +332,17 @@ class LogReader:
         record = {c: _readable(batch.column(c), row) for c in dict.fromkeys(self.columns.values())}
         text = json.dumps(record, default=str, ensure_ascii=False)
         quarantine.add(BadRow(file.name, group, number, column, sentence, text), f"{column}: {problem.what}")
+
+
+def _unreadable(file: DataFile, group: int, columns: list[str], error: Exception) -> UserError:
+    fix = "the file is damaged; write it again or leave it out"
+    if isinstance(error, FileNotFoundError):
+        fix = "the file went away while the log was read; put it back or leave it out"
+    which = ", ".join(f"'{name}'" for name in columns)
+    return UserError(
+        f"cannot read '{file.name}', row group {group}, column{'s' * (len(columns) > 1)} {which} "
+        f"({first_line(error)}): {remedy(error, fix)}"
+    )
 
 
 def _in_row_group(group: int, start: int, row: int) -> tuple[int | None, int]:

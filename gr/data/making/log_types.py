@@ -5,6 +5,7 @@ Columns are those of the files, or of the names of their folders (``dt=2024-01-3
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from gr.data.making import convert
 from gr.data.making.csv_files import SAMPLE_BYTES, csv_columns, read_csv
-from gr.data.making.files import COMPRESSED, DataFile, require_column
+from gr.data.making.files import COMPRESSED, DataFile, opened_parquet, require_column
 from gr.data.making.schema import TICKS_PER_SECOND, FieldColumn, IdType, LogSchema, TimeUnit
 from gr.data.making.times import EARLY, Clock, FileTimes
 from gr.errors import UserError
@@ -111,23 +112,28 @@ class Layout:
 
 
 def lay_out_parquet(
-    files: list[DataFile], schema: LogSchema, columns: dict[str, str], fields: dict[str, FieldColumn]
+    files: list[DataFile],
+    schema: LogSchema,
+    columns: dict[str, str],
+    fields: dict[str, FieldColumn],
+    lists: bool = False,
 ) -> Layout:
-    """Checks every file's schema; reads no rows."""
+    """Checks every file's schema; reads no rows.  ``lists``: a row is a user's, with lists of its actions."""
     layout = Layout(columns)
     kinds: dict[str, list[pa.DataType]] = {role: [] for role in columns}  # in the files that say one
     empty: dict[str, pa.DataType] = {}
     clocks: dict[str, str] = {}  # what sort of time -> the first file with it
     units: set[TimeUnit] = set()
-    for file in files:
-        with file.parquet() as parquet:
+    for file, opened in zip(files, opened_parquet(files)):
+        with opened as parquet:
             arrow, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            layout.rows += rows
             constants = layout.place(file, arrow.names)
             for role, column in columns.items():
                 if column in constants:
                     continue
                 kind = convert.plain_type(arrow.field(column).type)
+                if lists:
+                    kind = _value_type(file, role, column, kind)
                 _check_type(file, role, column, kind, fields)
                 if pa.types.is_null(kind) or not rows:
                     empty.setdefault(role, kind)
@@ -138,7 +144,8 @@ def lay_out_parquet(
                     clocks.setdefault(_sort_of_time(kind), file.name)
                     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
                         units.add(getattr(kind, "unit", "ms" if pa.types.is_date64(kind) else "s"))
-            timed = "time" in columns and columns["time"] not in constants and rows
+            layout.rows += list_values(parquet.metadata, columns["item"]) if lists else rows
+            timed = "time" in columns and columns["time"] not in constants and rows and not lists
             if timed and (span := _statistics(parquet, columns["time"])):
                 layout.spans[file.name] = span
     for role, column in columns.items():
@@ -245,6 +252,35 @@ def _constant(value: str | None, rows: int) -> pa.Array:
     return pa.DictionaryArray.from_arrays(indices, pa.array([value or ""], pa.string()))
 
 
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def list_values(footer: pq.FileMetaData, column: str, groups: Iterable[int] | None = None) -> int:
+    """Values in the lists of a column (a list that is empty or missing counts as one)."""
+    total = 0
+    for group in range(footer.num_row_groups) if groups is None else groups:
+        chunks = footer.row_group(group)
+        for n in range(chunks.num_columns):
+            chunk = chunks.column(n)
+            if chunk.path_in_schema.startswith(f"{column}."):
+                total += chunk.num_values
+                break
+    return total
+
+
+def _value_type(file: DataFile, role: str, column: str, kind: pa.DataType) -> pa.DataType:
+    """The type of an action's value in a log of lists."""
+    if is_list(kind) and role != "user":
+        return convert.plain_type(kind.value_type)
+    if role == "user" or role.startswith("field."):
+        return kind
+    raise UserError(
+        f"'{file.name}', column '{column}': type {kind} is no list, where a row is a user's and each list has a value "
+        "an action; prepare a log with one row an action as log"
+    )
+
+
 def _check_type(
     file: DataFile, role: str, column: str, kind: pa.DataType, fields: dict[str, FieldColumn]
 ) -> None:
@@ -267,7 +303,7 @@ def _check_type(
             remedy = (
                 "the log has one row an action, so explode the lists first (explode in Spark and pandas, "
             )
-            remedy += "unnest in SQL)"
+            remedy += "unnest in SQL), or prepare it as lists if a row is a user's"
     raise UserError(f"'{file.name}', column '{column}': type {kind} cannot be used as {role}; {remedy}")
 
 

@@ -16,6 +16,8 @@ Shapes: R users of a partition, A their actions, I items.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -77,7 +79,7 @@ class Actions(Protocol):
 
 def prepare(
     actions: Actions,
-    out: str | Path,
+    out: str | os.PathLike,
     name: str,
     options: Preparation,
     *,
@@ -89,14 +91,22 @@ def prepare(
     """Write the sequence dataset ``out``.
 
     The manifest's provenance carries ``stages``, the counts left by each stage, and ``quarantined``, the reasons.
-    Raises UserError: bad rows (policy ``fail``), nothing left, ``out`` exists.
+    Raises UserError: bad rows (policy ``fail``), nothing left, ``out`` exists, a full disk.
     """
-    work = _Work(actions, Path(out), name, options, described, overwrite, progress or Progress())
+    work = _Work(actions, os.fspath(out), name, options, described, overwrite, progress or Progress())
     try:
         try:
             return work.run(provenance or {})
         except MemoryError:
             pass  # the frames that hold the memory must go before the sentence can be made
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"no room is left on the disk of '{work.scratch.parent}' or of '{work.writer.scratch.parent}' while "
+                f"'{work.out}' is prepared ({os.strerror(error.errno)}): make room, or set scratch to a folder on a "
+                "larger disk"
+            ) from error
         if work.partition is None or work.store is None:
             raise huge.out_of_memory_reading(work.out, options.chunk_rows)
         raise huge.out_of_memory(work.out, work.store, work.partition, work.row_bytes, options.memory_mb)
@@ -113,7 +123,7 @@ class _Work:
     def __init__(
         self,
         actions: Actions,
-        out: Path,
+        out: str,
         name: str,
         options: Preparation,
         described: Described | None,
@@ -128,10 +138,14 @@ class _Work:
             raise UserError("items=listed needs a catalogue: name its file in the schema, or say items=seen")
         self.actions, self.out, self.options, self.progress = actions, out, options, progress
         self.described_by = described
-        self.writer = DatasetWriter(out, name, overwrite=overwrite)
-        scratch = Path(options.scratch) if options.scratch else out.parent
-        scratch.mkdir(parents=True, exist_ok=True)
-        self.scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=scratch))
+        if options.scratch:
+            Path(options.scratch).mkdir(parents=True, exist_ok=True)
+        self.writer = DatasetWriter(out, name, overwrite=overwrite, scratch=options.scratch)
+        self.scratch = Path(
+            tempfile.mkdtemp(
+                prefix=f".{name_of(out)}.preparing-", dir=options.scratch or self.writer.scratch.parent
+            )
+        )
         self.quarantine = Quarantine(
             self.scratch / "quarantine" if options.on_bad_rows == "quarantine" else None
         )
@@ -168,7 +182,8 @@ class _Work:
             self.progress.note(
                 f"{unlisted:,} of {len(ids):,} items are not in the catalogue: their columns are null"
             )
-        dataset = self.writer.finish(
+        self.quarantine.publish(self.writer.scratch / "quarantine")
+        return self.writer.finish(
             catalogue,
             {
                 **provenance,
@@ -183,8 +198,6 @@ class _Work:
                 ),
             },
         )
-        self.quarantine.publish(self.out / "quarantine")
-        return dataset
 
     def say(self) -> None:
         for remark in self.actions.remarks():
@@ -368,6 +381,11 @@ class _Work:
             *self.counts.rows(),
             StageCount("dataset", self.written_actions, self.written_users, items),
         ]
+
+
+def name_of(out: str | os.PathLike) -> str:
+    """The last part of a path or URL."""
+    return os.fspath(out).rstrip("/").rpartition("/")[2]
 
 
 def _chunks(tables: Iterator[pa.Table], chunk_rows: int) -> Iterator[pa.Table]:

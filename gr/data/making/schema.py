@@ -51,7 +51,7 @@ class Columns(Section):
     fields: Annotated[dict[str, FieldColumn | str], AfterValidator(_free)] = {}
 
 
-def _known_encoding(name: str) -> str:
+def known_encoding(name: str) -> str:
     try:
         codecs.lookup(name)
     except LookupError:
@@ -99,7 +99,7 @@ class Csv(Section):
     delimiter: Annotated[str, AfterValidator(_ascii)] = ","
     names: list[str] | None = None
     quote: Annotated[str, Field(max_length=1), AfterValidator(_ascii)] = '"'
-    encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
+    encoding: Annotated[str, AfterValidator(known_encoding)] = "utf-8"
     newlines_in_values: bool = False
     null_values: list[str] = [""]
 

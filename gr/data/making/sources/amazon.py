@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 
 from gr.data.making.described import catalogue_table
 from gr.data.making.download import Published
+from gr.data.making.files import find_files
 from gr.data.making.log import LogReader
 from gr.data.making.prepare import Actions, Described
-from gr.data.making.quarantine import Quarantine
 from gr.data.making.schema import Columns, Csv, Filter, LogSchema
 from gr.data.making.sources.published import PublishedSource
+from gr.data.making.sources.sequences import SequenceLines
 from gr.errors import UserError
 
 
@@ -66,55 +66,9 @@ class AmazonBeauty(PublishedSource):
 
     def read(self, folder: Path) -> tuple[Actions, Described | None]:
         titles = folder / "titles.tsv"
-        return SequenceLines(folder / "sequences.txt"), _titles(titles) if titles.is_file() else None
-
-
-class SequenceLines:
-    """Lines of integers, a user id and its item ids in order, as a log."""
-
-    has_times = False
-    ticks_per_second = 1
-
-    def __init__(self, file: Path):
-        self.file = file
-        self.rows_read = 0
-        self.estimated_rows = file.stat().st_size // 5 + 1  # ids of about 4 digits and a blank
-
-    def remarks(self) -> list[str]:
-        return []
-
-    def facts(self) -> dict[str, Any]:
-        return {}
-
-    def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
-        users: list[int] = []
-        items: list[int] = []
-        seen: set[int] = set()
-        with self.file.open() as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    user, *sequence = map(int, line.split())
-                except ValueError:
-                    raise UserError(
-                        f"'{self.file}', line {number}: {line.strip()[:80]!r} is not a user id and item ids, all "
-                        "integers; fetch the file again"
-                    ) from None
-                if user in seen:
-                    raise UserError(
-                        f"'{self.file}', line {number}: user {user} has a line above; fetch the file again"
-                    )
-                seen.add(user)
-                users.extend([user] * len(sequence))
-                items.extend(sequence)
-                if len(users) >= chunk_rows:
-                    yield self._table(users, items)
-                    users, items = [], []
-        if users:
-            yield self._table(users, items)
-
-    def _table(self, users: list[int], items: list[int]) -> pa.Table:
-        self.rows_read += len(users)
-        return pa.table({"user": pa.array(users, pa.int64()), "item": pa.array(items, pa.int64())})
+        files = find_files(str(folder / "sequences.txt"), "csv")
+        lines = SequenceLines(files, user_ids="integer", item_ids="integer", fix="fetch the file again")
+        return lines, _titles(titles) if titles.is_file() else None
 
 
 def _titles(file: Path) -> Described:

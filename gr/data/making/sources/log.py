@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gr.data.dataset import SequenceDataset
 from gr.data.making.described import read_catalogue
 from gr.data.making.log import LogReader
-from gr.data.making.prepare import prepare
+from gr.data.making.prepare import name_of, prepare
 from gr.data.making.schema import LogSchema, Preparation
 from gr.data.making.sources.base import QUIET, Source
 from gr.errors import UserError
@@ -20,6 +19,7 @@ class ActionLog(Source):
     """Parquet or CSV files with the columns that the schema maps."""
 
     name = "log"
+    reader: type[LogReader] = LogReader
 
     class Options(LogSchema, Preparation):
         pass
@@ -39,12 +39,12 @@ class ActionLog(Source):
         if source is None:
             raise UserError("a log is read from somewhere: give --source a file, a glob, a folder or a URL")
         options = self.options
-        reader = LogReader(source, options)
+        reader = self.reader(source, options)
         catalogue = options.catalogue
         return prepare(
             reader,
             out,
-            Path(out).name,
+            name_of(out),
             options,
             described=None
             if catalogue is None

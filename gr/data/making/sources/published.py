@@ -10,6 +10,7 @@ from gr.data.making.download import Published, obtain
 from gr.data.making.prepare import Actions, Described, prepare
 from gr.data.making.schema import Preparation
 from gr.data.making.sources.base import QUIET, Source
+from gr.data.stores import is_url
 from gr.progress import Progress
 
 
@@ -19,14 +20,16 @@ class PublishedSource(Source):
     published: ClassVar[Published]
 
     class Options(Preparation):
-        """``cache``: folder for downloads and unpacked files, by default ``downloads`` beside OUT."""
+        """``cache``: folder for downloads and unpacked files, by default ``downloads`` beside OUT (where that is a
+        URL: in the current folder)."""
 
         cache: str | None = None
 
     def prepare(
         self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET
     ) -> SequenceDataset:
-        cache = Path(self.options.cache) if self.options.cache else Path(out).parent / "downloads"
+        beside = Path(out).parent if not is_url(out) else Path()
+        cache = Path(self.options.cache) if self.options.cache else beside / "downloads"
         actions, described = self.read(obtain(source, self.published, cache, progress))
         return prepare(
             actions,

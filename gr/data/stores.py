@@ -1,0 +1,490 @@
+"""Stores: what lies behind a URL, by fsspec (S3, GCS, HDFS, ...), as files that are read in ranges and written whole.
+
+One place says how often a request is repeated, how long it may stand still, and what its failure is called.  Every
+method raises FileNotFoundError where there is nothing, Unreachable where all attempts failed, OSError for all else.
+Credentials come from the environment, or from files of the store's client; none is kept here.
+
+GR_STORE_ATTEMPTS (5): how often a request is made before it has failed.  GR_STORE_TIMEOUT (20): seconds without a byte
+after which an attempt at S3 has failed; other clients have a setting of their own.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import logging
+import os
+import random
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gr.errors import UserError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
+
+HOLE = 1 << 18
+"""Bytes between two wanted ranges that are read along rather than asking twice: about what a request costs."""
+LARGEST_RANGE = 1 << 24
+"""Bytes of a request; larger ranges are several requests at a time."""
+AHEAD = 8
+"""Reads of a store that are on their way at a time."""
+FILES_KEPT = 256
+"""Files of S3 that are kept open: opening one is a request."""
+FIRST_PAUSE_S, PAUSE_FACTOR = 0.1, 3.0
+OBJECT_STORES = frozenset(
+    ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "memory")
+)
+"""Protocols whose folders are parts of names: nothing has to be made before a file is written.  (s3fs would make a
+bucket that isn't there.)"""
+_FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_FOR_GOOD_BY_NAME = (
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"),
+    *("InvalidRegionError", "UnknownEndpointError", "DefaultCredentialsError", "RefreshError"),
+    *("NotImplementedError", "ValueError", "TypeError"),
+)
+"""Errors of clients, by the name of their type (their packages may not be there), that no repetition mends."""
+
+
+class StoreError(OSError):
+    """A request that the store didn't do; ``filename``: its URL."""
+
+    def __init__(self, said: str, where: str):
+        super().__init__(said)
+        self.strerror, self.filename = said, where
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
+class Unreachable(StoreError):
+    """A request that failed as often as it was made."""
+
+
+class Store:
+    """The files behind URLs of one file system of fsspec.  Paths are the file system's own, without protocol."""
+
+    def __init__(self, filesystem: Any):
+        self.filesystem = filesystem
+        # s3fs repeats on its own, up to 25 times: here it is done for every store in the same way
+        if hasattr(filesystem, "retries"):
+            filesystem.retries = 1
+        self._ranged: _ArrowS3 | None = None
+        if "s3" in self.protocols:  # lives as long as s3fs' client, whoever asks
+            self._ranged = filesystem.__dict__.setdefault("_gr_ranged", _ArrowS3(filesystem))
+
+    @staticmethod
+    def at(url: str) -> tuple[Store, str]:
+        """The store of a URL and the path in it; a UserError for a URL that can't be one."""
+        refuse_password(url)
+        import fsspec
+
+        try:
+            filesystem, path = fsspec.core.url_to_fs(url, **_client_options(url))
+        except (ImportError, ValueError, OSError) as error:
+            fix = (
+                "install what it names" if isinstance(error, ImportError) else "check the URL and its access"
+            )
+            raise UserError(f"cannot open '{shown(url)}' ({first_line(error)}): {fix}") from None
+        return Store(filesystem), path
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        protocol = self.filesystem.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+    def size(self, path: str) -> int | None:
+        """Bytes; None where the store doesn't tell."""
+        found = self._info(path).get("size")
+        return None if found is None else int(found)
+
+    def read(self, path: str) -> bytes:
+        """All of a file."""
+        return self.asked(lambda: self.filesystem.cat_file(path), path)
+
+    def ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (start, stop), one request each, at the same time where the client can."""
+        found: list[Any] = [None] * len(ranges)
+        left = list(range(len(ranges)))
+
+        def ask() -> None:
+            contents = self._asked_ranges(path, [ranges[n] for n in left])
+            problem: BaseException | None = None
+            for n, content in zip(list(left), contents):
+                start, stop = ranges[n]
+                if isinstance(content, BaseException):
+                    problem = content
+                elif len(content) != stop - start:
+                    problem = OSError(f"bytes {start} to {stop} are asked for and {len(content)} come")
+                else:
+                    found[n] = content
+                    left.remove(n)
+            if problem is not None:
+                raise problem
+
+        if left:
+            self.asked(ask, path)
+        return found
+
+    def files(self, folder: str) -> dict[str, int]:
+        """Name -> bytes of the files directly in a folder; empty where there is none."""
+
+        return self._named(folder, lambda: self.filesystem.ls(folder, detail=True))
+
+    def tree(self, folder: str) -> dict[str, int]:
+        """Name -> bytes of all files below a folder, as names in it; empty where there is none."""
+        return self._named(folder, lambda: list(self.filesystem.find(folder, detail=True).values()))
+
+    def is_file(self, path: str) -> bool:
+        try:
+            return self._info(path)["type"] == "file"
+        except FileNotFoundError:
+            return False
+
+    def write(self, path: str, content: bytes) -> None:
+        """A file at once, parents included: a reader sees all of it or nothing, as far as the store promises that."""
+
+        def put() -> None:
+            self._make_parent(path)
+            self.filesystem.pipe_file(path, content)
+
+        self.asked(put, path)
+
+    def upload(self, file: Path, path: str) -> None:
+        """A file of this machine, likewise."""
+
+        def put() -> None:
+            self._make_parent(path)
+            self.filesystem.put_file(str(file), path)
+
+        self.asked(put, path)
+
+    def download(self, path: str, file: Path) -> None:
+        """A whole file to this machine, written at ``file`` piece after piece."""
+        size = self.size(path)
+        with file.open("wb") as out:
+            if size is None:
+                out.write(self.read(path))
+                return
+            for start in range(0, size, LARGEST_RANGE):
+                out.write(self.ranges(path, [(start, min(start + LARGEST_RANGE, size))])[0])
+
+    def copy(self, path: str, other: str) -> None:
+        """Within the store."""
+
+        def put() -> None:
+            self._make_parent(other)
+            self.filesystem.cp_file(path, other)
+
+        self.asked(put, other)
+
+    def remove(self, path: str) -> None:
+        """A file, if it is there."""
+        with suppress(FileNotFoundError):
+            self.asked(lambda: self.filesystem.rm_file(path), path)
+
+    def _asked_ranges(self, path: str, ranges: list[tuple[int, int]]) -> list[Any]:
+        """The bytes of each, or the error instead of them."""
+        if self._ranged is not None and not self._ranged.useless:
+            try:
+                return self._ranged.read(path, ranges)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if self._ranged.works:
+                    raise
+                log.info("%s is read by its own client alone (%s)", self.protocols[0], first_line(error))
+                self._ranged.useless = True
+        starts, stops = zip(*ranges)
+        return self.filesystem.cat_ranges([path] * len(ranges), list(starts), list(stops))
+
+    def _named(self, folder: str, entries: Callable[[], list[dict[str, Any]]]) -> dict[str, int]:
+        """Name in the folder -> bytes, of the files among its ``entries``."""
+        root = folder.rstrip("/") + "/"
+        self.filesystem.invalidate_cache()  # clients keep lists
+        try:
+            found = self.asked(entries, folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {
+            entry["name"].removeprefix(root): int(entry.get("size") or 0)
+            for entry in found
+            if entry["type"] == "file" and entry["name"].startswith(root) and entry["name"] != root
+        }
+
+    def _info(self, path: str) -> dict[str, Any]:
+        self.filesystem.invalidate_cache()
+        return self.asked(lambda: self.filesystem.info(path), path)
+
+    def _make_parent(self, path: str) -> None:
+        if not OBJECT_STORES.intersection(self.protocols):
+            self.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+    def asked(self, action: Callable[[], T], path: str) -> T:
+        """``action()``, again after a pause where it failed and may not fail again."""
+        attempts, pause = attempts_of_requests(), FIRST_PAUSE_S
+        for attempt in range(1, attempts + 1):
+            try:
+                return action()
+            except Exception as error:
+                if isinstance(error, (UserError, *_FOR_GOOD)):
+                    raise
+                said = f"{type(error).__name__}: {first_line(error)}"
+                where = shown(self.filesystem.unstrip_protocol(path))
+                if any(kind.__name__ in _FOR_GOOD_BY_NAME for kind in type(error).__mro__):
+                    raise StoreError(said, where) from error
+                if attempt == attempts:
+                    raise Unreachable(f"{said}, at {attempts} attempts", where) from error
+            time.sleep(pause * random.uniform(0.75, 1.25))
+            pause *= PAUSE_FACTOR
+        raise AssertionError("an attempt returns or raises")
+
+
+class _ArrowS3:
+    """Reads ranges of S3 by Arrow's client, which takes half of s3fs' time for them, with s3fs' settings.
+
+    ``works``: whether it has ever read any.  ``useless``: it has not, where s3fs may: of credentials s3fs knows more.
+    """
+
+    def __init__(self, filesystem: Any):
+        self.filesystem, self.works, self.useless = filesystem, False, False
+        self._client: Any = None
+        self._files: dict[str, pa.NativeFile] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        file = self._file(path)
+        try:
+            ahead = min(len(ranges), AHEAD) if len(ranges) > 1 else 0
+            contents = list(in_order(lambda span: file.read_at(span[1] - span[0], span[0]), ranges, ahead))
+        except BaseException:
+            self._files.pop(path, None)  # it may be another file by now
+            raise
+        self.works = True
+        return contents
+
+    def _file(self, path: str) -> pa.NativeFile:
+        """Opened once: that is a request."""
+        with self._lock:
+            self._client = self._client or self._connected()
+            file = self._files.get(path)
+        if file is None:
+            file = self._client.open_input_file(path)
+            with self._lock:
+                if len(self._files) >= FILES_KEPT:
+                    self._files.pop(next(iter(self._files)))
+                self._files[path] = file
+        return file
+
+    def _connected(self) -> Any:
+        from pyarrow import fs
+
+        s3 = self.filesystem
+        s3.connect()
+        meta, given = s3.s3.meta, s3.config_kwargs
+        own = not re.search(r"\.amazonaws\.com(\.cn)?$", urlsplit(meta.endpoint_url).hostname or "")
+        keys = {"access_key": s3.key, "secret_key": s3.secret, "session_token": s3.token} if s3.key else {}
+        return fs.S3FileSystem(
+            **keys,
+            anonymous=bool(s3.anon),
+            region=meta.region_name or "us-east-1",
+            endpoint_override=meta.endpoint_url if own else None,
+            connect_timeout=given.get("connect_timeout"),
+            request_timeout=given.get("read_timeout"),
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
+        )
+
+
+class RangedFile(io.RawIOBase):
+    """A file of a store, opened for reading: ranges that are fetched beforehand come from memory, others are asked for
+    when they are read, ``ahead`` bytes at least.  Not for several threads at once."""
+
+    def __init__(self, store: Store, path: str, size: int, ahead: int = 0):
+        self.store, self.path, self.size, self.ahead = store, path, size, ahead
+        self._starts: list[int] = []
+        self._contents: list[bytes] = []
+        self._position = 0
+
+    def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have these ranges in memory, in place of those before: neighbours are one request."""
+        wanted = list(_cut(_joined(ranges)))
+        self._contents = self.store.ranges(self.path, wanted)
+        self._starts = [start for start, _ in wanted]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        )
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self._position
+        stop = self.size if size is None or size < 0 else min(start + size, self.size)
+        parts = []
+        while self._position < stop:
+            parts.append(self._some(stop))
+            self._position += len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def _some(self, stop: int) -> bytes:
+        """Bytes from the position on, up to ``stop``."""
+        start = self._position
+        at = bisect.bisect_right(self._starts, start) - 1
+        if at >= 0 and start < self._starts[at] + len(self._contents[at]):
+            first = self._starts[at]
+            return self._contents[at][start - first : stop - first]
+        end = min(max(stop, start + self.ahead), self.size)
+        if not self.ahead:
+            after = self._starts[at + 1] if at + 1 < len(self._starts) else end
+            return self.store.ranges(self.path, [(start, min(end, after))])[0]
+        self.fetch([(start, end)])
+        return self._contents[0][: stop - start]
+
+
+def column_ranges(
+    footer: pq.FileMetaData, row_groups: Iterable[int], columns: Iterable[str]
+) -> list[tuple[int, int]]:
+    """Where the bytes of ``columns`` are in the row groups of a Parquet file."""
+    names = tuple(columns)
+    ranges = []
+    for number in row_groups:
+        group = footer.row_group(number)
+        for n in range(group.num_columns):
+            chunk = group.column(n)
+            if any(chunk.path_in_schema == c or chunk.path_in_schema.startswith(f"{c}.") for c in names):
+                start = chunk.data_page_offset
+                if chunk.dictionary_page_offset:
+                    start = min(start, chunk.dictionary_page_offset)
+                ranges.append((start, start + chunk.total_compressed_size))
+    return ranges
+
+
+def in_order(read: Callable[[T], R], of: Iterable[T], ahead: int) -> Iterator[R]:
+    """``read`` of each, in order; ``ahead`` of them are read at the same time, each in a thread.  0: none is."""
+    if not ahead:
+        yield from map(read, of)
+        return
+    pending: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(ahead, "gr-store")
+    try:
+        for item in of:
+            pending.append(pool.submit(read, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def is_url(text: str) -> bool:
+    return "://" in text or "::" in text
+
+
+def refuse_password(url: str) -> None:
+    """Refuse a URL with a password in it: it would stand in messages, manifests and configs."""
+    if re.match(r"[^/]*//[^/@]*:[^/@]*@", url):
+        shown = re.sub(r"//[^/@]*@", "//", url)
+        raise UserError(
+            f"the URL of '{shown}' holds a password, and a run writes its config down: give it to the storage's "
+            "client by its environment variables or its own file"
+        )
+
+
+def shown(url: str) -> str:
+    """A URL as messages and manifests have it: without the query, in which signed URLs carry what opens them."""
+    return re.sub(r"^(https?://[^?]*)\?.*", r"\1", url)
+
+
+def all_shown(value: Any) -> Any:
+    """:func:`shown` of all texts in lists and dictionaries."""
+    if isinstance(value, dict):
+        return {key: all_shown(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [all_shown(entry) for entry in value]
+    return shown(value) if isinstance(value, str) else value
+
+
+def attempts_of_requests() -> int:
+    """How often a request is made before it has failed."""
+    return max(int(_setting("GR_STORE_ATTEMPTS", 5)), 1)
+
+
+def remedy(error: BaseException, otherwise: str) -> str:
+    """What to do about a file that can't be read: ``otherwise``, where its content is to blame."""
+    if isinstance(error, Unreachable):
+        return "see to the store and the network, and run it again"
+    if isinstance(error, PermissionError):
+        return "see to your access to it, and run it again"
+    return otherwise
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _client_options(url: str) -> dict[str, Any]:
+    """What fsspec's client of the URL's store is told beside its own configuration."""
+    if "s3://" not in url and "s3a://" not in url:
+        return {}
+    from fsspec.config import conf
+
+    seconds = _setting("GR_STORE_TIMEOUT", 20.0)
+    ours = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"total_max_attempts": 1}}
+    given = conf.get("s3", {}).get("config_kwargs", {})
+    protocol = "s3" if "s3://" in url else "s3a"
+    return {protocol: {"config_kwargs": {**ours, **given}}}
+
+
+def _setting(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        return float(text) if text else default
+    except ValueError:
+        raise UserError(f"{name} is '{text}': give a number") from None
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted, with neighbours that are close in one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if joined and start - joined[-1][1] <= HOLE:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for start, stop in ranges:
+        for first in range(start, stop, LARGEST_RANGE):
+            yield first, min(first + LARGEST_RANGE, stop)

@@ -1,0 +1,264 @@
+"""Logs in other forms than a row an action: RecBole's atomic files, a row a user with lists, lines of items."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gr.data.dataset import SequenceDataset
+from gr.data.making.sources.base import make_source
+from gr.errors import UserError
+from tests.unit.logs_common import ASIDE, COLUMNS, NOW, Made, Notes, make, write
+
+
+def prepared(name, source, out, given=None, *settings):
+    notes = Notes()
+    made = make_source(name, given or {}, settings).prepare(
+        str(source), str(out), overwrite=True, progress=notes
+    )
+    return Made(made, notes.said)
+
+
+def refused(name, source, out, given=None, *settings):
+    with pytest.raises(UserError) as error:
+        prepared(name, source, out, given, *settings)
+    assert not out.exists() and "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -- recbole -------------------------------------------------------------------------------------------------------
+
+INTER = (
+    "user_id:token\titem_id:token\trating:float\ttimestamp:float\tdevice:token\ttags:token_seq\n"
+    "u1\t7\t5\t1700000002.5\tweb\ta b\nu1\t8\t4\t1700000001\tapp\tc\nu2\t7\t\t1700000003\tapp\t\n"
+)
+ITEM = 'item_id:token\ttitle:token_seq\tyear:float\n7\tThe "First" One\t1999\n9\tNever seen\t\n8\tB\t2001.0\n'
+
+
+def atomic(folder, inter=INTER, item=ITEM, name="ml"):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.inter").write_text(inter)
+    if item:
+        (folder / f"{name}.item").write_text(item)
+    return folder
+
+
+def test_recbole_files_are_read_by_their_headers(tmp_path):
+    source = atomic(tmp_path / "ml")
+    (source / "ml.user").write_text("user_id:token\tage:float\nu1\t33\n")
+    made = prepared("recbole", source, tmp_path / "out")
+    assert made.rows == {"u1": [(8, 1700000001), (7, 1700000002)], "u2": [(7, 1700000003)]}
+    assert str(made.column("value")) == "{'u1': [4.0, 5.0], 'u2': [nan]}" or made.column("value")["u1"] == [
+        4.0,
+        5.0,
+    ]
+    assert made.column("device") == {"u1": ["app", "web"], "u2": ["app"]}
+    assert made.dataset.catalogue.to_pydict() == {
+        "item_id": [7, 8],
+        "count": [2, 1],
+        "title": ['The "First" One', "B"],
+        "year": [1999.0, 2001.0],
+    }
+    assert any("lists: tags;" in said for said in made.said) and any(
+        ".user file" in said for said in made.said
+    )
+    one = prepared(
+        "recbole", source / "ml.inter", tmp_path / "one", {}, "fields=[]", "item_ids=string", "items=listed"
+    )
+    assert "device" not in one.dataset.manifest.columns and one.dataset.catalogue["item_id"].to_pylist() == [
+        "7",
+        "8",
+        "9",
+    ]
+    assert one.dataset.manifest.digest != made.dataset.manifest.digest
+
+
+def test_recbole_without_times_or_catalogue(tmp_path):
+    source = atomic(tmp_path / "s", "session_id:token\titem_id:token\n1\t5\n1\t4\n", item="")
+    made = prepared("recbole", source, tmp_path / "out", {"user": "session_id"})
+    assert made.rows == {1: [(5,), (4,)]} and any("no column timestamp" in said for said in made.said)
+
+
+def test_what_is_wrong_with_recbole_files_is_one_sentence(tmp_path):
+    out = tmp_path / "out"
+    file = tmp_path / "ml" / "ml.inter"
+    for inter, said in (
+        (
+            "user_id\titem_id\n1\t2\n",
+            f"'{file}', line 1: 'user_id' is not a name and a type such as user_id:token",
+        ),
+        ("user_id:text\titem_id:token\n", f"'{file}', line 1: 'user_id:text' is not a name and a type"),
+        ("user_id:token\tuser_id:float\n", f"'{file}', line 1: column 'user_id' is there twice"),
+        ("uid:token\titem_id:token\n1\t2\n", f"'{file}' has no column 'user_id'"),
+        ("", f"'{file}' is empty"),
+        (INTER + "u3\t7\n", f"'{file}', line 5: 'u3\\t7' has 2 columns instead of 6; {ASIDE}"),
+        (
+            INTER + "u3\t7\tgood\t1700000000\tx\t\n",
+            f"'{file}', line 5, column 'rating:float': 'good' is not a",
+        ),
+        (INTER + "u3\t7\t1\tsoon\tx\t\n", f"'{file}', line 5, column 'timestamp:float': 'soon' is not"),
+        (
+            INTER + "\t7\t1\t1700000000\tx\t\n",
+            f"'{file}', line 5, column 'user_id:token': the value is missing",
+        ),
+    ):
+        assert refused("recbole", atomic(tmp_path / "ml", inter), out).startswith(said)
+    source = atomic(tmp_path / "ml", INTER, ITEM.replace("2001.0", "new"))
+    assert "ml.item', row 2, column 'year:float': 'new' is not a number" in refused("recbole", source, out)
+    assert "type token_seq is a list" in refused("recbole", source, out, {"fields": ["tags"]})
+    assert refused("recbole", tmp_path / "none", out).startswith(
+        f"no csv file at '{tmp_path / 'none'}/*.inter'"
+    )
+    assert "has no column 'when'" in refused("recbole", source, out, {"time": "when"})
+
+
+# -- lists ---------------------------------------------------------------------------------------------------------
+
+
+def lists(folder, rows, name="part-0.parquet", row_group=None, kind=pa.list_):
+    """``rows``: (user, items, times)."""
+    folder.mkdir(exist_ok=True)
+    users, items, times = zip(*rows)
+    table = pa.table(
+        {
+            "u": pa.array(users, pa.string()),
+            "i": pa.array(items, kind(pa.int64())),
+            "t": pa.array(times, kind(pa.int64())),
+            "extra": pa.array(
+                [None if i is None else [f"p{x}" for x in i] for i in items], pa.list_(pa.string())
+            ),
+            "country": [f"c{u}" for u in users],
+        }
+    )
+    pq.write_table(table, folder / name, row_group_size=row_group)
+    return folder
+
+
+FIELDS = {"columns": {**COLUMNS, "fields": {"page": "extra", "country": "country"}}}
+ROWS = [("a", [3, 1, 2], [NOW + 2, NOW, NOW]), ("b", [], []), ("c", None, None), ("d", [9], [NOW])]
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+@pytest.mark.parametrize("row_group", [1, 100])
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_a_row_a_user_gives_what_its_actions_give(tmp_path, kind, row_group, chunk):
+    source = lists(tmp_path / "log", ROWS, row_group=row_group, kind=kind)
+    lists(source, [("a", [4], [NOW + 1])], "part-1.parquet")  # later, as of another day
+    made = prepared("lists", source, tmp_path / "out", {**FIELDS, "chunk_rows": chunk})
+    assert made.rows == {"a": [(1, NOW), (2, NOW), (4, NOW + 1), (3, NOW + 2)], "d": [(9, NOW)]}
+    assert made.column("page") == {"a": ["p1", "p2", "p4", "p3"], "d": ["p9"]}
+    assert made.column("country") == {"a": ["ca"] * 4, "d": ["cd"]}
+    flat = write(
+        tmp_path,
+        u=["a", "a", "a", "d", "a"],
+        i=[3, 1, 2, 9, 4],
+        t=[NOW + 2, NOW, NOW, NOW, NOW + 1],
+        extra=["p3", "p1", "p2", "p9", "p4"],
+        country=["ca", "ca", "ca", "cd", "ca"],
+    )
+    assert (
+        make(flat, tmp_path / "flat", **FIELDS).dataset.manifest.fingerprint
+        == made.dataset.manifest.fingerprint
+    )
+    assert made.facts["stages"][0] == {"stage": "rows of the log", "actions": 5, "users": None, "items": None}
+
+
+def test_lists_of_unequal_lengths_are_bad_rows(tmp_path):
+    rows = [
+        ("a", [1, 2], [NOW, NOW + 1]),
+        ("b", [1, 2], [NOW]),
+        ("c", [5, None], [NOW, NOW]),
+        ("d", [1], [-5]),
+    ]
+    source = lists(tmp_path / "log", rows, row_group=2)
+    file = source / "part-0.parquet"
+    where = f"'{file}', row group 0, row 1, column 't'"
+    assert (
+        refused("lists", source, tmp_path / "out", FIELDS) == f"{where}: 1 values, where 'i' has 2; {ASIDE}"
+    )
+    made = prepared("lists", source, tmp_path / "out", FIELDS, "on_bad_rows=quarantine")
+    assert made.rows == {"a": [(1, NOW), (2, NOW + 1)], "c": [(5, NOW)]}
+    bad = pq.read_table(tmp_path / "out" / "quarantine").to_pylist()
+    assert [(b["row_group"], b["row"], b["column"]) for b in bad] == [(0, 1, "t"), (1, 0, "i"), (1, 1, "t")]
+    assert json.loads(bad[0]["record"])["i"] == [1, 2]
+    assert made.quarantined["t: has not as many values as 'i'"] == 1
+
+
+def test_what_is_no_log_of_lists_is_refused(tmp_path):
+    said = refused("lists", write(tmp_path, "flat/a.parquet", u=[1]), tmp_path / "out", {"columns": COLUMNS})
+    assert said.endswith(
+        "a.parquet', column 'i': type int64 is no list, where a row is a user's and each list has a value an action; "
+        "prepare a log with one row an action as log"
+    )
+    (tmp_path / "a.csv").write_text("u,i,t\n1,2,3\n")
+    assert "lists are read from Parquet" in refused(
+        "lists", tmp_path / "a.csv", tmp_path / "out", {"columns": COLUMNS}
+    )
+    nested = pa.table({"u": [1], "i": [[[1]]], "t": [[1]]})
+    pq.write_table(nested, tmp_path / "nested.parquet")
+    assert "cannot be used as item" in refused(
+        "lists", tmp_path / "nested.parquet", tmp_path / "out", {"columns": COLUMNS}
+    )
+
+
+# -- sequences -----------------------------------------------------------------------------------------------------
+
+
+def text(folder, content, name="s.txt"):
+    (folder / name).write_text(content)
+    return folder / name
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_lines_of_integers_or_text(tmp_path, chunk):
+    numbers = prepared(
+        "sequences", text(tmp_path, "\ufeff2 10 9 10\n\n1 9\n7\n"), tmp_path / "out", {"chunk_rows": chunk}
+    )
+    assert numbers.rows == {2: [(10,), (9,), (10,)], 1: [(9,)]} and not numbers.dataset.has_timestamps
+    mixed = prepared("sequences", text(tmp_path, "al 007 9\nbo 9\n"), tmp_path / "out", {"chunk_rows": chunk})
+    assert mixed.rows == {"al": [("007",), ("9",)], "bo": [("9",)]}
+    tabs = text(tmp_path, "al,red shoe, hat\nbo,hat\n")
+    assert prepared("sequences", tabs, tmp_path / "out", {}, "delimiter=','").rows == {
+        "al": [("red shoe",), ("hat",)],
+        "bo": [("hat",)],
+    }
+    (tmp_path / "z.txt.gz").write_bytes(gzip.compress(b"1 2\n"))
+    text(tmp_path, "2 3\n")
+    both = prepared("sequences", tmp_path / "*.txt*", tmp_path / "out")
+    assert both.rows == {1: [(2,)], 2: [(3,)]}
+    items = text(tmp_path, "id,title\n3,C\n2,B\n", "items.csv")
+    given = {"catalogue": {"path": str(items), "item": "id"}}
+    described = prepared("sequences", tmp_path / "*.txt*", tmp_path / "out", given)
+    assert described.dataset.catalogue["title"].to_pylist() == ["B", "C"]
+
+
+def test_lines_that_are_wrong_are_named_or_put_aside(tmp_path):
+    out = tmp_path / "out"
+    file = tmp_path / "s.txt"
+    integers = "set item_ids: string if ids are text, "
+    for content, given, said in (
+        ("1 2\n1 3\n", {}, f"'{file}', line 2: '1 3': user 1 has a line above; {ASIDE}"),
+        (
+            "1 2\n2 x\n",
+            {"item_ids": "integer"},
+            f"'{file}', line 2: '2 x': item 'x' is not a plain integer of 64 bits; {integers}{ASIDE}",
+        ),
+        ("1,2,,3\n", {"delimiter": ","}, f"'{file}', line 1: '1,2,,3': an id of an item is empty; {ASIDE}"),
+        (
+            "1 9223372036854775808\n",
+            {"item_ids": "integer"},
+            f"'{file}', line 1: '1 9223372036854775808': item '",
+        ),
+        ("1 2\n", {"delimiter": ""}, "delimiter is empty: give the text between two ids"),
+        ("", {}, f"the log for '{out}' has no valid action (it is empty)"),
+    ):
+        assert refused("sequences", text(tmp_path, content), out, given).startswith(said)
+    file.write_bytes(b"1 caf\xe9\n")
+    assert refused("sequences", file, out).startswith(f"'{file}' is not utf-8 (")
+    assert prepared("sequences", file, out, {"encoding": "latin-1"}).rows == {1: [("café",)]}
+    made = prepared("sequences", text(tmp_path, "1 2\n1 3\n4 5\n"), out, {"on_bad_rows": "quarantine"})
+    assert made.rows == {1: [(2,)], 4: [(5,)]} and made.quarantined == {"the user has a line above": 1}
+    assert pq.read_table(out / "quarantine").to_pylist()[0]["record"] == "1 3"
+    assert SequenceDataset(out).users == 2
