@@ -91,6 +91,7 @@ DATASETS = {
     "amazon-beauty": "gr.data.making.sources.amazon:AmazonBeauty",
     "synthetic-dp": "gr.data.making.sources.synthetic_dp:SyntheticDP",
     "log": "gr.data.making.sources.log:ActionLog",
+    "ray": "gr.data.making.sources.ray_data:RayData",
 }
 
 

@@ -24,6 +24,19 @@ COMPRESSED = tuple(CODECS)
 READ_BUFFER = 2**20
 MISSING_IN_PATH = "__HIVE_DEFAULT_PARTITION__"
 TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
+VERSION = (
+    "size",
+    "mtime",
+    "ino",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "ETag",
+    "etag",
+    "md5Hash",
+    "generation",
+)
+"""Keys of fsspec's ``info`` that tell one content of a file from another, whichever filesystem has them."""
 PART = re.compile(r"\.c\d+$")  # part-00000-4f1c.c000: Spark's counter is no ending
 LISTED = 3
 
@@ -48,6 +61,12 @@ class DataFile:
     def size(self) -> int:
         """Bytes, as stored."""
         return int(self.filesystem.size(self.path) or 0)
+
+    @property
+    def version(self) -> list[str]:
+        """Its size, and what the storage knows that changes with the content: time of writing, tag."""
+        info = self.filesystem.info(self.path)
+        return [f"{key} {info[key]}" for key in VERSION if info.get(key) is not None]
 
     def open(self) -> pa.NativeFile:
         """The content, decompressed where the name says that it is compressed."""

@@ -86,6 +86,24 @@ class SequenceLines:
     def facts(self) -> dict[str, Any]:
         return {}
 
+    table_schema = pa.schema([("user", pa.int64()), ("item", pa.int64())])
+
+    def identity(self) -> Any:
+        found = self.file.stat()
+        return [str(self.file), found.st_size, found.st_mtime]
+
+    def parts(self) -> list[None]:
+        return [None]  # read whole: a user may not have two lines
+
+    def only(self, part: None) -> SequenceLines:
+        return SequenceLines(self.file)
+
+    def seen(self) -> dict[str, Any]:
+        return {"rows": self.rows_read}
+
+    def add_seen(self, seen: dict[str, Any]) -> None:
+        self.rows_read += seen["rows"]
+
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         users: list[int] = []
         items: list[int] = []
