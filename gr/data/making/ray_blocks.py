@@ -20,12 +20,18 @@ from gr.errors import UserError
 
 
 class BlockPiece(NamedTuple):
-    """Number of a block in the dataset's order, and where it is."""
+    """Number of a block in the dataset's order, where it is, and which of its rows count (all up to its end where
+    ``stop`` is None)."""
 
     block: int
     reference: Any
-    rows: int
+    start: int
+    stop: int | None
     file: int = 0
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.stop is None else self.stop - self.start
 
 
 class BlocksReader(LogReader):
@@ -43,12 +49,13 @@ class BlocksReader(LogReader):
         dataset.context.execution_options.preserve_order = True
         self._stream = _blocks(dataset)
         self._waiting: list[BlockPiece] = []
-        first = next((p for p in self._ahead() if p.rows), None)
+        tables = (_arrow(piece) for piece in self._ahead() if piece.rows)
+        first = next((table for table in tables if table.num_rows), None)
         if first is None:
             raise UserError(f"the dataset of '{name}' has no rows: check what it reads")
-        self.first = _arrow(first)
-        tables = [(self.files[0], self.first.schema, [first.rows], None)]
-        self._lay_out(lay_out_typed(tables, schema, self.columns, self.fields))
+        self.first = first
+        only = (self.files[0], first.schema, [first.num_rows], None)
+        self._lay_out(lay_out_typed([only], schema, self.columns, self.fields))
         self.estimated_rows = 0  # not known before all of them are made
 
     @property
@@ -119,8 +126,9 @@ class BlocksReader(LogReader):
 def _blocks(dataset: Any) -> Iterator[BlockPiece]:
     number = 0
     for bundle in dataset.iter_internal_ref_bundles():
-        for reference, metadata in bundle.blocks:
-            yield BlockPiece(number, reference, metadata.num_rows or 0)
+        for entry, part in zip(bundle.blocks, bundle.slices or [None] * len(bundle.blocks)):
+            start, stop = (part.start_offset, part.end_offset) if part else (0, entry.metadata.num_rows)
+            yield BlockPiece(number, entry.ref, start, stop)
             number += 1
 
 
@@ -128,4 +136,5 @@ def _arrow(piece: BlockPiece) -> pa.Table:
     ray = import_ray()
     from ray.data.block import BlockAccessor
 
-    return BlockAccessor.for_block(ray.get(piece.reference)).to_arrow()
+    table = BlockAccessor.for_block(ray.get(piece.reference)).to_arrow()
+    return table.slice(piece.start, None if piece.stop is None else piece.stop - piece.start)
