@@ -93,7 +93,7 @@ def to_table(rows: Sequences) -> pa.Table:
     than lists hold."""
     if (actions := int(rows.offsets_R1[-1])) > MOST:
         raise UserError(
-            f"{len(rows):,} users from user {rows.users_R[0]!r} on have {actions:,} actions, and a block of a dataset "
+            f"{len(rows):,} users from user {rows.users_R[:1].tolist()[0]!r} on have {actions:,} actions, and a block of a dataset "
             f"holds {MOST:,} at most: set max_user_actions to keep only the latest of each user"
         )
     offsets = pa.array(rows.offsets_R1.astype(np.int32))
