@@ -92,9 +92,10 @@ def to_table(rows: Sequences) -> pa.Table:
     """As stored: users' columns, then one list a user of each column of actions.  A UserError where these are more
     than lists hold."""
     if (actions := int(rows.offsets_R1[-1])) > MOST:
+        first = rows.users_R[:1].tolist()[0]
         raise UserError(
-            f"{len(rows):,} users from user {rows.users_R[:1].tolist()[0]!r} on have {actions:,} actions, and a block of a dataset "
-            f"holds {MOST:,} at most: set max_user_actions to keep only the latest of each user"
+            f"{len(rows):,} users from user {first!r} on have {actions:,} actions, and a block of a dataset holds "
+            f"{MOST:,} at most: set max_user_actions to keep only the latest of each user"
         )
     offsets = pa.array(rows.offsets_R1.astype(np.int32))
     stored = {name: _to_arrow(column, name) for name, column in rows.user_columns.items()}
