@@ -94,6 +94,7 @@ DATASETS = {
     "lists": "gr.data.making.sources.lists:UserLists",
     "sequences": "gr.data.making.sources.sequences:SequenceFiles",
     "recbole": "gr.data.making.sources.recbole:RecBole",
+    "ray": "gr.data.making.sources.ray_data:RayData",
 }
 
 

@@ -1,9 +1,11 @@
 """Speed and peak memory of preparing a generated action log, over its size.
 
-    python benchmarks/data/prepare.py --actions 1e6 1e7 1e8
+    python benchmarks/data/prepare.py --actions 1e6 1e7 1e8 --engines process ray
 
-Users and items are Zipf-distributed, rows in no order of user or time.  Each size is prepared in its own process,
-whose peak resident memory is taken: it must follow the chunk and the partition, not the number of actions.
+Users and items are Zipf-distributed, rows in no order of user or time.  Each size is prepared in its own process, whose
+peak memory is taken: it must follow the chunk and the partition, not the number of actions.  Of the Ray engine, which
+starts a cluster for each, it is that of all the cluster's processes together (anonymous and shared memory, sampled),
+and that of the largest of them; its seconds count the start.  Every engine has to give the same fingerprint.
 """
 
 from __future__ import annotations
@@ -30,17 +32,56 @@ CHUNK_ROWS = 2**20
 RESULTS = Path(__file__).parents[1] / "results" / "data_prepare.json"
 
 CHILD = """
-import json, resource, sys, time
+import json, os, resource, sys, threading, time
+from pathlib import Path
+from gr.data.making.engine import Engine
 from gr.data.making.sources.base import make_source
-source, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+source, out, options, engine = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+TICK = os.sysconf("SC_CLK_TCK")
+total = largest = 0
+seconds_of = {}
+
+def sample():
+    "Memory and core seconds of this process and all that come from it."
+    global total, largest
+    stats = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stats[int(folder.name)] = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            pass
+    ours, more = {os.getpid()}, True
+    while more:
+        more = {pid for pid, stat in stats.items() if int(stat[1]) in ours} - ours
+        ours |= more
+    sizes = []
+    for pid in ours & stats.keys():
+        seconds_of[pid] = (int(stats[pid][11]) + int(stats[pid][12])) / TICK
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        sizes.append(sum(int(l.split()[1]) for l in lines if l.startswith(("Pss_Anon", "Pss_Shmem"))) * 1024)
+    total, largest = max(total, sum(sizes)), max(largest, *sizes)
+
+def watch():
+    while not done.wait(0.5):
+        sample()
+
+done = threading.Event()
+if engine != "process":
+    threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
-dataset = make_source("log", options).prepare(source, out)
+dataset = make_source("log", options).prepare(source, out, engine=Engine(engine))
 seconds = time.perf_counter() - start
+done.set()
 usage = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps({
+    "engine": engine,
     "seconds": seconds,
-    "core_seconds": usage.ru_utime + usage.ru_stime,
-    "peak_bytes": usage.ru_maxrss * 1024,
+    "core_seconds": sum(seconds_of.values()) or usage.ru_utime + usage.ru_stime,
+    "peak_bytes": total or usage.ru_maxrss * 1024,
+    "largest_process_bytes": largest or usage.ru_maxrss * 1024,
     "actions": dataset.actions,
     "users": dataset.users,
     "items": dataset.items,
@@ -95,6 +136,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--actions", type=float, nargs="+", default=[1e6, 1e7, 1e8])
+    parser.add_argument("--engines", nargs="+", choices=("process", "ray"), default=["process"])
     parser.add_argument("--actions-per-user", type=int, default=50)
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--memory-mb", type=int, default=256)
@@ -123,12 +165,23 @@ def main() -> None:
                 work / "log", actions, max(actions // args.actions_per_user, 1), args.items, args.text_ids
             )
             generated = time.perf_counter() - start
-            row = json.loads(child(CHILD, str(work / "log"), str(work / "out"), json.dumps(options)))
-            log_bytes = sum(f.stat().st_size for f in (work / "log").iterdir())
+            log = {
+                "log_actions": actions,
+                "log_bytes": sum(f.stat().st_size for f in (work / "log").iterdir()),
+                "generating_seconds": generated,
+            }
+            made = []
+            for engine in args.engines:
+                given = (str(work / "log"), str(work / engine), json.dumps(options), engine)
+                made.append(json.loads(child(CHILD, *given)))
+                shutil.rmtree(work / engine)
+                said = f"{actions:,} actions, {engine}: {made[-1]['seconds']:.1f} s"
+                print(said, file=sys.stderr, flush=True)
         finally:
             shutil.rmtree(work)
-        rows.append({"log_actions": actions, "log_bytes": log_bytes, "generating_seconds": generated, **row})
-        print(f"{actions:,} actions: {row['seconds']:.1f} s", file=sys.stderr, flush=True)
+        if len({row["fingerprint"] for row in made}) > 1:
+            sys.exit(f"the engines give different datasets: {made}")
+        rows += [{**log, **row} for row in made]
     show(rows, base, args)
     machine = {
         "platform": platform.platform(),
@@ -153,6 +206,7 @@ def show(rows: list[dict], base: int, args: argparse.Namespace) -> None:
         title=f"prepare: chunk {args.chunk_rows:,} rows, partition {args.memory_mb} MiB", title_justify="left"
     )
     for column in (
+        "engine",
         "actions",
         "users",
         "items",
@@ -161,10 +215,12 @@ def show(rows: list[dict], base: int, args: argparse.Namespace) -> None:
         "per core-s",
         "peak MiB",
         "above imports",
+        "one process",
     ):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
+            row["engine"],
             f"{row['log_actions']:,}",
             f"{row['users']:,}",
             f"{row['items']:,}",
@@ -173,8 +229,9 @@ def show(rows: list[dict], base: int, args: argparse.Namespace) -> None:
             f"{row['log_actions'] / row['core_seconds']:,.0f}",
             f"{row['peak_bytes'] / 2**20:,.0f}",
             f"{(row['peak_bytes'] - base) / 2**20:,.0f}",
+            f"{row['largest_process_bytes'] / 2**20:,.0f}",
         )
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 def plot(rows: list[dict], base: int, path: Path) -> None:
@@ -184,11 +241,14 @@ def plot(rows: list[dict], base: int, path: Path) -> None:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    actions = [row["log_actions"] for row in rows]
-    left.plot(actions, [(row["peak_bytes"] - base) / 2**20 for row in rows], "o-")
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        mine = [row for row in rows if row["engine"] == engine]
+        actions = [row["log_actions"] for row in mine]
+        left.plot(actions, [(row["peak_bytes"] - base) / 2**20 for row in mine], "o-", label=engine)
+        right.plot(actions, [row["log_actions"] / row["seconds"] for row in mine], "o-", label=engine)
     left.set(xscale="log", xlabel="actions", ylabel="peak memory above imports, MiB", ylim=(0, None))
-    right.plot(actions, [row["log_actions"] / row["core_seconds"] for row in rows], "o-")
-    right.set(xscale="log", xlabel="actions", ylabel="actions a second of one core", ylim=(0, None))
+    right.set(xscale="log", xlabel="actions", ylabel="actions a second", ylim=(0, None))
+    left.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path)

@@ -29,6 +29,9 @@ TYPES = {
 """Types of values by the name that a manifest gives them."""
 
 
+MOST = 2**31 - 1
+"""Values, or bytes of text, that an array of the files holds: its offsets have 32 bits."""
+
 STORED = {ITEM: "items", TIME: "timestamps", TYPE: "action_types", VALUE: "values"}
 """Names in the files of the columns that every dataset may have: each is a list a user."""
 
@@ -86,11 +89,18 @@ def canonical(rows: Sequences) -> Sequences:
 
 
 def to_table(rows: Sequences) -> pa.Table:
-    """As stored: users' columns, then one list a user of each column of actions."""
+    """As stored: users' columns, then one list a user of each column of actions.  A UserError where these are more
+    than lists hold."""
+    if (actions := int(rows.offsets_R1[-1])) > MOST:
+        first = rows.users_R[:1].tolist()[0]
+        raise UserError(
+            f"{len(rows):,} users from user {first!r} on have {actions:,} actions, and a block of a dataset holds "
+            f"{MOST:,} at most: set max_user_actions to keep only the latest of each user"
+        )
     offsets = pa.array(rows.offsets_R1.astype(np.int32))
-    stored = {name: _to_arrow(column) for name, column in rows.user_columns.items()}
+    stored = {name: _to_arrow(column, name) for name, column in rows.user_columns.items()}
     for name, column in rows.columns.items():
-        stored[name] = pa.ListArray.from_arrays(offsets, _to_arrow(column))
+        stored[name] = pa.ListArray.from_arrays(offsets, _to_arrow(column, name))
     return pa.table(stored)
 
 
@@ -107,10 +117,26 @@ def from_table(table: pa.Table, infos: list[ColumnInfo], first_ordinal: int) -> 
     )
 
 
-def _to_arrow(column: Column) -> pa.Array:
+def _to_arrow(column: Column, name: str) -> pa.Array:
+    """``name``: for the error where there is more than 32-bit offsets reach."""
     if isinstance(column, Jagged):
-        return pa.ListArray.from_arrays(pa.array(column.offsets.astype(np.int32)), _to_arrow(column.values))
-    return pa.array(column.tolist(), pa.string()) if column.dtype.kind in "OU" else pa.array(column)
+        if int(column.offsets[-1]) > MOST:
+            raise UserError(
+                f"column '{name}' has {int(column.offsets[-1]):,} values in a block of a dataset, which holds {MOST:,} "
+                "at most: set max_user_actions, or leave the column out"
+            )
+        return pa.ListArray.from_arrays(
+            pa.array(column.offsets.astype(np.int32)), _to_arrow(column.values, name)
+        )
+    if column.dtype.kind not in "OU":
+        return pa.array(column)
+    stored = pa.array(column.tolist(), pa.string())  # in chunks where it's more text than one array holds
+    if isinstance(stored, pa.ChunkedArray):
+        raise UserError(
+            f"column '{name}' has more than {MOST:,} bytes of text in a block of a dataset, which is what it holds: "
+            "set max_user_actions, or leave the column out"
+        )
+    return stored
 
 
 def _from_arrow(array: pa.Array) -> Column:
@@ -138,7 +164,7 @@ def block_digest(rows: Sequences) -> str:
     ]
     for name, column in others:
         digest.update(f"|{name}|".encode())
-        for part in _content(_to_arrow(column)):
+        for part in _content(_to_arrow(column, name)):
             digest.update(part)
     return digest.hexdigest()
 

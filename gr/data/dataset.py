@@ -19,7 +19,6 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,25 +27,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gr.data.blocks import BlockWriter, Written
 from gr.data.catalogue import CATALOGUE, Catalogue
-from gr.data.columns import (
-    ColumnInfo,
-    block_digest,
-    canonical,
-    checksum,
-    described,
-    from_table,
-    to_table,
-)
+from gr.data.columns import ColumnInfo, checksum, from_table
 from gr.data.folder import Folder
-from gr.data.hashing import hash_ids
 from gr.data.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     Block,
     Manifest,
     fingerprint,
-    place,
     read_manifest,
     to_json,
 )
@@ -217,9 +207,9 @@ def same_type(one: pa.DataType, other: pa.DataType) -> bool:
 class DatasetWriter:
     """Writes a sequence dataset; nothing is visible at ``path`` until :meth:`finish`.
 
-    Rows must arrive in the dataset's order, all with the same columns.  Memory: one block of pending rows.  What is
-    written lies beside ``path``, or, where that is a URL, in a folder in ``scratch`` (None: the machine's for temporary
-    files), until it is complete.
+    Rows must arrive in the dataset's order, all with the same columns.  Memory: one block of pending rows.
+    ``scratch``: the folder that the dataset is put together in, for a path of this machine on the same filesystem;
+    without it a hidden one beside it, or among the machine's temporary files.
     """
 
     def __init__(
@@ -231,81 +221,68 @@ class DatasetWriter:
         block_rows: int = BLOCK_ROWS,
         action_type_names: list[str] | None = None,
         overwrite: bool = False,
-        scratch: str | os.PathLike | None = None,
+        scratch: Path | None = None,
     ):
+        check_output(path, overwrite)
         self.place = Folder(path)
         self.name, self.row_order, self.block_rows = name, row_order, block_rows
         self.action_type_names = action_type_names or []
-        self._check_place(overwrite)
-        if self.place.local is None:
-            self.scratch = Path(tempfile.mkdtemp(prefix="gr-writing-", dir=scratch))
-        else:
-            local = self.place.local
+        local = self.place.local
+        if local is not None:
             local.parent.mkdir(parents=True, exist_ok=True)
+        if scratch is not None:
+            self.scratch = scratch
+        elif local is None:
+            self.scratch = Path(tempfile.mkdtemp(prefix="gr-writing-"))
+        else:
             self.scratch = local.with_name(f".{local.name}.writing-{os.getpid()}")
-            shutil.rmtree(self.scratch, ignore_errors=True)
-        (self.scratch / "sequences").mkdir(parents=True)
-        self._pending: list[Sequences] = []
-        self._pending_rows = 0
-        self._blocks: list[Block] = []
-        self._writer: pq.ParquetWriter | None = None
-        self._columns: list[ColumnInfo] = []
-        self._last_user: tuple[int, Any] | None = None
-        self._sorted = row_order == "hash"
-        self._times: list[int] = []
-        self.users = self.actions = 0
-
-    def _check_place(self, overwrite: bool) -> None:
-        """Refuse a place where something is that may not be replaced."""
-        name = self.place.name
-        there = _entries(self.place)
-        if there is not None and not overwrite:
-            raise UserError(f"'{name}' exists: choose another --out, or say --overwrite")
-        if there is not None and not there <= OURS:
-            raise UserError(
-                f"'{name}' is not a dataset that could be overwritten: choose another --out, or move it away"
-            )
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self._writer = BlockWriter(self.scratch, block_rows, hashed=row_order == "hash")
+        self._adopted = Written(in_order=row_order == "hash")
 
     def add(self, rows: Sequences) -> None:
         """Append rows (their ``ordinals_R`` are ignored: the writer numbers them)."""
-        self._pending.append(rows)
-        self._pending_rows += len(rows)
-        while self._pending_rows >= self.block_rows:
-            joined = Sequences.concatenate(self._pending)
-            self._write(joined.slice(0, self.block_rows))
-            rest = joined.slice(self.block_rows, len(joined))
-            self._pending, self._pending_rows = [rest], len(rest)
+        self._writer.add(rows)
+
+    def adopt(self, folder: Path, written: Written) -> None:
+        """Append whole files that a :class:`gr.data.blocks.BlockWriter` wrote in ``folder``; they stay there, too."""
+        for file in dict.fromkeys(block.file for block in written.blocks):
+            try:
+                os.link(folder / file, self.scratch / file)
+            except OSError:  # another filesystem, or one without links
+                shutil.copyfile(folder / file, self.scratch / file)
+        self._adopted.append(written)
 
     def finish(self, catalogue: pa.Table, provenance: dict[str, Any] | None = None) -> SequenceDataset:
         """Write what is pending, the catalogue and the manifest, and make the dataset visible: by one rename, or in a
         store by its manifest, which is written last."""
-        if self._pending_rows:
-            self._write(Sequences.concatenate(self._pending))
-        if self._writer is None:
+        written = self._adopted
+        written.append(self._writer.finish())
+        if not written.blocks:
             raise UserError(
                 f"no sequence is left to write to '{self.place.name}': check the filters and the log"
             )
-        self._writer.close()
         pq.write_table(catalogue, self.scratch / CATALOGUE)
-        stored = pq.read_table(self.scratch / CATALOGUE)  # Parquet doesn't keep every type as it is
-        digests = [block.digest for block in self._blocks]
+        with pq.ParquetFile(self.scratch / CATALOGUE) as parquet:  # which doesn't keep every type as it is
+            stored = parquet.read(use_threads=False)
+        digests = [block.digest for block in written.blocks]
         identity = (self.row_order, self.block_rows, catalogue.num_rows, digests)
         manifest = Manifest(
             name=self.name,
             schema_version=SCHEMA_VERSION,
             row_order=self.row_order,
             block_rows=self.block_rows,
-            users=self.users,
+            users=written.users,
             items=catalogue.num_rows,
-            actions=self.actions,
-            columns=self._columns,
-            first_time=min(self._times, default=None),
-            last_time=max(self._times, default=None),
+            actions=written.actions,
+            columns=written.columns,
+            first_time=min(written.times, default=None),
+            last_time=max(written.times, default=None),
             action_type_names=self.action_type_names,
             catalogue={n: checksum(stored[n].combine_chunks()) for n in stored.column_names},
             fingerprint=fingerprint(*identity),
             generation=fingerprint(*identity, _some_at_a_time(catalogue["item_id"])),
-            blocks=self._blocks if self._sorted else [replace(b, first_hash=None) for b in self._blocks],
+            blocks=written.manifest_blocks(),
             digest="",
             provenance=all_shown(provenance or {}),
         )
@@ -321,54 +298,21 @@ class DatasetWriter:
 
     def abandon(self) -> None:
         """Remove what was written so far."""
-        if self._writer is not None:
-            with suppress(OSError):  # the disk may be full
-                self._writer.close()
+        with suppress(OSError):  # the disk may be full
+            self._writer.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _write(self, rows: Sequences) -> None:
-        rows = canonical(rows)
-        infos, table = described(rows), to_table(rows)
-        stored = table.rename_columns(
-            [{i.name: i.stored for i in infos}[name] for name in table.column_names]
-        )
-        file, row_group = place(len(self._blocks))
-        if not self._blocks:
-            self._columns = infos
-        elif infos != self._columns:
-            raise ValueError(f"rows with the columns {infos} after rows with {self._columns}")
-        if row_group == 0:
-            if self._writer is not None:
-                self._writer.close()
-            self._writer = pq.ParquetWriter(self.scratch / file, stored.schema, compression="zstd")
-        assert self._writer is not None
-        self._writer.write_table(stored, row_group_size=len(rows))
-        columns = {name: checksum(table[name].combine_chunks()) for name in table.column_names}
-        first_hash = self._next_users(rows.users_R)
-        actions = len(rows.items_A)
-        self._blocks.append(
-            Block(file, row_group, len(rows), actions, block_digest(rows), columns, first_hash)
-        )
-        self.users += len(rows)
-        self.actions += actions
-        if rows.timestamps_A is not None and actions:
-            self._times += [int(rows.timestamps_A.min()), int(rows.timestamps_A.max())]
-            self._times = [min(self._times), max(self._times)]
 
-    def _next_users(self, users_R: np.ndarray) -> int:
-        """The hash of the first one; notes whether users still come in the order of (hash64(id), id)."""
-        if not self._sorted:
-            return 0
-        hashes_R = hash_ids(users_R)
-        if self._last_user is not None:
-            hash, user = self._last_user
-            hashes, users = np.append(np.uint64(hash), hashes_R), [user, *users_R.tolist()]
-        else:
-            hashes, users = hashes_R, users_R.tolist()
-        ties = np.flatnonzero(hashes[1:] == hashes[:-1]).tolist()
-        self._sorted = bool((hashes[1:] >= hashes[:-1]).all()) and all(users[n] < users[n + 1] for n in ties)
-        self._last_user = int(hashes_R[-1]), users[-1]
-        return int(hashes_R[0])
+def check_output(path: str | os.PathLike, overwrite: bool) -> None:
+    """Refuse to write a dataset to ``path`` if something would be lost that may not be."""
+    where = Folder(path)
+    there = _entries(where)
+    if there is not None and not overwrite:
+        raise UserError(f"'{where.name}' exists: choose another --out, or say --overwrite")
+    if there is not None and not there <= OURS:
+        raise UserError(
+            f"'{where.name}' is not a dataset that could be overwritten: choose another --out, or move it away"
+        )
 
 
 def _some_at_a_time(column: pa.ChunkedArray, size: int = 1 << 16) -> Iterator[list]:

@@ -2,6 +2,8 @@
 
 python -m gr prepare ml-1m --source DIR_OR_URL --out data/ml-1m
 python -m gr prepare log --source 'logs/*.parquet' --schema schema.yaml --out data/mine
+python -m gr prepare log --source s3://logs --schema schema.yaml --out /shared/mine --engine ray --address auto
+python -m gr prepare ray --dataset mine.logs:actions --schema schema.yaml --out data/mine
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from rich.console import Console
 from gr import registry
 from gr.data.dataset import SequenceDataset
 from gr.data.describe_tables import preparation_tables
+from gr.data.making.engine import Engine
 from gr.data.making.files import output_folder
 from gr.data.making.sources.base import make_source
 from gr.data.stores import is_url
@@ -40,6 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("name", help=", ".join(registry.DATASETS))
     parser.add_argument("--source", help="file, glob (in quotes), folder or URL to read")
+    parser.add_argument(
+        "--dataset",
+        metavar="MODULE:FUNCTION",
+        help="for ray: a function that returns a ray.data.Dataset of actions",
+    )
     parser.add_argument("--out", required=True, help="folder or URL of the dataset")
     parser.add_argument("--schema", help="YAML: the log's columns and the policies")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
@@ -51,15 +59,44 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="KEY=VALUE",
         help="set a key of the schema or of the source, such as filter.min_length=3 (docs/your-own-data.md)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("process", "ray"),
+        default="process",
+        help="this process (default), or a Ray cluster",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of a cluster that runs, or auto; one is started here without it",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=int,
+        metavar="N",
+        help="at most N tasks at a time on the cluster (default: by cores, memory)",
+    )
     args = parser.parse_args(arguments)
     refuse_torchrun("prepare", "its result doesn't depend on how many read it")
     if not is_url(args.out):
         output_folder(args.out)
     if args.schema and not Path(args.schema).exists():
         raise UserError(f"no schema file '{args.schema}': docs/your-own-data.md shows one")
+    if args.tasks is not None and args.tasks < 1:
+        raise UserError(f"--tasks is {args.tasks}: give a positive number")
+    if args.dataset is not None and (args.name != "ray" or args.source is not None):
+        raise UserError(
+            "--dataset is the source of ray, and no other has one: python -m gr prepare ray --dataset ..."
+        )
     start = time.monotonic()
     source = make_source(args.name, args.schema or {}, args.set)
-    dataset = source.prepare(args.source, args.out, overwrite=args.overwrite, progress=default_progress())
+    dataset = source.prepare(
+        args.dataset or args.source,
+        args.out,
+        overwrite=args.overwrite,
+        progress=default_progress(),
+        engine=Engine(args.engine, args.address, args.tasks),
+    )
     report(dataset, time.monotonic() - start)
 
 

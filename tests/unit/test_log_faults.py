@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gr.data import dataset as datasets
+from gr.data import blocks, dataset as datasets
 from gr.data.making.files import DataFile
 from gr.data.making.partitions import PartitionStore
 from tests.unit.logs_common import ASIDE, NOW, make, refusal, write, write_text
@@ -87,10 +87,10 @@ def test_a_file_that_goes_away_while_the_log_is_read_is_named(tmp_path, monkeypa
     later = source / "part-1.parquet"
     real = DataFile.row_groups
 
-    def vanishing(file, parquet, columns):
+    def vanishing(file, parquet, columns, groups):
         if when == "before" or file.path == str(later):
             later.unlink(missing_ok=True)
-        return real(file, parquet, columns)
+        return real(file, parquet, columns, groups)
 
     monkeypatch.setattr(DataFile, "row_groups", vanishing)
     if when == "before":
@@ -106,21 +106,18 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch, wha
     if what == "partitions":
         monkeypatch.setattr(PartitionStore, "_path", lambda self, partition: Path("/dev/full"))
     else:
-        monkeypatch.setattr(datasets, "place", lambda block: ("/dev/full", block))
+        monkeypatch.setattr(blocks, "place", lambda block: ("/dev/full", block))
     said = refusal(file, tmp_path / "out", partitions=2)
-    assert (
-        said.startswith(f"no room is left on the disk of '{tmp_path}'")
-        and "(No space left on device)" in said
-    )
-    assert said.endswith("make room, or set scratch to a folder on a larger disk")
+    assert said.startswith(f"no space is left on the disk for '{tmp_path / 'out'}'")
+    assert said.endswith("make room, or set scratch to a folder on another disk")
     assert left(tmp_path) == ["log.parquet"]
 
 
 def test_a_full_disk_leaves_the_dataset_that_was_there(tmp_path, monkeypatch):
     file = write(tmp_path, u=[1, 2])
     before = make(file, tmp_path / "out").dataset.manifest
-    monkeypatch.setattr(datasets, "place", lambda block: ("/dev/full", block))
-    with pytest.raises(Exception, match="no room is left"):
+    monkeypatch.setattr(blocks, "place", lambda block: ("/dev/full", block))
+    with pytest.raises(Exception, match="no space is left"):
         make(file, tmp_path / "out")
     monkeypatch.undo()
     assert datasets.SequenceDataset(tmp_path / "out").manifest == before

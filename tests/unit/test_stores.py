@@ -69,7 +69,9 @@ def of_part(asked):
 def test_a_row_group_is_one_request_for_the_columns_that_are_needed(local, url, store, engine, monkeypatch):
     monkeypatch.setattr(stores, "HOLE", 64)
     dataset = SequenceDataset(url)
-    assert len(store.asked) <= 5  # size and content of the manifest and of the catalogue's footer, the list of files
+    assert (
+        len(store.asked) <= 5
+    )  # size and content of the manifest and of the catalogue's footer, the list of files
     store.forget()
     assert epoch(dataset, engine) == epoch(local)
     footer = pq.read_metadata(local.path / PART)

@@ -40,6 +40,19 @@ FOOTERS_KEPT = 2**28
 """Bytes of memory for the footers of a store's files, each of which costs two requests."""
 MISSING_IN_PATH = "__HIVE_DEFAULT_PARTITION__"
 TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
+VERSION = (
+    "size",
+    "mtime",
+    "ino",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "ETag",
+    "etag",
+    "md5Hash",
+    "generation",
+)
+"""Keys of fsspec's ``info`` that tell one content of a file from another, whichever filesystem has them."""
 PART = re.compile(r"\.c\d+$")  # part-00000-4f1c.c000: Spark's counter is no ending
 LISTED = 3
 
@@ -54,6 +67,9 @@ class Footers(dict[str, tuple[int, pq.FileMetaData]]):
         if bytes <= self.room:
             self.room -= bytes
             self[path] = size, footer
+
+    def __reduce__(self) -> tuple[type[Footers], tuple[()]]:
+        return Footers, ()  # another process reads its own
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,12 @@ class DataFile:
     def size(self) -> int:
         """Bytes, as stored."""
         return self._store.size(self.path) or 0
+
+    @property
+    def version(self) -> list[str]:
+        """Its size, and what the storage knows that changes with the content: time of writing, tag."""
+        info = self.filesystem.info(self.path)
+        return [f"{key} {info[key]}" for key in VERSION if info.get(key) is not None]
 
     def open(self) -> pa.NativeFile:
         """The content, decompressed where the name says that it is compressed."""
@@ -143,10 +165,11 @@ class DataFile:
             source.fetch(ranges)
         return _opened(source, READ_BUFFER_OF_A_STORE, parquet.metadata)
 
-    def row_groups(self, parquet: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    def row_groups(
+        self, parquet: pq.ParquetFile, columns: Sequence[str], groups: Iterable[int]
+    ) -> Iterator[pq.ParquetFile]:
         """:meth:`row_group` of each; of a store the next ones are on their way meanwhile."""
         ahead = 0 if self.local else ROW_GROUPS_AHEAD
-        groups = range(parquet.num_row_groups)
         return in_order(lambda group: self.row_group(parquet, group, columns), groups, ahead)
 
     @property

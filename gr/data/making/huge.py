@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gr.data.making.partitions import PIECE_ROWS, PartitionStore, time_order
+from gr.data.making.partitions import PIECE_ROWS, Store, busiest, time_order, whole
 from gr.errors import UserError
 
 COPIES = 2
@@ -56,17 +56,17 @@ class Capped:
         """What stays, None if nothing was added."""
         if not self._kept:
             return None
-        table, users = latest(pa.concat_tables(self._kept).combine_chunks(), self.most)
+        table, users = latest(whole(pa.concat_tables(self._kept)), self.most)
         self.users.update(users.to_pylist())
         self._kept, self._rows = [table], table.num_rows
         return table.combine_chunks()
 
 
-def who_is_huge(store: PartitionStore, row_bytes: int, memory_mb: int) -> list[str]:
+def who_is_huge(store: Store, row_bytes: int, memory_mb: int) -> list[str]:
     """Sentences about users whose actions alone take more than the memory meant for a partition."""
     said = []
     for partition in np.flatnonzero(store.rows * row_bytes > COPIES * (memory_mb << 20)).tolist():
-        user, actions = store.busiest(partition)
+        user, actions = busiest(store.pieces(partition))
         if actions * row_bytes > memory_mb << 20:
             needed = COPIES * actions * row_bytes >> 20
             said.append(
@@ -83,11 +83,9 @@ def out_of_memory_reading(out: str, chunk_rows: int) -> UserError:
     )
 
 
-def out_of_memory(
-    out: str, store: PartitionStore, partition: int, row_bytes: int, memory_mb: int
-) -> UserError:
+def out_of_memory(out: str, store: Store, partition: int, row_bytes: int, memory_mb: int) -> UserError:
     """The sentence for it, at a partition: who needs the memory, and what to do."""
-    user, actions = store.busiest(partition)
+    user, actions = busiest(store.pieces(partition))
     rows = int(store.rows[partition])
     if 2 * actions > rows and COPIES * actions * row_bytes > memory_mb << 20:
         return UserError(

@@ -5,15 +5,21 @@ Memory: the distinct ids, and a hash table of them while a chunk is looked up.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from gr.data.making.partitions import MOST_TEXT
+from gr.errors import UserError
 
 
 class IdCodes:
     """Codes 0, 1, ... of raw ids (int64 or string) in order of first appearance."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "item") -> None:
+        self.what = what
         self.ids: pa.Array | None = None
 
     def __len__(self) -> int:
@@ -24,6 +30,12 @@ class IdCodes:
         encoded = column.dictionary_encode()
         local = self._distinct(encoded.dictionary)
         return local[encoded.indices.to_numpy()]
+
+    def add(self, parts: list[pa.Array]) -> None:
+        """Number ids that are not to be looked up."""
+        if parts:
+            known = [] if self.ids is None else [self.ids]
+            self.ids = pc.unique(joined([*known, *parts], self.what))
 
     def _distinct(self, distinct: pa.Array) -> np.ndarray:
         if self.ids is None:
@@ -36,13 +48,39 @@ class IdCodes:
         codes = pc.fill_null(found, -1).to_numpy().copy()
         is_new = new.to_numpy(zero_copy_only=False)
         codes[is_new] = np.arange(len(self.ids), len(self.ids) + int(is_new.sum()))
-        self.ids = pa.concat_arrays([self.ids, distinct.filter(new)])
+        self.ids = joined([self.ids, distinct.filter(new)], self.what)
         return codes
 
     def order(self) -> np.ndarray:
         """Codes sorted by raw id: integers numerically, strings by their UTF-8 bytes."""
         assert self.ids is not None
         return pc.sort_indices(self.ids).to_numpy().astype(np.int64)
+
+
+def joined(parts: list[pa.Array], what: str) -> pa.Array:
+    """The ids one after the other; a UserError where they are more text than one array holds."""
+    if pa.types.is_string(parts[0].type):
+        size = sum(pc.sum(pc.binary_length(part)).as_py() or 0 for part in parts)
+        if size > MOST_TEXT:
+            raise UserError(
+                f"the distinct {what} ids have {size:,} bytes of text, and {MOST_TEXT:,} is the most that is numbered: "
+                "write shorter ids, or integers"
+            )
+    return pa.concat_arrays(parts)
+
+
+def union(parts: Iterable[pa.Array], what: str = "item") -> IdCodes:
+    """Codes of all ids of ``parts``, each of which holds an id once, in the order of first appearance.  What was
+    gathered is gone through again whenever it has doubled: the work follows the sizes of the parts."""
+    codes, pending, size = IdCodes(what), [], 0
+    for part in parts:
+        pending.append(part)
+        size += len(part)
+        if size > len(codes):
+            codes.add(pending)
+            pending, size = [], 0
+    codes.add(pending)
+    return codes
 
 
 def numbering(codes: IdCodes, kept: np.ndarray) -> tuple[np.ndarray, pa.Array]:

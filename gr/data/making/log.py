@@ -6,11 +6,13 @@ A checked table has the columns ``user`` and ``item`` (int64 or string), and whe
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import asdict
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,7 @@ from gr.data.making.convert import MISSING, Converted
 from gr.data.making.csv_files import CsvStream, line_of, read_csv
 from gr.data.making.doubts import Doubts
 from gr.data.making.files import DataFile, find_files
-from gr.data.making.log_types import IDS, csv_sample, lay_out_csv, lay_out_parquet
+from gr.data.making.log_types import IDS, Layout, csv_sample, lay_out_csv, lay_out_parquet, plain_size
 from gr.data.making.quarantine import BadRow, Quarantine, refuse
 from gr.data.making.schema import FieldColumn, LogSchema
 from gr.data.making.times import FileTimes, Times, when
@@ -35,6 +37,8 @@ Located = tuple[pa.RecordBatch, Locate]
 
 SAMPLED_FILES, SAMPLED_ROWS = 8, 4096
 SAMPLED_BYTES = 2**24  # of a row group in a store that is fetched at once for that
+PART_ROWS, PARTS = 2**21, 1024
+"""Rows of a part that one process reads at a time, or more where these would be more parts."""
 SHOWN = 200  # characters of a bad value that a sentence repeats
 FIXES = {
     "user": "set user_ids: string if ids are text",
@@ -43,16 +47,38 @@ FIXES = {
 }
 
 
+class Piece(NamedTuple):
+    """Number of a file, and those of its row groups that are read; a CSV file is read whole."""
+
+    file: int
+    first: int = 0
+    stop: int | None = None
+
+
 class LogReader:
     """Opens the log: finds the files, checks that each has the columns, fixes the types."""
 
+    GROUP = "row group"
     lists = False
     """Whether a row is a user's, with lists of its actions."""
 
     def __init__(self, source: str, schema: LogSchema):
+        self._map(schema)
+        self.files = find_files(source, schema.format, note=self._notes.append)
+        if self.files[0].format == "parquet":
+            layout = lay_out_parquet(self.files, schema, self.columns, self.fields, self.lists)
+        elif self.lists:
+            raise UserError(
+                f"'{self.files[0].name}' is text, and lists are read from Parquet: name other files"
+            )
+        else:
+            layout = lay_out_csv(self.files, schema, self.columns, self.fields)
+        self._lay_out(layout)
+        self._pieces = [Piece(n) for n in range(len(self.files))]
+
+    def _map(self, schema: LogSchema) -> None:
         self.schema = schema
         self._notes: list[str] = []
-        self.files = find_files(source, schema.format, note=self._notes.append)
         columns = schema.columns
         self.fields = {
             n: FieldColumn(column=f) if isinstance(f, str) else f for n, f in columns.fields.items()
@@ -67,14 +93,9 @@ class LogReader:
         }
         self.rows_read = 0
         self.rounded_values = 0
-        if self.files[0].format == "parquet":
-            self.layout = lay_out_parquet(self.files, schema, self.columns, self.fields, self.lists)
-        elif self.lists:
-            raise UserError(
-                f"'{self.files[0].name}' is text, and lists are read from Parquet: name other files"
-            )
-        else:
-            self.layout = lay_out_csv(self.files, schema, self.columns, self.fields)
+
+    def _lay_out(self, layout: Layout) -> None:
+        self.layout = layout
         self._notes += self.layout.notes
         self.types, self.estimated_rows = self.layout.types, self.layout.rows
         self.times = Times(self.types.clock) if self.types.clock else None
@@ -91,13 +112,101 @@ class LogReader:
 
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         """Checked tables of at most ``chunk_rows`` rows, in the order of the files and of the rows in them."""
-        for file in self.files:
-            read = self._parquet_batches if file.format == "parquet" else self._csv_batches
-            for batch, locate in read(file, chunk_rows, quarantine):
+        for piece in self._pieces:
+            file = self.files[piece.file]
+            for batch, locate in self._batches(piece, chunk_rows, quarantine):
                 self.rows_read += batch.num_rows
                 table = self._check(batch, file, locate, quarantine)
                 if table.num_rows:
                     yield table
+
+    @property
+    def table_schema(self) -> pa.Schema:
+        kinds = {"integer": pa.int64(), "float": pa.float64(), "string": pa.string()}
+        types: dict[str, pa.DataType] = {"time": pa.int64(), "value": pa.float32()}
+        types |= {role: pa.int64() if role in self.types.integers else pa.string() for role in IDS}
+        types |= {f"field.{name}": kinds[kind] for name, kind in self.types.fields.items()}
+        return pa.schema([(role, types[role]) for role in self.columns])
+
+    # -- to be read by several processes ---------------------------------------------------------------------------
+
+    def identity(self) -> Any:
+        """The schema, and the files with what changes when they do."""
+        schema = self.schema.model_dump(mode="json", include=set(LogSchema.model_fields))
+        return [schema, *([file.name, file.version] for file in self.files)]
+
+    def parts(self) -> Iterator[list[Piece]]:
+        """Consecutive pieces of about equal sizes."""
+        most = max(PART_ROWS, -(-self.estimated_rows // PARTS))
+        bytes = sum(plain_size(f) for f in self.files if f.format == "csv") or 1
+        part: list[Piece] = []
+        rows = 0
+        for number, file in enumerate(self.files):
+            if file.format == "csv":
+                sizes = [plain_size(file) * self.estimated_rows // bytes]
+            else:
+                sizes = self.layout.groups[file.path]
+            for group, size in enumerate(sizes):
+                if part and rows + size > most:
+                    yield part
+                    part, rows = [], 0
+                if part and part[-1].file == number:
+                    part[-1] = part[-1]._replace(stop=group + 1)
+                else:
+                    part.append(Piece(number, group, group + 1))
+                rows += size
+        if part:
+            yield part
+
+    def only(self, part: list[Piece]) -> LogReader:
+        reader = copy.copy(self)
+        reader._pieces, reader.rows_read, reader.rounded_values = part, 0, 0
+        reader.times = Times(self.types.clock, self._first_zoned) if self.types.clock else None
+        reader.__dict__.pop("_converters", None)
+        return reader
+
+    def seen(self) -> dict[str, Any]:
+        times = {name: asdict(seen) for name, seen in self.times.seen.items()} if self.times else {}
+        for seen in times.values():
+            seen["sentinels"] = list(seen["sentinels"].items())  # JSON's keys are text
+        return {"rows": self.rows_read, "rounded": self.rounded_values, "times": times}
+
+    def add_seen(self, seen: dict[str, Any]) -> None:
+        self.rows_read += seen["rows"]
+        self.rounded_values += seen["rounded"]
+        for name, times in seen["times"].items():
+            assert self.times is not None
+            found = FileTimes(**{**times, "sentinels": {int(k): n for k, n in times["sentinels"]}})
+            self.times.seen.setdefault(name, FileTimes()).merge(found)
+
+    @cached_property
+    def _first_zoned(self) -> bool | None:
+        """Whether the log's first time names its zone, where all must do as it does; None where that isn't asked.
+        Reads as far as the first time, in general one batch; what is wrong before it is told when it is read again."""
+        clock = self.types.clock
+        if clock is None or clock.unit != "iso" or clock.typed or clock.zone is not None:
+            return None
+        times, read = Times(clock), self.rows_read
+        try:
+            for piece in self._ahead():
+                for batch, _ in self._batches(piece, SAMPLED_ROWS, _Nowhere()):
+                    times.read(batch.column(self.columns["time"]), "")
+                    if times.zoned is not None:
+                        return times.zoned
+        except UserError:
+            pass
+        finally:
+            self.rows_read = read  # malformed records count
+        return None
+
+    def _ahead(self) -> Iterable[Piece]:
+        """The pieces, which are read again later."""
+        return self._pieces
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can't be sent to another process and is made again."""
+        _ = self._first_zoned
+        return {name: value for name, value in self.__dict__.items() if name != "_converters"}
 
     # -- what is noticed -------------------------------------------------------------------------------------------
 
@@ -206,20 +315,42 @@ class LogReader:
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
-    def _parquet_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
+    def _batches(self, piece: Piece, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
+        file = self.files[piece.file]
+        if file.format == "csv":
+            return self._csv_batches(file, chunk_rows, quarantine)
+        return self._parquet_batches(file, piece, chunk_rows, quarantine)
+
+    def _parquet_batches(
+        self, file: DataFile, piece: Piece, chunk_rows: int, quarantine: Quarantine
+    ) -> Iterator[Located]:
         names = self.layout.in_file(file)
-        with file.parquet() as parquet, closing(file.row_groups(parquet, names)) as sources:
-            for group in range(parquet.num_row_groups):  # one by one, so that an error can name it
-                start = 0
-                rows = self._rows_at_once(parquet, group, chunk_rows)
-                try:
-                    for batch in next(sources).iter_batches(
-                        rows, row_groups=[group], columns=names, use_threads=False
-                    ):
-                        yield from self._actions(file, batch, group, start, chunk_rows, quarantine)
-                        start += batch.num_rows
-                except (OSError, pa.ArrowInvalid) as error:
-                    raise _unreadable(file, group, names, error) from None
+        with file.parquet() as parquet:
+            groups = range(piece.first, parquet.num_row_groups if piece.stop is None else piece.stop)
+            with closing(file.row_groups(parquet, names, groups)) as sources:
+                yield from self._row_groups(file, parquet, groups, sources, chunk_rows, quarantine)
+
+    def _row_groups(
+        self,
+        file: DataFile,
+        parquet: pq.ParquetFile,
+        groups: range,
+        sources: Iterator[pq.ParquetFile],
+        chunk_rows: int,
+        quarantine: Quarantine,
+    ) -> Iterator[Located]:
+        names = self.layout.in_file(file)
+        for group in groups:  # one by one, so that an error can name it
+            start = 0
+            rows = self._rows_at_once(parquet, group, chunk_rows)
+            try:
+                for batch in next(sources).iter_batches(
+                    rows, row_groups=[group], columns=names, use_threads=False
+                ):
+                    yield from self._actions(file, batch, group, start, chunk_rows, quarantine)
+                    start += batch.num_rows
+            except (OSError, pa.ArrowInvalid) as error:
+                raise _unreadable(file, group, names, error) from None
 
     def _rows_at_once(self, parquet: pq.ParquetFile, group: int, chunk_rows: int) -> int:
         """Rows of a row group that hold about ``chunk_rows`` actions."""
@@ -235,7 +366,7 @@ class LogReader:
         quarantine: Quarantine,
     ) -> Iterator[Located]:
         """Rows of a row group from ``start`` on, as actions."""
-        yield self.layout.whole(file, batch), partial(_in_row_group, group, start)
+        yield self.layout.whole(file, batch), partial(in_group, group, start)
 
     def _csv_batches(self, file: DataFile, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
         stream = read_csv(file, self.schema.csv, self.layout.in_file(file))
@@ -325,7 +456,7 @@ class LogReader:
         sentence = "the value is missing" if absent else f"{_quoted(value)} {problem.what}"
         group, number = locate(row)
         if quarantine.failing:
-            place = f"row group {group}, row {number}"
+            place = f"{self.GROUP} {group}, row {number}"
             if group is None:
                 place = f"line {line_of(file, self.schema.csv, number)}"
             raise refuse(f"'{file.name}', {place}, column '{column}'", sentence, problem.fix)
@@ -345,7 +476,19 @@ def _unreadable(file: DataFile, group: int, columns: list[str], error: Exception
     )
 
 
-def _in_row_group(group: int, start: int, row: int) -> tuple[int | None, int]:
+class _Nowhere(Quarantine):
+    """Bad rows that are dealt with another time."""
+
+    failing = False  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def add(self, row: BadRow, kind: str) -> None:
+        pass
+
+
+def in_group(group: int, start: int, row: int) -> tuple[int | None, int]:
     return group, start + row
 
 

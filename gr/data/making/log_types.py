@@ -5,7 +5,7 @@ Columns are those of the files, or of the names of their folders (``dt=2024-01-3
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -60,6 +60,8 @@ class Layout:
     constants: dict[str, dict[str, str | None]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     spans: dict[str, Span] = field(default_factory=dict)
+    groups: dict[str, list[int]] = field(default_factory=dict)
+    """Path of a Parquet file -> rows of its row groups."""
 
     def place(self, file: DataFile, names: list[str]) -> dict[str, str | None]:
         """The mapped columns that the folders of ``file`` name; what the file has itself counts."""
@@ -119,35 +121,60 @@ def lay_out_parquet(
     lists: bool = False,
 ) -> Layout:
     """Checks every file's schema; reads no rows.  ``lists``: a row is a user's, with lists of its actions."""
+
+    def opened() -> Iterator[tuple[DataFile, pa.Schema, list[int], pq.ParquetFile]]:
+        for file, opened in zip(files, opened_parquet(files)):
+            with opened as parquet:
+                groups = range(parquet.num_row_groups)
+                if lists:
+                    rows = [list_values(parquet.metadata, columns["item"], [g]) for g in groups]
+                else:
+                    rows = [parquet.metadata.row_group(g).num_rows for g in groups]
+                yield file, parquet.schema_arrow, rows, parquet
+
+    return lay_out_typed(opened(), schema, columns, fields, lists)
+
+
+def lay_out_typed(
+    tables: Iterable[tuple[DataFile, pa.Schema, list[int], pq.ParquetFile | None]],
+    schema: LogSchema,
+    columns: dict[str, str],
+    fields: dict[str, FieldColumn],
+    lists: bool = False,
+) -> Layout:
+    """``tables``: of each file its schema, the actions of its groups, and where there is one the open Parquet file,
+    whose statistics tell of times."""
     layout = Layout(columns)
     kinds: dict[str, list[pa.DataType]] = {role: [] for role in columns}  # in the files that say one
     empty: dict[str, pa.DataType] = {}
     clocks: dict[str, str] = {}  # what sort of time -> the first file with it
     units: set[TimeUnit] = set()
-    for file, opened in zip(files, opened_parquet(files)):
-        with opened as parquet:
-            arrow, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            constants = layout.place(file, arrow.names)
-            for role, column in columns.items():
-                if column in constants:
-                    continue
-                kind = convert.plain_type(arrow.field(column).type)
-                if lists:
-                    kind = _value_type(file, role, column, kind)
-                _check_type(file, role, column, kind, fields)
-                if pa.types.is_null(kind) or not rows:
-                    empty.setdefault(role, kind)
-                    continue
-                _check_booleans(file, role, column, kind, kinds[role])
-                kinds[role].append(kind)
-                if role == "time":
-                    clocks.setdefault(_sort_of_time(kind), file.name)
-                    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-                        units.add(getattr(kind, "unit", "ms" if pa.types.is_date64(kind) else "s"))
-            layout.rows += list_values(parquet.metadata, columns["item"]) if lists else rows
-            timed = "time" in columns and columns["time"] not in constants and rows and not lists
-            if timed and (span := _statistics(parquet, columns["time"])):
-                layout.spans[file.name] = span
+    files = []
+    for file, arrow, groups, parquet in tables:
+        files.append(file)
+        rows = sum(groups)
+        layout.rows += rows
+        layout.groups[file.path] = groups
+        constants = layout.place(file, arrow.names)
+        for role, column in columns.items():
+            if column in constants:
+                continue
+            kind = convert.plain_type(arrow.field(column).type)
+            if lists:
+                kind = _value_type(file, role, column, kind)
+            _check_type(file, role, column, kind, fields)
+            if pa.types.is_null(kind) or not rows:
+                empty.setdefault(role, kind)
+                continue
+            _check_booleans(file, role, column, kind, kinds[role])
+            kinds[role].append(kind)
+            if role == "time":
+                clocks.setdefault(_sort_of_time(kind), file.name)
+                if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+                    units.add(getattr(kind, "unit", "ms" if pa.types.is_date64(kind) else "s"))
+        timed = "time" in columns and columns["time"] not in constants and rows and not lists
+        if timed and parquet is not None and (span := _statistics(parquet, columns["time"])):
+            layout.spans[file.name] = span
     for role, column in columns.items():
         found = layout.folder_kinds(column)
         if (
@@ -214,8 +241,8 @@ def lay_out_csv(
         fields={name: field_type(name, spec) for name, spec in fields.items()},
         clock=clock,
     )
-    bytes_a_row = min(_plain_size(sampled), SAMPLE_BYTES) / max(sample.num_rows, 1)
-    layout.rows = int(sum(map(_plain_size, files)) / max(bytes_a_row, 1)) + 1
+    bytes_a_row = min(plain_size(sampled), SAMPLE_BYTES) / max(sample.num_rows, 1)
+    layout.rows = int(sum(map(plain_size, files)) / max(bytes_a_row, 1)) + 1
     return layout
 
 
@@ -241,7 +268,7 @@ def _integer(wanted: IdType, found: bool) -> bool:
     return found if wanted == "auto" else wanted == "integer"
 
 
-def _plain_size(file: DataFile) -> int:
+def plain_size(file: DataFile) -> int:
     """About how many bytes the file has, decompressed."""
     return file.size * (COMPRESSED_RATIO if file.path.lower().endswith(COMPRESSED) else 1)
 

@@ -6,10 +6,10 @@ Shapes: R users of a partition, A their actions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,26 @@ from gr.errors import UserError
 MAX_BITS = 9
 """At most 512 partitions: so many files are open at once."""
 PIECE_ROWS = 2**16
+MOST_TEXT = 2**31 - 1
+"""Bytes of a column in one piece: its offsets have 32 bits."""
+# working bytes of a partition's action while it is sorted and written, measured (benchmarks/data/prepare.py)
+ROW_BYTES, TEXT_BYTES, FIELD_BYTES = 120, 80, 32
+
+
+class Store(Protocol):
+    """Partitions as the passes over them see them."""
+
+    rows: np.ndarray
+    """Actions of each partition."""
+
+    def read(self, partition: int) -> pa.Table | None:
+        """A partition's actions, None if it has none."""
+
+    def pieces(self, partition: int) -> Iterable[pa.Table]:
+        """A partition's actions in parts of a bounded size, in their order."""
+
+    def replace(self, partition: int, table: pa.Table) -> None:
+        """Put ``table`` in the place of a partition's actions."""
 
 
 class PartitionStore:
@@ -49,10 +69,7 @@ class PartitionStore:
             self._memory.append(table)
             self.rows[0] += table.num_rows
             return
-        part = (hash_column(table["user"]) >> np.uint64(64 - self.bits)).astype(np.uint16)
-        order = np.argsort(part, kind="stable")
-        table = table.take(pa.array(order)).combine_chunks()
-        counts = np.bincount(part, minlength=self.partitions)
+        table, counts = partitioned(table, self.bits)
         self.rows += counts
         stops = np.cumsum(counts).tolist()
         for p, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
@@ -71,13 +88,13 @@ class PartitionStore:
         """A partition's actions, None if it has none."""
         if not self.bits:
             if len(self._memory) > 1:
-                self._memory = [pa.concat_tables(self._memory).combine_chunks()]
+                self._memory = [whole(pa.concat_tables(self._memory))]
             return self._memory[0] if self._memory else None
         path = self._path(partition)
         if not path.exists():
             return None
         with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
-            return stream.read_all().combine_chunks()
+            return whole(stream.read_all())
 
     def pieces(self, partition: int) -> Iterator[pa.Table]:
         """A partition's actions in parts of a bounded size, in their order."""
@@ -87,14 +104,6 @@ class PartitionStore:
             with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 for batch in stream:
                     yield pa.Table.from_batches([batch])
-
-    def busiest(self, partition: int) -> tuple[Any, int]:
-        """The partition's user with most actions, and how many these are; needs memory for its users only."""
-        counts: Counter[Any] = Counter()
-        for piece in self.pieces(partition):
-            for found in pc.value_counts(piece["user"].combine_chunks()).to_pylist():
-                counts[found["values"]] += found["counts"]
-        return counts.most_common(1)[0] if counts else (None, 0)
 
     def replace(self, partition: int, table: pa.Table) -> None:
         """Put ``table`` in the place of a partition's actions."""
@@ -117,6 +126,49 @@ class PartitionStore:
             self._files.append(file)
             self._writers[partition] = pa.ipc.new_stream(file, schema)
         return self._writers[partition]
+
+
+def partitioned(table: pa.Table, bits: int) -> tuple[pa.Table, np.ndarray]:
+    """The actions by partition (the high ``bits`` of their user's hash64), each in the table's order; and how many
+    each partition has (2^bits)."""
+    if not bits:
+        return whole(table), np.array([table.num_rows])
+    part = (hash_column(table["user"]) >> np.uint64(64 - bits)).astype(np.uint16)
+    order = np.argsort(part, kind="stable")
+    return whole(table.take(pa.array(order))), np.bincount(part, minlength=1 << bits)
+
+
+def busiest(pieces: Iterable[pa.Table]) -> tuple[Any, int]:
+    """A partition's user with most actions, and how many these are; needs memory for its users only."""
+    counts: Counter[Any] = Counter()
+    for piece in pieces:
+        for found in pc.value_counts(piece["user"].combine_chunks()).to_pylist():
+            counts[found["values"]] += found["counts"]
+    return counts.most_common(1)[0] if counts else (None, 0)
+
+
+def whole(table: pa.Table) -> pa.Table:
+    """The table with each column in one piece; a UserError where that is more text than one piece holds."""
+    for name in table.column_names:
+        column = table[name]
+        if pa.types.is_string(column.type) and column.num_chunks > 1 and _text_bytes(column) > MOST_TEXT:
+            raise UserError(
+                f"{table.num_rows:,} actions have more than {MOST_TEXT:,} bytes of text in '{name}', which is what is "
+                "worked on at a time: set memory_mb and chunk_rows to less, or partitions to more"
+            )
+    return table.combine_chunks()
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    return sum(pc.sum(pc.binary_length(chunk)).as_py() or 0 for chunk in column.chunks)
+
+
+def row_bytes(schema: pa.Schema) -> int:
+    """Working bytes of an action of checked tables."""
+    text = sum(pa.types.is_string(field.type) for field in schema)
+    return (
+        ROW_BYTES + TEXT_BYTES * text + FIELD_BYTES * sum(name.startswith("field.") for name in schema.names)
+    )
 
 
 def choose_bits(rows: int, row_bytes: int, memory_mb: int, partitions: int | None) -> int:

@@ -61,13 +61,25 @@ class Quarantine:
             self._flush()
 
     def _flush(self) -> None:
+        columns = {name: [getattr(row, name) for row in self._pending] for name in SCHEMA.names}
+        self._write(pa.table(columns, schema=SCHEMA))
+        self._pending = []
+
+    def _write(self, rows: pa.Table) -> None:
         assert self.folder is not None
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(self.folder / "part-00000.parquet", SCHEMA)
-        columns = {name: [getattr(row, name) for row in self._pending] for name in SCHEMA.names}
-        self._writer.write_table(pa.table(columns, schema=SCHEMA))
-        self._pending = []
+        self._writer.write_table(rows)
+
+    def absorb(self, folder: Path, rows: int, reasons: dict[str, int]) -> None:
+        """Take in what another one, of a later part of the log, wrote in its ``folder``."""
+        self.rows += rows
+        self.reasons.update(reasons)
+        for file in sorted(folder.glob("*.parquet")):
+            with pq.ParquetFile(file) as parquet:
+                for batch in parquet.iter_batches(PENDING_ROWS):
+                    self._write(pa.Table.from_batches([batch], SCHEMA))
 
     def close(self) -> None:
         if self._pending:

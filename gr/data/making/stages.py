@@ -45,6 +45,17 @@ class Counts:
     def add_users(self, users: int) -> None:
         self.stages["read"][1] += users
 
+    def merge(self, stages: dict[str, list[int]], item_counts: dict[str, np.ndarray]) -> None:
+        """Take in the sums over other partitions."""
+        for stage, more in stages.items():
+            sums = self.stages.setdefault(stage, [0, 0])
+            sums[0] += more[0]
+            sums[1] += more[1]
+        for stage, counts in item_counts.items():
+            if stage not in self.item_counts:
+                self.item_counts[stage] = np.zeros(len(counts), dtype=np.int64)
+            self.item_counts[stage] += counts
+
     def rows(self) -> list[StageCount]:
         return [
             StageCount(stage, actions, users, int((self.item_counts[stage] > 0).sum()))

@@ -122,6 +122,18 @@ class FileTimes:
         self.first = first if self.first is None else min(first, self.first)
         self.last = last if self.last is None else max(last, self.last)
 
+    def merge(self, other: FileTimes) -> None:
+        """Take in what was seen of other rows of the file."""
+        self.rows += other.rows
+        if other.first is not None and other.last is not None:
+            self.span(other.first, other.last)
+        if other.early_first is not None and other.early_last is not None:
+            self.early_span(other.early, other.early_first, other.early_last)
+        for sentinel, count in other.sentinels.items():
+            self.sentinels[sentinel] = self.sentinels.get(sentinel, 0) + count
+        self.zoned += other.zoned
+        self.naive += other.naive
+
     def early_span(self, rows: int, first: int, last: int) -> None:
         self.early += rows
         self.early_first = first if self.early_first is None else min(first, self.early_first)
@@ -131,10 +143,11 @@ class FileTimes:
 class Times:
     """Reads the times of a log's files, in the order of the log."""
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: Clock, zoned: bool | None = None):
+        """``zoned``: whether the first time of the log names its zone; None finds out from the first one read."""
         self.clock = clock
         self.seen: dict[str, FileTimes] = {}
-        self._zoned: bool | None = None  # whether the first time of the log names its zone
+        self.zoned = zoned
 
     def read(self, column: pa.Array, file: str) -> Converted:
         """``column`` of ``file`` as ticks (n, int64; null where bad)."""
@@ -205,10 +218,10 @@ class Times:
 
     def _one_kind(self, named: pa.Array, ticks: pa.Array) -> list[Problem]:
         """Without time_zone all times name their zone or none does; the log's first time says which."""
-        if self._zoned is None and ticks.null_count < len(ticks):
-            self._zoned = pc.filter(named, ticks.is_valid())[0].as_py()
+        if self.zoned is None and ticks.null_count < len(ticks):
+            self.zoned = pc.filter(named, ticks.is_valid())[0].as_py()
         fix = "set time_zone to the zone of those without, such as UTC"
-        if self._zoned:
+        if self.zoned:
             return some(pc.invert(named), "names no zone as the log's first times do", fix)
         return some(named, "names its zone, which the log's first times don't", fix)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from gr import registry
 from gr.config import Section, overridden, read_yaml, validate
 from gr.data.dataset import SequenceDataset
+from gr.data.making.engine import IN_PROCESS, Engine
 from gr.progress import Progress
 
 QUIET = Progress()
@@ -35,7 +36,13 @@ class Source:
         return validate(cls.Options, raw, "")
 
     def prepare(
-        self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET
+        self,
+        source: str | None,
+        out: str,
+        *,
+        overwrite: bool = False,
+        progress: Progress = QUIET,
+        engine: Engine = IN_PROCESS,
     ) -> SequenceDataset:
         """Make the dataset in the folder ``out`` from ``source`` (file, folder, glob or URL; None where nothing is
         read).  Raises UserError for bad input, and where ``out`` exists and ``overwrite`` is False."""

@@ -7,8 +7,10 @@ from typing import Any
 
 from gr.data.dataset import SequenceDataset
 from gr.data.making.described import read_catalogue
+from gr.data.making.engine import IN_PROCESS, Engine
+from gr.data.making.executor import name_of
 from gr.data.making.log import LogReader
-from gr.data.making.prepare import name_of, prepare
+from gr.data.making.prepare import prepare
 from gr.data.making.schema import LogSchema, Preparation
 from gr.data.making.sources.base import QUIET, Source
 from gr.errors import UserError
@@ -34,7 +36,13 @@ class ActionLog(Source):
         return super().options_from(raw)
 
     def prepare(
-        self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET
+        self,
+        source: str | None,
+        out: str,
+        *,
+        overwrite: bool = False,
+        progress: Progress = QUIET,
+        engine: Engine = IN_PROCESS,
     ) -> SequenceDataset:
         if source is None:
             raise UserError("a log is read from somewhere: give --source a file, a glob, a folder or a URL")
@@ -52,4 +60,5 @@ class ActionLog(Source):
             overwrite=overwrite,
             progress=progress,
             provenance={"source": source, "options": options.model_dump(mode="json")},
+            engine=engine,
         )

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from gr.data.dataset import SequenceDataset
 from gr.data.making.download import Published, obtain
+from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.prepare import Actions, Described, prepare
 from gr.data.making.schema import Preparation
 from gr.data.making.sources.base import QUIET, Source
@@ -26,7 +27,13 @@ class PublishedSource(Source):
         cache: str | None = None
 
     def prepare(
-        self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET
+        self,
+        source: str | None,
+        out: str,
+        *,
+        overwrite: bool = False,
+        progress: Progress = QUIET,
+        engine: Engine = IN_PROCESS,
     ) -> SequenceDataset:
         beside = Path(out).parent if not is_url(out) else Path()
         cache = Path(self.options.cache) if self.options.cache else beside / "downloads"
@@ -43,6 +50,7 @@ class PublishedSource(Source):
                 "source": source or self.published.url,
                 "options": self.options.model_dump(mode="json"),
             },
+            engine=engine,
         )
 
     def read(self, folder: Path) -> tuple[Actions, Described | None]:

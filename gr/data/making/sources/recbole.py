@@ -15,9 +15,11 @@ from gr.data.dataset import SequenceDataset
 from gr.data.making.convert import cast_rows
 from gr.data.making.csv_files import csv_columns
 from gr.data.making.described import read_catalogue
+from gr.data.making.engine import IN_PROCESS, Engine
+from gr.data.making.executor import name_of
 from gr.data.making.files import DataFile, find_files, is_there
 from gr.data.making.log import LogReader
-from gr.data.making.prepare import name_of, prepare
+from gr.data.making.prepare import prepare
 from gr.data.making.schema import (
     DAY,
     FIRST_DAY,
@@ -64,7 +66,13 @@ class RecBole(Source):
         encoding: Annotated[str, AfterValidator(known_encoding)] = "utf-8"
 
     def prepare(
-        self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET
+        self,
+        source: str | None,
+        out: str,
+        *,
+        overwrite: bool = False,
+        progress: Progress = QUIET,
+        engine: Engine = IN_PROCESS,
     ) -> SequenceDataset:
         if source is None:
             raise UserError(
@@ -85,6 +93,7 @@ class RecBole(Source):
             overwrite=overwrite,
             progress=progress,
             provenance={"source": source, "options": self.options.model_dump(mode="json")},
+            engine=engine,
         )
 
     @property

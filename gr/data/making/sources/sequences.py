@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -12,9 +13,11 @@ from pydantic import AfterValidator
 from gr.data.dataset import SequenceDataset
 from gr.data.making.csv_files import SAMPLE_BYTES
 from gr.data.making.described import read_catalogue
+from gr.data.making.engine import IN_PROCESS, Engine
+from gr.data.making.executor import name_of
 from gr.data.making.files import COMPRESSED, DataFile, find_files
 from gr.data.making.log_types import COMPRESSED_RATIO
-from gr.data.making.prepare import name_of, prepare
+from gr.data.making.prepare import prepare
 from gr.data.making.quarantine import BadRow, Quarantine, refuse
 from gr.data.making.schema import CatalogueSchema, IdType, Preparation, known_encoding
 from gr.data.making.sources.base import QUIET, Source
@@ -43,7 +46,13 @@ class SequenceFiles(Source):
         catalogue: CatalogueSchema | None = None
 
     def prepare(
-        self, source: str | None, out: str, *, overwrite: bool = False, progress: Progress = QUIET
+        self,
+        source: str | None,
+        out: str,
+        *,
+        overwrite: bool = False,
+        progress: Progress = QUIET,
+        engine: Engine = IN_PROCESS,
     ) -> SequenceDataset:
         if source is None:
             raise UserError(
@@ -69,6 +78,7 @@ class SequenceFiles(Source):
             overwrite=overwrite,
             progress=progress,
             provenance={"source": source, "options": options.model_dump(mode="json")},
+            engine=engine,
         )
 
 
@@ -108,6 +118,34 @@ class SequenceLines:
 
     def facts(self) -> dict[str, Any]:
         return {"files": len(self.files)}
+
+    @property
+    def table_schema(self) -> pa.Schema:
+        return pa.schema(
+            [(role, pa.int64() if role in self.integers else pa.string()) for role in ("user", "item")]
+        )
+
+    def identity(self) -> Any:
+        return [
+            self.delimiter,
+            self.encoding,
+            sorted(self.integers),
+            *([f.name, f.version] for f in self.files),
+        ]
+
+    def parts(self) -> list[None]:
+        return [None]  # read by one process: a user may not have two lines
+
+    def only(self, part: None) -> SequenceLines:
+        reader = copy.copy(self)
+        reader.rows_read = 0
+        return reader
+
+    def seen(self) -> dict[str, Any]:
+        return {"rows": self.rows_read}
+
+    def add_seen(self, seen: dict[str, Any]) -> None:
+        self.rows_read += seen["rows"]
 
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         users: list[Any] = []
@@ -205,8 +243,7 @@ class SequenceLines:
 
     def _table(self, users: list[Any], items: list[Any]) -> pa.Table:
         self.rows_read += len(users)
-        types = {role: pa.int64() if role in self.integers else pa.string() for role in ("user", "item")}
-        return pa.table({"user": pa.array(users, types["user"]), "item": pa.array(items, types["item"])})
+        return pa.table({"user": users, "item": items}, schema=self.table_schema)
 
 
 def _plain_integer(text: str) -> bool:

@@ -1,0 +1,93 @@
+"""What the workers of a test's Ray cluster import: steps that fail, and datasets of Ray Data."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gr.data.making.ray_steps import ReadPart
+from gr.data.making.ray_tasks import Result
+
+ROWS = 3000
+
+
+@dataclass(frozen=True)
+class Killed(ReadPart):
+    """Kills its own process after the work on part 2, the first time."""
+
+    def __call__(self, aside: Path, number: int, given: Any) -> Result:
+        result = super().__call__(aside, number, given)
+        marker = Path(self.out).with_name("was-killed")
+        if number == 2 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+
+@dataclass(frozen=True)
+class Full(ReadPart):
+    """Finds a full disk at part 2."""
+
+    def __call__(self, aside: Path, number: int, given: Any) -> Result:
+        if number == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(aside / "actions.arrow"))
+        return super().__call__(aside, number, given)
+
+
+def columns() -> dict[str, np.ndarray]:
+    """A log in which nearly all times are tied."""
+    r = np.random.default_rng(11)
+    return {
+        "u": r.integers(0, 60, ROWS),
+        "i": r.integers(0, 40, ROWS),
+        "t": r.integers(0, 3, ROWS),
+    }
+
+
+def tied():
+    """Blocks of many sizes, one of them empty, in the order of the log."""
+    import ray.data
+
+    table = pa.table(columns())
+    cuts = [0, 7, 7, 900, 1000, 2500, ROWS]
+    return ray.data.from_arrow([table.slice(a, b - a) for a, b in zip(cuts, cuts[1:])])
+
+
+def mapped():
+    """The same log made by tasks, as pandas' frames, of which the earlier ones take longer."""
+    import time
+
+    import ray.data
+
+    table = pa.table(columns())
+
+    def rows(batch):
+        first = int(batch["id"][0])
+        time.sleep(0.2 if first < ROWS // 2 else 0)
+        return table.take(batch["id"]).to_pandas()
+
+    return ray.data.range(ROWS, override_num_blocks=6).map_batches(rows, batch_format="numpy")
+
+
+def without_rows():
+    import ray.data
+
+    return ray.data.from_arrow(pa.table(columns()).slice(0, 0))
+
+
+def with_bad_rows():
+    import ray.data
+
+    good = pa.table({"u": ["1", "2"], "i": ["7", "8"], "t": [1, 2]})
+    return ray.data.from_arrow([good, pa.table({"u": ["3", None], "i": ["7", "8"], "t": [1, 2]})])
+
+
+def no_dataset():
+    return 3
