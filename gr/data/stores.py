@@ -261,32 +261,42 @@ class _ArrowS3:
     def __init__(self, filesystem: Any):
         self.filesystem, self.works, self.useless = filesystem, False, False
         self._client: Any = None
-        self._files: dict[str, pa.NativeFile] = {}
+        self._files: dict[str, Future[pa.NativeFile]] = {}
         self._lock = threading.Lock()
 
     def read(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        ahead = min(len(ranges), AHEAD) if len(ranges) > 1 else 0
+        known = path in self._files
         file = self._file(path)
         try:
-            ahead = min(len(ranges), AHEAD) if len(ranges) > 1 else 0
             contents = list(in_order(lambda span: file.read_at(span[1] - span[0], span[0]), ranges, ahead))
         except BaseException:
-            self._files.pop(path, None)  # it may be another file by now
+            self._files.pop(path, None)
             raise
         self.works = True
+        if any(len(content) < stop - start for content, (start, stop) in zip(contents, ranges)):
+            self._files.pop(path, None)
+            if known:  # another one has come to its place, and is longer
+                return self.read(path, ranges)
         return contents
 
     def _file(self, path: str) -> pa.NativeFile:
         """Opened once: that is a request."""
         with self._lock:
             self._client = self._client or self._connected()
-            file = self._files.get(path)
-        if file is None:
-            file = self._client.open_input_file(path)
-            with self._lock:
+            opening = self._files.get(path)
+            mine = opening is None
+            if opening is None:
                 if len(self._files) >= FILES_KEPT:
                     self._files.pop(next(iter(self._files)))
-                self._files[path] = file
-        return file
+                opening = self._files[path] = Future()
+        if mine:
+            try:
+                opening.set_result(self._client.open_input_file(path))
+            except BaseException as error:
+                self._files.pop(path, None)
+                opening.set_exception(error)
+        return opening.result()
 
     def _connected(self) -> Any:
         from pyarrow import fs
