@@ -32,7 +32,7 @@ class Asked:
 
 
 Fault = Callable[[Asked], str | None]
-"""What becomes of a request: None (nothing), "503", "cut" (in the middle of the body), "stall" or "slow"."""
+"""What becomes of a request: None (nothing), "403", "503", "cut" (in the middle of the body), "stall" or "slow"."""
 
 
 class ObjectStore:
@@ -152,6 +152,9 @@ class _Proxy(BaseHTTPRequestHandler):
         if fault == "stall":
             self.owner.stalls.wait(60)
             self.close_connection = True
+            return
+        if fault == "403":
+            self._send(403, [], b"")
             return
         if fault == "503":
             self._send(

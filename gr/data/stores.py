@@ -49,13 +49,15 @@ OBJECT_STORES = frozenset(
 )
 """Protocols whose folders are parts of names: nothing has to be made before a file is written.  (s3fs would make a
 bucket that isn't there.)"""
-_FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_FOR_GOOD = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _FOR_GOOD_BY_NAME = (
     *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"),
     *("InvalidRegionError", "UnknownEndpointError", "DefaultCredentialsError", "RefreshError"),
     *("NotImplementedError", "ValueError", "TypeError"),
 )
 """Errors of clients, by the name of their type (their packages may not be there), that no repetition mends."""
+_REFUSED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|TOKEN|HTTP status (30\d|40[013])")
+"""What Arrow's client of S3 says where it has not the right credentials, or is in the wrong region."""
 
 
 class StoreError(OSError):
@@ -67,6 +69,13 @@ class StoreError(OSError):
 
     def __str__(self) -> str:
         return self.strerror
+
+    def __reduce__(self) -> tuple[type[StoreError], tuple[str, str]]:
+        return type(self), (self.strerror, self.filename)
+
+
+class Denied(StoreError, PermissionError):
+    """A request that the store won't do for who asks."""
 
 
 class Unreachable(StoreError):
@@ -197,18 +206,21 @@ class Store:
 
     def _asked_ranges(self, path: str, ranges: list[tuple[int, int]]) -> list[Any]:
         """The bytes of each, or the error instead of them."""
+        refusal: OSError | None = None
         if self._ranged is not None and not self._ranged.useless:
             try:
                 return self._ranged.read(path, ranges)
-            except FileNotFoundError:
-                raise
             except OSError as error:
-                if self._ranged.works:
+                if not _REFUSED.search(str(error)):
                     raise
-                log.info("%s is read by its own client alone (%s)", self.protocols[0], first_line(error))
-                self._ranged.useless = True
+                refusal = error
         starts, stops = zip(*ranges)
-        return self.filesystem.cat_ranges([path] * len(ranges), list(starts), list(stops))
+        contents = self.filesystem.cat_ranges([path] * len(ranges), list(starts), list(stops))
+        if refusal is not None and not any(isinstance(content, BaseException) for content in contents):
+            assert self._ranged is not None
+            self._ranged.useless = True
+            log.info("%s is read by fsspec's client alone (%s)", self.protocols[0], first_line(refusal))
+        return contents
 
     def _named(self, folder: str, entries: Callable[[], list[dict[str, Any]]]) -> dict[str, int]:
         """Name in the folder -> bytes, of the files among its ``entries``."""
@@ -239,10 +251,12 @@ class Store:
             try:
                 return action()
             except Exception as error:
+                where = shown(self.filesystem.unstrip_protocol(path))
+                if isinstance(error, PermissionError):
+                    raise Denied(first_line(error), where) from error
                 if isinstance(error, (UserError, *_FOR_GOOD)):
                     raise
                 said = f"{type(error).__name__}: {first_line(error)}"
-                where = shown(self.filesystem.unstrip_protocol(path))
                 if any(kind.__name__ in _FOR_GOOD_BY_NAME for kind in type(error).__mro__):
                     raise StoreError(said, where) from error
                 if attempt == attempts:
@@ -255,38 +269,47 @@ class Store:
 class _ArrowS3:
     """Reads ranges of S3 by Arrow's client, which takes half of s3fs' time for them, with s3fs' settings.
 
-    ``works``: whether it has ever read any.  ``useless``: it has not, where s3fs may: of credentials s3fs knows more.
+    ``useless``: it was refused what s3fs, which knows more sorts of credentials, was given.
     """
 
     def __init__(self, filesystem: Any):
-        self.filesystem, self.works, self.useless = filesystem, False, False
+        self.filesystem, self.useless = filesystem, False
         self._client: Any = None
-        self._files: dict[str, pa.NativeFile] = {}
+        self._files: dict[str, Future[pa.NativeFile]] = {}
         self._lock = threading.Lock()
 
     def read(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        ahead = min(len(ranges), AHEAD) if len(ranges) > 1 else 0
+        known = path in self._files
         file = self._file(path)
         try:
-            ahead = min(len(ranges), AHEAD) if len(ranges) > 1 else 0
             contents = list(in_order(lambda span: file.read_at(span[1] - span[0], span[0]), ranges, ahead))
         except BaseException:
-            self._files.pop(path, None)  # it may be another file by now
+            self._files.pop(path, None)
             raise
-        self.works = True
+        if any(len(content) < stop - start for content, (start, stop) in zip(contents, ranges)):
+            self._files.pop(path, None)
+            if known:  # another one has come to its place, and is longer
+                return self.read(path, ranges)
         return contents
 
     def _file(self, path: str) -> pa.NativeFile:
         """Opened once: that is a request."""
         with self._lock:
             self._client = self._client or self._connected()
-            file = self._files.get(path)
-        if file is None:
-            file = self._client.open_input_file(path)
-            with self._lock:
+            opening = self._files.get(path)
+            mine = opening is None
+            if opening is None:
                 if len(self._files) >= FILES_KEPT:
                     self._files.pop(next(iter(self._files)))
-                self._files[path] = file
-        return file
+                opening = self._files[path] = Future()
+        if mine:
+            try:
+                opening.set_result(self._client.open_input_file(path))
+            except BaseException as error:
+                self._files.pop(path, None)
+                opening.set_exception(error)
+        return opening.result()
 
     def _connected(self) -> Any:
         from pyarrow import fs
