@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from gr.data.split import Split
     from gr.processes import Processes
 
-CATALOGUE = "catalogue.parquet"
-
 
 class Catalogue:
     """Rows, raw ids, columns, and under a split the training counts; all of it is read, checked or counted when it is
@@ -111,7 +109,7 @@ class Catalogue:
     def check_footer(self) -> None:
         """Refuse a file that has not the manifest's rows and columns; reads the footer alone."""
         try:
-            with self._folder.opened(CATALOGUE) as source:
+            with self._folder.opened(self._manifest.catalogue_file) as source:
                 footer = pq.read_metadata(source)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error
@@ -123,11 +121,14 @@ class Catalogue:
 
     @property
     def _file(self) -> str:
-        return self._folder.of(CATALOGUE)
+        return self._folder.of(self._manifest.catalogue_file)
 
     def _columns(self, names: list[str]) -> dict[str, pa.ChunkedArray]:
         try:
-            with self._folder.opened(CATALOGUE) as source, pq.ParquetFile(source) as parquet:
+            with (
+                self._folder.opened(self._manifest.catalogue_file) as source,
+                pq.ParquetFile(source) as parquet,
+            ):
                 table = parquet.read(columns=names)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error

@@ -4,6 +4,8 @@
     DIR/catalogue.parquet              a row an item, in row order: item_id, count, then whatever is known of it
     DIR/manifest.json                  schema version, counts, columns, digests, fingerprint, provenance
     DIR/counts/                        what was counted for a split (gr.data.catalogue); made again when it's gone
+    DIR/sequences-1/, catalogue-1...   of the generation made by the first append; the one before is kept, with its
+    DIR/manifest-0.json                manifest, until the next append, for those who read it
 
 The layout is canonical: the same actions give the same blocks, digests and fingerprint, whoever wrote them.
 Rows are users sorted by (hash64(id), id), or in the log's own order for a stream (``row_order: stream``).
@@ -13,18 +15,20 @@ DIR may be a URL of anything that fsspec reads; datasets are written to a path o
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.catalogue import CATALOGUE, Catalogue
+from gr.data.catalogue import Catalogue
 from gr.data.columns import (
     ColumnInfo,
     block_digest,
@@ -44,10 +48,14 @@ from gr.data.manifest import (
     fingerprint,
     place,
     read_manifest,
+    suffix,
     to_json,
 )
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
 from gr.errors import UserError
+
+if TYPE_CHECKING:
+    from gr.data.transforms.transform import Filter
 
 BLOCK_ROWS = 1024
 FOOTERS = 8
@@ -62,13 +70,17 @@ class SequenceDataset:
     manifest keeps: a column of a block the first time that this object reads it.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, generation: str | None = None):
+        """``generation``: the one to open, if the dataset has grown from it; else the newest."""
         self.folder = Folder(path)
         self.path: Path | str = self.folder.path
         self.manifest = read_manifest(self.folder)
+        if generation in self.manifest.earlier:
+            self.manifest = self._earlier(self.manifest.earlier.index(generation))
         self._columns = {info.name: info for info in self.manifest.columns}
         self._checked: set[tuple[int, str]] = set()
         self._footers: dict[str, pq.FileMetaData] = {}
+        self.filters: tuple[Filter, ...] = ()
         self._check_files()
 
     users = property(lambda self: self.manifest.users)
@@ -78,6 +90,16 @@ class SequenceDataset:
     @property
     def has_timestamps(self) -> bool:
         return TIME in self._columns
+
+    def filtered(self, filters: tuple[Filter, ...]) -> SequenceDataset:
+        """The same users with those of their actions alone that all ``filters`` keep, whoever reads them; the
+        manifest's counts stay those of all."""
+        if filters == self.filters:
+            return self
+        other = copy(self)
+        other.__dict__.pop("catalogue", None)
+        other.filters = filters
+        return other
 
     def column(self, name: str) -> ColumnInfo:
         """What the manifest says of a column."""
@@ -99,11 +121,15 @@ class SequenceDataset:
     def read_block(self, block: int, columns: Iterable[str] | None = None) -> Sequences:
         """The rows of a block.  ``columns``: those wanted, of actions or of users, beside ``item``; all without it.
         Nothing else is read."""
-        names = self._columns if columns is None else {ITEM, *columns}
-        infos = [info for info in self.manifest.columns if info.name in names]
-        if len(infos) < len(names):
-            self.require(names, "what reads it")
-        return from_table(self._read(block, infos), infos, self.first_ordinal(block))
+        names = set(self._columns if columns is None else {ITEM, *columns})
+        read = names.union(*(f.needs for f in self.filters))
+        infos = [info for info in self.manifest.columns if info.name in read]
+        if len(infos) < len(read):
+            self.require(read, "what reads it")
+        rows = from_table(self._read(block, infos), infos, self.first_ordinal(block))
+        for one in self.filters:
+            rows = rows.keep(one.kept(rows, self.manifest))
+        return rows.select(names) if read > names else rows
 
     def read_user_ids(self, block: int) -> np.ndarray:
         """(rows,) raw ids of a block's users: int64 or str objects."""
@@ -124,15 +150,27 @@ class SequenceDataset:
         """The items."""
         return Catalogue(self)
 
+    def _earlier(self, number: int) -> Manifest:
+        name = f"manifest-{number}.json"
+        try:
+            self.folder.read(name)
+        except OSError:
+            raise UserError(
+                f"'{self.path}' has grown by {len(self.manifest.earlier) - number} appends since the generation "
+                f"{self.manifest.earlier[number]}, whose files are gone: append keeps one earlier generation, so use a "
+                "checkpoint at the end of an epoch to go on with the newest"
+            ) from None
+        return read_manifest(self.folder, name)
+
     def _check_files(self) -> None:
         """All that the manifest names is there, and the catalogue has its rows."""
         Catalogue(self).check_footer()
         try:
-            there = self.folder.files("sequences")
+            there = self.folder.files(self.manifest.sequences_folder)
         except OSError:
             there = set()
         for file in dict.fromkeys(block.file for block in self.manifest.blocks):
-            if file.removeprefix("sequences/") not in there:
+            if file.rpartition("/")[2] not in there:
                 raise UserError(f"'{self.folder.of(file)}' is missing: prepare the dataset again")
 
     def _read(self, block: int, infos: list[ColumnInfo]) -> pa.Table:
@@ -209,15 +247,19 @@ class DatasetWriter:
         block_rows: int = BLOCK_ROWS,
         action_type_names: list[str] | None = None,
         overwrite: bool = False,
+        after: Manifest | None = None,
     ):
+        """``after``: what stands at ``path``, where this is to be its next generation."""
         if is_url(os.fspath(path)):
             raise UserError(
                 f"'{path}' is a URL, and a dataset is written to a path of this machine: prepare it there, then copy it"
             )
         self.path = Path(path)
-        if self.path.exists() and not overwrite:
+        self._after = after
+        self._earlier = [] if after is None else [*after.earlier, after.generation]
+        if self.path.exists() and not overwrite and after is None:
             raise UserError(f"'{self.path}' exists: choose another --out, or say --overwrite")
-        if self.path.exists() and not _replaceable(self.path):
+        if self.path.exists() and after is None and not _replaceable(self.path):
             raise UserError(
                 f"'{self.path}' is not a dataset that could be overwritten: choose another --out, or move it away"
             )
@@ -226,7 +268,7 @@ class DatasetWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._scratch = self.path.with_name(f".{self.path.name}.writing-{os.getpid()}")
         shutil.rmtree(self._scratch, ignore_errors=True)
-        (self._scratch / "sequences").mkdir(parents=True)
+        (self._scratch / place(0, len(self._earlier))[0]).parent.mkdir(parents=True)
         self._pending: list[Sequences] = []
         self._pending_rows = 0
         self._blocks: list[Block] = []
@@ -254,8 +296,9 @@ class DatasetWriter:
         if self._writer is None:
             raise UserError(f"no sequence is left to write to '{self.path}': check the filters and the log")
         self._writer.close()
-        pq.write_table(catalogue, self._scratch / CATALOGUE)
-        stored = pq.read_table(self._scratch / CATALOGUE)  # Parquet doesn't keep every type as it is
+        catalogue_file = self._scratch / f"catalogue{suffix(len(self._earlier))}.parquet"
+        pq.write_table(catalogue, catalogue_file)
+        stored = pq.read_table(catalogue_file)  # Parquet doesn't keep every type as it is
         digests = [block.digest for block in self._blocks]
         identity = (self.row_order, self.block_rows, catalogue.num_rows, digests)
         manifest = Manifest(
@@ -276,12 +319,37 @@ class DatasetWriter:
             blocks=self._blocks if self._sorted else [replace(b, first_hash=None) for b in self._blocks],
             digest="",
             provenance=provenance or {},
+            earlier=self._earlier,
         )
         (self._scratch / MANIFEST).write_text(to_json(manifest))
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        os.replace(self._scratch, self.path)
+        if self._after is not None:
+            self._replace_manifest(self._after)
+        else:
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            os.replace(self._scratch, self.path)
         return SequenceDataset(self.path)
+
+    def _replace_manifest(self, after: Manifest) -> None:
+        """Put the new generation's files beside the old one's, then its manifest in the place of the old one: whoever
+        opens the dataset sees one or the other.  Files of the generation before the old one go."""
+        if read_manifest(Folder(self.path)).generation != after.generation:
+            raise UserError(f"'{self.path}' was changed while it was appended to: append again")
+        old = len(after.earlier)
+        for entry in [e for e in self._scratch.iterdir() if e.name != MANIFEST]:
+            _remove(self.path / entry.name)  # of an append that was killed
+            os.replace(entry, self.path / entry.name)
+        shutil.copyfile(self.path / MANIFEST, self._scratch / "kept")
+        os.replace(self._scratch / "kept", self.path / f"manifest-{old}.json")
+        os.replace(self._scratch / MANIFEST, self.path / MANIFEST)
+        shutil.rmtree(self._scratch)
+        if old:
+            for name in (
+                f"manifest-{old - 1}.json",
+                f"sequences{suffix(old - 1)}",
+                f"catalogue{suffix(old - 1)}.parquet",
+            ):
+                _remove(self.path / name)
 
     def abandon(self) -> None:
         """Remove what was written so far."""
@@ -295,7 +363,7 @@ class DatasetWriter:
         stored = table.rename_columns(
             [{i.name: i.stored for i in infos}[name] for name in table.column_names]
         )
-        file, row_group = place(len(self._blocks))
+        file, row_group = place(len(self._blocks), len(self._earlier))
         if not self._blocks:
             self._columns = infos
         elif infos != self._columns:
@@ -343,5 +411,12 @@ def _replaceable(path: Path) -> bool:
     """Whether nothing but a dataset is lost with the folder."""
     if path.is_symlink() or not path.is_dir():
         return False
-    ours = {"sequences", CATALOGUE, MANIFEST, "quarantine", "counts"}
-    return {entry.name for entry in path.iterdir()} <= ours
+    ours = re.compile(r"counts|(sequences|quarantine)(-\d+)?|catalogue(-\d+)?\.parquet|manifest(-\d+)?\.json")
+    return all(ours.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gr.data.hashing import derive, mix64
+from gr.data.hashing import derive, keyed, mix64
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class Order:
             blocks = np.append(blocks, full)
             ordinals = np.append(ordinals, full * self.block_rows + np.arange(short))
         if self.shuffle:
-            random = mix64(ordinals.astype(np.uint64) ^ mix64(np.array([key], dtype=np.uint64)))
-            ordinals = ordinals[np.lexsort((ordinals, random))]
+            ordinals = ordinals[np.lexsort((ordinals, keyed(ordinals, key)))]
         return np.sort(blocks), ordinals
 
 

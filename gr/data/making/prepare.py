@@ -91,44 +91,35 @@ def prepare(
     The manifest's provenance carries ``stages``, the counts left by each stage, and ``quarantined``, the reasons.
     Raises UserError: bad rows (policy ``fail``), nothing left, ``out`` exists.
     """
-    work = _Work(actions, Path(out), name, options, described, overwrite, progress or Progress())
-    try:
-        try:
-            return work.run(provenance or {})
-        except MemoryError:
-            pass  # the frames that hold the memory must go before the sentence can be made
-        if work.partition is None or work.store is None:
-            raise huge.out_of_memory_reading(work.out, options.chunk_rows)
-        raise huge.out_of_memory(work.out, work.store, work.partition, work.row_bytes, options.memory_mb)
-    except BaseException:
-        work.writer.abandon()
-        raise
-    finally:
-        shutil.rmtree(work.scratch, ignore_errors=True)
+    check_options(actions, options, described)
+    writer = DatasetWriter(out, name, overwrite=overwrite)
+    return Work(actions, writer, options, described, progress or Progress()).done(provenance or {})
 
 
-class _Work:
+def check_options(actions: Actions, options: Preparation, described: Described | None) -> None:
+    """Refuse policies that this log, or what is known of its items, has nothing for."""
+    if options.duplicates == "drop_exact" and not actions.has_times:
+        raise UserError(
+            "duplicates=drop_exact compares times, and this log has none: map columns.time, or keep them"
+        )
+    if options.items == "listed" and described is None:
+        raise UserError("items=listed needs a catalogue: name its file in the schema, or say items=seen")
+
+
+class Work:
     """One preparation: its stages in the order of ``run``."""
 
     def __init__(
         self,
         actions: Actions,
-        out: Path,
-        name: str,
+        writer: DatasetWriter,
         options: Preparation,
         described: Described | None,
-        overwrite: bool,
         progress: Progress,
     ):
-        if options.duplicates == "drop_exact" and not actions.has_times:
-            raise UserError(
-                "duplicates=drop_exact compares times, and this log has none: map columns.time, or keep them"
-            )
-        if options.items == "listed" and described is None:
-            raise UserError("items=listed needs a catalogue: name its file in the schema, or say items=seen")
+        out = writer.path
         self.actions, self.out, self.options, self.progress = actions, out, options, progress
-        self.described_by = described
-        self.writer = DatasetWriter(out, name, overwrite=overwrite)
+        self.described_by, self.writer = described, writer
         scratch = Path(options.scratch) if options.scratch else out.parent
         scratch.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=scratch))
@@ -143,6 +134,24 @@ class _Work:
         self.capped_users = self.capped_actions = 0
         self.counts = Counts()
         self.written_users = self.written_actions = 0
+
+    def done(self, provenance: dict[str, Any]) -> SequenceDataset:
+        """The dataset, or a UserError and nothing written."""
+        try:
+            try:
+                return self.run(provenance)
+            except MemoryError:
+                pass  # the frames that hold the memory must go before the sentence can be made
+            if self.partition is None or self.store is None:
+                raise huge.out_of_memory_reading(self.out, self.options.chunk_rows)
+            raise huge.out_of_memory(
+                self.out, self.store, self.partition, self.row_bytes, self.options.memory_mb
+            )
+        except BaseException:
+            self.writer.abandon()
+            raise
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
     def run(self, provenance: dict[str, Any]) -> SequenceDataset:
         self.say()
@@ -302,7 +311,7 @@ class _Work:
                 self.written_users += len(grouped.users_R)
                 self.written_actions += len(items_A)
                 counts += np.bincount(items_A, minlength=items)
-                for block in _blocks(self.sequences(grouped, items_A, type_codes)):
+                for block in blocks_of(self.sequences(grouped, items_A, type_codes)):
                     self.writer.add(block)
         return counts
 
@@ -384,7 +393,7 @@ def _chunks(tables: Iterator[pa.Table], chunk_rows: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(pending).combine_chunks()
 
 
-def _blocks(rows: Sequences) -> Iterator[Sequences]:
+def blocks_of(rows: Sequences) -> Iterator[Sequences]:
     """Consecutive parts of at most a block's rows, without copies: the writer joins only what it needs."""
     for first in range(0, len(rows), BLOCK_ROWS):
         yield rows.slice(first, min(first + BLOCK_ROWS, len(rows)))
