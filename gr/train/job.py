@@ -335,13 +335,13 @@ def _load(path: Path, config: RunConfig, parts: Parts) -> Cursor:
             f"'{dataset.path}' is not the dataset that '{path}' was trained on (generation {now}, not {saved}): "
             "prepare the same data again, or start a new run"
         )
-    _check_growing(config, dataset)
+    check_growing(config, dataset)
     cursor = checkpoint.load(path, parts.model, parts.engine, growing=True)
     cursor.generation, cursor.best, cursor.stale = now, {}, 0  # others are held out now
     return cursor
 
 
-def _check_growing(config: RunConfig, dataset: SequenceDataset) -> None:
+def check_growing(config: RunConfig, dataset: SequenceDataset) -> None:
     """Refuse to go on with more data where something hangs on how much there is."""
     grown = f"'{dataset.path}' has grown since"
     if config.schedule.name != "constant":

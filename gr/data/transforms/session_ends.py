@@ -1,8 +1,8 @@
 """Examples at the ends of sessions (Zhai et al., arXiv 2402.17152, section 3.3: generative training).
 
 A streaming trainer that emits an example at the end of each session emits one of n actions with a rate of about 1 / n
-an action.  Here every user gives one example an epoch: what was known at the end of one of their sessions, each with the
-same probability.
+an action.  Here every user gives one example an epoch: what was known at the end of one of their sessions, each
+with the same probability.
 
 Shapes: R rows, A actions of all rows.
 """
