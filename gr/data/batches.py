@@ -82,11 +82,29 @@ class Plan:
         """The periods of a chronological split."""
         return self.split.epochs if isinstance(self.split, Chronological) else None
 
+    def samples(self, epoch: int) -> int:
+        """Samples of an epoch: positions of its order."""
+        if self._periods is None:
+            return self.order.rows
+        return len(self._periods.samples(epoch, self.max_length))
+
+    def edges(self, epoch: int) -> np.ndarray:
+        """(windows + 1,) the positions at which an epoch's windows begin, and where the last one ends."""
+        order = self.order
+        if self._periods is None:
+            return np.minimum(np.arange(order.windows + 1) * order.window_rows, order.rows)
+        samples = self._periods.samples(epoch, self.max_length)
+        counts = [0]
+        for number in range(order.windows):
+            first = order.window(epoch, number)[0] * order.block_rows
+            counts.append(
+                int(np.diff(np.searchsorted(samples, [first, first + order.block_rows]), axis=0).sum())
+            )
+        return np.cumsum(counts)
+
     def in_epoch(self, epoch: int) -> int:
         """Batches of an epoch."""
-        rows = self.order.rows
-        if self._periods is not None:
-            rows = len(self._periods.samples(epoch, self.max_length))
+        rows = self.samples(epoch)
         whole, rest = divmod(rows, self.global_batch)
         return whole + (1 if rest and self.tail == "keep" else 0)
 
@@ -147,16 +165,10 @@ def window(
 
 def windows(plan: Plan, read: Callable[[int], Sequences], epoch: int, position: int) -> Iterator[Sequences]:
     """The samples of an epoch from ``position`` on, a window at a time."""
-    first = 0
-    if plan.epochs is None:  # every window is full but the last
-        first = plan.order.window_of(position)
-        position -= first * plan.order.window_rows
-    for number in range(first, plan.order.windows):
-        rows = window(plan, read, epoch, number, position)
-        if rows is None:
-            position -= len(plan.window(epoch, number)[1])
-        else:
-            position = 0
+    edges = plan.edges(epoch)
+    for number in range(int(np.searchsorted(edges, position, "right")) - 1, plan.order.windows):
+        rows = window(plan, read, epoch, number, max(position - int(edges[number]), 0))
+        if rows is not None:
             yield rows
 
 

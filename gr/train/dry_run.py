@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from itertools import count, islice
+from itertools import islice
 
 import torch
 from rich.console import Console
@@ -41,7 +41,7 @@ def dry_run(config: RunConfig) -> None:
             )
             trainer.progress.close()
             trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
-            first_epoch = next(e for e in count() if parts.batches.in_epoch(e))
+            first_epoch = _first_epoch(trainer)
             seconds, losses, shapes = [], [], []
             for batch in islice(parts.batches.epoch(first_epoch), TIMED_STEPS):
                 started = time.perf_counter()
@@ -77,6 +77,16 @@ def dry_run(config: RunConfig) -> None:
         Console().print(table)
         if plans := plans_of(parts.model.tables.values()):
             Console().print(shown(plans))
+
+
+def _first_epoch(trainer: Trainer) -> int:
+    """The first one that has batches."""
+    for epoch in range(trainer.epochs):
+        if trainer.batches.in_epoch(epoch):
+            return epoch
+    raise UserError(
+        "no period is over yet (data.split.last is wait): there is nothing to train on", everywhere=True
+    )
 
 
 def plan_only(config: RunConfig, count: int) -> None:
