@@ -124,6 +124,12 @@ def _opened(folder: RunFolder, config: RunConfig, processes: Processes) -> tuple
         cursor.finished = cursor.finished and cursor.epoch >= (parts.batches.epochs or config.train.epochs)
     if processes.is_main:
         _prepare_folder(folder, config, cursor, newest)
+        if begun is not None and read_manifest(parts.data.dataset.folder).generation != begun:
+            print(
+                "the dataset has grown: what was begun is finished with the generation that it began with, the next "
+                "resume goes on with the newest",
+                flush=True,
+            )
     return parts, processes.broadcast(cursor)
 
 
