@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 UNKNOWN = -1
 """Item row of a target that is not known (a request for recommendations)."""
 
+TARGETS_FROM = ":targets_from"
+"""The column of users that says, where there is one, which of a sample's actions are its first target: those before it
+are inputs alone.  Without it every action but the first is a target.  (No column of a dataset has a colon in front.)"""
+
 
 @dataclass(frozen=True)
 class Jagged:

@@ -66,16 +66,27 @@ class RunSection(Section):
     dir: str | None = None
 
 
+class FollowSection(Section):
+    """Waiting for what is appended to the dataset while a run goes through it: looked for every so many seconds, until
+    nothing new has come for ``give_up`` seconds."""
+
+    every: POSITIVE = 60
+    give_up: POSITIVE = 7200
+
+
 class DataSection(Section):
-    """What is read.  ``max_length``: inputs kept of each sequence, the latest; its targets are as many."""
+    """What is read.  ``max_length``: inputs kept of each sequence, the latest; its targets are as many.  transforms:
+    which actions there are (filters), then what makes a training example of a sequence (samplers), in this order."""
 
     path: str
     max_length: POSITIVE = 200
     split: component(registry.SPLITS, "data.split", default="leave_one_out")  # type: ignore[valid-type]
+    transforms: list[component(registry.TRANSFORMS, "data.transforms")] = []  # type: ignore[valid-type]
     order: Literal["shuffle", "stream"] = "shuffle"
     window_blocks: POSITIVE = 64
     tail: Literal["keep", "drop"] = "keep"
     prefetch: POSITIVE = 4
+    follow: FollowSection | None = None
     ingest: component(registry.INGEST, "data.ingest") = Field(  # type: ignore[valid-type]
         default_factory=lambda: {"name": "arrow"}, validate_default=True
     )
@@ -285,6 +296,14 @@ class RunConfig(Section):
         split = self.data.split.build()
         for name in self.eval.splits:
             split.check(name)
+        if self.data.follow is not None and self.data.split.name != "chronological":
+            raise UserError(
+                "data.follow waits for newer actions to go through once: use data.split=chronological, or leave it out"
+            )
+        if self.data.follow is not None and self.schedule.name != "constant":
+            raise UserError(
+                f"data.follow has no last step, and schedule.name {self.schedule.name} falls towards one: use constant"
+            )
         return self
 
     def idle(self) -> dict[str, str]:
@@ -295,7 +314,11 @@ class RunConfig(Section):
         others = frozenset().union(*(family.eval_keys for family in families.values()))
         own = families[self.model.component().judged_by].eval_keys  # type: ignore[attr-defined]
         why = f"the metrics of model {self.model.name} don't look at it"
-        return {f"eval.{key}": why for key in sorted(others - own)}
+        idle = {f"eval.{key}": why for key in sorted(others - own)}
+        if self.data.split.name == "chronological":
+            why = "data.split chronological trains on each period once, and evaluates before it"
+            idle |= dict.fromkeys(("train.epochs", "eval.every_steps"), why)
+        return idle
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -49,6 +49,13 @@ SPLITS = {
     "leave_one_out": "gr.data.split:LeaveOneOut",
     "global_time": "gr.data.split:GlobalTime",
     "records": "gr.data.split:Records",
+    "chronological": "gr.data.periods:Chronological",
+}
+
+TRANSFORMS = {
+    "filter_actions": "gr.data.transforms.filter_actions:FilterActions",
+    "stochastic_length": "gr.data.transforms.stochastic_length:StochasticLength",
+    "session_ends": "gr.data.transforms.session_ends:SessionEnds",
 }
 
 INGEST = {

@@ -69,19 +69,21 @@ class Written:
 
 class BlockWriter:
     """Writes blocks, the first of which is number ``first`` of the dataset (a multiple of those of a file), to the
-    dataset's folder ``folder``.
+    dataset's folder ``folder``.  ``earlier``: how many generations the dataset had before.
 
     Rows must arrive in the dataset's order, all with the same columns.  ``hashed``: they are meant to be in the order
     of (hash64(id), id), which is checked.  Memory: one block of pending rows.
     """
 
-    def __init__(self, folder: Path, block_rows: int, *, first: int = 0, hashed: bool = True):
-        self.folder, self.block_rows, self.first = folder, block_rows, first
+    def __init__(
+        self, folder: Path, block_rows: int, *, first: int = 0, hashed: bool = True, earlier: int = 0
+    ):
+        self.folder, self.block_rows, self.first, self.earlier = folder, block_rows, first, earlier
         self.written = Written(in_order=hashed)
         self._pending: list[Sequences] = []
         self._pending_rows = 0
         self._writer: pq.ParquetWriter | None = None
-        (folder / "sequences").mkdir(parents=True, exist_ok=True)
+        (folder / place(0, earlier)[0]).parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, rows: Sequences) -> None:
         """Append rows (their ``ordinals_R`` are ignored)."""
@@ -111,7 +113,7 @@ class BlockWriter:
         stored = table.rename_columns(
             [{i.name: i.stored for i in infos}[name] for name in table.column_names]
         )
-        file, row_group = place(self.first + len(self.written.blocks))
+        file, row_group = place(self.first + len(self.written.blocks), self.earlier)
         if self.written.blocks and infos != self.written.columns:
             raise ValueError(f"rows with the columns {infos} after rows with {self.written.columns}")
         if row_group == 0:

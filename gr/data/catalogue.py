@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from gr.data.split import Split
     from gr.processes import Processes
 
-CATALOGUE = "catalogue.parquet"
-
 
 class Catalogue:
     """Rows, raw ids, columns, and under a split the training counts; all of it is read, checked or counted when it is
@@ -112,7 +110,7 @@ class Catalogue:
     def check_footer(self) -> None:
         """Refuse a file that has not the manifest's rows and columns; reads the footer alone."""
         try:
-            with self._folder.parquet(CATALOGUE) as parquet:
+            with self._folder.parquet(self._manifest.catalogue_file) as parquet:
                 footer = self._footer = parquet.metadata
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error
@@ -124,11 +122,11 @@ class Catalogue:
 
     @property
     def _file(self) -> str:
-        return self._folder.of(CATALOGUE)
+        return self._folder.of(self._manifest.catalogue_file)
 
     def _columns(self, names: list[str]) -> dict[str, pa.ChunkedArray]:
         try:
-            with self._folder.parquet(CATALOGUE, self._footer, columns=names) as parquet:
+            with self._folder.parquet(self._manifest.catalogue_file, self._footer, columns=names) as parquet:
                 table = parquet.read(columns=names)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from gr.batch import Jagged, SequenceBatch
+from gr.batch import TARGETS_FROM, Jagged, SequenceBatch
 from gr.data.hashing import hash_ids
 from gr.data.sequences import ITEM, Column, Sequences
 
@@ -28,13 +28,16 @@ def collate(rows: Sequences, columns: Iterable[str] | None = None) -> SequenceBa
             if (_is_numeric(column) if wanted is None else name in wanted)
         }
 
-    user_columns = rows.user_columns.items() if columns is not None else ()
+    user_columns = list(rows.user_columns.items()) if columns is not None else []
+    told = (
+        {TARGETS_FROM: tensor(rows.user_columns[TARGETS_FROM])} if TARGETS_FROM in rows.user_columns else {}
+    )
     return SequenceBatch(
         offsets_B1=torch.from_numpy(rows.offsets_R1.astype(np.int64)),
         ordinals_B=torch.from_numpy(rows.ordinals_R.astype(np.int64)),
         lengths=tuple(rows.lengths_R.tolist()),
         columns=chosen(rows.columns.items()),
-        user_columns=chosen(user_columns),
+        user_columns=chosen(user_columns) | told,
     )
 
 

@@ -4,6 +4,8 @@
     DIR/catalogue.parquet              a row an item, in row order: item_id, count, then whatever is known of it
     DIR/manifest.json                  schema version, counts, columns, digests, fingerprint, provenance
     DIR/counts/                        what was counted for a split (gr.data.catalogue); made again when it's gone
+    DIR/sequences-1/, catalogue-1...   of the generation made by the first append; the one before is kept, with its
+    DIR/manifest-0.json                manifest, until the next append, for those who read it
 
 The layout is canonical: the same actions give the same blocks, digests and fingerprint, whoever wrote them.
 Rows are users sorted by (hash64(id), id), or in the log's own order for a stream (``row_order: stream``).
@@ -13,22 +15,24 @@ DIR may be a URL of anything that fsspec reads and writes.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.data.blocks import BlockWriter, Written
-from gr.data.catalogue import CATALOGUE, Catalogue
+from gr.data.catalogue import Catalogue
 from gr.data.columns import ColumnInfo, checksum, from_table
 from gr.data.folder import Folder
 from gr.data.manifest import (
@@ -38,11 +42,15 @@ from gr.data.manifest import (
     Manifest,
     fingerprint,
     read_manifest,
+    suffix,
     to_json,
 )
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
 from gr.data.stores import AHEAD, Store, Unreachable, all_shown, first_line, in_order, remedy
 from gr.errors import UserError
+
+if TYPE_CHECKING:
+    from gr.data.transforms.transform import Filter
 
 BLOCK_ROWS = 1024
 FOOTERS, FOOTERS_OF_A_STORE = 8, 256
@@ -58,14 +66,18 @@ class SequenceDataset:
     manifest keeps: a column of a block the first time that this object reads it.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, generation: str | None = None):
+        """``generation``: the one to open, if the dataset has grown from it; else the newest."""
         self.folder = Folder(path)
         self.path: Path | str = self.folder.path
         self.manifest = read_manifest(self.folder)
+        if generation in self.manifest.earlier:
+            self.manifest = self._earlier(self.manifest.earlier.index(generation))
         self._columns = {info.name: info for info in self.manifest.columns}
         self._checked: set[tuple[int, str]] = set()
         self._footers: dict[str, pq.FileMetaData] = {}
         self._reading_footer = threading.Lock()
+        self.filters: tuple[Filter, ...] = ()
         self._check_files()
 
     users = property(lambda self: self.manifest.users)
@@ -75,6 +87,16 @@ class SequenceDataset:
     @property
     def has_timestamps(self) -> bool:
         return TIME in self._columns
+
+    def filtered(self, filters: tuple[Filter, ...]) -> SequenceDataset:
+        """The same users with those of their actions alone that all ``filters`` keep, whoever reads them; the
+        manifest's counts stay those of all."""
+        if filters == self.filters:
+            return self
+        other = copy(self)
+        other.__dict__.pop("catalogue", None)
+        other.filters = filters
+        return other
 
     def column(self, name: str) -> ColumnInfo:
         """What the manifest says of a column."""
@@ -96,11 +118,15 @@ class SequenceDataset:
     def read_block(self, block: int, columns: Iterable[str] | None = None) -> Sequences:
         """The rows of a block.  ``columns``: those wanted, of actions or of users, beside ``item``; all without it.
         Nothing else is read."""
-        names = self._columns if columns is None else {ITEM, *columns}
-        infos = [info for info in self.manifest.columns if info.name in names]
-        if len(infos) < len(names):
-            self.require(names, "what reads it")
-        return from_table(self._read(block, infos), infos, self.first_ordinal(block))
+        names = set(self._columns if columns is None else {ITEM, *columns})
+        read = names.union(*(f.needs for f in self.filters))
+        infos = [info for info in self.manifest.columns if info.name in read]
+        if len(infos) < len(read):
+            self.require(read, "what reads it")
+        rows = from_table(self._read(block, infos), infos, self.first_ordinal(block))
+        for one in self.filters:
+            rows = rows.keep(one.kept(rows, self.manifest))
+        return rows.select(names) if read > names else rows
 
     @property
     def ahead(self) -> int:
@@ -131,18 +157,30 @@ class SequenceDataset:
         """The items."""
         return Catalogue(self)
 
+    def _earlier(self, number: int) -> Manifest:
+        name = f"manifest-{number}.json"
+        try:
+            self.folder.read(name)
+        except OSError:
+            raise UserError(
+                f"'{self.path}' has grown by {len(self.manifest.earlier) - number} appends since the generation "
+                f"{self.manifest.earlier[number]}, whose files are gone: append keeps one earlier generation, so use a "
+                "checkpoint at the end of an epoch to go on with the newest"
+            ) from None
+        return read_manifest(self.folder, name)
+
     def _check_files(self) -> None:
         """All that the manifest names is there, and the catalogue has its rows."""
         self.catalogue.check_footer()
         try:
-            there = self.folder.files("sequences")
+            there = self.folder.files(self.manifest.sequences_folder)
         except Unreachable as error:
-            where = self.folder.of("sequences")
+            where = self.folder.of(self.manifest.sequences_folder)
             raise UserError(f"cannot list '{where}' ({first_line(error)}): {remedy(error, '')}") from error
         except OSError:
             there = set()
         for file in dict.fromkeys(block.file for block in self.manifest.blocks):
-            if file.removeprefix("sequences/") not in there:
+            if file.rpartition("/")[2] not in there:
                 raise UserError(f"'{self.folder.of(file)}' is missing: prepare the dataset again")
 
     def _read(self, block: int, infos: list[ColumnInfo]) -> pa.Table:
@@ -222,9 +260,14 @@ class DatasetWriter:
         action_type_names: list[str] | None = None,
         overwrite: bool = False,
         scratch: Path | None = None,
+        after: Manifest | None = None,
     ):
-        check_output(path, overwrite)
+        """``after``: what stands at ``path``, a folder of this machine, where this is to be its next generation."""
+        if after is None:
+            check_output(path, overwrite)
         self.place = Folder(path)
+        self._after = after
+        self._earlier = [] if after is None else [*after.earlier, after.generation]
         self.name, self.row_order, self.block_rows = name, row_order, block_rows
         self.action_type_names = action_type_names or []
         local = self.place.local
@@ -237,8 +280,15 @@ class DatasetWriter:
         else:
             self.scratch = local.with_name(f".{local.name}.writing-{os.getpid()}")
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self._writer = BlockWriter(self.scratch, block_rows, hashed=row_order == "hash")
+        self._writer = BlockWriter(
+            self.scratch, block_rows, hashed=row_order == "hash", earlier=len(self._earlier)
+        )
         self._adopted = Written(in_order=row_order == "hash")
+
+    @property
+    def generation(self) -> int:
+        """Generations before the one that is written."""
+        return len(self._earlier)
 
     def add(self, rows: Sequences) -> None:
         """Append rows (their ``ordinals_R`` are ignored: the writer numbers them)."""
@@ -262,8 +312,9 @@ class DatasetWriter:
             raise UserError(
                 f"no sequence is left to write to '{self.place.name}': check the filters and the log"
             )
-        pq.write_table(catalogue, self.scratch / CATALOGUE)
-        with pq.ParquetFile(self.scratch / CATALOGUE) as parquet:  # which doesn't keep every type as it is
+        catalogue_file = self.scratch / f"catalogue{suffix(len(self._earlier))}.parquet"
+        pq.write_table(catalogue, catalogue_file)
+        with pq.ParquetFile(catalogue_file) as parquet:  # which doesn't keep every type as it is
             stored = parquet.read(use_threads=False)
         digests = [block.digest for block in written.blocks]
         identity = (self.row_order, self.block_rows, catalogue.num_rows, digests)
@@ -285,16 +336,41 @@ class DatasetWriter:
             blocks=written.manifest_blocks(),
             digest="",
             provenance=all_shown(provenance or {}),
+            earlier=self._earlier,
         )
         (self.scratch / MANIFEST).write_text(to_json(manifest))
-        if self.place.local is None:
+        local = self.place.local
+        if local is None:
             publish(self.scratch, self.place)
             shutil.rmtree(self.scratch)
+        elif self._after is not None:
+            self._replace_manifest(local, self._after)
         else:
-            if self.place.local.exists():
-                shutil.rmtree(self.place.local)
-            os.replace(self.scratch, self.place.local)
+            if local.exists():
+                shutil.rmtree(local)
+            os.replace(self.scratch, local)
         return SequenceDataset(self.place.path)
+
+    def _replace_manifest(self, path: Path, after: Manifest) -> None:
+        """Put the new generation's files beside the old one's, then its manifest in the place of the old one: whoever
+        opens the dataset sees one or the other.  Files of the generation before the old one go."""
+        if read_manifest(self.place).generation != after.generation:
+            raise UserError(f"'{path}' was changed while it was appended to: append again")
+        old = len(after.earlier)
+        for entry in [e for e in self.scratch.iterdir() if e.name != MANIFEST]:
+            _remove_path(path / entry.name)  # of an append that was killed
+            os.replace(entry, path / entry.name)
+        shutil.copyfile(path / MANIFEST, self.scratch / "kept")
+        os.replace(self.scratch / "kept", path / f"manifest-{old}.json")
+        os.replace(self.scratch / MANIFEST, path / MANIFEST)
+        shutil.rmtree(self.scratch)
+        if old:
+            for name in (
+                f"manifest-{old - 1}.json",
+                f"sequences{suffix(old - 1)}",
+                f"catalogue{suffix(old - 1)}.parquet",
+            ):
+                _remove_path(path / name)
 
     def abandon(self) -> None:
         """Remove what was written so far."""
@@ -309,7 +385,7 @@ def check_output(path: str | os.PathLike, overwrite: bool) -> None:
     there = _entries(where)
     if there is not None and not overwrite:
         raise UserError(f"'{where.name}' exists: choose another --out, or say --overwrite")
-    if there is not None and not there <= OURS:
+    if there is not None and not all(map(OURS.fullmatch, there)):
         raise UserError(
             f"'{where.name}' is not a dataset that could be overwritten: choose another --out, or move it away"
         )
@@ -320,7 +396,8 @@ def _some_at_a_time(column: pa.ChunkedArray, size: int = 1 << 16) -> Iterator[li
     return (column.slice(start, size).to_pylist() for start in range(0, len(column), size))
 
 
-OURS = {"sequences", CATALOGUE, MANIFEST, "quarantine", "counts"}
+OURS = re.compile(r"counts|(sequences|quarantine)(-\d+)?|catalogue(-\d+)?\.parquet|manifest(-\d+)?\.json")
+"""Names of what a dataset's folder holds."""
 
 
 def _entries(place: Folder) -> set[str] | None:
@@ -386,3 +463,10 @@ def _remove(store: Store, root: str, names: list[str]) -> None:
     for name in reversed(names):
         with suppress(OSError):
             store.remove(f"{root}/{name}")
+
+
+def _remove_path(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -30,6 +30,16 @@ def hash_ids(ids: np.ndarray) -> np.ndarray:
     )
 
 
+def keyed(numbers: np.ndarray, key: int | np.ndarray) -> np.ndarray:
+    """64 random bits for each number, uint64, that hang on it and on ``key`` alone."""
+    return mix64(numbers.astype(np.uint64) ^ mix64(np.atleast_1d(np.asarray(key, np.uint64))))
+
+
+def uniform(bits: np.ndarray) -> np.ndarray:
+    """float64 in (0, 1), never 0 or 1, of random bits."""
+    return ((bits >> np.uint64(11)) + 0.5) * 2.0**-53
+
+
 def derive(*words: object) -> int:
     """A 64-bit key from words (seed, epoch, names ...)."""
     text = "\x1f".join(map(str, words)).encode()

@@ -41,8 +41,11 @@ class InProcess:
         self.rank, self.ranks, self.prefetch, self.pin_memory = rank, ranks, prefetch, pin_memory
 
     @property
-    def per_epoch(self) -> int:
-        return self.plan.per_epoch
+    def epochs(self) -> int | None:
+        return self.plan.epochs
+
+    def in_epoch(self, epoch: int) -> int:
+        return self.plan.in_epoch(epoch)
 
     def _epoch(self, epoch: int, start: int) -> Iterator[GlobalBatch]:
         for batch in epoch_batches(

@@ -48,7 +48,8 @@ class Manifest:
     columns: of actions and of users.  first_time, last_time: of all actions, seconds; None without times.
     catalogue: column -> checksum of it.
     fingerprint: of the sequences; the order of training hangs on it.  generation: of the sequences and the raw ids
-    that the item rows stand for; a run goes on with the generation that it began with.
+    that the item rows stand for; a run goes on with the generation that it began with, or with one grown from it.
+    earlier: the generations that this one has grown from by appending, oldest first; item rows mean the same in all.
     digest: of all this but ``name`` and ``provenance``.
     """
 
@@ -69,17 +70,26 @@ class Manifest:
     blocks: list[Block]
     digest: str
     provenance: dict[str, Any] = field(default_factory=dict)
+    earlier: list[str] = field(default_factory=list)
+
+    @property
+    def sequences_folder(self) -> str:
+        return f"sequences{suffix(len(self.earlier))}"
+
+    @property
+    def catalogue_file(self) -> str:
+        return f"catalogue{suffix(len(self.earlier))}.parquet"
 
 
 _PARSER = TypeAdapter(Manifest)
 
 
-def read_manifest(folder: Folder) -> Manifest:
+def read_manifest(folder: Folder, name: str = MANIFEST) -> Manifest:
     """The manifest of the sequence dataset in ``folder``; a UserError where there is none that this gr can read, or
-    where it isn't what gr wrote."""
-    file = folder.of(MANIFEST)
+    where it isn't what gr wrote.  ``name``: of the file, for the manifest of an earlier generation."""
+    file = folder.of(name)
     try:
-        text = folder.read(MANIFEST)
+        text = folder.read(name)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no sequence dataset at '{folder.name}' (manifest.json is missing): "
@@ -140,10 +150,15 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def place(block: int) -> tuple[str, int]:
-    """File and row group of a block."""
+def place(block: int, earlier: int = 0) -> tuple[str, int]:
+    """File and row group of a block of a generation that has ``earlier`` ones."""
     number, row_group = divmod(block, BLOCKS_PER_FILE)
-    return f"sequences/part-{number:05d}.parquet", row_group
+    return f"sequences{suffix(earlier)}/part-{number:05d}.parquet", row_group
+
+
+def suffix(earlier: int) -> str:
+    """What the names of a generation's files have in front of their ending: nothing for the first one."""
+    return f"-{earlier}" if earlier else ""
 
 
 def _difference_from_ours(raw: dict[str, Any]) -> str:
@@ -189,7 +204,7 @@ def _contradiction(manifest: Manifest) -> str:
         return "it has no blocks, no items or blocks of no rows"
     for number, block in enumerate(blocks):
         last = number == len(blocks) - 1
-        if (block.file, block.row_group) != place(number):
+        if (block.file, block.row_group) != place(number, len(manifest.earlier)):
             return f"block {number} is said to be row group {block.row_group} of '{block.file}'"
         if not 1 <= block.rows <= manifest.block_rows or (block.rows != manifest.block_rows and not last):
             return f"block {number} has {block.rows} rows where a block has {manifest.block_rows}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gr.data.hashing import derive, mix64
+from gr.data.hashing import derive, keyed, mix64
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Order:
         ordinals = (blocks[:, None] * self.block_rows + np.arange(self.block_rows)).reshape(-1)
         ordinals = ordinals[ordinals < self.rows]  # the last block may be short
         if self.shuffle:
-            random = mix64(ordinals.astype(np.uint64) ^ mix64(np.array([key], dtype=np.uint64)))
-            ordinals = ordinals[np.lexsort((ordinals, random))]
+            ordinals = ordinals[np.lexsort((ordinals, keyed(ordinals, key)))]
         return blocks, ordinals
 
 

@@ -68,6 +68,8 @@ def counted(dataset: SequenceDataset, split: Split) -> Counted:
     folder that can't be written to is left as it is.
     """
     about = {"counting": COUNTING, "generation": dataset.manifest.generation, "split": split.description}
+    if dataset.filters:
+        about["filters"] = [one.config.model_dump(mode="json") for one in dataset.filters]
     key = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
     file = f"counts/{key}.parquet"
     kept = _kept(dataset, file, about)

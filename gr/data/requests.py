@@ -125,7 +125,7 @@ class HeldOutRequests:
 
     def __post_init__(self) -> None:
         self.split.check(self.name)
-        self._blocks: Sequence[int] = range(len(self.dataset.manifest.blocks))
+        self._blocks: Sequence[int] = self.split.blocks(self.dataset)
         if self.users is not None:
             self._blocks = sorted(self.users.rows)
 

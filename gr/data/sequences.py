@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from gr.batch import UNKNOWN, Jagged
+from gr.batch import TARGETS_FROM, UNKNOWN, Jagged
 
 ITEM, TIME, TYPE, VALUE, USER_ID = "item", "time", "type", "value", "user_id"
 DTYPES = {ITEM: np.int32, TIME: np.int64, TYPE: np.int32, VALUE: np.float32}
@@ -54,6 +54,16 @@ class Sequences:
         return np.diff(self.offsets_R1)
 
     @property
+    def owner_A(self) -> np.ndarray:
+        """(A,) int64: the row of each action."""
+        return np.repeat(np.arange(len(self)), self.lengths_R)
+
+    @property
+    def places_A(self) -> np.ndarray:
+        """(A,) int64: the place of each action in its sequence."""
+        return np.arange(self.offsets_R1[-1]) - np.repeat(self.offsets_R1[:-1], self.lengths_R)
+
+    @property
     def users_R(self) -> np.ndarray:
         """Raw ids."""
         return self.user_columns[USER_ID]  # type: ignore[return-value]
@@ -76,6 +86,10 @@ class Sequences:
             user_columns={name: column for name, column in self.user_columns.items() if name in wanted},
         )
 
+    def with_users(self, **columns: Column) -> Sequences:
+        """The rows with these columns of users in the place of, or beside, their own."""
+        return replace(self, user_columns={**self.user_columns, **columns})
+
     def take(
         self, rows: np.ndarray, first: np.ndarray | None = None, stop: np.ndarray | None = None
     ) -> Sequences:
@@ -85,6 +99,12 @@ class Sequences:
         end = self.offsets_R1[rows + 1] if stop is None else base + stop
         offsets, source = runs(begin, end)
         return self._each(lambda column: gather(column, source), lambda column: gather(column, rows), offsets)
+
+    def keep(self, kept_A: np.ndarray) -> Sequences:
+        """All rows with the actions that are kept (A, bool) alone."""
+        source = np.flatnonzero(kept_A)
+        offsets = np.concatenate([[0], np.cumsum(kept_A)]).astype(np.int64)[self.offsets_R1]
+        return self._each(lambda column: gather(column, source), lambda column: column, offsets)
 
     def slice(self, start: int, stop: int) -> Sequences:
         """Rows ``start`` to ``stop`` (exclusive), without copies."""
@@ -151,6 +171,17 @@ class Sequences:
             {name: of_actions(column) for name, column in self.columns.items()},
             {name: of_users(column) for name, column in self.user_columns.items()},
         )
+
+
+def latest(rows: Sequences, max_length: int) -> Sequences:
+    """The rows cut to their latest ``max_length`` inputs and these inputs' targets."""
+    first_R = np.maximum(rows.lengths_R - (max_length + 1), 0)
+    if not first_R.any():
+        return rows
+    cut = rows.take(np.arange(len(rows)), first_R, rows.lengths_R)
+    if TARGETS_FROM not in rows.user_columns:
+        return cut
+    return cut.with_users(**{TARGETS_FROM: np.maximum(rows.user_columns[TARGETS_FROM] - first_R, 1)})
 
 
 def runs(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@ Shapes: R users.  A split answers from lengths and times alone; nothing is copie
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import Field
@@ -16,14 +17,26 @@ from gr.data.sequences import TIME, Sequences
 from gr.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gr.data.dataset import SequenceDataset
+    from gr.processes import Processes
+
+
+class Counted(Protocol):
+    """Items whose training actions are counted."""
+
+    @property
+    def training_counts(self) -> Tensor:
+        """(I,) int64."""
 
 
 class Split:
     """Interface.  ``names``: the held-out splits that can be evaluated.  ``needs``: the columns of actions that it
-    looks at, beside the lengths of sequences."""
+    looks at, beside the lengths of sequences.  ``without``: what to do where nobody has a target."""
 
     names: tuple[str, ...] = ("valid", "test")
+    without = "take it out of eval.splits, or change data.split"
     needs: frozenset[str] = frozenset()
     config: ComponentConfig
 
@@ -35,9 +48,40 @@ class Split:
     def check_dataset(self, dataset: SequenceDataset) -> None:
         """Refuse a dataset that can't be cut this way, as far as its manifest tells."""
 
+    def on(self, dataset: SequenceDataset, processes: Processes | None = None) -> Split:
+        """Itself, knowing what it has to know of the dataset; several processes ask together."""
+        return self
+
+    def at(self, epoch: int) -> Split:
+        """What is held out of an epoch and trained in it, where that is not the same in all of them."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """What a row of metrics.jsonl says of it, where it holds out other targets in each epoch."""
+        return {}
+
     def training_rows(self, users: int) -> int:
         """How many of the dataset's first users take part in training."""
         return users
+
+    def examples(self, rows: Sequences, whole: bool, max_length: int) -> Sequences:
+        """The training samples of ``rows``: cut to what training may see, and unless they are wanted ``whole`` to the
+        latest max_length inputs and their targets."""
+        stop_R = self.train_stop(rows)
+        first_R = np.zeros_like(stop_R) if whole else np.maximum(stop_R - (max_length + 1), 0)
+        return rows.take(np.arange(len(rows)), first_R, stop_R)
+
+    def before(self) -> Split:
+        """What was trained on before its held-out targets are asked for."""
+        return self
+
+    def seen(self, catalogue: Counted) -> np.ndarray:
+        """(I,) above zero where an item is a training action before the held-out targets are asked for."""
+        return catalogue.training_counts.numpy()
+
+    def blocks(self, dataset: SequenceDataset) -> Sequence[int]:
+        """The blocks that may hold users with a target."""
+        return range(len(dataset.manifest.blocks))
 
     def train_stop(self, rows: Sequences) -> np.ndarray:
         """(R,) number of leading actions of each user that training may see, targets included."""
@@ -116,28 +160,19 @@ class GlobalTime(Split):
             if not first < bound <= latest:
                 side = "before" if bound <= first else "at or after"
                 raise UserError(
-                    f"no action of '{dataset.path}' is {side} data.split.{name} {bound} ({_date(bound)}), they are "
-                    f"from {first} ({_date(first)}) to {last} ({_date(last)}): {_likely(bound, first, last)}"
+                    f"no action of '{dataset.path}' is {side} data.split.{name} {bound} ({date(bound)}), they are "
+                    f"from {first} ({date(first)}) to {last} ({date(last)}): {likely(bound, first, last)}"
                 )
 
     def train_stop(self, rows: Sequences) -> np.ndarray:
-        return self._before(rows, self.config.valid_from)
+        return actions_before(rows, self.config.valid_from)
 
     def target(self, rows: Sequences, name: str, users: int) -> np.ndarray:
         self.check(name)
         start = self.config.valid_from if name == "valid" else self.config.test_from
-        index = self._before(rows, start)
-        stop = self._before(rows, self.config.test_from) if name == "valid" else rows.lengths_R
+        index = actions_before(rows, start)
+        stop = actions_before(rows, self.config.test_from) if name == "valid" else rows.lengths_R
         return np.where((index >= 1) & (index < stop), index, -1)
-
-    @staticmethod
-    def _before(rows: Sequences, time: int) -> np.ndarray:
-        if rows.timestamps_A is None:
-            raise UserError(
-                "data.split 'global_time' needs timestamps, and this dataset has none: use leave_one_out"
-            )
-        count = np.concatenate([[0], np.cumsum(rows.timestamps_A < time)])
-        return count[rows.offsets_R1[1:]] - count[rows.offsets_R1[:-1]]
 
 
 class Records(Split):
@@ -170,11 +205,19 @@ class Records(Split):
         return np.where(inside & (rows.lengths_R >= 2), rows.lengths_R - 1, -1)
 
 
-def _date(seconds: int) -> str:
+def actions_before(rows: Sequences, time: int) -> np.ndarray:
+    """(R,) how many of each user's actions come before ``time``."""
+    if rows.timestamps_A is None:
+        raise UserError("data.split needs timestamps, and this dataset has none: use leave_one_out")
+    count = np.concatenate([[0], np.cumsum(rows.timestamps_A < time)])
+    return count[rows.offsets_R1[1:]] - count[rows.offsets_R1[:-1]]
+
+
+def date(seconds: int) -> str:
     return str(np.datetime64(seconds, "s")).replace("T", " ") if abs(seconds) < 2**60 else "beyond all dates"
 
 
-def _likely(bound: int, first: int, last: int) -> str:
+def likely(bound: int, first: int, last: int) -> str:
     """What to do about a bound outside of a log's times: the unit in which it would be inside, if there is one."""
     text = str(bound)
     if re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", text):

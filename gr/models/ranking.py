@@ -155,7 +155,8 @@ class Ranking(Model):
         sequence = self.features.of_inputs(self.prepare(batch), self.task.supervise(batch, key, dropout_key))
         source_T = sources(batch, sequence.layout)
         labels_AK = self.labels.of(batch.columns)
-        return Labelled(sequence, labels_AK[source_T], labels_AK[source_T + 1])
+        targets_S = source_T if sequence.queries_S is None else source_T[sequence.queries_S]
+        return Labelled(sequence, labels_AK[source_T], labels_AK[targets_S + 1])
 
     def wanted(self, parts: Sequence[Labelled], context: StepContext) -> dict[str, list[Tensor]]:
         rows = [(part.sequence.tokens_T, part.targets_S) for part in parts]

@@ -7,7 +7,7 @@ width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr.batch import UNKNOWN, SequenceBatch
+from gr.batch import TARGETS_FROM, UNKNOWN, SequenceBatch
 from gr.config import ComponentConfig
 from gr.models.cut import Cut, cut
 from gr.models.layout import JaggedLayout
@@ -120,15 +120,27 @@ class NextItem:
         self.config = config
 
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Supervision:
-        """Every input row is a query.  Keys: this step's, and the layout's for dropout."""
+        """Every input row is a query, or where the batch says which actions are targets, those before one (for whose
+        number the device is waited for once).  Keys: this step's, and the layout's for dropout."""
         layout, source_T = _all_but_last(batch, dropout_key)
-        return Supervision(
+        whole = Supervision(
             tokens_T=batch.items_T[source_T],
             layout=layout,
             queries_S=None,
             targets_S=batch.items_T[source_T + 1],
             ordinals_S=batch.ordinals_B[layout.sequences_T],
             positions_S=layout.positions_T,
+        )
+        from_B = batch.user_columns.get(TARGETS_FROM)
+        if from_B is None:
+            return whole
+        queries_S = (layout.positions_T + 1 >= from_B[layout.sequences_T]).nonzero().squeeze(1)
+        return replace(
+            whole,
+            queries_S=queries_S,
+            targets_S=whole.targets_S[queries_S],
+            ordinals_S=whole.ordinals_S[queries_S],
+            positions_S=whole.positions_S[queries_S],
         )
 
     def request(self, batch: SequenceBatch) -> Supervision:

@@ -4,6 +4,7 @@ python -m gr prepare ml-1m --source DIR_OR_URL --out data/ml-1m
 python -m gr prepare log --source 'logs/*.parquet' --schema schema.yaml --out data/mine
 python -m gr prepare log --source s3://logs --schema schema.yaml --out /shared/mine --engine ray --address auto
 python -m gr prepare ray --dataset mine.logs:actions --schema schema.yaml --out data/mine
+python -m gr prepare append --to data/mine --source 'logs/dt=2024-05-02/*'
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gr.data.describe_tables import preparation_tables
 from gr.data.making.engine import Engine
 from gr.data.making.files import output_folder
 from gr.data.making.sources.base import make_source
+from gr.data.making.sources.log import ActionLog
 from gr.data.stores import is_url
 from gr.errors import UserError, program
 from gr.programs._arguments import new_parser, refuse_torchrun
@@ -41,14 +43,15 @@ def report(dataset: SequenceDataset, seconds: float) -> None:
 @program
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("name", help=", ".join(registry.DATASETS))
+    parser.add_argument("name", help=f"{', '.join(registry.DATASETS)}; or append, for newer actions of a log")
     parser.add_argument("--source", help="file, glob (in quotes), folder or URL to read")
     parser.add_argument(
         "--dataset",
         metavar="MODULE:FUNCTION",
         help="for ray: a function that returns a ray.data.Dataset of actions",
     )
-    parser.add_argument("--out", required=True, help="folder or URL of the dataset")
+    parser.add_argument("--out", help="folder or URL of the dataset")
+    parser.add_argument("--to", help="with append: folder of the dataset that grows")
     parser.add_argument("--schema", help="YAML: the log's columns and the policies")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument(
@@ -78,7 +81,19 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     refuse_torchrun("prepare", "its result doesn't depend on how many read it")
-    if not is_url(args.out):
+    appending = args.name == "append"
+    wanted, unwanted = ("to", "out") if appending else ("out", "to")
+    if getattr(args, wanted) is None or getattr(args, unwanted) is not None:
+        raise UserError(
+            f"prepare {args.name} takes --{wanted}, and not --{unwanted}: give it the dataset's folder"
+        )
+    if appending and (args.source is None or args.overwrite):
+        raise UserError(
+            "prepare append reads the newer actions from --source, and never overwrites: give it that"
+        )
+    if appending and args.engine != "process":
+        raise UserError("prepare append runs in one process: leave --engine out")
+    if not appending and not is_url(args.out):
         output_folder(args.out)
     if args.schema and not Path(args.schema).exists():
         raise UserError(f"no schema file '{args.schema}': docs/your-own-data.md shows one")
@@ -89,14 +104,19 @@ def main(arguments: list[str] | None = None) -> None:
             "--dataset is the source of ray, and no other has one: python -m gr prepare ray --dataset ..."
         )
     start = time.monotonic()
-    source = make_source(args.name, args.schema or {}, args.set)
-    dataset = source.prepare(
-        args.dataset or args.source,
-        args.out,
-        overwrite=args.overwrite,
-        progress=default_progress(),
-        engine=Engine(args.engine, args.address, args.tasks),
-    )
+    progress = default_progress()
+    if appending:
+        dataset = ActionLog.append(
+            args.source, args.to, schema=args.schema, settings=args.set, progress=progress
+        )
+    else:
+        dataset = make_source(args.name, args.schema or {}, args.set).prepare(
+            args.dataset or args.source,
+            args.out,
+            overwrite=args.overwrite,
+            progress=progress,
+            engine=Engine(args.engine, args.address, args.tasks),
+        )
     report(dataset, time.monotonic() - start)
 
 

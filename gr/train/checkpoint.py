@@ -33,6 +33,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from gr.data.stores import StoreError
 from gr.errors import UserError
@@ -254,9 +255,9 @@ def read_state(path: AnyPath) -> dict[str, Any]:
     return state
 
 
-def load(path: AnyPath, model: Model, engine: Engine | None = None) -> Cursor:
+def load(path: AnyPath, model: Model, engine: Engine | None = None, *, growing: bool = False) -> Cursor:
     """Fill ``model``, its tables (and ``engine``'s moments) in place from the checkpoint at ``path``; returns its
-    cursor."""
+    cursor.  ``growing``: tables may have more rows than there; those behind keep their first values, and no moments."""
     cursor = Cursor(**read_state(path)["cursor"])
     reader = StoreReader(path)
     sizes = {name: entry.size for name, entry in described(reader).items()}
@@ -264,16 +265,30 @@ def load(path: AnyPath, model: Model, engine: Engine | None = None) -> Cursor:
         wanted = parameters(model) | of_vocabularies(model)
     else:
         wanted = engine.load(list(sizes))
-    check_tensors(f"checkpoint '{path}'", sizes, wanted, model)
+    filled = {name: _first_rows(t, sizes.get(name)) for name, t in wanted.items()} if growing else wanted
+    check_tensors(f"checkpoint '{path}'", sizes, filled, model)
     if engine is not None and cursor.step and (lacking := engine.lacking(wanted)):
         raise UserError(
             f"checkpoint '{path}' has the weights but no {_words(lacking[0])}, without which training can't go on: "
             "choose an older checkpoint, or start a new run"
         )
-    fill(wanted, reader)
+    fill(filled, reader)
     if engine is not None:
         engine.loaded(wanted)
     return cursor
+
+
+def _first_rows(tensor: Tensor, size: Sequence[int] | None) -> Tensor:
+    """The first rows of a tensor, its own memory, as many as one of ``size`` has; all where that has another form."""
+    if size is None or isinstance(tensor, DTensor) or tuple(size[1:]) != tuple(tensor.shape[1:]) or not size:
+        return tensor
+    rows = size[0]
+    if rows >= tensor.shape[0]:
+        return tensor
+    if not isinstance(tensor, Slices):
+        return tensor[:rows]
+    parts = [(offsets, values[: max(rows - offsets[0], 0)]) for offsets, values in tensor.parts.items()]
+    return Slices(size, parts)
 
 
 def described(reader: dcp.FileSystemReader) -> dict[str, TensorStorageMetadata]:

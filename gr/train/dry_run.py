@@ -41,8 +41,9 @@ def dry_run(config: RunConfig) -> None:
             )
             trainer.progress.close()
             trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
+            first_epoch = _first_epoch(trainer)
             seconds, losses, shapes = [], [], []
-            for batch in islice(parts.batches.epoch(0), TIMED_STEPS):
+            for batch in islice(parts.batches.epoch(first_epoch), TIMED_STEPS):
                 started = time.perf_counter()
                 trainer.step(batch)
                 if processes.device.type == "cuda":
@@ -55,7 +56,7 @@ def dry_run(config: RunConfig) -> None:
             return
         shape = shapes[0]
         per_step = min(seconds)
-        steps = trainer.total_steps
+        steps, first = trainer.total_steps, parts.batches.in_epoch(first_epoch)
         table = Table(title="dry run", show_header=False, title_justify="left")
         table.add_row("dataset", f"{parts.data.dataset.users:,} users, {parts.data.dataset.items:,} items, "
                                  f"{parts.data.dataset.actions:,} actions")  # fmt: skip
@@ -71,11 +72,21 @@ def dry_run(config: RunConfig) -> None:
         table.add_row("peak memory", f"{peak_bytes(processes.device) / 2**20:,.0f} MiB")
         table.add_row("loss of the first step", f"{losses[0]:.4f}")
         table.add_row("seconds a step", f"{per_step:.3f} (first {seconds[0]:.3f})")
-        table.add_row("steps", f"{steps:,} ({parts.batches.per_epoch:,} an epoch)")
+        table.add_row("steps", f"{steps:,} ({first:,} in the first epoch)")
         table.add_row("estimated training time", f"{clock(per_step * steps)}, evaluations not counted")
         Console().print(table)
         if plans := plans_of(parts.model.tables.values()):
             Console().print(shown(plans))
+
+
+def _first_epoch(trainer: Trainer) -> int:
+    """The first one that has batches."""
+    for epoch in range(trainer.epochs):
+        if trainer.batches.in_epoch(epoch):
+            return epoch
+    raise UserError(
+        "no period is over yet (data.split.last is wait): there is nothing to train on", everywhere=True
+    )
 
 
 def plan_only(config: RunConfig, count: int) -> None:

@@ -50,6 +50,21 @@ class Evaluation:
         self._requests: dict[str, HeldOutRequests] = {}
         self._targets: dict[str, dict[str, float]] = {}
 
+    def at(self, epoch: int) -> Evaluation:
+        """Itself, or where each epoch holds out targets of its own the evaluation of these."""
+        split = self.split.at(epoch)
+        if split is self.split:
+            return self
+        return Evaluation(
+            self.dataset,
+            split,
+            self.config,
+            self.catalogue,
+            judged_by=self.judged_by,
+            processes=self.processes,
+            columns=self.columns,
+        )
+
     def run(self, name: str, scorer: Any, *, advance: Advance | None = None) -> EvalResult:
         """Metrics of ``scorer`` on the held-out split ``name``, the same on every rank."""
         held_out = self.requests(name)
@@ -66,8 +81,7 @@ class Evaluation:
         )
         if not result.users:
             raise UserError(
-                f"no user of '{self.dataset.path}' has a held-out action in split '{name}': "
-                "take it out of eval.splits, or change data.split",
+                f"no user of '{self.dataset.path}' has a held-out action in split '{name}': {self.split.without}",
                 everywhere=True,
             )
         if name not in self._targets:
@@ -92,7 +106,9 @@ class Evaluation:
             return kind(self.dataset)
         of_labels = self.judged_by == "pointwise"
         scorer = kind(Labels(self.config.model.tasks, self.catalogue.manifest)) if of_labels else kind()  # type: ignore[attr-defined]
-        return scorer.fit(training_sequences(self.dataset, self.split, scorer.needs), self.dataset.items)
+        return scorer.fit(
+            training_sequences(self.dataset, self.split.before(), scorer.needs), self.dataset.items
+        )
 
     def requests(self, name: str) -> HeldOutRequests:
         """This rank's requests of split ``name``."""
@@ -109,9 +125,7 @@ class Evaluation:
                 world=data.size,
                 max_users=config.max_users,
                 columns=self.columns,
-                kinds=TargetKinds(
-                    lambda: self.catalogue.training_counts.numpy(), timed=self.dataset.has_timestamps
-                ),
+                kinds=TargetKinds(lambda: self.split.seen(self.catalogue), timed=self.dataset.has_timestamps),
             )
         return self._requests[name]
 

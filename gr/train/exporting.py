@@ -74,8 +74,8 @@ def export(
     config = _changed(config_of(run), overrides)
     _check_vocabularies(config)
     chosen = find_checkpoint(folder, checkpoint_name)
-    data = open_data(config)
     cursor = checkpoint.read_state(chosen)["cursor"]
+    data = open_data(config, cursor["generation"])
     check_generation(data, cursor["generation"], run)
     weights, config_yaml = SavedWeights(chosen), configs.to_yaml(config)
     scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from rich.console import Console
 
 from gr import config as configs
 from gr.config import RunConfig
+from gr.data.dataset import SequenceDataset
+from gr.data.manifest import read_manifest
 from gr.errors import UserError
 from gr.launcher import attempt
 from gr.processes import Processes, processes
@@ -28,12 +31,13 @@ from gr.train.place import AnyPath
 from gr.train.plans import plans_of, shown
 from gr.train.plots import plot_run
 from gr.train.selection import best_of, best_validation, family_of, selection_metric, validations
+from gr.train.stopping import StopSignal
 from gr.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 CHANGEABLE = (
-    *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest"),
+    *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest", "data.follow"),
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
     *("train.context", "train.activation_checkpointing", "model.input.features.*.table"),
@@ -90,7 +94,7 @@ def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
             raise
         with _locked(folder, processes):
             cursor = Cursor(parts.data.dataset.manifest.generation)
-            return _train(config, parts, folder, cursor, processes, on_step)
+            return _train_and_follow(config, parts, folder, cursor, processes, on_step)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep = nothing) -> RunResult:
@@ -106,16 +110,69 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep =
 def _go_on(folder: RunFolder, config: RunConfig, processes: Processes, on_step: OnStep) -> RunResult:
     processes.check_shared(folder.path, "the run's folder")
     with _locked(folder, processes):
-        parts = processes.together(lambda: build(config, processes))
-        newest = checkpoint.newest(folder.checkpoints, processes)
-        cursor = Cursor(parts.data.dataset.manifest.generation)
-        if newest is not None:
-            cursor = processes.together(lambda: _load(newest, parts))
-            cursor.finished = cursor.finished and cursor.epoch >= config.train.epochs
-        if processes.is_main:
-            _prepare_folder(folder, config, cursor, newest)
-        cursor = processes.broadcast(cursor)
-        return _train(config, parts, folder, cursor, processes, on_step)
+        parts, cursor = _opened(folder, config, processes)
+        return _train_and_follow(config, parts, folder, cursor, processes, on_step)
+
+
+def _opened(folder: RunFolder, config: RunConfig, processes: Processes) -> tuple[Parts, Cursor]:
+    """A run as its newest complete checkpoint left it, its files too."""
+    newest = checkpoint.newest(folder.checkpoints, processes)
+    begun = None if newest is None else _begun_with(newest)
+    parts = processes.together(lambda: build(config, processes, begun))
+    cursor = Cursor(parts.data.dataset.manifest.generation)
+    if newest is not None:
+        cursor = processes.together(lambda: _load(newest, config, parts))
+        cursor.finished = cursor.finished and cursor.epoch >= (parts.batches.epochs or config.train.epochs)
+    if processes.is_main:
+        _prepare_folder(folder, config, cursor, newest)
+        if begun is not None and read_manifest(parts.data.dataset.folder).generation != begun:
+            print(
+                "the dataset has grown: what was begun is finished with the generation that it began with, the next "
+                "resume goes on with the newest",
+                flush=True,
+            )
+    return parts, processes.broadcast(cursor)
+
+
+def _train_and_follow(
+    config: RunConfig,
+    parts: Parts,
+    folder: RunFolder,
+    cursor: Cursor,
+    processes: Processes,
+    on_step: OnStep,
+) -> RunResult:
+    """Train on what there is; with ``data.follow`` also on what is appended to it meanwhile and afterwards."""
+    result = _train(config, parts, folder, cursor, processes, on_step)
+    while config.data.follow is not None and result.finished and cursor.step != config.train.max_steps:
+        if not _newer(config, parts.data.dataset, processes):
+            break
+        del parts
+        parts, cursor = _opened(folder, config, processes)
+        result = _train(config, parts, folder, cursor, processes, on_step)
+    return result
+
+
+def _newer(config: RunConfig, dataset: SequenceDataset, processes: Processes) -> bool:
+    """Wait until the dataset has grown; False where a signal came first, or nothing did."""
+    follow, begun = config.data.follow, time.monotonic()
+    assert follow is not None
+    if processes.is_main:
+        print(f"waiting for newer actions in '{dataset.path}'", flush=True)
+    with StopSignal() as signal:
+        while True:
+            newest = processes.together(
+                lambda: read_manifest(dataset.folder).generation if processes.is_main else None
+            )
+            waited = time.monotonic() - begun
+            state = (newest != dataset.manifest.generation, waited >= follow.give_up)
+            grown, gave_up = processes.broadcast(state)  # the main process's
+            (stopped,) = processes.world.maximum([int(bool(signal.received))])
+            if grown or gave_up or stopped:
+                return grown and not stopped
+            until = time.monotonic() + min(follow.every, follow.give_up)
+            while not signal.received and time.monotonic() < until:
+                time.sleep(0.1)
 
 
 def _begun(config: RunConfig, processes: Processes) -> RunFolder | None:
@@ -200,6 +257,8 @@ def _prepare_folder(folder: RunFolder, config: RunConfig, cursor: Cursor, newest
             *(folder.path / folder.metrics.name, rows, cursor.metrics_rows, newest),
         )
         cursor.metrics_rows = rows
+    if newest is not None and checkpoint.read_state(newest)["cursor"]["generation"] != cursor.generation:
+        print("the dataset has grown: new rows of tables start from their first values", flush=True)
     where = "its end" if cursor.finished else f"epoch {cursor.epoch + 1}, step {cursor.step}"
     _reconsider_best(folder, config, cursor)
     folder.rewrite_config(configs.to_yaml(config))
@@ -266,16 +325,44 @@ def _locked(folder: RunFolder, processes: Processes) -> Iterator[None]:
         yield
 
 
-def _load(path: AnyPath, parts: Parts) -> Cursor:
-    """Fill the model and the engine from a checkpoint of the same data."""
+def _begun_with(newest: AnyPath) -> str | None:
+    """The generation of the data whose epoch was begun, and is gone through to its end; None between two epochs, where
+    training goes on with the newest."""
+    cursor = checkpoint.read_state(newest)["cursor"]
+    return cursor["generation"] if cursor["batch"] else None
+
+
+def _load(path: AnyPath, config: RunConfig, parts: Parts) -> Cursor:
+    """Fill the model and the engine from a checkpoint of the same data, or of what that has grown from."""
     dataset = parts.data.dataset
-    saved = checkpoint.read_state(path)["cursor"]["generation"]
-    if saved != dataset.manifest.generation:
+    now, saved = dataset.manifest.generation, checkpoint.read_state(path)["cursor"]["generation"]
+    if saved == now:
+        return checkpoint.load(path, parts.model, parts.engine)
+    if saved not in dataset.manifest.earlier:
         raise UserError(
-            f"'{dataset.path}' is not the dataset that '{path}' was trained on (generation "
-            f"{dataset.manifest.generation}, not {saved}): prepare the same data again, or start a new run"
+            f"'{dataset.path}' is not the dataset that '{path}' was trained on (generation {now}, not {saved}): "
+            "prepare the same data again, or start a new run"
         )
-    return checkpoint.load(path, parts.model, parts.engine)
+    check_growing(config, dataset)
+    cursor = checkpoint.load(path, parts.model, parts.engine, growing=True)
+    cursor.generation, cursor.best, cursor.stale = now, {}, 0  # others are held out now
+    return cursor
+
+
+def check_growing(config: RunConfig, dataset: SequenceDataset) -> None:
+    """Refuse to go on with more data where something hangs on how much there is."""
+    grown = f"'{dataset.path}' has grown since"
+    if config.schedule.name != "constant":
+        raise UserError(
+            f"{grown}, and with schedule.name {config.schedule.name} the learning rate falls towards a last step, "
+            "which the new actions move: start a new run, or use a constant rate from the beginning"
+        )
+    for name, feature in config.model.input.features.items():  # type: ignore[attr-defined]
+        if feature.derived == "user":
+            raise UserError(
+                f"{grown}, and feature '{name}' has a row for each user by their number, which new users change: start "
+                "a new run, with a vocabulary for user ids"
+            )
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gr.config import RunConfig, warn_of_idle_keys
 from gr.data.batches import Batches, Plan
 from gr.data.catalogue import Catalogue
 from gr.data.dataset import SequenceDataset
 from gr.data.order import Order
+from gr.data.periods import Chronological
 from gr.data.split import Split
+from gr.data.transforms.transform import Transform, filters, samplers
 from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Processes
@@ -38,22 +40,51 @@ class Parts:
     evaluation: Evaluation
 
 
-def build(config: RunConfig, processes: Processes) -> Parts:
-    """Everything that ``config`` describes, on this process's device; refuses what can't train or be evaluated."""
-    data = processes.together(lambda: _open_to_train(config))
+def build(config: RunConfig, processes: Processes, generation: str | None = None) -> Parts:
+    """Everything that ``config`` describes, on this process's device; refuses what can't train or be evaluated.
+    ``generation``: of the dataset, where it may not be the newest."""
+    data = processes.together(lambda: _open_to_train(config, generation))
     if processes.is_main:
         warn_of_idle_keys(config)
     data.catalogue.count_once(processes)
+    data = replace(data, split=data.split.on(data.dataset, processes))
     return processes.together(lambda: _build(config, data, processes))
 
 
-def _open_to_train(config: RunConfig) -> Data:
+def _open_to_train(config: RunConfig, generation: str | None) -> Data:
     check_selection(config)
     for name in config.eval.baselines:
         baseline_kind(name, judged_by(config))
-    data = open_data(config)
+    data = open_data(config, generation)
     data.split.check_dataset(data.dataset)
+    _check_one_pass(config, data.split)
     return data
+
+
+def _check_one_pass(config: RunConfig, split: Split) -> None:
+    """Refuse what needs to know the whole log before training, where training goes through it once."""
+    if not isinstance(split, Chronological):
+        return
+    once = "data.split chronological goes through the log once"
+    if whole := next((t.config.name for t in made_transforms(config) if getattr(t, "whole", False)), None):
+        raise UserError(
+            f"{once}, and transform '{whole}' takes examples from anywhere in it: leave it out of data.transforms"
+        )
+    if config.train.context > 1:
+        raise UserError(f"{once}, which has only been tried with whole sequences: use train.context=1")
+    if config.train.early_stopping is not None:
+        raise UserError(f"{once}, so nothing can be validated again: leave train.early_stopping out")
+    task = getattr(config.model, "task", None)
+    if task is not None and task.component().masks:
+        raise UserError(
+            f"{once}, and model.task {task.name} has targets anywhere in a sequence: use model.task=next_item"
+        )
+    objective = config.objective
+    if objective is not None and objective.component().counts_items(objective):  # type: ignore[attr-defined]
+        key = "sampling=uniform" if hasattr(objective, "sampling") else "logq=false"
+        raise UserError(
+            f"{once}, and objective {objective.name} would count items that are still to come: use objective.{key}"
+        )
 
 
 def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
@@ -124,10 +155,18 @@ def _recompute(model: Model, config: RunConfig) -> None:
         stack.recompute = True
 
 
-def open_data(config: RunConfig) -> Data:
-    dataset = SequenceDataset(config.data.path)
+def open_data(config: RunConfig, generation: str | None = None) -> Data:
+    """The data of a run: of the ``generation`` that it stands at, if the dataset has grown from that."""
+    dataset = SequenceDataset(config.data.path, generation)
+    for transform in (transforms := made_transforms(config)):
+        transform.check_dataset(dataset)
+    dataset = dataset.filtered(filters(transforms))
     split = config.data.split.build()
     return Data(dataset, split, dataset.catalogue.under(split))
+
+
+def made_transforms(config: RunConfig) -> list[Transform]:
+    return [transform.build() for transform in config.data.transforms]
 
 
 def build_model(config: RunConfig, data: Data, processes: Processes) -> Model:
@@ -147,6 +186,13 @@ def build_model(config: RunConfig, data: Data, processes: Processes) -> Model:
 def check_targets(config: RunConfig, data: Data) -> None:
     """Refuse a split that leaves nothing to train on, or nothing to evaluate."""
     counted, path = data.catalogue.counted, config.data.path
+    if isinstance(data.split, Chronological):
+        if data.split.periods is not None and not data.split.periods.count:
+            raise UserError(
+                f"no user of dataset '{path}' has an action from data.split.start on with another before it: choose an "
+                "earlier start"
+            )
+        return
     if not data.split.training_rows(data.dataset.users):
         raise UserError(f"data.split leaves no training sequence of dataset '{path}': change it")
     if not counted.users:
@@ -173,7 +219,16 @@ def build_batches(config: RunConfig, data: Data, needs: frozenset[str], processe
         window_blocks=config.data.window_blocks,
         shuffle=config.data.order == "shuffle",
     )
-    plan = Plan(split, order, config.train.global_batch, config.data.max_length, config.data.tail, needs)
+    plan = Plan(
+        split,
+        order,
+        config.train.global_batch,
+        config.data.max_length,
+        config.data.tail,
+        needs,
+        samplers(made_transforms(config)),
+        dataset.filters,
+    )
     batches = config.data.ingest.build(
         dataset,
         plan,
@@ -182,7 +237,7 @@ def build_batches(config: RunConfig, data: Data, needs: frozenset[str], processe
         prefetch=config.data.prefetch,
         pin_memory=processes.device.type == "cuda",
     )
-    if not batches.per_epoch:
+    if batches.epochs is None and not batches.in_epoch(0):
         raise UserError(
             f"dataset '{config.data.path}' has {order.rows} training sequences, fewer than train.global_batch "
             f"{config.train.global_batch} with data.tail=drop: lower the batch or keep the tail"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,13 +45,15 @@ def open_run(
     processes = processes or Processes(torch.device("cpu"))
     config, folder = config_of(path, data_path), RunFolder(path)
     chosen = None if exported.is_export(path) else find_checkpoint(folder, checkpoint_name)
-    data = open_data(config)
+    data = open_data(config, trained_on(path, chosen))
     model = build_model(config, data, processes)
     if chosen is None:
-        cursor = exported.load(folder.path, model, checkpoint_name, processes.world)
+        cursor = exported.load(Path(path), model, checkpoint_name, processes.world)
     else:
         cursor = checkpoint.load(chosen, model)
     check_generation(data, cursor.generation, path)
+    begun = cursor.epoch + (cursor.batch > 0)
+    data = replace(data, split=data.split.on(data.dataset).at(begun))
     return OpenRun(folder, config, data, model.eval(), cursor.step, cursor.epoch)
 
 
@@ -62,6 +64,13 @@ def config_of(path: str | Path, data_path: str | None = None) -> RunConfig:
     folder = RunFolder.existing(path)
     config = configs.load(folder.config)
     return config if data_path is None else configs.override(config, [f"data.path={json.dumps(data_path)}"])
+
+
+def trained_on(path: str | Path, chosen: AnyPath | None) -> str:
+    """The generation of the dataset that the checkpoint ``chosen``, or without one the export in ``path``, is of."""
+    if chosen is None:
+        return exported.read_manifest(path).generation
+    return checkpoint.read_state(chosen)["cursor"]["generation"]
 
 
 def check_generation(data: Data, generation: str, path: str | Path) -> None:

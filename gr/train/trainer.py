@@ -55,7 +55,9 @@ class Trainer:
         self.selection, self.shown = selection_metric(config), family_of(config).shown_of(config)
         self._noted: set[str] = set()
         self.on_step = on_step
-        self.total_steps = config.train.epochs * parts.batches.per_epoch
+        self.one_pass = parts.batches.epochs is not None
+        self.epochs = config.train.epochs if parts.batches.epochs is None else parts.batches.epochs
+        self.total_steps = sum(map(parts.batches.in_epoch, range(self.epochs)))
         if config.train.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train.max_steps)
         self.metrics = MetricsLog(folder, config.log.tensorboard, processes.is_main, cursor.step)
@@ -71,12 +73,16 @@ class Trainer:
             if cursor.finished:
                 return True
             with StopSignal() as signal, self.writer:
-                if cursor.metrics_rows == 0:
+                if cursor.metrics_rows == 0 and not self.one_pass:
                     with self.progress.pause():
                         self.run_baselines()
                 for batch in self._remaining():
+                    if self._asked_first(batch):
+                        with self.progress.pause():
+                            self.run_baselines()
+                            self.run_evaluations()
                     stop = self.step(batch, stop=bool(signal.received))
-                    epoch_ends = batch.index + 1 == self.batches.per_epoch
+                    epoch_ends = batch.index + 1 == self.batches.in_epoch(cursor.epoch)
                     if self._evaluation_due(epoch_ends):
                         with self.progress.pause():
                             self.run_evaluations()
@@ -123,7 +129,7 @@ class Trainer:
 
         if self._due(self.config.log.every_steps) or cursor.step == 1:
             self._log(loss, norm, batch, targets, time.perf_counter() - started)
-        self.progress.update(cursor.epoch, config.epochs, cursor.step, self.last_loss, batch.samples, targets)
+        self.progress.update(cursor.epoch, self.epochs, cursor.step, self.last_loss, batch.samples, targets)
         if self._due(TRIM_STEPS):
             give_back_freed_memory()
         self.writer.poll()
@@ -132,9 +138,11 @@ class Trainer:
 
     def run_evaluations(self) -> None:
         self._check_finite()
+        evaluation = self.evaluation.at(self.cursor.epoch)
         for split in self.config.eval.splits:
-            result = self.evaluation.run(split, self.model)
-            row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step, **result.row()}
+            result = evaluation.run(split, self.model)
+            row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step}
+            row |= evaluation.split.describe() | result.row()
             self.cursor.metrics_rows += self.metrics.write(row)
             self._say(row, result.notes)
             if split == "valid":
@@ -142,9 +150,11 @@ class Trainer:
 
     def run_baselines(self) -> None:
         """What needs no training, on the same requests: the figures to beat (and the oracle's, not to be beaten)."""
+        evaluation = self.evaluation.at(self.cursor.epoch)
         for split in self.config.eval.splits:
-            for name, result in self.evaluation.baselines(split).items():
-                row = {"kind": "baseline", "name": name, "epoch": 0, "step": 0, **result.row()}
+            for name, result in evaluation.baselines(split).items():
+                row = {"kind": "baseline", "name": name, "epoch": self.cursor.epoch, "step": self.cursor.step}
+                row |= evaluation.split.describe() | result.row()
                 self.cursor.metrics_rows += self.metrics.write(row)
                 self._say(row, result.notes)
 
@@ -160,6 +170,9 @@ class Trainer:
         cursor = self.cursor
         while not self._finished():
             epoch = cursor.epoch
+            if not self.batches.in_epoch(epoch):  # a period in which nothing happened
+                cursor.next_epoch()
+                continue
             for batch in self.batches.epoch(epoch, cursor.batch):
                 yield batch
                 if self._finished() or cursor.epoch != epoch:
@@ -168,13 +181,18 @@ class Trainer:
     def _finished(self) -> bool:
         stopping = self.config.train.early_stopping
         return (
-            self.cursor.epoch >= self.config.train.epochs
+            self.cursor.epoch >= self.epochs
             or self.cursor.step >= self.total_steps
             or (stopping is not None and self.cursor.stale >= stopping.patience)
         )
 
+    def _asked_first(self, batch: GlobalBatch) -> bool:
+        """Whether what is about to be trained on is evaluated before: in one pass through the log it's never seen
+        again."""
+        return self.one_pass and batch.index == 0 and self.cursor.epoch % self.config.eval.every_epochs == 0
+
     def _evaluation_due(self, epoch_ends: bool) -> bool:
-        return (
+        return not self.one_pass and (
             (epoch_ends and (self.cursor.epoch + 1) % self.config.eval.every_epochs == 0)
             or self._due(self.config.eval.every_steps)
             or self.cursor.step >= self.total_steps
@@ -333,5 +351,5 @@ class Trainer:
 def summary(row: dict[str, Any], shown: list[str]) -> str:
     """An evaluation in one line: its metrics ``shown``."""
     figures = [f"{name} {row[name]:.4f}" for name in shown if name in row]
-    who = row["name"] if row["kind"] == "baseline" else f"epoch {row['epoch'] + 1}"
+    who = row["name"] if row["kind"] == "baseline" else row.get("period", f"epoch {row['epoch'] + 1}")
     return f"{who:<10}  {row['split']:<5} {'  '.join(figures)}  ({row['users']:,} users)"

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from gr import config as configs
-from gr.batch import UNKNOWN
+from gr.batch import TARGETS_FROM, UNKNOWN
 from gr.data.columns import ColumnInfo
 from gr.errors import UserError
 from gr.models.ranking import Ranking
@@ -99,6 +100,25 @@ def test_the_loss_is_the_mean_over_tasks_of_known_labels_cross_entropy(encoder):
     exact, allowed = analysed(lambda: {"loss": -(signed.sigmoid().log() / 2).sum()}, torch.float32)
     assert_within({"loss": loss_of(model, b)}, exact, allowed, torch.float32)
     assert torch.isnan(b.columns["value"]).any(), "the case has no unknown label"
+
+
+def test_where_a_batch_says_which_actions_are_targets_these_logits_alone_are_asked_for():
+    model, b = build().eval(), labelled()
+    from_B = torch.tensor([max(n - 2, 1) for n in b.lengths])
+    part = model.supervise(dataclasses.replace(b, user_columns={TARGETS_FROM: from_B}), 5)
+    whole = model.supervise(b, 5)
+    rows_S = torch.cat(
+        [torch.arange(n - 1)[max(n - 3, 0) :] + start for n, start in zip(b.lengths, _starts(b)) if n > 1]
+    )
+    assert part.targets_S.tolist() == whole.targets_S[rows_S].tolist()
+    assert torch.equal(part.labels_SK.nan_to_num(-1), whole.labels_SK[rows_S].nan_to_num(-1))
+    context = StepContext(5, views=model.views([part], StepContext(5)))
+    torch.testing.assert_close(model._logits(part, context), logits_of_rows(model, b)[rows_S])
+
+
+def _starts(b):
+    """The first input row of each sequence."""
+    return F.pad((torch.tensor(b.lengths) - 1).clamp_min(0).cumsum(0), (1, 0)).tolist()
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -87,7 +87,7 @@ def batches(dataset, rank=0, ranks=1, start=0, epoch=0, tail="keep", engine=Arro
     plan = Plan(split, order, global_batch=10, max_length=12, tail=tail)
     loader = engine(engine.Config(), dataset, plan, rank=rank, ranks=ranks)
     result = list(loader.epoch(epoch, start))
-    assert len(result) == loader.per_epoch - start
+    assert len(result) == loader.in_epoch(epoch) - start
     return result
 
 
@@ -206,7 +206,7 @@ def test_tail_drop_leaves_the_short_batch_out(dataset):
     assert [b.samples for b in batches(dataset)] == [10] * 5 + [7]
     order, split = Order("f", 3, 50, 8, 2), LeaveOneOut(LeaveOneOut.Config())
     for tail in ("drop", "keep"):  # of whole batches nothing is left over
-        assert Plan(split, order, global_batch=10, max_length=12, tail=tail).per_epoch == 5
+        assert Plan(split, order, global_batch=10, max_length=12, tail=tail).in_epoch(0) == 5
 
 
 def test_an_error_in_the_reading_thread_reaches_the_reader(dataset, tmp_path):

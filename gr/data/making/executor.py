@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -68,11 +69,15 @@ class Actions(Protocol):
 class Executor(Protocol):
     """Who does the work: in a ``with`` that ends with all that was put aside removed."""
 
-    store: Store
-    """The partitions, when the log has been read."""
     quarantine: Quarantine
-    dataset: Path | None
-    """Where the dataset is put together, None leaves that to its writer."""
+
+    @property
+    def store(self) -> Store:
+        """The partitions, when the log has been read."""
+
+    @property
+    def dataset(self) -> Path | None:
+        """Where the dataset is put together, None leaves that to its writer."""
 
     def __enter__(self) -> Executor: ...
 
@@ -118,3 +123,14 @@ def no_space(out: str) -> UserError:
         f"no space is left on the disk for '{out}' and its partitions (20 bytes an action with integer ids, and the "
         "dataset): make room, or set scratch to a folder on another disk"
     )
+
+
+@contextmanager
+def saying_no_space(out: str) -> Iterator[None]:
+    """A full disk is a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if not is_no_space(error):
+            raise
+        raise no_space(out) from None

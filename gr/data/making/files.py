@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ class DataFile:
 
     def row_groups(
         self, parquet: pq.ParquetFile, columns: Sequence[str], groups: Iterable[int]
-    ) -> Iterator[pq.ParquetFile]:
+    ) -> Generator[pq.ParquetFile, None, None]:
         """:meth:`row_group` of each; of a store the next ones are on their way meanwhile."""
         ahead = 0 if self.local else ROW_GROUPS_AHEAD
         return in_order(lambda group: self.row_group(parquet, group, columns), groups, ahead)

@@ -39,6 +39,7 @@ class InProcess:
             self.scratch / "quarantine" if options.on_bad_rows == "quarantine" else None
         )
         self.store = PartitionStore(self.scratch / "partitions", bits)
+        self.items = IdCodes("item")  # an append has some beforehand
         self.partition: int | None = None  # the last one that was begun
 
     def __enter__(self) -> InProcess:
@@ -59,11 +60,13 @@ class InProcess:
         )
 
     def read(self, stage: Stage) -> tuple[IdCodes, IdCodes]:
-        items, types = IdCodes("item"), IdCodes("action type")
-        read_into(self.store.add, self.actions, self.options, self.quarantine, items, types, stage.advance)
+        types = IdCodes("action type")
+        read_into(
+            self.store.add, self.actions, self.options, self.quarantine, self.items, types, stage.advance
+        )
         self.quarantine.close()
         self.store.close()
-        return items, types
+        return self.items, types
 
     def go(self, name: str, step: Sorting | Counting, found: Found) -> Found:
         for partition in self._partitions(name):

@@ -112,7 +112,7 @@ class LogReader:
 
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         """Checked tables of at most ``chunk_rows`` rows, in the order of the files and of the rows in them."""
-        for piece in self._pieces:
+        for piece in self._to_read():
             file = self.files[piece.file]
             for batch, locate in self._batches(piece, chunk_rows, quarantine):
                 self.rows_read += batch.num_rows
@@ -160,7 +160,8 @@ class LogReader:
 
     def only(self, part: list[Piece]) -> LogReader:
         reader = copy.copy(self)
-        reader._pieces, reader.rows_read, reader.rounded_values = part, 0, 0
+        reader.rows_read = reader.rounded_values = 0
+        reader._take(part)
         reader.times = Times(self.types.clock, self._first_zoned) if self.types.clock else None
         reader.__dict__.pop("_converters", None)
         return reader
@@ -198,6 +199,14 @@ class LogReader:
         finally:
             self.rows_read = read  # malformed records count
         return None
+
+    def _to_read(self) -> Iterable[Piece]:
+        """The pieces, to be read now."""
+        return self._pieces
+
+    def _take(self, part: list[Piece]) -> None:
+        """Read these alone."""
+        self._pieces = part
 
     def _ahead(self) -> Iterable[Piece]:
         """The pieces, which are read again later."""

@@ -31,7 +31,7 @@ from gr.data.dataset import DatasetWriter, SequenceDataset, check_output
 from gr.data.making import huge
 from gr.data.making.described import join
 from gr.data.making.engine import IN_PROCESS, Engine
-from gr.data.making.executor import Actions, Executor, is_no_space, no_space
+from gr.data.making.executor import Actions, Executor, saying_no_space
 from gr.data.making.ids import numbering
 from gr.data.making.in_process import InProcess
 from gr.data.making.partitions import row_bytes
@@ -63,29 +63,21 @@ def prepare(
     Raises UserError: bad rows (policy ``fail``), nothing left, ``out`` exists, a full disk.
     """
     out, progress = os.fspath(out), progress or Progress()
+    check_options(actions, options, described)
+    check_output(out, overwrite)
+    with saying_no_space(out), executor(engine, actions, out, options, progress) as work:
+        writer = DatasetWriter(out, name, overwrite=overwrite, scratch=work.dataset)
+        return Work(work, actions, out, options, described, progress, writer).done(provenance or {})
+
+
+def check_options(actions: Actions, options: Preparation, described: Described | None) -> None:
+    """Refuse policies that this log, or what is known of its items, has nothing for."""
     if options.duplicates == "drop_exact" and not actions.has_times:
         raise UserError(
             "duplicates=drop_exact compares times, and this log has none: map columns.time, or keep them"
         )
     if options.items == "listed" and described is None:
         raise UserError("items=listed needs a catalogue: name its file in the schema, or say items=seen")
-    check_output(out, overwrite)
-    try:
-        with executor(engine, actions, out, options, progress) as work:
-            writer = DatasetWriter(out, name, overwrite=overwrite, scratch=work.dataset)
-            try:
-                return _Work(work, actions, out, options, described, progress, writer).run(provenance or {})
-            except MemoryError:
-                pass  # the frames that hold the memory must go before the sentence can be made
-            except BaseException:
-                writer.abandon()
-                raise
-            writer.abandon()
-            raise work.out_of_memory()
-    except OSError as error:
-        if not is_no_space(error):
-            raise
-        raise no_space(out) from None
 
 
 def executor(
@@ -99,7 +91,7 @@ def executor(
     return OnRay(actions, out, options, progress, engine.address, engine.tasks)
 
 
-class _Work:
+class Work:
     """One preparation: its stages in the order of ``run``."""
 
     def __init__(
@@ -118,6 +110,18 @@ class _Work:
         self.alive_C: np.ndarray | None = None
         self.counts = Counts()
         self.capped_users = self.capped_actions = 0
+
+    def done(self, provenance: dict[str, Any]) -> SequenceDataset:
+        """The dataset, or a UserError and nothing written."""
+        try:
+            return self.run(provenance)
+        except MemoryError:
+            pass  # the frames that hold the memory must go before the sentence can be made
+        except BaseException:
+            self.writer.abandon()
+            raise
+        self.writer.abandon()
+        raise self.executor.out_of_memory()
 
     def run(self, provenance: dict[str, Any]) -> SequenceDataset:
         options = self.options

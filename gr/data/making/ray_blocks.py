@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,16 +58,14 @@ class BlocksReader(LogReader):
         self._lay_out(lay_out_typed([only], schema, self.columns, self.fields))
         self.estimated_rows = 0  # not known before all of them are made
 
-    @property
-    def _pieces(self) -> Iterator[BlockPiece]:  # type: ignore[override]
+    def _to_read(self) -> Iterator[BlockPiece]:  # type: ignore[override]
         """Each block once."""
         while self._waiting:
             yield self._waiting.pop(0)
         yield from self._stream
 
-    @_pieces.setter
-    def _pieces(self, blocks: Iterable[BlockPiece]) -> None:
-        self._waiting, self._stream = list(blocks), iter([])
+    def _take(self, part: list[BlockPiece]) -> None:  # type: ignore[override]
+        self._waiting, self._stream = part, iter([])
 
     def _ahead(self) -> Iterator[BlockPiece]:  # type: ignore[override]
         yield from list(self._waiting)
@@ -80,7 +78,7 @@ class BlocksReader(LogReader):
 
     def parts(self) -> Iterator[list[BlockPiece]]:  # type: ignore[override]
         part: list[BlockPiece] = []
-        for piece in self._pieces:
+        for piece in self._to_read():
             if part and sum(p.rows for p in part) + piece.rows > PART_ROWS:
                 yield part
                 part = []

@@ -36,6 +36,10 @@ class InBatchDebiased(Objective):
         name: Literal["in_batch"] = "in_batch"
         logq: bool = True
 
+    @staticmethod
+    def counts_items(config: InBatchDebiased.Config) -> bool:
+        return config.logq
+
     def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
         super().__init__(similarity)
         self.items = catalogue.rows

@@ -6,6 +6,7 @@ Shapes: S targets, D model width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,11 @@ class Objective(nn.Module):
     needs_global_targets = False
     needs_every_row = False
     """Whether every row of the table has a gradient in every step: ``Table.cross_entropy``."""
+
+    @staticmethod
+    def counts_items(config: Any) -> bool:
+        """Whether it asks beforehand how often each item is a training action."""
+        return getattr(config, "sampling", "uniform") == "popularity"
 
     def __init__(self, similarity: Similarity) -> None:
         super().__init__()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from gr.data.dataset import SequenceDataset
+from gr.data.making.append import append, check_appendable
 from gr.data.making.described import read_catalogue
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.executor import name_of
 from gr.data.making.log import LogReader
-from gr.data.making.prepare import prepare
-from gr.data.making.schema import LogSchema, Preparation
-from gr.data.making.sources.base import QUIET, Source
+from gr.data.making.prepare import Described, prepare
+from gr.data.making.schema import FieldColumn, LogSchema, Preparation
+from gr.data.making.sources.base import QUIET, Source, make_source
+from gr.data.sequences import USER_ID
 from gr.errors import UserError
 from gr.progress import Progress
 
@@ -47,18 +52,71 @@ class ActionLog(Source):
         if source is None:
             raise UserError("a log is read from somewhere: give --source a file, a glob, a folder or a URL")
         options = self.options
-        reader = self.reader(source, options)
-        catalogue = options.catalogue
         return prepare(
-            reader,
+            self.reader(source, options),
             out,
             name_of(out),
             options,
-            described=None
-            if catalogue is None
-            else lambda integer: read_catalogue(catalogue, integer, progress.note),
+            described=self._described(progress),
             overwrite=overwrite,
             progress=progress,
             provenance={"source": source, "options": options.model_dump(mode="json")},
             engine=engine,
         )
+
+    @staticmethod
+    def append(
+        source: str,
+        to: str,
+        *,
+        schema: Mapping[str, Any] | str | Path | None = None,
+        settings: Sequence[str] = (),
+        progress: Progress = QUIET,
+    ) -> SequenceDataset:
+        """Append the log ``source`` to the dataset in the folder ``to``, which was prepared from a log; ids and fields
+        are of the dataset's types.  schema: as it was prepared, without it; ``settings``: ``key=value``, over it."""
+        dataset = SequenceDataset(to)
+        told = dataset.manifest.provenance
+        given: Any = told.get("options", {}) if schema is None else schema
+        if schema is None and "columns" not in given:
+            raise UserError(
+                f"'{to}' doesn't say of which log it was prepared: give --schema the YAML file of the new one"
+            )
+        made = make_source(ActionLog.name, given, settings)
+        assert isinstance(made, ActionLog)
+        made.options = _of_types(made.options, dataset)
+        if source in [told.get("source"), *(entry.get("source") for entry in told.get("appended", []))]:
+            progress.note(f"'{to}' has actions of '{source}' already: what that holds still comes in twice")
+        check_appendable(dataset, made.options)
+        return append(
+            dataset,
+            LogReader(source, made.options),
+            made.options,
+            described=made._described(progress),
+            progress=progress,
+            said={"source": source},
+        )
+
+    def _described(self, progress: Progress) -> Described | None:
+        catalogue = self.options.catalogue
+        if catalogue is None:
+            return None
+        return lambda integer: read_catalogue(catalogue, integer, progress.note)
+
+
+def _of_types(options: Any, dataset: SequenceDataset) -> Any:
+    """The schema with the types that the dataset has: what a file of the new log alone would say may be another."""
+    kinds: dict[str, Any] = {"int64": "integer", "float64": "float", "string": "string"}
+    have = {info.name: kinds[info.type] for info in dataset.manifest.columns if info.type in kinds}
+    fields = {
+        name: FieldColumn(column=spec if isinstance(spec, str) else spec.column, type=have.get(name, "auto"))
+        for name, spec in options.columns.fields.items()
+    }
+    integer_items = pa.types.is_integer(dataset.catalogue.ids.type)
+    return options.model_copy(
+        update={
+            "columns": options.columns.model_copy(update={"fields": fields}),
+            "user_ids": have[USER_ID],
+            "item_ids": "integer" if integer_items else "string",
+        }
+    )
