@@ -54,6 +54,7 @@ SPLITS = {
 INGEST = {
     "arrow": "gr.data.loader:Arrow",
     "direct": "gr.data.loader:Direct",
+    "ray": "gr.data.remote:Ray",
 }
 
 TASKS = {
