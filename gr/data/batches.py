@@ -21,7 +21,7 @@ import numpy as np
 from gr.data.dataset import SequenceDataset
 from gr.data.deal import deal, skew
 from gr.data.order import Order
-from gr.data.sequences import ITEM, Sequences
+from gr.data.sequences import ITEM, Sequences, Stretches
 from gr.data.split import Split
 
 if TYPE_CHECKING:  # what reads on a cluster's nodes does without torch
@@ -121,24 +121,25 @@ class Plan:
         return None if self.columns is None else self.columns | self.split.needs | {ITEM}
 
 
-def samples(plan: Plan, rows: Sequences) -> Sequences:
-    """A block's rows cut to what training may see, and to the latest max_length inputs and their targets."""
+def samples(plan: Plan, rows: Sequences) -> Stretches:
+    """Of a block's rows what training may see: the latest max_length inputs and their targets."""
     stop_R = plan.split.train_stop(rows)
     first_R = np.maximum(stop_R - (plan.max_length + 1), 0)
     kept = rows if plan.columns is None else rows.select({ITEM, *plan.columns})
-    return kept.take(np.arange(len(rows)), first_R, stop_R)
+    return Stretches(kept, first_R, stop_R).compact()
 
 
-def window(plan: Plan, read: Callable[[int], Sequences], epoch: int, number: int, skip: int = 0) -> Sequences:
+def window(plan: Plan, read: Callable[[int], Stretches], epoch: int, number: int, skip: int = 0) -> Sequences:
     """The samples of a window in the order of their positions, without its first ``skip``.  ``read``: block number ->
     the block's samples."""
     blocks, ordinals = plan.order.window(epoch, number)
-    rows = Sequences.concatenate(read(block) for block in blocks.tolist())
-    # blocks are sorted, hence so are the ordinals of the concatenated rows
-    return rows.take(np.searchsorted(rows.ordinals_R, ordinals[skip:]))
+    parts = [read(block) for block in blocks.tolist()]
+    ordinals_R = np.concatenate([part.rows.ordinals_R for part in parts])
+    # blocks are sorted, hence so are the ordinals of their rows
+    return Sequences.assembled(parts, np.searchsorted(ordinals_R, ordinals[skip:]))
 
 
-def windows(plan: Plan, read: Callable[[int], Sequences], epoch: int, position: int) -> Iterator[Sequences]:
+def windows(plan: Plan, read: Callable[[int], Stretches], epoch: int, position: int) -> Iterator[Sequences]:
     """The samples of an epoch from ``position`` on, a window at a time."""
     order = plan.order
     for number in range(order.window_of(position), order.windows):
@@ -233,13 +234,13 @@ def _dealt(index: int, rows: Sequences, ranks: int) -> tuple[Described, np.ndarr
     return Described(index, len(rows), digest.hexdigest(), skews), rank_G
 
 
-def read_samples(plan: Plan, dataset: SequenceDataset, block: int) -> Sequences:
+def read_samples(plan: Plan, dataset: SequenceDataset, block: int) -> Stretches:
     """A block of the dataset, read as far as the plan needs it, and cut."""
     return samples(plan, dataset.read_block(block, plan.read_columns))
 
 
 def epoch_batches(
-    plan: Plan, read: Callable[[int], Sequences], epoch: int, start: int, rank: int, ranks: int
+    plan: Plan, read: Callable[[int], Stretches], epoch: int, start: int, rank: int, ranks: int
 ) -> Iterator[GlobalBatch]:
     """All of the above in one process, window after window.  ``read``: block number -> the block's samples."""
     parts = windows(plan, read, epoch, start * plan.global_batch)

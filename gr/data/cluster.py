@@ -197,6 +197,8 @@ def _keep_private() -> None:
     """Variables for a cluster of this machine alone, read when ray is first imported."""
     # every port on 127.0.0.1; what the name says it's for doesn't matter
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Ray's own choice (15) lets workers wait for whatever else the machine does, and that is what waits for them
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

@@ -33,6 +33,7 @@ from gr.data.columns import (
     described,
     from_table,
     to_table,
+    whole,
 )
 from gr.data.folder import Folder, first_line, is_url
 from gr.data.hashing import hash_ids
@@ -160,7 +161,7 @@ class SequenceDataset:
         table = table.select([info.stored for info in infos]).rename_columns([info.name for info in infos])
         for info in infos:
             if (block, info.name) not in self._checked:
-                self._check(table.column(info.name).combine_chunks(), info, entry, where, changed)
+                self._check(whole(table.column(info.name)), info, entry, where, changed)
                 self._checked.add((block, info.name))
         return table
 

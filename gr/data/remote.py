@@ -36,7 +36,7 @@ from gr.data.batches import GlobalBatch, Plan, Shares, collated, parted, read_sa
 from gr.data.dataset import SequenceDataset
 from gr.data.folder import first_line
 from gr.data.loader import InProcess, pinned, read_ahead
-from gr.data.sequences import Sequences
+from gr.data.sequences import Sequences, Stretches
 from gr.errors import UserError
 
 if TYPE_CHECKING:  # a node's worker does without torch
@@ -79,7 +79,7 @@ class Work:
         except UserError as error:
             return [Refusal(str(error))] * self.results
 
-    def made(self, unit: int, read: Callable[[int], Sequences]) -> list[Any]:
+    def made(self, unit: int, read: Callable[[int], Stretches]) -> list[Any]:
         """The results of a window.  ``read``: block number -> the block's samples."""
         epoch, number = divmod(unit, self.plan.order.windows)
         rows = window(self.plan, read, epoch, number)
@@ -197,9 +197,9 @@ class Pipeline:
             block, batch_size=None, num_cpus=1, concurrency=self.concurrency
         )
         for bundle in made.iter_internal_ref_bundles():
-            for reference, metadata in bundle.blocks:  # one, or several of a large window
-                for row in range(metadata.num_rows):
-                    yield reference, row
+            for entry in bundle.blocks:  # one, or several of a large window
+                for row in range(entry.metadata.num_rows):
+                    yield entry.ref, row
 
 
 class Windows:

@@ -83,8 +83,7 @@ class Sequences:
         base = self.offsets_R1[rows]
         begin = base if first is None else base + first
         end = self.offsets_R1[rows + 1] if stop is None else base + stop
-        offsets, source = runs(begin, end)
-        return self._each(lambda column: gather(column, source), lambda column: gather(column, rows), offsets)
+        return _assembled([self], np.zeros(len(rows), np.int64), rows, begin, end)
 
     def slice(self, start: int, stop: int) -> Sequences:
         """Rows ``start`` to ``stop`` (exclusive), without copies."""
@@ -143,6 +142,19 @@ class Sequences:
             },
         )
 
+    @staticmethod
+    def assembled(parts: Iterable[Stretches], rows: np.ndarray) -> Sequences:
+        """The given rows of all parts' rows, numbered one part after another, cut to what counts of them."""
+        parts = list(parts)
+        counts = [len(part.rows) for part in parts]
+        part = np.repeat(np.arange(len(parts)), counts)[rows]
+        base = np.concatenate([part.rows.offsets_R1[:-1] for part in parts])[rows]
+        first, stop = (
+            np.concatenate([getattr(part, name) for part in parts])[rows] for name in ("first_R", "stop_R")
+        )
+        row = np.concatenate([np.arange(count) for count in counts])[rows]
+        return _assembled([part.rows for part in parts], part, row, base + first, base + stop)
+
     def _each(self, of_actions: Change, of_users: Change, offsets_R1: np.ndarray) -> Sequences:
         """The rows with every column changed: the one place that goes through all of them."""
         return Sequences(
@@ -153,12 +165,70 @@ class Sequences:
         )
 
 
+@dataclass(frozen=True)
+class Stretches:
+    """Rows of which a stretch counts, actions ``first_R[i]:stop_R[i]`` of row i, and which nobody has cut yet."""
+
+    rows: Sequences
+    first_R: np.ndarray
+    stop_R: np.ndarray
+
+    def compact(self) -> Stretches:
+        """The same stretches in little more memory than they need: cut where the better part would be dead weight."""
+        lengths_R = np.maximum(self.stop_R - self.first_R, 0)
+        if 2 * lengths_R.sum() >= len(self.rows.items_A):
+            return self
+        cut = self.rows.take(np.arange(len(self.rows)), self.first_R, self.stop_R)
+        return Stretches(cut, np.zeros_like(lengths_R), lengths_R)
+
+
+LONG_RUN = 24
+"""Mean length from which runs are copied one by one; shorter ones are gathered, value by value."""
+
+
+def _assembled(
+    parts: list[Sequences], part: np.ndarray, row: np.ndarray, begin: np.ndarray, end: np.ndarray
+) -> Sequences:
+    """Row i: of ``parts[part[i]]`` the row ``row[i]``, with the actions from ``begin[i]`` to ``end[i]`` (exclusive)."""
+    lengths = np.maximum(end - begin, 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    stretches = None
+    if len(lengths) and offsets[-1] >= LONG_RUN * len(lengths):
+        stretches = list(zip(part.tolist(), begin.tolist(), (begin + lengths).tolist()))
+
+    def of_actions(columns: list[Column]) -> Column:
+        if stretches is not None and isinstance(columns[0], np.ndarray):
+            return np.concatenate([columns[p][b:e] for p, b, e in stretches])  # type: ignore[arg-type]
+        return gather(join(columns), _elements(_placed(begin, part, columns), lengths, offsets))
+
+    def of_users(columns: list[Column]) -> Column:
+        return gather(join(columns), _placed(row, part, columns))
+
+    names, user_names = parts[0].columns, parts[0].user_columns
+    return Sequences(
+        offsets,
+        of_users([rows.ordinals_R for rows in parts]),  # type: ignore[arg-type]
+        {name: of_actions([rows.columns[name] for rows in parts]) for name in names},
+        {name: of_users([rows.user_columns[name] for rows in parts]) for name in user_names},
+    )
+
+
+def _placed(index: np.ndarray, part: np.ndarray, columns: list[Column]) -> np.ndarray:
+    """Indices in columns as indices in these put one after the other."""
+    return index + np.concatenate([[0], np.cumsum([len(column) for column in columns])])[part]
+
+
+def _elements(begin: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Where each element comes from of the runs from ``begin`` on, put one after the other at ``offsets``."""
+    # element j of run i comes from begin[i] + j: one arange, shifted run by run
+    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
+
+
 def runs(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of the runs ``begin[i]:end[i]`` put one after the other, and where each of their elements comes from."""
     lengths = np.maximum(end - begin, 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    # element j of run i comes from begin[i] + j: one arange, shifted run by run
-    return offsets, np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
+    return offsets, _elements(begin, lengths, offsets)
 
 
 def gather(column: Column, rows: np.ndarray) -> Column:
@@ -170,6 +240,8 @@ def gather(column: Column, rows: np.ndarray) -> Column:
 
 def join(columns: list[Column]) -> Column:
     """Columns of one name, one after the other."""
+    if len(columns) == 1:
+        return columns[0]
     lists = [column for column in columns if isinstance(column, Jagged)]
     if not lists:
         return np.concatenate(columns)  # type: ignore[arg-type]
