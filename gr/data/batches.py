@@ -126,27 +126,26 @@ def samples(plan: Plan, rows: Sequences) -> Stretches:
     stop_R = plan.split.train_stop(rows)
     first_R = np.maximum(stop_R - (plan.max_length + 1), 0)
     kept = rows if plan.columns is None else rows.select({ITEM, *plan.columns})
-    return Stretches(kept, first_R, stop_R).compact()
+    return Stretches.of(kept).cut(first_R, stop_R).compact()
 
 
-def window(plan: Plan, read: Callable[[int], Stretches], epoch: int, number: int, skip: int = 0) -> Sequences:
+def window(plan: Plan, read: Callable[[int], Stretches], epoch: int, number: int, skip: int = 0) -> Stretches:
     """The samples of a window in the order of their positions, without its first ``skip``.  ``read``: block number ->
     the block's samples."""
     blocks, ordinals = plan.order.window(epoch, number)
-    parts = [read(block) for block in blocks.tolist()]
-    ordinals_R = np.concatenate([part.rows.ordinals_R for part in parts])
+    rows = Stretches.concatenate(read(block) for block in blocks.tolist()).ready()
     # blocks are sorted, hence so are the ordinals of their rows
-    return Sequences.assembled(parts, np.searchsorted(ordinals_R, ordinals[skip:]))
+    return rows.take(np.searchsorted(rows.ordinals_R, ordinals[skip:]))
 
 
-def windows(plan: Plan, read: Callable[[int], Stretches], epoch: int, position: int) -> Iterator[Sequences]:
+def windows(plan: Plan, read: Callable[[int], Stretches], epoch: int, position: int) -> Iterator[Stretches]:
     """The samples of an epoch from ``position`` on, a window at a time."""
     order = plan.order
     for number in range(order.window_of(position), order.windows):
         yield window(plan, read, epoch, number, max(position - number * order.window_rows, 0))
 
 
-def cut(plan: Plan, position: int, rows: Sequences) -> Iterator[tuple[int, Sequences]]:
+def cut(plan: Plan, position: int, rows: Stretches) -> Iterator[tuple[int, Stretches]]:
     """(k, those of ``rows`` that are in global batch k); ``rows``: the samples from ``position`` on.  The first and the
     last batch may be in pieces; a dropped tail is in none."""
     start, end = position, position + len(rows)
@@ -156,7 +155,7 @@ def cut(plan: Plan, position: int, rows: Sequences) -> Iterator[tuple[int, Seque
         position = stop
 
 
-def global_batches(plan: Plan, parts: Iterable[Sequences], start: int) -> Iterator[tuple[int, Sequences]]:
+def global_batches(plan: Plan, parts: Iterable[Stretches], start: int) -> Iterator[tuple[int, Stretches]]:
     """(k, rows of global batch k) from ``start`` on; ``parts``: consecutive samples from position start * G on."""
     position, pieces = start * plan.global_batch, []
     for part in parts:
@@ -164,11 +163,11 @@ def global_batches(plan: Plan, parts: Iterable[Sequences], start: int) -> Iterat
             pieces.append(piece)
             position += len(piece)
             if position == plan.bounds(index)[1]:
-                yield index, Sequences.concatenate(pieces)
+                yield index, Stretches.concatenate(pieces)
                 pieces = []
 
 
-def parted(plan: Plan, number: int, rows: Sequences) -> tuple[Sequences, int, Sequences, Sequences]:
+def parted(plan: Plan, number: int, rows: Stretches) -> tuple[Stretches, int, Stretches, Stretches]:
     """A window's ``rows`` in three: what belongs to a global batch that began earlier, whole global batches (the number
     of the first comes before them), and the beginning of one that goes on in the next window."""
     size, position = plan.global_batch, number * plan.order.window_rows
@@ -183,11 +182,11 @@ def parted(plan: Plan, number: int, rows: Sequences) -> tuple[Sequences, int, Se
     return first, begin // size, whole, last
 
 
-def shares(plan: Plan, index: int, rows: Sequences, ranks: int) -> list[Shares]:
+def shares(plan: Plan, index: int, rows: Stretches, ranks: int) -> list[Shares]:
     """Each rank's shares of the global batches from ``index`` on, whose rows are given one after the other."""
     batches, dealt = [], [np.empty(0, np.int64)]
     for number, batch in cut(plan, index * plan.global_batch, rows):
-        described, rank_G = _dealt(number, batch, ranks)
+        described, rank_G = _dealt(number, batch.copied([ITEM]), ranks)
         batches.append(described)
         dealt.append(rank_G)
     rank_R = np.concatenate(dealt)
@@ -195,18 +194,18 @@ def shares(plan: Plan, index: int, rows: Sequences, ranks: int) -> list[Shares]:
         Shares(
             tuple(batches),
             tuple(int((rank_G == rank).sum()) for rank_G in dealt[1:]),
-            rows if ranks == 1 else rows.take(np.flatnonzero(rank_R == rank)),
+            rows.take(np.flatnonzero(rank_R == rank)).copied(),
         )
         for rank in range(ranks)
     ]
 
 
-def share(plan: Plan, index: int, rows: Sequences, rank: int, ranks: int) -> GlobalBatch:
+def share(plan: Plan, index: int, rows: Stretches, rank: int, ranks: int) -> GlobalBatch:
     """What ``rank`` of ``ranks`` trains on of the global batch ``index``, whose rows are given."""
-    described, rank_G = _dealt(index, rows, ranks)
-    if ranks > 1:
-        rows = rows.take(np.flatnonzero(rank_G == rank))
-    return next(collated(plan, Shares((described,), (len(rows),), rows)))
+    whole = rows.copied(None if ranks == 1 else [ITEM])
+    described, rank_G = _dealt(index, whole, ranks)
+    own = whole if ranks == 1 else rows.take(np.flatnonzero(rank_G == rank)).copied()
+    return next(collated(plan, Shares((described,), (len(own),), own)))
 
 
 def collated(plan: Plan, shares: Shares, start: int = 0) -> Iterator[GlobalBatch]:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # a node's worker does without torch
 
 Place = tuple[Any, int | None]
 LOOK_SECONDS = 1.0  # between looks at whether anybody still waits for what is waited for
+START_SECONDS = 120  # for the actor, at least
 AGAIN_SECONDS = 0.2  # before something lost is asked for again
 LEAST_UNITS = 16  # of a pipeline
 
@@ -84,7 +85,7 @@ class Work:
         epoch, number = divmod(unit, self.plan.order.windows)
         rows = window(self.plan, read, epoch, number)
         before, index, whole, after = parted(self.plan, number, rows)
-        return [*shares(self.plan, index, whole, self.ranks), before, after]
+        return [*shares(self.plan, index, whole, self.ranks), before.copied(), after.copied()]
 
     def seam(self, unit: int, pieces: list[Sequences | Refusal]) -> list[Any]:
         """Each rank's share of the global batch that ends in a window and began in another one."""
@@ -93,7 +94,8 @@ class Work:
             return refusals[:1] * self.ranks
         seam = self.plan.seam(unit % self.plan.order.windows)
         assert seam is not None
-        return list(shares(self.plan, seam[0], Sequences.concatenate(pieces), self.ranks))
+        rows = Stretches.concatenate(Stretches.of(piece) for piece in pieces)  # type: ignore[arg-type]
+        return list(shares(self.plan, seam[0], rows, self.ranks))
 
     def seam_of(self, unit: int) -> range | None:
         """The units that the global batch lies in that ends in ``unit`` and began before; None where there is none."""
@@ -330,7 +332,8 @@ class Source:
         self.actor = actor.options(name=name, namespace=cluster.NAMESPACE, get_if_exists=True).remote(
             work, config.executor, config.ahead, consumers
         )
-        self._asked("no actor was made", lambda get: get(self.actor.ready.remote()), lambda: False)
+        timeout = max(config.timeout, START_SECONDS)
+        self._asked("no actor came", lambda get: get(self.actor.ready.remote()), lambda: False, timeout)
 
     def shares(self, unit: int, left: Callable[[], bool] = lambda: False) -> list[Shares]:
         """This rank's shares of the global batches that end in ``unit``, in order; none if ``left()`` meanwhile."""
@@ -340,26 +343,31 @@ class Source:
             places = get(self.actor.places.remote(unit, self.rank, self.consumer))
             return [taken(get(reference), row) for reference, row in places]
 
-        found = self._asked(f"window {number} of epoch {epoch} did not come", fetched, left) or []
+        what = f"window {number} of epoch {epoch} did not come"
+        found = self._asked(what, fetched, left, self.config.timeout) or []
         for given in found:
             if isinstance(given, Refusal):
                 raise UserError(given.said)
         return found
 
     def _asked(
-        self, failure: str, ask: Callable[[Callable[[Any], Any]], Any], left: Callable[[], bool]
+        self,
+        failure: str,
+        ask: Callable[[Callable[[Any], Any]], Any],
+        left: Callable[[], bool],
+        timeout: int,
     ) -> Any:
         """What ``ask(get)`` returns, where ``get`` waits for a reference; None if ``left()`` meanwhile.  ``failure``:
         what there is to say where the cluster gives nothing."""
         errors = self.ray.exceptions
-        deadline = time.monotonic() + self.config.timeout
+        deadline = time.monotonic() + timeout
 
         def get(reference: Any) -> Any:
             while not left():
                 rest = deadline - time.monotonic()
                 if rest <= 0:
                     raise UserError(
-                        f"{failure} from the Ray cluster within {self.config.timeout} s (data.ingest.timeout): look at "
+                        f"{failure} from the Ray cluster within {timeout} s (data.ingest.timeout): look at "
                         "its nodes (ray status), give it more CPUs, or lower data.window_blocks"
                     )
                 try:

@@ -5,7 +5,7 @@ Shapes: R rows (users), A actions of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -80,10 +80,7 @@ class Sequences:
         self, rows: np.ndarray, first: np.ndarray | None = None, stop: np.ndarray | None = None
     ) -> Sequences:
         """The given rows, each cut to its actions ``first[i]:stop[i]`` (counted within the sequence)."""
-        base = self.offsets_R1[rows]
-        begin = base if first is None else base + first
-        end = self.offsets_R1[rows + 1] if stop is None else base + stop
-        return _assembled([self], np.zeros(len(rows), np.int64), rows, begin, end)
+        return Stretches.of(self).take(rows).cut(first, stop).copied()
 
     def slice(self, start: int, stop: int) -> Sequences:
         """Rows ``start`` to ``stop`` (exclusive), without copies."""
@@ -142,19 +139,6 @@ class Sequences:
             },
         )
 
-    @staticmethod
-    def assembled(parts: Iterable[Stretches], rows: np.ndarray) -> Sequences:
-        """The given rows of all parts' rows, numbered one part after another, cut to what counts of them."""
-        parts = list(parts)
-        counts = [len(part.rows) for part in parts]
-        part = np.repeat(np.arange(len(parts)), counts)[rows]
-        base = np.concatenate([part.rows.offsets_R1[:-1] for part in parts])[rows]
-        first, stop = (
-            np.concatenate([getattr(part, name) for part in parts])[rows] for name in ("first_R", "stop_R")
-        )
-        row = np.concatenate([np.arange(count) for count in counts])[rows]
-        return _assembled([part.rows for part in parts], part, row, base + first, base + stop)
-
     def _each(self, of_actions: Change, of_users: Change, offsets_R1: np.ndarray) -> Sequences:
         """The rows with every column changed: the one place that goes through all of them."""
         return Sequences(
@@ -167,68 +151,124 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Stretches:
-    """Rows of which a stretch counts, actions ``first_R[i]:stop_R[i]`` of row i, and which nobody has cut yet."""
+    """R rows that lie in ``parts``, columns of actions by name: row i is the actions ``begin_R[i]:end_R[i]`` of
+    ``parts[part_R[i]]``.  Rows are taken and cut without a copy of any action, until they are :meth:`copied`.
 
-    rows: Sequences
-    first_R: np.ndarray
-    stop_R: np.ndarray
+    user_columns and ordinals_R: as :class:`Sequences` has them."""
+
+    parts: Sequence[Mapping[str, Column]]
+    part_R: np.ndarray
+    begin_R: np.ndarray
+    end_R: np.ndarray
+    ordinals_R: np.ndarray
+    user_columns: Mapping[str, Column]
+
+    @staticmethod
+    def of(rows: Sequences) -> Stretches:
+        begin_R, end_R = rows.offsets_R1[:-1], rows.offsets_R1[1:]
+        part_R = np.zeros(len(rows), np.int64)
+        return Stretches([rows.columns], part_R, begin_R, end_R, rows.ordinals_R, rows.user_columns)
+
+    def __len__(self) -> int:
+        return len(self.begin_R)
+
+    @property
+    def lengths_R(self) -> np.ndarray:
+        return self.end_R - self.begin_R
+
+    def take(self, rows: np.ndarray) -> Stretches:
+        """The given rows."""
+        return self._each(lambda column: gather(column, rows))
+
+    def slice(self, start: int, stop: int) -> Stretches:
+        """Rows ``start`` to ``stop`` (exclusive)."""
+        return self._each(lambda column: column[start:stop])
+
+    def cut(self, first: np.ndarray | None, stop: np.ndarray | None) -> Stretches:
+        """Of row i the actions ``first[i]:stop[i]``, counted within it; from its beginning or to its end without."""
+        begin_R = self.begin_R if first is None else self.begin_R + first
+        end_R = self.end_R if stop is None else self.begin_R + stop
+        return replace(self, begin_R=begin_R, end_R=np.maximum(end_R, begin_R))
+
+    @staticmethod
+    def concatenate(given: Iterable[Stretches]) -> Stretches:
+        """Rows with the same columns, one after the other."""
+        given = list(given)
+        if len(given) == 1:
+            return given[0]
+        first_part = np.cumsum([0, *(len(rows.parts) for rows in given)])
+        return Stretches(
+            [part for rows in given for part in rows.parts],
+            np.concatenate([rows.part_R + first for rows, first in zip(given, first_part)]),
+            *(
+                np.concatenate([getattr(rows, name) for rows in given])
+                for name in ("begin_R", "end_R", "ordinals_R")
+            ),
+            {name: join([rows.user_columns[name] for rows in given]) for name in given[0].user_columns},
+        )
+
+    def ready(self) -> Stretches:
+        """The same rows as they are best copied from, some at a time: long ones one by one from where they are; short
+        and multi-valued ones by a gather, for which their parts are joined."""
+        jagged = any(isinstance(column, Jagged) for column in self.parts[0].values())
+        if len(self.parts) == 1 or (self.lengths_R.sum() >= LONG * len(self) and not jagged):
+            return self
+        sizes = np.cumsum([0, *(len(part[ITEM]) for part in self.parts)])[self.part_R]
+        joined = {name: join([part[name] for part in self.parts]) for name in self.parts[0]}
+        return replace(
+            self,
+            parts=[joined],
+            part_R=np.zeros_like(self.part_R),
+            begin_R=self.begin_R + sizes,
+            end_R=self.end_R + sizes,
+        )
 
     def compact(self) -> Stretches:
-        """The same stretches in little more memory than they need: cut where the better part would be dead weight."""
-        lengths_R = np.maximum(self.stop_R - self.first_R, 0)
-        if 2 * lengths_R.sum() >= len(self.rows.items_A):
-            return self
-        cut = self.rows.take(np.arange(len(self.rows)), self.first_R, self.stop_R)
-        return Stretches(cut, np.zeros_like(lengths_R), lengths_R)
+        """The same rows, copied if that spares more than half of the memory that they are held in."""
+        held = sum(len(part[ITEM]) for part in self.parts)
+        return self if 2 * self.lengths_R.sum() >= held else Stretches.of(self.copied())
+
+    def copied(self, columns: Iterable[str] | None = None) -> Sequences:
+        """The rows in memory of their own; ``columns``: of actions, all without it."""
+        if len(self.parts) > 1 and (ready := self.ready()) is not self:
+            return ready.copied(columns)
+        offsets_R1 = np.concatenate([[0], np.cumsum(self.lengths_R)]).astype(np.int64)
+        one_by_one = len(self) > 0 and offsets_R1[-1] >= LONG * len(self)
+        places = zip(self.part_R.tolist(), self.begin_R.tolist(), self.end_R.tolist())
+        stretches = list(places) if one_by_one else []
+        elements = None
+
+        def copy(name: str) -> Column:
+            nonlocal elements
+            arrays = [part[name] for part in self.parts]
+            if stretches and not isinstance(arrays[0], Jagged):
+                return np.concatenate([arrays[part][begin:end] for part, begin, end in stretches])  # type: ignore[arg-type]
+            if elements is None:
+                elements = runs(self.begin_R, self.end_R)[1]
+            return gather(arrays[0], elements)
+
+        names = self.parts[0] if columns is None else columns
+        return Sequences(offsets_R1, self.ordinals_R, {name: copy(name) for name in names}, self.user_columns)
+
+    def _each(self, change: Change) -> Stretches:
+        """The rows with every value of a row changed."""
+        part_R, begin_R, end_R, ordinals_R = (
+            change(column) for column in (self.part_R, self.begin_R, self.end_R, self.ordinals_R)
+        )
+        users = {name: change(column) for name, column in self.user_columns.items()}
+        return Stretches(self.parts, part_R, begin_R, end_R, ordinals_R, users)  # type: ignore[arg-type]
 
 
-LONG_RUN = 24
-"""Mean length from which runs are copied one by one; shorter ones are gathered, value by value."""
-
-
-def _assembled(
-    parts: list[Sequences], part: np.ndarray, row: np.ndarray, begin: np.ndarray, end: np.ndarray
-) -> Sequences:
-    """Row i: of ``parts[part[i]]`` the row ``row[i]``, with the actions from ``begin[i]`` to ``end[i]`` (exclusive)."""
-    lengths = np.maximum(end - begin, 0)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    stretches = None
-    if len(lengths) and offsets[-1] >= LONG_RUN * len(lengths):
-        stretches = list(zip(part.tolist(), begin.tolist(), (begin + lengths).tolist()))
-
-    def of_actions(columns: list[Column]) -> Column:
-        if stretches is not None and isinstance(columns[0], np.ndarray):
-            return np.concatenate([columns[p][b:e] for p, b, e in stretches])  # type: ignore[arg-type]
-        return gather(join(columns), _elements(_placed(begin, part, columns), lengths, offsets))
-
-    def of_users(columns: list[Column]) -> Column:
-        return gather(join(columns), _placed(row, part, columns))
-
-    names, user_names = parts[0].columns, parts[0].user_columns
-    return Sequences(
-        offsets,
-        of_users([rows.ordinals_R for rows in parts]),  # type: ignore[arg-type]
-        {name: of_actions([rows.columns[name] for rows in parts]) for name in names},
-        {name: of_users([rows.user_columns[name] for rows in parts]) for name in user_names},
-    )
-
-
-def _placed(index: np.ndarray, part: np.ndarray, columns: list[Column]) -> np.ndarray:
-    """Indices in columns as indices in these put one after the other."""
-    return index + np.concatenate([[0], np.cumsum([len(column) for column in columns])])[part]
-
-
-def _elements(begin: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Where each element comes from of the runs from ``begin`` on, put one after the other at ``offsets``."""
-    # element j of run i comes from begin[i] + j: one arange, shifted run by run
-    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
+LONG = 24
+"""Mean length of rows from which they are copied one by one; shorter ones are gathered, value by value."""
 
 
 def runs(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of the runs ``begin[i]:end[i]`` put one after the other, and where each of their elements comes from."""
     lengths = np.maximum(end - begin, 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return offsets, _elements(begin, lengths, offsets)
+    # element j of run i comes from begin[i] + j: one arange, shifted run by run
+    return offsets, np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
 
 
 def gather(column: Column, rows: np.ndarray) -> Column:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +206,8 @@ def test_another_dataset_on_a_node_is_refused(address, dataset, tmp_path):
             UserError, match=r"on node .*: no sequence dataset at .*every node must be able to read"
         ):
             list(run.read(0))
-        make_dataset(other.path)
+    make_dataset(other.path)
+    with Run(other, plan_of(other)) as run:
         with pytest.raises(UserError, match=r"is another dataset on node .* \(generation .*, here .*\)"):
             list(run.read(0))
 
@@ -217,16 +219,19 @@ def test_a_window_that_does_not_come_in_time_is_one_sentence(address, dataset):
             UserError, match=r"window 0 of epoch 0 did not come .* within 1 s \(data.ingest.timeout\)"
         ):
             list(run.read(0))
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
 
 
 def test_leaving_in_the_middle_waits_for_nothing(address, dataset):
-    with Run(dataset, plan_of(dataset, naps=0.3)) as run:
+    import ray
+
+    with Run(dataset, plan_of(dataset, naps=1.0)) as run:
         batches = run.read(0)
         next(batches)
-        started = time.monotonic()
         batches.close()
-        assert time.monotonic() - started < 5
+        assert not [thread for thread in threading.enumerate() if thread.name == "gr-read-ahead"]
+        asked = ray.get(run.sources[0].actor.__ray_call__.remote(lambda self: self.asked[0]))
+        assert asked < run.engines[0].plan.order.windows - 1, "it waited for all of the epoch"
 
 
 def test_an_address_where_nothing_answers_is_one_sentence():
