@@ -61,6 +61,7 @@ TRANSFORMS = {
 INGEST = {
     "arrow": "gr.data.loader:Arrow",
     "direct": "gr.data.loader:Direct",
+    "ray": "gr.data.remote:Ray",
 }
 
 TASKS = {

@@ -107,7 +107,7 @@ def to_table(rows: Sequences) -> pa.Table:
 def from_table(table: pa.Table, infos: list[ColumnInfo], first_ordinal: int) -> Sequences:
     """What :func:`to_table` stored.  ``infos``: the columns wanted, ``item`` among them; rows are numbered from
     ``first_ordinal``."""
-    arrays = {info.name: table.column(info.name).combine_chunks() for info in infos}
+    arrays = {info.name: whole(table.column(info.name)) for info in infos}
     offsets = arrays[ITEM].offsets.to_numpy().astype(np.int64)
     return Sequences(
         offsets_R1=offsets - offsets[0],
@@ -115,6 +115,11 @@ def from_table(table: pa.Table, infos: list[ColumnInfo], first_ordinal: int) -> 
         columns={i.name: _from_arrow(arrays[i.name].flatten()) for i in infos if i.of == "actions"},
         user_columns={i.name: _from_arrow(arrays[i.name]) for i in infos if i.of == "users"},
     )
+
+
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """The column in one piece, as it is where it is one (``combine_chunks`` copies that, too)."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _to_arrow(column: Column, name: str) -> pa.Array:

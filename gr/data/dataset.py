@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from gr.data.blocks import BlockWriter, Written
 from gr.data.catalogue import Catalogue
-from gr.data.columns import ColumnInfo, checksum, from_table
+from gr.data.columns import ColumnInfo, checksum, from_table, whole
 from gr.data.folder import Folder
 from gr.data.manifest import (
     MANIFEST,
@@ -206,7 +206,7 @@ class SequenceDataset:
         table = table.select([info.stored for info in infos]).rename_columns([info.name for info in infos])
         for info in infos:
             if (block, info.name) not in self._checked:
-                self._check(table.column(info.name).combine_chunks(), info, entry, where, changed)
+                self._check(whole(table.column(info.name)), info, entry, where, changed)
                 self._checked.add((block, info.name))
         return table
 

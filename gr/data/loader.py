@@ -9,13 +9,17 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gr.config import ComponentConfig
-from gr.data.batches import GlobalBatch, Plan, epoch_batches
+from gr.data.batches import GlobalBatch, Plan, blocks_ahead, epoch_batches
 from gr.data.dataset import SequenceDataset
+
+if TYPE_CHECKING:
+    from gr.processes import Processes
 
 T = TypeVar("T")
 
@@ -47,11 +51,16 @@ class InProcess:
     def in_epoch(self, epoch: int) -> int:
         return self.plan.in_epoch(epoch)
 
-    def _epoch(self, epoch: int, start: int) -> Iterator[GlobalBatch]:
-        for batch in epoch_batches(
-            self.plan, self.dataset, epoch, start, self.rank, self.ranks, self.reads_ahead
-        ):
-            yield replace(batch, share=batch.share.pin_memory()) if self.pin_memory else batch
+    @contextmanager
+    def opened(self, processes: Processes) -> Iterator[None]:
+        yield
+
+    def _epoch(self, epoch: int, start: int) -> Generator[GlobalBatch]:
+        ahead = self.dataset.ahead if self.reads_ahead else 0
+        read = blocks_ahead(self.plan, self.dataset, epoch, start, ahead)
+        yield from pinned(
+            epoch_batches(self.plan, read, epoch, start, self.rank, self.ranks), self.pin_memory
+        )
 
 
 class Arrow(InProcess):
@@ -60,7 +69,7 @@ class Arrow(InProcess):
     class Config(ComponentConfig):
         name: Literal["arrow"] = "arrow"
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[GlobalBatch]:
         yield from read_ahead(self._epoch(epoch, start), self.prefetch)
 
 
@@ -72,11 +81,17 @@ class Direct(InProcess):
     class Config(ComponentConfig):
         name: Literal["direct"] = "direct"
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[GlobalBatch]:
         return self._epoch(epoch, start)
 
 
-def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def pinned(batches: Iterator[GlobalBatch], pin: bool) -> Iterator[GlobalBatch]:
+    """``batches``, in memory from which a GPU copies without being waited for if ``pin``."""
+    for batch in batches:
+        yield replace(batch, share=batch.share.pin_memory()) if pin else batch
+
+
+def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
     """``items``, produced in a thread at most ``depth`` ahead; its errors are raised here."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()

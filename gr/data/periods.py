@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field
 
 from gr.batch import TARGETS_FROM
 from gr.config import SEED, ComponentConfig
-from gr.data.sequences import ITEM, TIME, Sequences, runs
+from gr.data.sequences import ITEM, TIME, Sequences, Stretches, runs
 from gr.data.split import Split, actions_before, date, likely
 from gr.errors import UserError
 
@@ -125,7 +125,7 @@ class Chronological(Split):
     def train_stop(self, rows: Sequences) -> np.ndarray:
         return rows.lengths_R if self.period is None else actions_before(rows, self.bounds()[1])
 
-    def examples(self, rows: Sequences, whole: bool, max_length: int) -> Sequences:
+    def examples(self, rows: Sequences, whole: bool, max_length: int) -> Stretches:
         """A sample a user with a target in the period; several where there are more targets than a model takes inputs,
         one after the other."""
         first_R, stop_R = self._targets(rows)
@@ -133,7 +133,7 @@ class Chronological(Split):
         from_S = first_R[row_S] + piece_S * max_length
         stop_S = np.minimum(from_S + max_length, stop_R[row_S])
         base_S = np.maximum(stop_S - (max_length + 1), 0)
-        samples = rows.take(row_S, base_S, stop_S)
+        samples = Stretches.of(rows).take(row_S).cut(base_S, stop_S)
         return samples.with_users(**{TARGETS_FROM: from_S - base_S})
 
     def target(self, rows: Sequences, name: str, users: int) -> np.ndarray:

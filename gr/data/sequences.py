@@ -5,7 +5,7 @@ Shapes: R rows (users), A actions of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -94,11 +94,7 @@ class Sequences:
         self, rows: np.ndarray, first: np.ndarray | None = None, stop: np.ndarray | None = None
     ) -> Sequences:
         """The given rows, each cut to its actions ``first[i]:stop[i]`` (counted within the sequence)."""
-        base = self.offsets_R1[rows]
-        begin = base if first is None else base + first
-        end = self.offsets_R1[rows + 1] if stop is None else base + stop
-        offsets, source = runs(begin, end)
-        return self._each(lambda column: gather(column, source), lambda column: gather(column, rows), offsets)
+        return Stretches.of(self).take(rows).cut(first, stop).copied()
 
     def keep(self, kept_A: np.ndarray) -> Sequences:
         """All rows with the actions that are kept (A, bool) alone."""
@@ -184,6 +180,132 @@ def latest(rows: Sequences, max_length: int) -> Sequences:
     return cut.with_users(**{TARGETS_FROM: np.maximum(rows.user_columns[TARGETS_FROM] - first_R, 1)})
 
 
+@dataclass(frozen=True)
+class Stretches:
+    """R rows that lie in ``parts``, columns of actions by name: row i is the actions ``begin_R[i]:end_R[i]`` of
+    ``parts[part_R[i]]``.  Rows are taken and cut without a copy of any action, until they are :meth:`copied`.
+
+    user_columns and ordinals_R: as :class:`Sequences` has them."""
+
+    parts: Sequence[Mapping[str, Column]]
+    part_R: np.ndarray
+    begin_R: np.ndarray
+    end_R: np.ndarray
+    ordinals_R: np.ndarray
+    user_columns: Mapping[str, Column]
+
+    @staticmethod
+    def of(rows: Sequences) -> Stretches:
+        begin_R, end_R = rows.offsets_R1[:-1], rows.offsets_R1[1:]
+        part_R = np.zeros(len(rows), np.int64)
+        return Stretches([rows.columns], part_R, begin_R, end_R, rows.ordinals_R, rows.user_columns)
+
+    def __len__(self) -> int:
+        return len(self.begin_R)
+
+    @property
+    def lengths_R(self) -> np.ndarray:
+        return self.end_R - self.begin_R
+
+    def select(self, names: Iterable[str]) -> Stretches:
+        """Only these columns, of actions or of users; one that is not there stays away."""
+        wanted = set(names)
+
+        def chosen(columns: Mapping[str, Column]) -> dict[str, Column]:
+            return {name: column for name, column in columns.items() if name in wanted}
+
+        return replace(self, parts=list(map(chosen, self.parts)), user_columns=chosen(self.user_columns))
+
+    def with_users(self, **columns: Column) -> Stretches:
+        """The rows with these columns of users in the place of, or beside, their own."""
+        return replace(self, user_columns={**self.user_columns, **columns})
+
+    def take(self, rows: np.ndarray) -> Stretches:
+        """The given rows."""
+        return self._each(lambda column: gather(column, rows))
+
+    def slice(self, start: int, stop: int) -> Stretches:
+        """Rows ``start`` to ``stop`` (exclusive)."""
+        return self._each(lambda column: column[start:stop])
+
+    def cut(self, first: np.ndarray | None, stop: np.ndarray | None) -> Stretches:
+        """Of row i the actions ``first[i]:stop[i]``, counted within it; from its beginning or to its end without."""
+        begin_R = self.begin_R if first is None else self.begin_R + first
+        end_R = self.end_R if stop is None else self.begin_R + stop
+        return replace(self, begin_R=begin_R, end_R=np.maximum(end_R, begin_R))
+
+    @staticmethod
+    def concatenate(given: Iterable[Stretches]) -> Stretches:
+        """Rows with the same columns, one after the other."""
+        given = list(given)
+        if len(given) == 1:
+            return given[0]
+        first_part = np.cumsum([0, *(len(rows.parts) for rows in given)])
+        return Stretches(
+            [part for rows in given for part in rows.parts],
+            np.concatenate([rows.part_R + first for rows, first in zip(given, first_part)]),
+            np.concatenate([rows.begin_R for rows in given]),
+            np.concatenate([rows.end_R for rows in given]),
+            np.concatenate([rows.ordinals_R for rows in given]),
+            {name: join([rows.user_columns[name] for rows in given]) for name in given[0].user_columns},
+        )
+
+    def ready(self) -> Stretches:
+        """The same rows as they are best copied from, some at a time: long ones one by one from where they are; short
+        and multi-valued ones by a gather, for which their parts are joined."""
+        jagged = any(isinstance(column, Jagged) for column in self.parts[0].values())
+        if len(self.parts) == 1 or (self.lengths_R.sum() >= LONG * len(self) and not jagged):
+            return self
+        sizes = np.cumsum([0, *(len(part[ITEM]) for part in self.parts)])[self.part_R]
+        joined = {name: join([part[name] for part in self.parts]) for name in self.parts[0]}
+        return replace(
+            self,
+            parts=[joined],
+            part_R=np.zeros_like(self.part_R),
+            begin_R=self.begin_R + sizes,
+            end_R=self.end_R + sizes,
+        )
+
+    def compact(self) -> Stretches:
+        """The same rows, copied if that spares more than half of the memory that they are held in."""
+        held = sum(len(part[ITEM]) for part in self.parts)
+        return self if 2 * self.lengths_R.sum() >= held else Stretches.of(self.copied())
+
+    def copied(self, columns: Iterable[str] | None = None) -> Sequences:
+        """The rows in memory of their own; ``columns``: of actions, all without it."""
+        if len(self.parts) > 1 and (ready := self.ready()) is not self:
+            return ready.copied(columns)
+        offsets_R1 = np.concatenate([[0], np.cumsum(self.lengths_R)]).astype(np.int64)
+        one_by_one = len(self) > 0 and offsets_R1[-1] >= LONG * len(self)
+        places = zip(self.part_R.tolist(), self.begin_R.tolist(), self.end_R.tolist())
+        stretches = list(places) if one_by_one else []
+        elements = None
+
+        def copy(name: str) -> Column:
+            nonlocal elements
+            arrays = [part[name] for part in self.parts]
+            if stretches and not isinstance(arrays[0], Jagged):
+                return np.concatenate([arrays[part][begin:end] for part, begin, end in stretches])  # type: ignore[arg-type]
+            if elements is None:
+                elements = runs(self.begin_R, self.end_R)[1]
+            return gather(arrays[0], elements)
+
+        names = self.parts[0] if columns is None else columns
+        return Sequences(offsets_R1, self.ordinals_R, {name: copy(name) for name in names}, self.user_columns)
+
+    def _each(self, change: Change) -> Stretches:
+        """The rows with every value of a row changed."""
+        part_R, begin_R, end_R, ordinals_R = (
+            change(column) for column in (self.part_R, self.begin_R, self.end_R, self.ordinals_R)
+        )
+        users = {name: change(column) for name, column in self.user_columns.items()}
+        return Stretches(self.parts, part_R, begin_R, end_R, ordinals_R, users)  # type: ignore[arg-type]
+
+
+LONG = 24
+"""Mean length of rows from which they are copied one by one; shorter ones are gathered, value by value."""
+
+
 def runs(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of the runs ``begin[i]:end[i]`` put one after the other, and where each of their elements comes from."""
     lengths = np.maximum(end - begin, 0)
@@ -201,6 +323,8 @@ def gather(column: Column, rows: np.ndarray) -> Column:
 
 def join(columns: list[Column]) -> Column:
     """Columns of one name, one after the other."""
+    if len(columns) == 1:
+        return columns[0]
     lists = [column for column in columns if isinstance(column, Jagged)]
     if not lists:
         return np.concatenate(columns)  # type: ignore[arg-type]

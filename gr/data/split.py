@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from gr.config import FRACTION, SEED, ComponentConfig
-from gr.data.sequences import TIME, Sequences
+from gr.data.sequences import TIME, Sequences, Stretches
 from gr.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -64,12 +64,12 @@ class Split:
         """How many of the dataset's first users take part in training."""
         return users
 
-    def examples(self, rows: Sequences, whole: bool, max_length: int) -> Sequences:
+    def examples(self, rows: Sequences, whole: bool, max_length: int) -> Stretches:
         """The training samples of ``rows``: cut to what training may see, and unless they are wanted ``whole`` to the
         latest max_length inputs and their targets."""
         stop_R = self.train_stop(rows)
         first_R = np.zeros_like(stop_R) if whole else np.maximum(stop_R - (max_length + 1), 0)
-        return rows.take(np.arange(len(rows)), first_R, stop_R)
+        return Stretches.of(rows).cut(first_R, stop_R)
 
     def before(self) -> Split:
         """What was trained on before its held-out targets are asked for."""

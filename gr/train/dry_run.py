@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import closing
 from itertools import islice
 
 import torch
@@ -43,14 +44,15 @@ def dry_run(config: RunConfig) -> None:
             trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
             first_epoch = _first_epoch(trainer)
             seconds, losses, shapes = [], [], []
-            for batch in islice(parts.batches.epoch(first_epoch), TIMED_STEPS):
-                started = time.perf_counter()
-                trainer.step(batch)
-                if processes.device.type == "cuda":
-                    torch.cuda.synchronize(processes.device)
-                seconds.append(time.perf_counter() - started)
-                losses.append(trainer.last_loss)
-                shapes.append(batch.share)
+            with parts.batches.opened(processes), closing(parts.batches.epoch(first_epoch)) as batches:
+                for batch in islice(batches, TIMED_STEPS):
+                    started = time.perf_counter()
+                    trainer.step(batch)
+                    if processes.device.type == "cuda":
+                        torch.cuda.synchronize(processes.device)
+                    seconds.append(time.perf_counter() - started)
+                    losses.append(trainer.last_loss)
+                    shapes.append(batch.share)
             trainer.metrics.close()
         if not processes.is_main:
             return

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+from gr.data.batches import GlobalBatch
+from gr.processes import Processes
 from gr.progress import Progress, default_progress
 from gr.train.folder import RunFolder, append_rows
+
+DATA_BOUND = 0.05
+"""A run that waits for data longer than this share of its time is bound by it: batches read ahead cost no wait."""
 
 
 class MetricsLog:
@@ -65,6 +70,7 @@ class StepProgress:
 
     def __init__(self, total_steps: int, done: int, active: bool):
         self.window = Window()
+        self.waits = Waits()
         self._step = done
         self._held = ExitStack()
         progress = default_progress(sys.stdout) if active else Progress()
@@ -92,6 +98,45 @@ class StepProgress:
 
     def close(self) -> None:
         self._held.close()
+
+
+class Waits:
+    """How long training waited for batches, and how level they were.
+
+    ``last``: seconds, for the latest batch.  ``waited``: for all of them; ``spent``: on all steps and these waits.
+    ``skews``: sums of the batches' (gr.data.batches.Described); ``batches``: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.last = self.waited = self.spent = 0.0
+        self.skews, self.batches = [0.0, 0.0], 0
+
+    def timed(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
+        """``batches``, the waits for them measured."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.last = time.perf_counter() - started
+            self.waited, self.spent = self.waited + self.last, self.spent + self.last
+            self.skews = [total + one for total, one in zip(self.skews, batch.skew, strict=True)]
+            self.batches += 1
+            yield batch
+
+    def summary(self, processes: Processes) -> str:
+        """What bounds the run, in a line; all processes ask, for the slowest one holds up the others."""
+        seconds = processes.everybodys((self.waited, self.spent))
+        waited, spent = max(seconds, key=lambda pair: pair[0] / max(pair[1], 1e-9))
+        share = waited / max(spent, 1e-9)
+        text = (
+            f"{'data' if share > DATA_BOUND else 'compute'}-bound: {share:.1%} of {spent:,.1f} s of steps were spent "
+            "waiting for data"
+        )
+        if processes.data.size > 1 and self.batches:
+            dealt, consecutive = (total / self.batches for total in self.skews)
+            text += f"; the heaviest rank had {dealt:.3f} of the mean cost ({consecutive:.3f} if it were not dealt)"
+        return text
 
 
 class Window:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Any, NoReturn
 
 import torch
@@ -72,17 +73,25 @@ class Trainer:
         try:
             if cursor.finished:
                 return True
-            with StopSignal() as signal, self.writer:
+            with (
+                StopSignal() as signal,
+                self.writer,
+                self.batches.opened(self.processes),
+                closing(self._remaining()) as remaining,
+            ):
                 if cursor.metrics_rows == 0 and not self.one_pass:
                     with self.progress.pause():
                         self.run_baselines()
-                for batch in self._remaining():
+                stop = False
+                for batch in self.progress.waits.timed(remaining):
                     if self._asked_first(batch):
                         with self.progress.pause():
                             self.run_baselines()
                             self.run_evaluations()
                     stop = self.step(batch, stop=bool(signal.received))
                     epoch_ends = batch.index + 1 == self.batches.in_epoch(cursor.epoch)
+                    if epoch_ends:
+                        self._log_epoch()
                     if self._evaluation_due(epoch_ends):
                         with self.progress.pause():
                             self.run_evaluations()
@@ -93,7 +102,10 @@ class Trainer:
                         with self.progress.pause():
                             self.save()
                     if stop:
-                        return cursor.finished
+                        break
+                self._say_bound()
+                if stop:
+                    return cursor.finished
                 if not cursor.finished:  # there was nothing to do
                     cursor.finished = True
                     self.save()
@@ -129,6 +141,7 @@ class Trainer:
 
         if self._due(self.config.log.every_steps) or cursor.step == 1:
             self._log(loss, norm, batch, targets, time.perf_counter() - started)
+        self.progress.waits.spent += time.perf_counter() - started
         self.progress.update(cursor.epoch, self.epochs, cursor.step, self.last_loss, batch.samples, targets)
         if self._due(TRIM_STEPS):
             give_back_freed_memory()
@@ -165,7 +178,7 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------------------
 
-    def _remaining(self) -> Iterator[GlobalBatch]:
+    def _remaining(self) -> Generator[GlobalBatch]:
         """The global batches from the cursor on."""
         cursor = self.cursor
         while not self._finished():
@@ -266,10 +279,22 @@ class Trainer:
             {
                 "step": cursor.step,
                 "step_s": round(seconds, 5),
+                "wait_s": round(self.progress.waits.last, 5),
                 "samples_per_s": round(window.samples_per_s, 1),
                 "tokens_per_s": round(window.actions_per_s, 1),
             }
         )
+
+    def _log_epoch(self) -> None:
+        """The digest of all global batches up to an epoch's end: equal where two runs saw the same in one order."""
+        cursor = self.cursor
+        row = {"kind": "epoch", "epoch": cursor.epoch, "step": cursor.step, "data_digest": cursor.data_digest}
+        cursor.metrics_rows += self.metrics.write(row)
+        self.progress.say(f"epoch {cursor.epoch + 1:<4}  order digest {cursor.data_digest}")
+
+    def _say_bound(self) -> None:
+        if self.progress.waits.batches:
+            self.progress.say(self.progress.waits.summary(self.processes))
 
     def _vocabularies(self) -> dict[str, Any]:
         """Of each one the share of this step's ids that had no row of their own, and how many ids so far got a row and

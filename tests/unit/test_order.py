@@ -12,7 +12,7 @@ from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.deal import deal
 from gr.data.loader import Arrow, Direct
 from gr.data.order import Order, permute
-from gr.data.sequences import Sequences
+from gr.data.sequences import Sequences, Stretches
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
 
@@ -174,7 +174,7 @@ def test_a_digest_tells_samples_their_order_and_their_items(dataset):
         replace(rows, columns={**rows.columns, "item": rows.items_A[::-1]}),
     ]
     plan = Plan(LeaveOneOut(LeaveOneOut.Config()), Order("f", 3, 57, 8, 2), global_batch=9, max_length=12)
-    assert len({share(plan, 0, given, 0, 1).digest for given in (rows, *others)}) == 4
+    assert len({share(plan, 0, Stretches.of(given), 0, 1).digest for given in (rows, *others)}) == 4
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -183,7 +183,7 @@ def test_shares_are_dealt_by_their_cost(dataset, ranks):
     plan = Plan(LeaveOneOut(LeaveOneOut.Config()), Order("f", 3, 57, 8, 2), global_batch=40, max_length=30)
     dealt = deal(rows.lengths_R, ranks)
     for rank in range(ranks):
-        found = share(plan, 7, rows, rank, ranks)
+        found = share(plan, 7, Stretches.of(rows), rank, ranks)
         assert (found.index, found.samples) == (7, 40)
         assert found.share.ordinals_B.tolist() == np.flatnonzero(dealt == rank).tolist()
 
