@@ -45,11 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("name", help=f"{', '.join(registry.DATASETS)}; or append, for newer actions of a log")
     parser.add_argument("--source", help="file, glob (in quotes), folder or URL to read")
-    parser.add_argument(
-        "--dataset",
-        metavar="MODULE:FUNCTION",
-        help="for ray: a function that returns a ray.data.Dataset of actions",
-    )
+    parser.add_argument("--dataset", metavar="MODULE:FUNCTION", help="for ray: gives a ray.data.Dataset")
     parser.add_argument("--out", help="folder or URL of the dataset")
     parser.add_argument("--to", help="with append: folder of the dataset that grows")
     parser.add_argument("--schema", help="YAML: the log's columns and the policies")
@@ -62,23 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="KEY=VALUE",
         help="set a key of the schema or of the source, such as filter.min_length=3 (docs/your-own-data.md)",
     )
+    parser.add_argument("--engine", choices=("process", "ray"), default="process", help="who does the work")
     parser.add_argument(
-        "--engine",
-        choices=("process", "ray"),
-        default="process",
-        help="this process (default), or a Ray cluster",
+        "--address", metavar="HOST:PORT", help="of a Ray cluster, or auto; else one is started"
     )
-    parser.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="of a cluster that runs, or auto; one is started here without it",
-    )
-    parser.add_argument(
-        "--tasks",
-        type=int,
-        metavar="N",
-        help="at most N tasks at a time on the cluster (default: by cores, memory)",
-    )
+    parser.add_argument("--tasks", type=int, metavar="N", help="at most N tasks at a time on the cluster")
     args = parser.parse_args(arguments)
     refuse_torchrun("prepare", "its result doesn't depend on how many read it")
     appending = args.name == "append"

@@ -149,7 +149,7 @@ class Run:
 @pytest.mark.parametrize("executor", ["core", "data"])
 def test_every_rank_gets_the_batches_of_one_process(address, dataset, executor, ranks, sizes):
     with Run(dataset, plan_of(dataset, **sizes), ranks, executor=executor) as run:
-        per_epoch = run.engines[0].per_epoch
+        per_epoch = run.engines[0].in_epoch(1)
         run.check()
         run.check(epoch=1, start=per_epoch // 2)
         run.check(epoch=1, start=per_epoch)
@@ -165,7 +165,7 @@ def test_the_order_stays_when_tasks_dawdle_workers_die_and_the_actor_dies(
         expected = [list(direct.epoch(0)) for direct in _without_odds(run, dataset, plan)]
         got: list[list] = [[], []]
         readers = [run.read(rank) for rank in range(2)]
-        for step in range(run.engines[0].per_epoch):
+        for step in range(run.engines[0].in_epoch(0)):
             for rank, reader in enumerate(readers):
                 got[rank].append(next(reader))
             if step == 8:

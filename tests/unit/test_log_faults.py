@@ -106,7 +106,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch, wha
     if what == "partitions":
         monkeypatch.setattr(PartitionStore, "_path", lambda self, partition: Path("/dev/full"))
     else:
-        monkeypatch.setattr(blocks, "place", lambda block: ("/dev/full", block))
+        monkeypatch.setattr(blocks, "place", lambda block, earlier: ("/dev/full", block))
     said = refusal(file, tmp_path / "out", partitions=2)
     assert said.startswith(f"no space is left on the disk for '{tmp_path / 'out'}'")
     assert said.endswith("make room, or set scratch to a folder on another disk")
@@ -116,7 +116,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch, wha
 def test_a_full_disk_leaves_the_dataset_that_was_there(tmp_path, monkeypatch):
     file = write(tmp_path, u=[1, 2])
     before = make(file, tmp_path / "out").dataset.manifest
-    monkeypatch.setattr(blocks, "place", lambda block: ("/dev/full", block))
+    monkeypatch.setattr(blocks, "place", lambda block, earlier: ("/dev/full", block))
     with pytest.raises(Exception, match="no space is left"):
         make(file, tmp_path / "out")
     monkeypatch.undo()

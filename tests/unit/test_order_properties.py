@@ -53,12 +53,14 @@ class Stored:
         start = block * self.block_rows
         return self.sequences.slice(start, min(start + self.block_rows, self.rows))
 
-    @cached_property
-    def read(self) -> Callable[[int], Stretches]:
-        return partial(read_samples, self.plan, self)  # type: ignore[arg-type]
+    def filtered(self, filters: tuple) -> Stored:
+        return self
+
+    def read(self, epoch: int) -> Callable[[int], Stretches]:
+        return partial(read_samples, self.plan, self, epoch)  # type: ignore[arg-type]
 
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[GlobalBatch]:
-        return epoch_batches(self.plan, self.read, epoch, start, rank, ranks)
+        return epoch_batches(self.plan, self.read(epoch), epoch, start, rank, ranks)
 
     @property
     def expected_rows(self) -> int:
@@ -137,7 +139,7 @@ def test_windows_made_apart_give_the_batches_of_one_process(stored, ranks, data)
     windows = stored.plan.order.windows
     epoch = data.draw(st.integers(0, EPOCHS - 1))
     units = range(epoch * windows, (epoch + 1) * windows)
-    made = {unit: work.made(unit, stored.read) for unit in units}
+    made = {unit: work.made(unit, stored.read(epoch)) for unit in units}
     start = data.draw(st.integers(0, stored.plan.in_epoch(0)))
     for rank in range(ranks):
         batches: list[GlobalBatch] = []

@@ -246,7 +246,7 @@ def test_what_is_held_out_is_never_trained_on_and_targets_follow_their_inputs(da
     for chosen in [(), *((sampler,) for sampler in EVERY)]:
         plan = Plan(LeaveOneOut(LeaveOneOut.Config(holdout=1)), order, 10, 16, "keep", None, chosen)
         for epoch in range(3):
-            made = samples(plan, numbered, epoch)
+            made = samples(plan, numbered, epoch).copied()
             assert not np.isin(made.items_A, held_out).any()
             inside = made.owner_A[1:] == made.owner_A[:-1]
             assert (np.diff(made.items_A)[inside] > 0).all(), "a target before its input"
