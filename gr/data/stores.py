@@ -68,10 +68,10 @@ class StoreError(OSError):
         self.strerror, self.filename = said, where
 
     def __str__(self) -> str:
-        return self.strerror
+        return str(self.strerror)
 
     def __reduce__(self) -> tuple[type[StoreError], tuple[str, str]]:
-        return type(self), (self.strerror, self.filename)
+        return type(self), (str(self), str(self.filename))
 
 
 class Denied(StoreError, PermissionError):
