@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -171,9 +170,9 @@ class Processes:
             raise UserError(f"{where}{refusals[refused[0]]}", everywhere=True)
         return result  # type: ignore[return-value]
 
-    def check_shared(self, folder: Path, key: str) -> None:
+    def check_shared(self, folder: Any, key: str) -> None:
         """Refuse a ``folder`` that is not the same one for all processes: on machines with disks of their own each
-        would keep a part of every checkpoint, and none could be read."""
+        would keep a part of every checkpoint, and none could be read.  (``folder``: a path, or what has its ways.)"""
         if self.world.size == 1:
             return
         mark = self.broadcast(folder / f".shared-{uuid.uuid4().hex}")

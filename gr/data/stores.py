@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -411,7 +411,7 @@ def column_ranges(
     return ranges
 
 
-def in_order(read: Callable[[T], R], of: Iterable[T], ahead: int) -> Iterator[R]:
+def in_order(read: Callable[[T], R], of: Iterable[T], ahead: int) -> Generator[R, None, None]:
     """``read`` of each, in order; ``ahead`` of them are read at the same time, each in a thread.  0: none is."""
     if not ahead:
         yield from map(read, of)

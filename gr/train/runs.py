@@ -48,7 +48,7 @@ def open_run(
     data = open_data(config)
     model = build_model(config, data, processes)
     if chosen is None:
-        cursor = exported.load(folder.path, model, checkpoint_name, processes.world)
+        cursor = exported.load(path, model, checkpoint_name, processes.world)
     else:
         cursor = checkpoint.load(chosen, model)
     check_generation(data, cursor.generation, path)

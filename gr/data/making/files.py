@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,9 @@ class DataFile:
             source.fetch(ranges)
         return _opened(source, READ_BUFFER_OF_A_STORE, parquet.metadata)
 
-    def row_groups(self, parquet: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    def row_groups(
+        self, parquet: pq.ParquetFile, columns: Sequence[str]
+    ) -> Generator[pq.ParquetFile, None, None]:
         """:meth:`row_group` of each; of a store the next ones are on their way meanwhile."""
         ahead = 0 if self.local else ROW_GROUPS_AHEAD
         groups = range(parquet.num_row_groups)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +52,7 @@ class ListReader(LogReader):
         for first in range(0, len(row_A), chunk_rows):
             part = self.layout.whole(file, actions.slice(first, chunk_rows))
             rows = start + row_A[first : first + chunk_rows]
-            yield part, lambda action, rows=rows: (group, int(rows[action]))
+            yield part, partial(_in_row_group, group, rows)
 
     def _bad_user(
         self,
@@ -74,6 +75,10 @@ class ListReader(LogReader):
         record = json.dumps(batch.slice(row, 1).to_pylist()[0], default=str, ensure_ascii=False)
         kind = f"{names[column]}: has not as many values as '{item}'"
         quarantine.add(BadRow(file.name, group, start + row, names[column], problem, record), kind)
+
+
+def _in_row_group(group: int, row_A: np.ndarray, action: int) -> tuple[int | None, int]:
+    return group, int(row_A[action])
 
 
 def _uneven(batch: pa.RecordBatch) -> np.ndarray:

@@ -6,7 +6,7 @@ ml.item     item_id:token  title:token_seq  year:float
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import AfterValidator
@@ -36,7 +36,7 @@ from gr.data.making.sources.base import QUIET, Source
 from gr.errors import UserError, nearest
 from gr.progress import Progress
 
-TYPES = {"token": "auto", "float": "float", "token_seq": None, "float_seq": None}
+TYPES: dict[str, Any] = {"token": "auto", "float": "float", "token_seq": None, "float_seq": None}
 """RecBole's types -> a field's; None: a list, which no action may have."""
 
 

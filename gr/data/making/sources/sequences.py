@@ -120,9 +120,8 @@ class SequenceLines:
                 if problem:
                     self._bad_line(file, number, line, problem, kind, fix, quarantine)
                     continue
-                user, *sequence = ids
-                if "user" in self.integers:
-                    user = int(user)
+                first, *sequence = ids
+                user = int(first) if "user" in self.integers else first
                 seen.add(user)
                 users.extend([user] * len(sequence))
                 items.extend(map(int, sequence) if "item" in self.integers else sequence)
