@@ -111,7 +111,7 @@ def check(path: str | Path, manifest: Manifest, files: Sequence[str] | None = No
             raise _damaged(path, f"{name} is not what was written")
 
 
-def load(path: Path, model: Model, checkpoint_name: str = "last", world: Axis = Axis()) -> Cursor:
+def load(path: str | Path, model: Model, checkpoint_name: str = "last", world: Axis = Axis()) -> Cursor:
     """Fill ``model`` and its tables from the export at ``path``; returns where its run was.
 
     Of several processes (``world``) each reads the content of some files to check it: where one refuses, all must.
@@ -128,7 +128,7 @@ def load(path: Path, model: Model, checkpoint_name: str = "last", world: Axis = 
     checkpoint.check_tensors(f"export '{path}'", sizes, wanted, model)
     for name, tensor in wanted.items():
         for offsets, values in held_parts(tensor).items():
-            read_into(path, manifest.tensors, name.removeprefix("model/"), offsets, values)
+            read_into(Path(path), manifest.tensors, name.removeprefix("model/"), offsets, values)
     return Cursor(manifest.generation, epoch=manifest.epoch, step=manifest.step)
 
 

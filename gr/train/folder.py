@@ -56,6 +56,7 @@ class RunFolder:
             there = path.store.files(path.root)
             for name in FETCHED.intersection(there):
                 path.download(name, self.here / name)
+                self._pushed[self.here / name] = _state(self.here / name)
         except OSError as error:
             raise UserError(
                 f"cannot read the run at '{path}' ({first_line(error)}): "
@@ -69,8 +70,10 @@ class RunFolder:
         for file in sorted(self.here.rglob("*")):
             if not file.is_file():
                 continue
-            state = file.stat().st_size, file.stat().st_mtime_ns
-            if self._pushed.get(file) != state:
+            state = _state(file)
+            if (
+                self._pushed.get(file) != state
+            ):  # what is as it was fetched may be newer there, by another process
                 self.path.upload(file, str(file.relative_to(self.here)))
                 self._pushed[file] = state
 
@@ -236,6 +239,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Another one where the content has changed."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _whole_lines(file: Path) -> list[str]:

@@ -147,6 +147,20 @@ def test_a_place_in_a_store_is_taken_once(at, store):
         open_run(url)
 
 
+def test_a_process_that_writes_nothing_leaves_what_others_wrote(at, store):
+    url, _ = at
+    key = f"{url.removeprefix('s3://')}/metrics.jsonl"
+    store.put(key, b"1\n")
+    main, other = RunFolder(url), RunFolder(url)
+    main.metrics.write_text("1\n2\n")
+    (other.here / "rank1-trace.json").write_text("{}")
+    main.push()
+    other.push()
+    assert (
+        store.get(key) == b"1\n2\n" and store.get(key.replace("metrics.jsonl", "rank1-trace.json")) == b"{}"
+    )
+
+
 def test_a_place_in_a_store_behaves_as_a_path(store):
     place = StorePath("s3://data/places/a.b")
     assert (place.name, place.suffix, str(place.parent), str(place.with_name("c"))) == (
