@@ -165,7 +165,7 @@ def _newer(config: RunConfig, dataset: SequenceDataset, processes: Processes) ->
             )
             waited = time.monotonic() - begun
             state = (newest != dataset.manifest.generation, waited >= follow.give_up)
-            grown, gave_up = processes.broadcast(state if processes.is_main else None)
+            grown, gave_up = processes.broadcast(state)  # the main one's
             (stopped,) = processes.world.maximum([int(bool(signal.received))])
             if grown or gave_up or stopped:
                 return grown and not stopped
