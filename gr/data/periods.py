@@ -25,7 +25,6 @@ from gr.data.split import Split, actions_before, date, likely
 from gr.errors import UserError
 
 if TYPE_CHECKING:
-    from gr.data.catalogue import Catalogue
     from gr.data.dataset import SequenceDataset
     from gr.processes import Processes
 
@@ -146,7 +145,7 @@ class Chronological(Split):
     def before(self) -> Split:
         return self if self.period is None else self.at(self.period - 1)
 
-    def seen(self, catalogue: Catalogue) -> np.ndarray:
+    def seen(self, catalogue: Any) -> np.ndarray:
         if self.period is None or self.periods is None:
             return super().seen(catalogue)
         return (self.periods.first_I < self.period).astype(np.int64)

@@ -17,7 +17,6 @@ from gr.data.sequences import TIME, Sequences
 from gr.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from gr.data.catalogue import Catalogue
     from gr.data.dataset import SequenceDataset
     from gr.processes import Processes
 
@@ -66,7 +65,7 @@ class Split:
         """What was trained on before its held-out targets are asked for."""
         return self
 
-    def seen(self, catalogue: Catalogue) -> np.ndarray:
+    def seen(self, catalogue: Any) -> np.ndarray:
         """(I,) above zero where an item is a training action before the held-out targets are asked for."""
         return catalogue.training_counts.numpy()
 
