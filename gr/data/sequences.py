@@ -50,6 +50,11 @@ class Sequences:
         return len(self.offsets_R1) - 1
 
     @property
+    def targets_from_R(self) -> np.ndarray | None:
+        """Which of each row's actions is its first target (gr.batch.TARGETS_FROM); None where it's the second."""
+        return self.user_columns.get(TARGETS_FROM)  # type: ignore[return-value]
+
+    @property
     def lengths_R(self) -> np.ndarray:
         return np.diff(self.offsets_R1)
 
@@ -175,9 +180,9 @@ def latest(rows: Sequences, max_length: int) -> Sequences:
     if not first_R.any():
         return rows
     cut = rows.take(np.arange(len(rows)), first_R, rows.lengths_R)
-    if TARGETS_FROM not in rows.user_columns:
+    if rows.targets_from_R is None:
         return cut
-    return cut.with_users(**{TARGETS_FROM: np.maximum(rows.user_columns[TARGETS_FROM] - first_R, 1)})
+    return cut.with_users(**{TARGETS_FROM: np.maximum(rows.targets_from_R - first_R, 1)})
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,13 @@ class StochasticLength(Sampler):
         if not cut_R.any():
             return rows
         # actions before this place may go; targets after it are inputs, too, and count among those that stay
-        fixed_R = rows.user_columns.get(TARGETS_FROM, inputs_R)
+        fixed_R = inputs_R if rows.targets_from_R is None else rows.targets_from_R
         stay_R = np.maximum(short - (inputs_R - fixed_R), 1)
         free_A = rows.places_A < fixed_R[rows.owner_A]
         kept_A = ~free_A | ~cut_R[rows.owner_A]
         kept_A[self._chosen(rows, draws, free_A & cut_R[rows.owner_A], stay_R)] = True
         kept = rows.keep(kept_A)
-        if TARGETS_FROM not in rows.user_columns:
+        if rows.targets_from_R is None:
             return kept
         left_R = np.bincount(rows.owner_A[kept_A & free_A], minlength=len(rows)).astype(np.int64)
         return kept.with_users(**{TARGETS_FROM: left_R})

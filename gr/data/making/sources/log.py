@@ -109,7 +109,9 @@ def _of_types(options: Any, dataset: SequenceDataset) -> Any:
     kinds: dict[str, Any] = {"int64": "integer", "float64": "float", "string": "string"}
     have = {info.name: kinds[info.type] for info in dataset.manifest.columns if info.type in kinds}
     fields = {
-        name: FieldColumn(column=spec if isinstance(spec, str) else spec.column, type=have.get(name, "auto"))
+        name: FieldColumn.model_validate(
+            {"column": spec if isinstance(spec, str) else spec.column, "type": have.get(name, "auto")}
+        )
         for name, spec in options.columns.fields.items()
     }
     integer_items = pa.types.is_integer(dataset.catalogue.ids.type)
