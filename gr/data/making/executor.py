@@ -65,11 +65,16 @@ class Actions(Protocol):
 class Executor(Protocol):
     """Who does the work: in a ``with`` that ends with all that was put aside removed."""
 
-    store: Store
-    """The partitions, when the log has been read."""
-    quarantine: Quarantine
-    dataset: Path | None
-    """Where the dataset is put together, None leaves that to its writer."""
+    @property
+    def store(self) -> Store:
+        """The partitions, when the log has been read."""
+
+    @property
+    def quarantine(self) -> Quarantine: ...
+
+    @property
+    def dataset(self) -> Path | None:
+        """Where the dataset is put together, None leaves that to its writer."""
 
     def __enter__(self) -> Executor: ...
 

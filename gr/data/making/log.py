@@ -99,7 +99,7 @@ class LogReader:
 
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         """Checked tables of at most ``chunk_rows`` rows, in the order of the files and of the rows in them."""
-        for piece in self._pieces:
+        for piece in self._unread():
             file = self.files[piece.file]
             for batch, locate in self._batches(piece, chunk_rows, quarantine):
                 self.rows_read += batch.num_rows
@@ -122,7 +122,7 @@ class LogReader:
         schema = self.schema.model_dump(mode="json", include=set(LogSchema.model_fields))
         return [schema, *([file.name, file.version] for file in self.files)]
 
-    def parts(self) -> Iterator[list[Piece]]:
+    def parts(self) -> Iterator[Any]:
         """Consecutive pieces of about equal sizes."""
         most = max(PART_ROWS, -(-self.estimated_rows // PARTS))
         bytes = sum(plain_size(f) for f in self.files if f.format == "csv") or 1
@@ -145,9 +145,10 @@ class LogReader:
         if part:
             yield part
 
-    def only(self, part: list[Piece]) -> LogReader:
+    def only(self, part: Any) -> LogReader:
         reader = copy.copy(self)
-        reader._pieces, reader.rows_read, reader.rounded_values = part, 0, 0
+        reader.rows_read = reader.rounded_values = 0
+        reader._keep(part)
         reader.times = Times(self.types.clock, self._first_zoned) if self.types.clock else None
         reader.__dict__.pop("_converters", None)
         return reader
@@ -186,9 +187,16 @@ class LogReader:
             self.rows_read = read  # malformed records count
         return None
 
-    def _ahead(self) -> Iterable[Piece]:
+    def _ahead(self) -> Iterable[Any]:
         """The pieces, which are read again later."""
         return self._pieces
+
+    def _unread(self) -> Iterable[Any]:
+        """The pieces, for the last time."""
+        return self._pieces
+
+    def _keep(self, part: Any) -> None:
+        self._pieces = part
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can't be sent to another process and is made again."""
@@ -306,7 +314,7 @@ class LogReader:
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
-    def _batches(self, piece: Piece, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
+    def _batches(self, piece: Any, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
         file = self.files[piece.file]
         if file.format == "csv":
             return self._csv_batches(file, chunk_rows, quarantine)

@@ -208,7 +208,8 @@ class OnRay:
         return found
 
     def write(self, step: Writing, found: Found, writer: DatasetWriter) -> Found:
-        users_P, columns = np.zeros_like(self.store.rows), []
+        users_P = np.zeros_like(self.store.rows)
+        columns: list[dict[str, Any]] = []
         for partition, one, plain in self._pass("writing", step):
             users_P[partition] = one.users
             columns = plain["columns"] or columns

@@ -30,8 +30,9 @@ ROW_BYTES, TEXT_BYTES, FIELD_BYTES = 120, 80, 32
 class Store(Protocol):
     """Partitions as the passes over them see them."""
 
-    rows: np.ndarray
-    """Actions of each partition."""
+    @property
+    def rows(self) -> np.ndarray:
+        """Actions of each partition."""
 
     def read(self, partition: int) -> pa.Table | None:
         """A partition's actions, None if it has none."""

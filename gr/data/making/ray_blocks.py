@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,18 +58,15 @@ class BlocksReader(LogReader):
         self._lay_out(lay_out_typed([only], schema, self.columns, self.fields))
         self.estimated_rows = 0  # not known before all of them are made
 
-    @property
-    def _pieces(self) -> Iterator[BlockPiece]:  # type: ignore[override]
-        """Each block once."""
+    def _unread(self) -> Iterator[BlockPiece]:
         while self._waiting:
             yield self._waiting.pop(0)
         yield from self._stream
 
-    @_pieces.setter
-    def _pieces(self, blocks: Iterable[BlockPiece]) -> None:
-        self._waiting, self._stream = list(blocks), iter([])
+    def _keep(self, part: list[BlockPiece]) -> None:
+        self._waiting, self._stream = list(part), iter([])
 
-    def _ahead(self) -> Iterator[BlockPiece]:  # type: ignore[override]
+    def _ahead(self) -> Iterator[BlockPiece]:
         yield from list(self._waiting)
         for piece in self._stream:
             self._waiting.append(piece)
@@ -78,9 +75,9 @@ class BlocksReader(LogReader):
     def identity(self) -> None:
         return None
 
-    def parts(self) -> Iterator[list[BlockPiece]]:  # type: ignore[override]
+    def parts(self) -> Iterator[list[BlockPiece]]:
         part: list[BlockPiece] = []
-        for piece in self._pieces:
+        for piece in self._unread():
             if part and sum(p.rows for p in part) + piece.rows > PART_ROWS:
                 yield part
                 part = []
@@ -94,13 +91,13 @@ class BlocksReader(LogReader):
             **super().__getstate__(),
             "_stream": iter([]),
             "_waiting": [],
-            "first": self.first.slice(0, 0),
+            "first": self.first.schema.empty_table(),
         }
 
     def _sample(self, file: DataFile) -> pa.RecordBatch:
         return next(iter(self._of_table(self.first.slice(0, SAMPLED_ROWS), SAMPLED_ROWS)))
 
-    def _batches(self, piece: BlockPiece, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:  # type: ignore[override]
+    def _batches(self, piece: BlockPiece, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
         start, table = 0, _arrow(piece)
         if not table.num_rows:
             return
