@@ -135,7 +135,7 @@ class LogReader:
         schema = self.schema.model_dump(mode="json", include=set(LogSchema.model_fields))
         return [schema, *([file.name, file.version] for file in self.files)]
 
-    def parts(self) -> Iterator[list[Piece]]:
+    def parts(self) -> Iterator[Any]:
         """Consecutive pieces of about equal sizes."""
         most = max(PART_ROWS, -(-self.estimated_rows // PARTS))
         bytes = sum(plain_size(f) for f in self.files if f.format == "csv") or 1
@@ -158,7 +158,7 @@ class LogReader:
         if part:
             yield part
 
-    def only(self, part: list[Piece]) -> LogReader:
+    def only(self, part: Any) -> LogReader:
         reader = copy.copy(self)
         reader.rows_read = reader.rounded_values = 0
         reader._take(part)
@@ -211,6 +211,13 @@ class LogReader:
     def _ahead(self) -> Iterable[Piece]:
         """The pieces, which are read again later."""
         return self._pieces
+
+    def _unread(self) -> Iterable[Any]:
+        """The pieces, for the last time."""
+        return self._pieces
+
+    def _keep(self, part: Any) -> None:
+        self._pieces = part
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can't be sent to another process and is made again."""
@@ -324,7 +331,7 @@ class LogReader:
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
-    def _batches(self, piece: Piece, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
+    def _batches(self, piece: Any, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
         file = self.files[piece.file]
         if file.format == "csv":
             return self._csv_batches(file, chunk_rows, quarantine)

@@ -67,7 +67,7 @@ class BlocksReader(LogReader):
     def _take(self, part: list[BlockPiece]) -> None:  # type: ignore[override]
         self._waiting, self._stream = part, iter([])
 
-    def _ahead(self) -> Iterator[BlockPiece]:  # type: ignore[override]
+    def _ahead(self) -> Iterator[BlockPiece]:
         yield from list(self._waiting)
         for piece in self._stream:
             self._waiting.append(piece)
@@ -76,7 +76,7 @@ class BlocksReader(LogReader):
     def identity(self) -> None:
         return None
 
-    def parts(self) -> Iterator[list[BlockPiece]]:  # type: ignore[override]
+    def parts(self) -> Iterator[list[BlockPiece]]:
         part: list[BlockPiece] = []
         for piece in self._to_read():
             if part and sum(p.rows for p in part) + piece.rows > PART_ROWS:
@@ -92,13 +92,13 @@ class BlocksReader(LogReader):
             **super().__getstate__(),
             "_stream": iter([]),
             "_waiting": [],
-            "first": self.first.slice(0, 0),
+            "first": self.first.schema.empty_table(),
         }
 
     def _sample(self, file: DataFile) -> pa.RecordBatch:
         return next(iter(self._of_table(self.first.slice(0, SAMPLED_ROWS), SAMPLED_ROWS)))
 
-    def _batches(self, piece: BlockPiece, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:  # type: ignore[override]
+    def _batches(self, piece: BlockPiece, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
         start, table = 0, _arrow(piece)
         if not table.num_rows:
             return
