@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # what runs on a cluster's nodes does without torch
     from gr.processes import Processes
 
 NAMESPACE = "gr"
-STARTING_SECONDS, ENDING_SECONDS = 180, 30
+STARTING_SECONDS, ANSWER_SECONDS, ENDING_SECONDS = 180, 20, 30
 PRIVATE = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 
@@ -68,6 +68,7 @@ def joined(
     with _own_sigterm():
         try:
             if address is not None:
+                _reach(address)
                 ray.init(address=address, **quiet)
             else:
                 folder = tempfile.mkdtemp(prefix="gr-ray-", dir="/tmp")  # a socket's path has 107 bytes
@@ -201,6 +202,13 @@ def _keep_private() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _reach(address: str) -> None:
+    """An OSError where nobody listens at HOST:PORT, of which Ray would say so after minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
 
 
 @contextmanager

@@ -200,24 +200,17 @@ class LogReader:
             self.rows_read = read  # malformed records count
         return None
 
-    def _to_read(self) -> Iterable[Piece]:
+    def _to_read(self) -> Iterable[Any]:
         """The pieces, to be read now."""
         return self._pieces
 
-    def _take(self, part: list[Piece]) -> None:
+    def _take(self, part: Any) -> None:
         """Read these alone."""
         self._pieces = part
 
-    def _ahead(self) -> Iterable[Piece]:
+    def _ahead(self) -> Iterable[Any]:
         """The pieces, which are read again later."""
         return self._pieces
-
-    def _unread(self) -> Iterable[Any]:
-        """The pieces, for the last time."""
-        return self._pieces
-
-    def _keep(self, part: Any) -> None:
-        self._pieces = part
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can't be sent to another process and is made again."""

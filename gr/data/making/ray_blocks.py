@@ -58,13 +58,13 @@ class BlocksReader(LogReader):
         self._lay_out(lay_out_typed([only], schema, self.columns, self.fields))
         self.estimated_rows = 0  # not known before all of them are made
 
-    def _to_read(self) -> Iterator[BlockPiece]:  # type: ignore[override]
+    def _to_read(self) -> Iterator[BlockPiece]:
         """Each block once."""
         while self._waiting:
             yield self._waiting.pop(0)
         yield from self._stream
 
-    def _take(self, part: list[BlockPiece]) -> None:  # type: ignore[override]
+    def _take(self, part: list[BlockPiece]) -> None:
         self._waiting, self._stream = part, iter([])
 
     def _ahead(self) -> Iterator[BlockPiece]:
