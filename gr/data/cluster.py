@@ -80,7 +80,7 @@ def joined(
                     _temp_dir=folder,
                     **quiet,
                 )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # Ray's own are of many kinds, some of none
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             what = (

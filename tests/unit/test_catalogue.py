@@ -249,7 +249,7 @@ def test_a_user_is_found_by_reading_one_block(tmp_path, monkeypatch):
 
 def test_users_whose_hashes_collide_over_a_border_are_found(tmp_path, monkeypatch):
     """All of one hash: any block could hold them."""
-    from gr.data import dataset as writing, requests as asking
+    from gr.data import blocks as writing, requests as asking
 
     for module in (writing, asking):
         monkeypatch.setattr(module, "hash_ids", lambda ids: np.asarray(ids, np.uint64) // 100)
