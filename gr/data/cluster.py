@@ -38,6 +38,9 @@ PRIVATE = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN
 def import_ray() -> Any:
     """The package, told to keep to itself."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(
+        "RAY_raylet_start_wait_time_s", str(STARTING_SECONDS)
+    )  # Ray's 60 are few on a busy machine
     try:
         import ray
     except ImportError as error:
