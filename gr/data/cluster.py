@@ -40,7 +40,7 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(
         "RAY_raylet_start_wait_time_s", str(STARTING_SECONDS)
-    )  # Ray's 60 are few on a busy machine
+    )  # Ray's 30 are few on a busy machine
     try:
         import ray
     except ImportError as error:
