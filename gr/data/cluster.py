@@ -39,7 +39,6 @@ def import_ray() -> Any:
     """The package, told to keep to itself."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(
-        "RAY_raylet_start_wait_time_s", str(STARTING_SECONDS)
     )  # Ray's 30 are few on a busy machine
     try:
         import ray
