@@ -38,8 +38,6 @@ PRIVATE = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN
 def import_ray() -> Any:
     """The package, told to keep to itself."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-    )  # Ray's 30 are few on a busy machine
     try:
         import ray
     except ImportError as error:
