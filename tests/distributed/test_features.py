@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gr.batch import Jagged
 from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
 from gr.embeddings.vocabulary import OpenVocabulary
@@ -39,9 +40,11 @@ FEATURES = ", ".join(
         "hour: {derived: hour_of_day}",
         "campaign: {column: campaign, rows: 48, vocabulary: {name: open, buckets: 4, admit_after: 2, waiting: 8}}",
         "city: {column: city, rows: 16, vocabulary: {name: open, buckets: 2}}",
+        "tag: {column: tags, rows: 16, pooling: sum, vocabulary: {name: open, buckets: 2}}",
+        "genre: {catalogue: genres}",
     ]
 )
-TABLES = ("kind", "device", "age", "user", "hour", "campaign", "city")
+TABLES = ("kind", "device", "age", "user", "hour", "campaign", "city", "tag", "genre")
 SETTINGS = [
     *("model.input.dropout=0", "model.encoder.dropout=0", "data.window_blocks=1", "eval.splits=[valid]"),
     "eval.every_steps=5",
@@ -51,12 +54,14 @@ SETTINGS = [
 
 def dealt(sharded: str = ROWS, elsewhere: str = "mapped") -> list[str]:
     """Overrides that put the rows of tables of every kind elsewhere than into each process's own memory."""
-    where = dict.fromkeys(("device", "campaign"), sharded) | dict.fromkeys(("user", "city"), elsewhere)
+    where = dict.fromkeys(("device", "campaign", "genre"), sharded)
+    where |= dict.fromkeys(("user", "city", "tag"), elsewhere)
     return [f"model.table={sharded}", *(f"model.input.features.{n}.table={t}" for n, t in where.items())]
 
 
 def make_dataset(path) -> None:
-    """150 users of 2 to 29 actions, each on a device, in a campaign that comes and goes; users have ages."""
+    """150 users of 2 to 29 actions, each on a device, in a campaign that comes and goes, with tags; users have ages,
+    and items genres, or none."""
     rng = np.random.default_rng(1)
     lengths = rng.integers(2, 30, 150)
     actions = int(lengths.sum())
@@ -71,12 +76,17 @@ def make_dataset(path) -> None:
         device=(items % 7).astype(np.int64),
         campaign=rng.geometric(0.03, actions) * 10**15 - 2**62,
         city=np.array([f"city {n}" for n in rng.geometric(0.1, actions)], object),
+        tags=Jagged(
+            np.concatenate([[0], np.cumsum(items % 3)]),
+            np.array([f"tag {n}" for n in rng.geometric(0.1, int((items % 3).sum()))], object),
+        ),
     )
     rows.user_columns["age"] = rng.integers(0, 5, 150).astype(np.int32)
     writer = DatasetWriter(path, "tiny", block_rows=32, action_type_names=["a", "b", "c"])
     writer.add(rows)
     counts = np.bincount(items, minlength=60)
-    writer.finish(pa.table({"item_id": np.arange(60), "count": counts}))
+    genres = [None if n % 7 == 0 else list(range(n % 3)) for n in range(60)]
+    writer.finish(pa.table({"item_id": np.arange(60), "count": counts, "genres": genres}))
 
 
 def tensors(run, step=STEPS):
@@ -156,7 +166,7 @@ def test_a_run_that_is_opened_knows_the_ids(folder):
     there = tensors(folder / "2-whole")
     with processes("cpu", threads=1) as alone:
         opened = open_run(folder / "2-whole", processes=alone)
-        assert opened.model.vocabularies.keys() == {"campaign", "city"}
+        assert opened.model.vocabularies.keys() == {"campaign", "city", "tag"}
         for name, vocabulary in opened.model.vocabularies.items():
             for part, (_, _, values) in vocabulary.state().items():
                 assert torch.equal(values, there[f"vocabulary/{name}/{part}"])
