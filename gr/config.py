@@ -100,30 +100,39 @@ class FeatureSection(Section):
     """A table of its own for something that is known of an action, a user or a request beside the item.
 
     column: a column of the dataset's actions or users that holds integers from 0 on, or any ids where there is a
-    ``vocabulary``, which finds rows for them.  derived, in its place: ``user``,
+    ``vocabulary``, which finds rows for them; one each, or lists.  catalogue, in its place: such a column of the
+    dataset's items.  derived, in its place: ``user``,
     a row for each user of the dataset; ``hour_of_day`` or ``day_of_week`` (Monday is 0; both in UTC) of the action, or
     ``hour_of_request``, ``day_of_request`` of the moment for which the next action is predicted.
     rows: of the table, where the dataset doesn't say how many values there are; with a vocabulary, as many as it may
-    fill."""
+    fill.  pooling: of the vectors of a list's values their mean (where nothing is said) or their sum; an empty list has
+    zeros."""
 
     shorthand = "column"
     column: str | None = None
+    catalogue: str | None = None
     derived: Literal["user", "hour_of_day", "day_of_week", "hour_of_request", "day_of_request"] | None = None
     rows: POSITIVE | None = None
+    pooling: Literal["mean", "sum"] | None = None
     table: component(registry.TABLES, "model.input.features.NAME.table", default="local")  # type: ignore[valid-type]
 
     vocabulary: component(registry.VOCABULARIES, "model.input.features.NAME.vocabulary") | None = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _one_source(self) -> FeatureSection:
-        if (self.column is None) == (self.derived is None):
-            raise ValueError("give it either a column of the dataset, or what is derived")
+        if [self.column, self.catalogue, self.derived].count(None) != 2:
+            raise ValueError(
+                "give it one of column (of the dataset), catalogue (a column of its items) and derived"
+            )
         if self.vocabulary is not None and (self.derived is not None or self.rows is None):
             raise ValueError("a vocabulary is for the ids of a column: give it that column, and rows to fill")
         return self
 
     def idle(self) -> dict[str, str]:
-        return {"rows": f"derived is {self.derived}, which says how many"} if self.derived else {}
+        if self.derived is None:
+            return {}
+        why = f"derived is {self.derived}, which"
+        return {"rows": f"{why} says how many", "pooling": f"{why} is one value each"}
 
 
 FEATURE = Annotated[

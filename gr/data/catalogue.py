@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gr.data.columns import checksum
+from gr.batch import Jagged
+from gr.data.columns import ColumnInfo, checksum
 from gr.data.popularity import Counted, counted
 from gr.data.stores import first_line, remedy
 from gr.errors import UserError, nearest
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
     from gr.data.manifest import Manifest
     from gr.data.split import Split
     from gr.processes import Processes
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 class Catalogue:
@@ -98,6 +105,42 @@ class Catalogue:
         if name not in self._read:
             self._read.update(self._columns([name]))
         return self._read[name]
+
+    def info(self, name: str) -> ColumnInfo:
+        """What a column holds; ``multi``: lists, or nothing for some item."""
+        column = self.column(name)
+        kind, lists = column.type, _is_list(column.type)
+        kind = kind.value_type if lists else kind
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+        named = (
+            "string" if text else "int64" if whole else "float64" if pa.types.is_floating(kind) else str(kind)
+        )
+        return ColumnInfo(name, named, "items", lists or column.null_count > 0)
+
+    def codes(self, name: str) -> Tensor | Jagged:
+        """A column of integers or texts as features look it up: I values, int64, of texts their 64-bit hashes; I lists
+        where there are lists, or where some items have nothing: these have empty ones."""
+        from gr.data.collate import tensor
+
+        info, array = self.info(name), self.column(name).combine_chunks()
+        item_V, values = np.arange(len(array)), array
+        if _is_list(array.type):
+            item_V, values = pc.list_parent_indices(array).to_numpy(), pc.list_flatten(array)
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        try:
+            values = values.cast(pa.string() if info.type == "string" else pa.int64())
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"column '{name}' of '{self._file}' can't be looked up ({first_line(error)}): choose another one"
+            ) from None
+        counts_I = np.bincount(item_V[values.is_valid().to_numpy(zero_copy_only=False)], minlength=self.rows)
+        found = values.drop_null().to_numpy(zero_copy_only=False)
+        if not info.multi:
+            return tensor(found)
+        return tensor(Jagged(np.concatenate([[0], counts_I.cumsum()]), found))
 
     def to_table(self, names: Iterable[str] | None = None) -> pa.Table:
         """The columns ``names``, all without it."""

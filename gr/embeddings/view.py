@@ -1,6 +1,6 @@
 """Views: the rows of a table that a step needs on one process.
 
-Shapes: U rows of a view, D width, I rows of the table.
+Shapes: U rows of a view, D width, I rows of the table, N lists of V rows.
 """
 
 from __future__ import annotations
@@ -84,6 +84,13 @@ class View:
         """Vectors of the table's ``rows``, shape ``(*rows.shape, D)``; differentiable (a dense gradient)."""
         # not weight[rows]: the backward of indexing adds repeated rows in no fixed order
         return F.embedding(self.place(rows), self.weight_UD)
+
+    def pooled(self, rows_V: Tensor, offsets_N1: Tensor, how: str) -> Tensor:
+        """(N, D) the ``sum`` or the ``mean`` of the vectors of each list of the table's rows, rows_V cut at offsets_N1
+        (both int64); zeros for an empty list.  Differentiable, as :meth:`lookup` is."""
+        return F.embedding_bag(
+            self.place(rows_V), self.weight_UD, offsets_N1, mode=how, include_last_offset=True
+        )
 
     def part_of(self, vector_I: Tensor) -> Tensor:
         """The numbers (U,) of the view's rows in a vector that has one for every row of the table."""

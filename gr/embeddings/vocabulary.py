@@ -24,6 +24,12 @@ from gr.errors import UserError
 from gr.processes import Processes
 from gr_kernels.counter_random import derive_key, uniform_integers
 
+Array = tuple[list[int], int, Tensor]
+"""Of what is cut by buckets: (size of the whole, first of the buckets that are here, those: their own memory)."""
+
+MAPPING = ("keys", "counts")
+"""The arrays that say which id has which row."""
+
 
 @dataclass(frozen=True)
 class Learnt:
@@ -103,9 +109,18 @@ class OpenVocabulary:
         admitted, evicted = self.own.totals_G2.sum(axis=0).tolist()
         return admitted, evicted
 
-    def state(self) -> dict[str, tuple[list[int], int, Tensor]]:
-        """By name: (size of the whole, first of the rows that are here, those: their own memory, to be saved or
-        filled)."""
+    def mapping(self) -> dict[str, Array]:
+        """Of :meth:`state` the rows' ids, and how often each was seen, 0 where nobody has the row: (buckets, rows of
+        a bucket)."""
+        state, rows = self.state(), self.own.rows
+        return {
+            name: ([size[0], rows], first, values[:, :rows])
+            for name, (size, first, values) in state.items()
+            if name in MAPPING
+        }
+
+    def state(self) -> dict[str, Array]:
+        """By name, to be saved or filled; (buckets, places of a bucket), but for the totals."""
         own = self.own
         own.forget_index()
         arrays = {"keys": own.keys_GP, "counts": own.counts_GP, "seen": own.seen_GP, "totals": own.totals_G2}

@@ -2,11 +2,12 @@
 vectors are added to the items' (as Zhai et al., arXiv 2402.17152, add those of action types).
 
 A batch is **prepared** before it goes to a device: columns become rows of tables, by themselves or by a vocabulary, and
-a value that has no row is refused.  Of the action that is to be predicted no feature is looked at: neither of the next
+a value that has no row is refused.  Where an action, a user or an item has a list of values, their vectors are pooled.
+Of the action that is to be predicted no feature is looked at: neither of the next
 action, nor of one whose item is hidden.  What is known when a prediction is asked for (the user, the time of the
 request) is known everywhere.
 
-Shapes: A actions of the batch, B sequences, T input rows, F of them with a known value, D model width.
+Shapes: A actions of the batch, B sequences, T input rows, F of them with a known value, I items, D model width.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gr.batch import SequenceBatch
+from gr.batch import Jagged, SequenceBatch
 from gr.config import FeatureSection
 from gr.embeddings.table import Table, TableSpec
 from gr.embeddings.view import View
 from gr.embeddings.vocabulary import OpenVocabulary
 from gr.errors import UserError, nearest
 from gr.labels import ColumnLike, Described
-from gr.models.tasks import MASK, Known, Supervision, Task, sources
+from gr.models.layout import JaggedLayout
+from gr.models.model import Catalogue
+from gr.models.tasks import MASK, Known, Supervision, Task, sources, taken
 from gr.processes import Processes
 
 HOUR, DAY, DAYS = 3600, 86400, 7
@@ -34,32 +37,56 @@ THURSDAY = 3  # the day of 1970-01-01, where Monday is 0
 @dataclass(frozen=True)
 class Feature:
     """name: the table's.  of: whose it is, "actions", "users" or "requests".  column: that a batch must carry, None
-    where it needs none.  rows: of the table.  values: of a batch, int64, one an action (a request's: one for the
-    action that it asks for) or one a user: rows, or ids of a vocabulary."""
+    where it needs none.  rows: of the table.  values: of a batch, int64, one (or a list) an action (a request's: one
+    for the action that it asks for) or a user: rows, or ids of a vocabulary.  pooling: of lists."""
 
     name: str
     of: str
     column: str | None
     rows: int
-    values: Callable[[SequenceBatch], Tensor]
+    values: Callable[[SequenceBatch], Tensor | Jagged]
+    pooling: str = "mean"
 
     @property
     def key(self) -> str:
         """The name of its rows among a prepared batch's columns; no column of a dataset has a colon in front."""
         return f":{self.name}"
 
-    def check(self, values: Tensor) -> None:
-        """Refuse a value without a row.  Waits for a device, if the values lie on one."""
-        if not values.numel():
-            return
-        low, high = (int(bound) for bound in values.aminmax())
-        if low < 0 or high >= self.rows:
-            wrong = low if low < 0 else high
-            mend = "map its values to 0, 1, 2, ..." if low < 0 else f"set it to {high + 1} or more"
-            raise UserError(
-                f"column '{self.column}' holds {wrong}, and its table has rows for 0 to {self.rows - 1} "
-                f"(model.input.features.{self.name}.rows): {mend}"
-            )
+    def known(
+        self, batch: SequenceBatch, layout: JaggedLayout, places_T: Tensor, shown_F: Tensor | None
+    ) -> Known:
+        """What is known at the input rows ``shown_F`` (all of them if None) of a prepared batch, whose actions (or, of
+        users, whose sequences) they are by ``places_T``."""
+        column = (batch.user_columns if self.of == "users" else batch.columns)[self.key]
+        if shown_F is not None:
+            return Known(taken(column, places_T[shown_F]), shown_F, self.pooling)
+        values = None
+        if isinstance(column, Jagged) and column.host_offsets is not None:
+            values = self._values_of_inputs(column.host_offsets, batch, layout)
+        return Known(taken(column, places_T, values), None, self.pooling)
+
+    def _values_of_inputs(self, offsets: Tensor, batch: SequenceBatch, layout: JaggedLayout) -> int:
+        """How many values the lists at all input rows hold: found on the host, so that no device is waited for."""
+        inputs_B = torch.tensor(layout.lengths, dtype=torch.int64)
+        if self.of == "users":
+            return int((offsets.diff() * inputs_B).sum())
+        lengths_B = torch.tensor(batch.lengths, dtype=torch.int64)
+        starts_B = lengths_B.cumsum(0) - lengths_B  # an input row has its sequence's action of the same place
+        return int((offsets[starts_B + inputs_B] - offsets[starts_B]).sum())
+
+
+def check_rows(name: str, column: str, values: Tensor, rows: int) -> None:
+    """Refuse values without a row of the feature ``name``'s table.  Waits for a device, if the values lie on one."""
+    if not values.numel():
+        return
+    low, high = (int(bound) for bound in values.aminmax())
+    if low < 0 or high >= rows:
+        wrong = low if low < 0 else high
+        mend = "map its values to 0, 1, 2, ..." if low < 0 else f"set it to {high + 1} or more"
+        raise UserError(
+            f"{column} holds {wrong}, and its table has rows for 0 to {rows - 1} "
+            f"(model.input.features.{name}.rows): {mend}"
+        )
 
 
 class Features:
@@ -70,13 +97,13 @@ class Features:
     def __init__(
         self,
         sections: Mapping[str, FeatureSection],
-        dataset: Callable[[], Described],
+        data: Catalogue,
         task: Task,
         like: TableSpec,
         processes: Processes,
     ) -> None:
         self.task = task
-        self.features = [_feature(name, section, dataset()) for name, section in sections.items()]
+        self.features = [_feature(name, section, data) for name, section in sections.items()]
         self.needs = frozenset(f.column for f in self.features if f.column is not None)
         self.tables: list[Table] = [
             sections[f.name].table.build(replace(like, name=f.name, rows=f.rows, bias=False), processes)
@@ -115,11 +142,13 @@ class Features:
             there = user_columns if feature.of == "users" else columns
             if feature.key in there:
                 continue
-            rows = feature.values(batch)
+            found = feature.values(batch)
+            rows = found.values if isinstance(found, Jagged) else found
             if feature.name in self.vocabularies:
                 rows = by_vocabulary(self.vocabularies[feature.name], rows)
-            else:
-                feature.check(rows)
+            elif feature.column is not None:  # of others it is known that there is one
+                check_rows(feature.name, f"column '{feature.column}'", rows, feature.rows)
+            rows = replace(found, values=rows) if isinstance(found, Jagged) else rows
             # as the other columns are, so that going to a device waits for nothing
             there[feature.key] = rows.pin_memory() if batch.offsets_B1.is_pinned() else rows
         return replace(batch, columns=columns, user_columns=user_columns)
@@ -131,29 +160,27 @@ class Features:
         sources_T = sources(batch, part.layout)
         # a task that hides actions has waited for the device already, to count them
         shown_F = (part.tokens_T != MASK).nonzero().squeeze(1) if self.task.masks else None
-        known = {}
-        for feature in self.features:
-            if feature.of == "users":
-                rows_B = batch.user_columns[feature.key]
-                known[feature.name] = Known(rows_B[part.layout.sequences_T])
-            elif feature.of == "requests":
-                known[feature.name] = Known(batch.columns[feature.key][sources_T + self.task.ahead])
-            elif shown_F is None:
-                known[feature.name] = Known(batch.columns[feature.key][sources_T])
-            else:
-                known[feature.name] = Known(batch.columns[feature.key][sources_T[shown_F]], shown_F)
+        where = {
+            "users": (part.layout.sequences_T, None),
+            "requests": (sources_T + self.task.ahead, None),
+            "actions": (sources_T, shown_F),
+        }
+        known = {f.name: f.known(batch, part.layout, *where[f.of]) for f in self.features}
         return replace(part, features=known)
 
     def wanted(self, parts: Sequence[Supervision]) -> dict[str, list[Tensor]]:
         """The rows of each table that the inputs of ``parts`` look at."""
-        return {f.name: [part.features[f.name].rows_F for part in parts] for f in self.features}
+        return {f.name: [part.features[f.name].rows_V for part in parts] for f in self.features}
 
 
 def vectors(part: Supervision, views: Mapping[str, View]) -> Tensor | None:
     """(T, D) the sum of the features' vectors at each input, None without features."""
     total_TD = None
     for name, known in part.features.items():
-        found_TD = views[name].lookup(known.rows_F)
+        if isinstance(known.rows_F, Jagged):
+            found_TD = views[name].pooled(known.rows_V, known.rows_F.offsets, known.pooling)
+        else:
+            found_TD = views[name].lookup(known.rows_F)
         if known.places_F is not None:
             nothing_TD = found_TD.new_zeros(part.layout.rows, found_TD.shape[1])
             found_TD = nothing_TD.index_copy(0, known.places_F, found_TD)
@@ -161,7 +188,8 @@ def vectors(part: Supervision, views: Mapping[str, View]) -> Tensor | None:
     return total_TD
 
 
-def _feature(name: str, section: FeatureSection, dataset: Described) -> Feature:
+def _feature(name: str, section: FeatureSection, data: Catalogue) -> Feature:
+    dataset = data.manifest
     columns: dict[str, ColumnLike] = {info.name: info for info in dataset.columns}
     key = f"model.input.features.{name}"
     if section.derived == "user":
@@ -175,36 +203,67 @@ def _feature(name: str, section: FeatureSection, dataset: Described) -> Feature:
         unit, _, of = section.derived.partition("_of_")
         rows, values = (24, _hours) if unit == "hour" else (DAYS, _days)
         return Feature(name, "requests" if of == "request" else "actions", "time", rows, values)
+    if section.catalogue is not None:
+        return _of_items(name, section, data)
     assert section.column is not None
-    info = _column(key, section.column, columns, ids=section.vocabulary is not None)
-    rows = _rows(key, section, dataset)
-    if info.of == "users":
-        return Feature(name, "users", info.name, rows, lambda batch: batch.user_columns[info.name])
-    return Feature(name, "actions", info.name, rows, lambda batch: batch.columns[info.name])
-
-
-def _column(key: str, name: str, columns: Mapping[str, ColumnLike], ids: bool) -> ColumnLike:
-    """What is known of the column ``name``, if a table can have rows for its values.  ids: whether a vocabulary finds
-    them, of integers and texts alike."""
-    if name not in columns:
+    if section.column not in columns:
         raise UserError(
-            f"config key '{key}.column' is '{name}', which is no column of the dataset: {nearest(name, columns)}"
+            f"config key '{key}.column' is '{section.column}', which is no column of the dataset: "
+            f"{nearest(section.column, columns)}"
         )
-    if name == "item":
+    if section.column == "item":
         raise UserError(
             f"config key '{key}.column' is 'item', which has a table already: leave the feature out"
         )
-    info = columns[name]
-    text = info.type == "string"
-    if info.multi or (text and not ids) or info.type.startswith("float"):
-        what = "lists" if info.multi else "text" if text else "numbers with decimals"
-        mend = (
-            f"give it a vocabulary ({key}.vocabulary=open)"
-            if text
-            else "choose a column of integers, one each"
+    info = columns[section.column]
+    pooling, rows = _pooling(key, f"{key}.column", section, info), _rows(key, section, dataset)
+    if info.of == "users":
+        return Feature(name, "users", info.name, rows, lambda batch: batch.user_columns[info.name], pooling)
+    return Feature(name, "actions", info.name, rows, lambda batch: batch.columns[info.name], pooling)
+
+
+def _of_items(name: str, section: FeatureSection, data: Catalogue) -> Feature:
+    """What the catalogue says of an action's item."""
+    key, column = f"model.input.features.{name}", section.catalogue
+    assert column is not None
+    if column not in data.column_names:
+        raise UserError(
+            f"config key '{key}.catalogue' is '{column}', which is no column of the dataset's catalogue: "
+            f"{nearest(column, data.column_names)}"
         )
-        raise UserError(f"config key '{key}.column' is '{name}', and that column holds {what}: {mend}")
-    return info
+    pooling = _pooling(key, f"{key}.catalogue", section, data.info(column))
+    codes_I = data.codes(column)
+    values = codes_I.values if isinstance(codes_I, Jagged) else codes_I
+    rows = section.rows or max(int(values.max()) + 1 if len(values) else 0, 1)
+    if section.vocabulary is None:
+        check_rows(name, f"column '{column}' of the catalogue", values, rows)
+    on_device = {values.device: codes_I}
+
+    def of_batch(batch: SequenceBatch) -> Tensor | Jagged:
+        items_A = batch.items_T.clamp_min(0)  # of one that is asked for nothing is looked at
+        if items_A.device not in on_device:  # evaluation asks there
+            on_device[items_A.device] = codes_I.to(items_A.device)
+        return taken(on_device[items_A.device], items_A)
+
+    return Feature(name, "actions", None, rows, of_batch, pooling)
+
+
+def _pooling(key: str, named_by: str, section: FeatureSection, info: ColumnLike) -> str:
+    """How the values of a column are pooled; refuses values of which a table can't have rows, or that need a
+    vocabulary."""
+    if not info.type.startswith("int") and info.type != "string":
+        what = "numbers with decimals" if info.type.startswith("float") else f"values of type {info.type}"
+        mend = "choose a column of integers"
+    elif info.type == "string" and section.vocabulary is None:
+        what, mend = "text", f"give it a vocabulary ({key}.vocabulary=open)"
+    elif section.pooling is not None and not info.multi:
+        raise UserError(
+            f"config key '{key}.pooling' is {section.pooling}, and column '{info.name}' holds one value each, which "
+            "there is nothing to pool with: leave it out"
+        )
+    else:
+        return section.pooling or "mean"
+    raise UserError(f"config key '{named_by}' is '{info.name}', and that column holds {what}: {mend}")
 
 
 def _rows(key: str, section: FeatureSection, dataset: Described) -> int:

@@ -10,17 +10,17 @@ Shapes: B sequences, S targets.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gr.batch import SequenceBatch
+from gr.batch import Jagged, SequenceBatch
 from gr.embeddings.table import Table
 from gr.embeddings.view import View
 from gr.embeddings.vocabulary import OpenVocabulary
-from gr.labels import Described
+from gr.labels import ColumnLike, Described
 from gr.models.layers import Stack
 from gr.models.step import StepContext
 from gr.processes import Axis
@@ -42,7 +42,8 @@ class Supervised(Protocol):
 
 class Catalogue(Protocol):
     """What a model may know of the data: the number of items, (counted when first asked for) how often each is a
-    training action, int64 of that length, and what the dataset says of the columns of its actions."""
+    training action, int64 of that length, what the dataset says of the columns of its actions, and columns of its
+    items."""
 
     @property
     def rows(self) -> int: ...
@@ -52,6 +53,19 @@ class Catalogue(Protocol):
 
     @property
     def manifest(self) -> Described: ...
+
+    @property
+    def column_names(self) -> Iterable[str]:
+        """Of its items."""
+        ...
+
+    def info(self, name: str) -> ColumnLike:
+        """What a column of the items holds."""
+        ...
+
+    def codes(self, name: str) -> Tensor | Jagged:
+        """Its values, on the CPU: int64, one or a list an item."""
+        ...
 
 
 class Model(nn.Module):

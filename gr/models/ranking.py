@@ -120,7 +120,7 @@ class Ranking(Model):
         )
         processes = processes or Processes(torch.device("cpu"))
         task = NextItem.Config().build()
-        features = Features(config.input.features, lambda: catalogue.manifest, task, spec, processes)
+        features = Features(config.input.features, catalogue, task, spec, processes)
         super().__init__([config.table.build(spec, processes), *features.tables])
         self.labels, self.task = labels, task
         self.features, self.vocabularies = features, features.vocabularies

@@ -71,7 +71,7 @@ class Retrieval(Model):
         )
         processes = processes or Processes(torch.device("cpu"))
         task = config.task.build()
-        features = Features(config.input.features, lambda: catalogue.manifest, task, spec, processes)
+        features = Features(config.input.features, catalogue, task, spec, processes)
         super().__init__([config.table.build(spec, processes), *features.tables])
         self.task, self.features, self.vocabularies = task, features, features.vocabularies
         max_length = run.data.max_length + self.task.extra_inputs

@@ -1,21 +1,21 @@
 """Tasks: from a batch of action sequences to inputs, queries and targets.
 
-Shapes: B sequences, A actions of the batch, T input rows, F of them with a known feature, S supervised targets, D model
-width.
+Shapes: B sequences, A actions of the batch, T input rows, F of them with a known feature, V values of those, S
+supervised targets, D model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr.batch import TARGETS_FROM, UNKNOWN, SequenceBatch
+from gr.batch import TARGETS_FROM, UNKNOWN, Jagged, SequenceBatch
 from gr.config import ComponentConfig
 from gr.models.cut import Cut, cut
 from gr.models.layout import JaggedLayout
@@ -28,18 +28,39 @@ MASK = -1
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a feature: rows_F, int64, of its table, at the input rows ``places_F``, int64 and ascending, or
-    at all of them in order where that is None."""
+    """What is known of a feature: rows_F, int64, of its table, or lists of them, whose vectors are pooled as
+    ``pooling`` says; at the input rows ``places_F``, int64 and ascending, or at all of them in order where that is
+    None."""
 
-    rows_F: Tensor
+    rows_F: Tensor | Jagged
     places_F: Tensor | None = None
+    pooling: str = "mean"
+
+    @property
+    def rows_V(self) -> Tensor:
+        """All rows that are looked at."""
+        return self.rows_F.values if isinstance(self.rows_F, Jagged) else self.rows_F
 
     def part_of(self, cut: Cut) -> Known:
         """What is known at the rows of a cut."""
         if self.places_F is None:
-            return Known(self.rows_F[cut.numbers_T])
+            return Known(taken(self.rows_F, cut.numbers_T), None, self.pooling)
         chosen_F, places_F = cut.among(self.places_F)
-        return Known(self.rows_F[chosen_F], places_F)
+        return Known(taken(self.rows_F, chosen_F), places_F, self.pooling)
+
+
+def taken(column: Any, places_N: Tensor, values: int | None = None) -> Any:
+    """The values, or lists, of a column at int64 ``places_N``.  values: how many those lists hold, where it is known;
+    else a device is waited for."""
+    if not isinstance(column, Jagged):
+        return column[places_N]
+    offsets_N1 = F.pad(column.offsets.diff()[places_N].cumsum(0), (1, 0))
+    values = int(offsets_N1[-1]) if values is None else values
+    shift_N = column.offsets[places_N] - offsets_N1[:-1]
+    source_V = torch.arange(values, device=places_N.device) + torch.repeat_interleave(
+        shift_N, offsets_N1.diff(), output_size=values
+    )
+    return Jagged(offsets_N1, column.values[source_V])
 
 
 @dataclass(frozen=True)

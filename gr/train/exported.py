@@ -2,9 +2,13 @@
 
     export.json                    what this is: step, dataset, where each tensor lies; sizes and digests of the others
     config.yaml                    the run's, resolved
-    model.safetensors              parameters, float32; several files where they are larger than one may be, and then
+    model.safetensors              parameters, float32, and the ids of open vocabularies, int64; several files where
+                                   they are larger than one may be, and then
     model.safetensors.index.json   the file of each entry, in the form that others read
     items.parquet                  item_id, row (of the item table), training_count
+
+Of an open vocabulary of G buckets of S rows, ``vocabulary/TABLE/keys`` (G, S) are the ids that have the rows of the
+table ``tables.TABLE.weight``, row by row, where ``vocabulary/TABLE/counts`` (G, S), how often each was seen, isn't 0.
 
 No pickle is among them, and no moments: training doesn't go on from an export.
 """
@@ -23,12 +27,12 @@ from gr.models.model import Model
 from gr.processes import Axis
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
-from gr.train.engines.engine import parameters
+from gr.train.engines.engine import mappings_of, parameters
 from gr.train.place import StorePath, place
 from gr.train.slices import held_parts
 from gr.train.tensor_files import Part, read_into
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, ITEMS, INDEX = "export.json", "items.parquet", "model.safetensors.index.json"
 
 
@@ -43,8 +47,8 @@ class Fingerprint:
 @dataclass(frozen=True)
 class Manifest:
     """``run``: the name of its folder.  ``generation``: the dataset's.  ``model``: its kind.  ``sizes``: of the
-    parameters, by name.  ``tensors``: file -> its parts of them.  ``files``: all but the manifest itself.  ``digest``:
-    of all else that stands here."""
+    parameters, by name; ``vocabularies``: of their arrays.  ``tensors``: file -> its parts of both.  ``files``: all but
+    the manifest itself.  ``digest``: of all else that stands here."""
 
     gr: str
     run: str
@@ -55,6 +59,7 @@ class Manifest:
     sizes: dict[str, list[int]]
     tensors: dict[str, list[Part]]
     files: dict[str, Fingerprint]
+    vocabularies: dict[str, list[int]] = field(default_factory=dict)
     digest: str = ""
     format_version: int = field(default=FORMAT_VERSION)
 
@@ -123,8 +128,8 @@ def load(path: str | Path, model: Model, checkpoint_name: str = "last", world: A
             "out, or choose one of the run itself"
         )
     check(path, manifest, list(manifest.files)[world.rank :: world.size])
-    wanted = parameters(model)
-    sizes = {f"model/{name}": size for name, size in manifest.sizes.items()}
+    wanted = parameters(model) | mappings_of(model)
+    sizes = {f"model/{name}": size for name, size in manifest.sizes.items()} | manifest.vocabularies
     checkpoint.check_tensors(f"export '{path}'", sizes, wanted, model)
     for name, tensor in wanted.items():
         for offsets, values in held_parts(tensor).items():

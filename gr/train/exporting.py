@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from gr import config as configs
 from gr.config import RunConfig
 from gr.data.catalogue import Catalogue
 from gr.data.making.files import output_folder
+from gr.embeddings.vocabulary import MAPPING
 from gr.errors import UserError
 from gr.progress import Progress
 from gr.train import checkpoint
@@ -72,7 +73,6 @@ def export(
         raise UserError(f"'{out}' exists: choose another --out, or remove it")
     output_folder(target)
     config = _changed(config_of(run), overrides)
-    _check_vocabularies(config)
     chosen = find_checkpoint(folder, checkpoint_name)
     cursor = checkpoint.read_state(chosen)["cursor"]
     data = open_data(config, cursor["generation"])
@@ -82,10 +82,12 @@ def export(
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        _check_room(scratch, 4 * sum(map(math.prod, weights.sizes.values())))
+        mappings = _mappings(weights)
+        files = _files(weights, mappings, largest)
+        _check_room(scratch, sum(part.bytes for parts in files.values() for part in parts))
         (scratch / folder.config.name).write_text(config_yaml)
         _write_items(scratch / ITEMS, data.catalogue)
-        files, written = _write_weights(scratch, weights, largest, progress)
+        written = _write_weights(scratch, weights, files, progress)
         manifest = Manifest(
             gr=gr.__version__,
             run=folder.path.resolve().name,
@@ -94,6 +96,7 @@ def export(
             generation=cursor["generation"],
             model=config.model.name,
             sizes={name: list(size) for name, size in weights.sizes.items()},
+            vocabularies={name: list(size) for name, size in mappings.items()},
             tensors=files,
             files={name: fingerprint(scratch / name) for name in (folder.config.name, ITEMS)} | written,
         )
@@ -111,12 +114,28 @@ def export(
     return manifest
 
 
-def _write_weights(
-    folder: Path, weights: SavedWeights, largest: int, progress: Progress
-) -> tuple[dict[str, list[Part]], dict[str, Fingerprint]]:
-    """File -> its parts, and the fingerprints of all that was written.  Tables come last."""
+def _mappings(weights: SavedWeights) -> dict[str, tuple[int, int]]:
+    """The arrays of vocabularies that say which id has which row: of each (buckets, rows of a bucket).  Ids that wait,
+    and when an id was seen last, are for training."""
+    return {
+        name: (size[0], weights.sizes[f"tables.{name.split('/')[1]}.weight"][0] // size[0])
+        for name, size in sorted(weights.vocabularies.items())
+        if name.endswith(MAPPING)
+    }
+
+
+def _files(
+    weights: SavedWeights, mappings: Mapping[str, Sequence[int]], largest: int
+) -> dict[str, list[Part]]:
+    """File -> its parts.  Tables come last."""
     names = sorted(weights.sizes, key=lambda name: (name.startswith("tables."), name))
-    files = layout({name: weights.sizes[name] for name in names}, largest)
+    return layout({name: weights.sizes[name] for name in names}, largest, mappings)
+
+
+def _write_weights(
+    folder: Path, weights: SavedWeights, files: dict[str, list[Part]], progress: Progress
+) -> dict[str, Fingerprint]:
+    """The fingerprints of all that was written."""
     written: dict[str, Fingerprint] = {}
     total = sum(part.bytes for parts in files.values() for part in parts)
     with progress.stage("exporting", total, "bytes") as stage:
@@ -126,7 +145,7 @@ def _write_weights(
     if len(files) > 1:
         (folder / INDEX).write_text(_index(files))
         written[INDEX] = fingerprint(folder / INDEX)
-    return files, written
+    return written
 
 
 def summary(manifest: Manifest, run: str | Path, out: str | Path) -> list[str]:
@@ -139,6 +158,8 @@ def summary(manifest: Manifest, run: str | Path, out: str | Path) -> list[str]:
     lines = [f"exported step {manifest.step:,} of {run} to {out}"]
     for name, file in manifest.files.items():
         lines.append(f"  {name:<{width}}  {_size(file.bytes):>10}")
+    ids = {name.split("/")[1]: math.prod(size) for name, size in manifest.vocabularies.items()}
+    lines += [f"rows of the open vocabulary {name} {rows:,}, each with its id" for name, rows in ids.items()]
     lines += [
         f"parameters {sum(numbers.values()):,} (float32): {sum(numbers.values()) - of_tables:,} dense, {of_tables:,} "
         f"in tables ({shapes})",
@@ -165,16 +186,6 @@ def _changed(saved: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def _check_vocabularies(config: RunConfig) -> None:
-    """Refuse a model whose rows mean nothing without what isn't exported."""
-    features = config.model.input.features.items()
-    if named := [name for name, section in features if section.vocabulary is not None]:
-        raise UserError(
-            f"model.input.features.{named[0]} has an open vocabulary, and an export holds parameters alone: evaluate "
-            "and recommend with the run itself"
-        )
-
-
 def _check_room(folder: Path, bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if bytes + _SLACK > free:
@@ -192,8 +203,10 @@ def _rows(weights: SavedWeights, part: Part, advance: Callable[[int], None]) -> 
                 f"parameter '{part.name}' in checkpoint '{weights.path}' has NaN or infinity: the run has diverged; "
                 "choose an earlier --checkpoint"
             )
+        if part.dtype == "I64":  # ids that wait stand behind those that have rows
+            values = values[:, : part.size[1]]
         yield values
-        advance(4 * values.numel())
+        advance(values.numel() * values.element_size())
 
 
 def _as_saved(weights: SavedWeights, part: Part) -> Iterator[Tensor]:

@@ -24,28 +24,38 @@ LARGEST = 1 << 30
 
 BLOCK_NUMBERS = 1 << 22  # read at once: 16 MiB
 
+DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
+"""By the format's names."""
+
 
 @dataclass(frozen=True)
 class Part:
     """Rows ``start`` to ``stop`` (exclusive) of the tensor ``name``, as the entry ``key``; ``size`` is the part's.  A
-    number without rows is one row."""
+    number without rows is one row.  ``dtype``: one of DTYPES."""
 
     name: str
     key: str
     start: int
     stop: int
     size: tuple[int, ...]
+    dtype: str = "F32"
 
     @property
     def bytes(self) -> int:
-        return 4 * math.prod(self.size)
+        return DTYPES[self.dtype].itemsize * math.prod(self.size)
 
 
-def layout(sizes: Mapping[str, Sequence[int]], largest: int = LARGEST) -> dict[str, list[Part]]:
-    """File -> its parts, for tensors of ``sizes`` in their order: ``model.safetensors``, or as many of
-    ``model-00001-of-00003.safetensors`` as it takes."""
+def layout(
+    sizes: Mapping[str, Sequence[int]], largest: int = LARGEST, integers: Mapping[str, Sequence[int]] = {}
+) -> dict[str, list[Part]]:
+    """File -> its parts, for tensors of ``integers`` (int64) and of ``sizes`` (float32) in their order:
+    ``model.safetensors``, or as many of ``model-00001-of-00003.safetensors`` as it takes."""
+    named = [
+        ("I64", name, size) for name, size in integers.items()
+    ]  # first: numbers of 8 bytes at multiples of 8
+    named += [("F32", name, size) for name, size in sizes.items()]
     files: list[list[Part]] = [[]]
-    for part in (part for name, size in sizes.items() for part in _cut(name, tuple(size), largest)):
+    for part in (part for dtype, name, size in named for part in _cut(name, tuple(size), largest, dtype)):
         if files[-1] and sum(other.bytes for other in files[-1]) + part.bytes > largest:
             files.append([])
         files[-1].append(part)
@@ -54,23 +64,23 @@ def layout(sizes: Mapping[str, Sequence[int]], largest: int = LARGEST) -> dict[s
     return {f"model-{n:05}-of-{len(files):05}.safetensors": parts for n, parts in enumerate(files, 1)}
 
 
-def _cut(name: str, size: tuple[int, ...], largest: int) -> Iterator[Part]:
-    rows, row = (size[0] if size else 1), 4 * math.prod(size[1:])
+def _cut(name: str, size: tuple[int, ...], largest: int, dtype: str) -> Iterator[Part]:
+    rows, row = (size[0] if size else 1), DTYPES[dtype].itemsize * math.prod(size[1:])
     if rows * row <= largest:
-        yield Part(name, name, 0, rows, size)
+        yield Part(name, name, 0, rows, size, dtype)
         return
     step = max(largest // row, 1)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        yield Part(name, f"{name}[{start}:{stop}]", start, stop, (stop - start, *size[1:]))
+        yield Part(name, f"{name}[{start}:{stop}]", start, stop, (stop - start, *size[1:]), dtype)
 
 
 def write(file: Path, parts: Sequence[Part], values: Callable[[Part], Iterator[Tensor]]) -> None:
-    """Write a file of float32 ``parts``; ``values`` gives the rows of each, stretch after stretch."""
+    """Write a file of ``parts``; ``values`` gives the rows of each, stretch after stretch."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for part in parts:
-        header[part.key] = {"dtype": "F32", "shape": part.size, "data_offsets": [end, end + part.bytes]}
+        header[part.key] = {"dtype": part.dtype, "shape": part.size, "data_offsets": [end, end + part.bytes]}
         end += part.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format's: numbers begin at a multiple of 8
@@ -78,7 +88,7 @@ def write(file: Path, parts: Sequence[Part], values: Callable[[Part], Iterator[T
         out.write(len(text).to_bytes(8, "little") + text)
         for part in parts:
             for rows in values(part):
-                out.write(rows.reshape(-1).numpy().astype("<f4", copy=False).view(np.uint8).data)
+                out.write(rows.reshape(-1).numpy().astype(DTYPES[part.dtype], copy=False).view(np.uint8).data)
         if out.tell() != 8 + len(text) + end:
             raise ValueError(f"the values for '{file}' are {out.tell() - 8 - len(text)} bytes, not {end}")
 

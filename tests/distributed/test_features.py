@@ -6,16 +6,20 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from gr.batch import Jagged
 from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
 from gr.embeddings.vocabulary import OpenVocabulary
-from gr.errors import UserError
 from gr.processes import processes
+from gr.train.comparison import compare
 from gr.train.exporting import export
 from gr.train.folder import RunFolder
+from gr.train.recommend import recommend
 from gr.train.runs import open_run
 from tests.distributed import rounding
 from tests.distributed.group import in_group
@@ -36,9 +40,11 @@ FEATURES = ", ".join(
         "hour: {derived: hour_of_day}",
         "campaign: {column: campaign, rows: 48, vocabulary: {name: open, buckets: 4, admit_after: 2, waiting: 8}}",
         "city: {column: city, rows: 16, vocabulary: {name: open, buckets: 2}}",
+        "tag: {column: tags, rows: 16, pooling: sum, vocabulary: {name: open, buckets: 2}}",
+        "genre: {catalogue: genres}",
     ]
 )
-TABLES = ("kind", "device", "age", "user", "hour", "campaign", "city")
+TABLES = ("kind", "device", "age", "user", "hour", "campaign", "city", "tag", "genre")
 SETTINGS = [
     *("model.input.dropout=0", "model.encoder.dropout=0", "data.window_blocks=1", "eval.splits=[valid]"),
     "eval.every_steps=5",
@@ -48,12 +54,14 @@ SETTINGS = [
 
 def dealt(sharded: str = ROWS, elsewhere: str = "mapped") -> list[str]:
     """Overrides that put the rows of tables of every kind elsewhere than into each process's own memory."""
-    where = dict.fromkeys(("device", "campaign"), sharded) | dict.fromkeys(("user", "city"), elsewhere)
+    where = dict.fromkeys(("device", "campaign", "genre"), sharded)
+    where |= dict.fromkeys(("user", "city", "tag"), elsewhere)
     return [f"model.table={sharded}", *(f"model.input.features.{n}.table={t}" for n, t in where.items())]
 
 
 def make_dataset(path) -> None:
-    """150 users of 2 to 29 actions, each on a device, in a campaign that comes and goes; users have ages."""
+    """150 users of 2 to 29 actions, each on a device, in a campaign that comes and goes, with tags; users have ages,
+    and items genres, or none."""
     rng = np.random.default_rng(1)
     lengths = rng.integers(2, 30, 150)
     actions = int(lengths.sum())
@@ -68,12 +76,17 @@ def make_dataset(path) -> None:
         device=(items % 7).astype(np.int64),
         campaign=rng.geometric(0.03, actions) * 10**15 - 2**62,
         city=np.array([f"city {n}" for n in rng.geometric(0.1, actions)], object),
+        tags=Jagged(
+            np.concatenate([[0], np.cumsum(items % 3)]),
+            np.array([f"tag {n}" for n in rng.geometric(0.1, int((items % 3).sum()))], object),
+        ),
     )
     rows.user_columns["age"] = rng.integers(0, 5, 150).astype(np.int32)
     writer = DatasetWriter(path, "tiny", block_rows=32, action_type_names=["a", "b", "c"])
     writer.add(rows)
     counts = np.bincount(items, minlength=60)
-    writer.finish(pa.table({"item_id": np.arange(60), "count": counts}))
+    genres = [None if n % 7 == 0 else list(range(n % 3)) for n in range(60)]
+    writer.finish(pa.table({"item_id": np.arange(60), "count": counts, "genres": genres}))
 
 
 def tensors(run, step=STEPS):
@@ -149,18 +162,53 @@ def test_ids_came_and_went(folder):
     assert {f"model/tables.{name}.weight" for name in TABLES} < there.keys()
 
 
-def test_a_run_that_is_opened_knows_the_ids_and_an_export_would_not(folder, tmp_path):
+def test_a_run_that_is_opened_knows_the_ids(folder):
     there = tensors(folder / "2-whole")
     with processes("cpu", threads=1) as alone:
         opened = open_run(folder / "2-whole", processes=alone)
-        assert opened.model.vocabularies.keys() == {"campaign", "city"}
+        assert opened.model.vocabularies.keys() == {"campaign", "city", "tag"}
         for name, vocabulary in opened.model.vocabularies.items():
             for part, (_, _, values) in vocabulary.state().items():
                 assert torch.equal(values, there[f"vocabulary/{name}/{part}"])
-    with pytest.raises(
-        UserError, match="campaign has an open vocabulary, and an export holds parameters alone"
-    ):
-        export(folder / "2-whole", tmp_path / "out")
+
+
+def answered(path: str) -> dict:
+    """What a run, or its export, says: the rows of ids that it has seen and of others, and its metrics."""
+    with processes("cpu", threads=1) as joined:
+        opened = joined.together(lambda: open_run(path, processes=joined))
+        ids = torch.cat([torch.arange(200) * 10**15 - 2**62, torch.arange(50) + 2**60])
+        rows = {
+            name: vocabulary.rows_of(ids).tolist() for name, vocabulary in opened.model.vocabularies.items()
+        }
+    result = compare(path, "valid").results["hstu"]
+    return {"rows": rows, "metrics": {**result.metrics, "users": result.users}}
+
+
+def test_an_export_knows_the_ids_and_scores_as_its_run_to_the_bit(folder, tmp_path):
+    run, out = folder / "2-whole", tmp_path / "out"
+    done = export(run, out, largest=300, overrides=["model.table=local"])
+    entries = {part.key for parts in done.tensors.values() for part in parts if "campaign/keys" in part.name}
+    assert entries == {"vocabulary/campaign/keys[0:3]", "vocabulary/campaign/keys[3:4]"}, "it was to be cut"
+    assert export(run, tmp_path / "again", largest=300, overrides=["model.table=local"]).files == done.files
+    there = tensors(run)
+    joined = [load_file(file) for file in sorted(out.glob("*.safetensors"))]
+    for part in ("keys", "counts"):
+        found = [values for entries in joined for n, values in entries.items() if f"campaign/{part}" in n]
+        assert torch.equal(torch.cat(found), there[f"vocabulary/campaign/{part}"][:, :12]), (
+            "rows, nobody who waits"
+        )
+    lists = [tmp_path / "run.parquet", tmp_path / "export.parquet"]
+    with processes("cpu", threads=1) as alone:
+        for path, file in zip((run, out), lists, strict=True):
+            recommend(open_run(path, processes=alone), file, k=20)
+    assert pq.read_table(lists[0]) == pq.read_table(lists[1])
+    of_run, of_export = answered(str(run)), answered(str(out))
+    assert of_run["metrics"] == of_export["metrics"] and of_run["metrics"]["users"] > 100
+    assert of_run["rows"] == of_export["rows"]
+    assert len(set(of_run["rows"]["campaign"][-50:])) == 4, "nobody knows them: the first rows of buckets"
+    for here in in_group(answered, 2, tmp_path / "two", str(out)):
+        assert here["rows"] == of_run["rows"]
+        assert here["metrics"] == pytest.approx(of_run["metrics"], rel=1e-3)  # they rank in shares
 
 
 def learnt() -> list:

@@ -309,3 +309,35 @@ def test_a_split_by_time_needs_times(tmp_path):
     dataset = writer.finish(pa.table({"item_id": [1], "count": [2]}))
     with pytest.raises(UserError, match=r"needs timestamps, and dataset '.*set' has none: use leave_one_out"):
         SPLITS[2].check_dataset(dataset)
+
+
+def test_a_column_of_items_as_features_look_it_up(tmp_path):
+    columns = {
+        "whole": pa.array([3, 1, 4, 1], pa.int32()),
+        "holes": pa.array([7, None, 9, None]),
+        "flags": [True, False, True, True],
+        "lists": [[1, 2], [], None, [5, None, 6]],
+        "names": pa.array(["a", "b", None, "a"]).dictionary_encode(),
+        "texts": [["a"], ["b", "a"], [], None],
+        "price": [1.5, 2.0, 0.5, 1.0],
+        "large": pa.array([2**64 - 1, 0, 0, 0], pa.uint64()),
+    }
+    table = pa.table({"item_id": range(4), "count": [1] * 4, **columns})
+    writer = DatasetWriter(tmp_path / "other", "tiny")
+    writer.add(Sequences.of(np.arange(1), np.array([0, 2]), item=np.array([0, 1], np.int32)))
+    items = writer.finish(table).catalogue
+    assert items.codes("whole").tolist() == [3, 1, 4, 1] and not items.info("whole").multi
+    assert items.codes("flags").tolist() == [1, 0, 1, 1]
+    a, b = (hash_ids(np.array([text], object)).view(np.int64)[0] for text in "ab")
+    for name, offsets, values in (
+        ("holes", [0, 1, 1, 2, 2], [7, 9]),
+        ("lists", [0, 2, 2, 2, 4], [1, 2, 5, 6]),
+        ("names", [0, 1, 2, 2, 3], [a, b, a]),
+        ("texts", [0, 1, 3, 3, 3], [a, b, a]),
+    ):
+        found = items.codes(name)
+        assert items.info(name).multi and found.offsets.tolist() == offsets, name
+        assert found.values.tolist() == values and found.values.dtype == torch.int64, name
+    assert [items.info(name).type for name in ("price", "texts", "large")] == ["float64", "string", "int64"]
+    with pytest.raises(UserError, match=r"column 'large' of .* can't be looked up"):
+        items.codes("large")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.training import context as memory_benchmark
+from gr.batch import Jagged
 from gr.errors import UserError
 from gr.models import context, dropout
 from gr.models.cut import Cut, cut
@@ -224,6 +225,29 @@ def test_what_is_known_at_some_rows_goes_with_them(size):
         assert torch.equal(every.part_of(some).rows_F, some.numbers_T * 10)
         found.append(part.rows_F)
     assert torch.equal(torch.cat(found).sort().values, known.rows_F)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_lists_that_are_known_at_some_rows_go_with_them(size):
+    whole = layout(LENGTHS)
+    lists = [list(range(row, row + row % 4)) for row in range(whole.rows)]
+    places = torch.arange(whole.rows)[torch.arange(whole.rows) % 3 != 1]
+
+    def known(rows):
+        chosen = [lists[row] for row in rows]
+        lengths = torch.tensor([0, *map(len, chosen)])
+        return Jagged(lengths.cumsum(0), torch.tensor([v for values in chosen for v in values]))
+
+    for rank in range(size):
+        some = Cut(whole, Axis(rank, size))
+        every = Known(known(range(whole.rows)), pooling="sum").part_of(some)
+        part = Known(known(places.tolist()), places, "sum").part_of(some)
+        shown = [row for row in some.numbers_T.tolist() if row % 3 != 1]
+        assert every.pooling == part.pooling == "sum"
+        for found, expected in ((every, some.numbers_T.tolist()), (part, shown)):
+            expected = known(expected)
+            assert torch.equal(found.rows_F.offsets, expected.offsets)
+            assert torch.equal(found.rows_V, expected.values)
 
 
 class Encoded(torch.nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gr import config as configs
-from gr.batch import SequenceBatch
+from gr.batch import Jagged, SequenceBatch
 from gr.data.columns import ColumnInfo
 from gr.errors import UserError
 from gr.models.step import StepContext
@@ -36,7 +36,7 @@ from tests.unit.models_common import (
     whole,
 )
 
-ITEMS, DIM, DEVICES, AGES = 40, 8, 5, 4
+ITEMS, DIM, DEVICES, AGES, TAGS, INTERESTS, GENRES, BRANDS = 40, 8, 5, 4, 6, 3, 7, 9
 USERS = 60
 ALONE = Processes(torch.device("cpu"))
 FEATURES = {
@@ -48,6 +48,10 @@ FEATURES = {
     "day": {"derived": "day_of_week"},
     "asked": {"derived": "hour_of_request"},
     "asked-day": {"derived": "day_of_request"},
+    "tag": {"column": "tags", "rows": TAGS, "pooling": "sum"},
+    "interest": {"column": "interests", "rows": INTERESTS},
+    "genre": {"catalogue": "genres"},
+    "brand": {"catalogue": "brand", "rows": BRANDS},
 }
 OF_ACTIONS, OF_USERS = ("kind", "device", "hour", "day"), ("age", "user")
 TYPES = ["buy", "click", "view"]
@@ -60,6 +64,10 @@ ROWS = {
     "day": 7,
     "asked": 24,
     "asked-day": 7,
+    "tag": TAGS,
+    "interest": INTERESTS,
+    "genre": GENRES,
+    "brand": BRANDS,
 }
 # An encoder's ten sums of up to 32 terms before the scores; a loss adds up some 25 targets of logits up to 20 and more.
 LOSSES = {"terms": 32, "stages": 12, "size": 500.0}
@@ -85,18 +93,37 @@ class Described:
             ColumnInfo("device", "int64"),
             ColumnInfo("city", "string"),
             ColumnInfo("tags", "int32", multi=True),
+            ColumnInfo("labels", "string", multi=True),
             ColumnInfo("age", "int32", "users"),
+            ColumnInfo("interests", "int32", "users", multi=True),
         ]
     )
     action_type_names: list = field(default_factory=lambda: list(TYPES))
     users: int = USERS
 
 
+def lists(count, rows, seed):
+    """``count`` lists of none to three of ``rows`` numbers, the largest among them."""
+    g = generator(seed)
+    lengths = torch.randint(0, 4, (count,), generator=g)
+    values = torch.randint(0, rows, (int(lengths.sum()),), generator=g)
+    values[:1] = rows - 1
+    return Jagged(torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]), values)
+
+
 @dataclass
 class Catalogue:
+    column_names = ("item_id", "genres", "brand", "price", "name")
+    kinds = {"genres": "int64", "brand": "int64", "price": "float64", "name": "string", "item_id": "int64"}
     rows: int = ITEMS
     manifest: Described = field(default_factory=Described)
     training_counts: torch.Tensor = field(default_factory=lambda: torch.arange(ITEMS))
+
+    def info(self, name):
+        return ColumnInfo(name, self.kinds[name], "items", name == "genres")
+
+    def codes(self, name):
+        return lists(ITEMS, GENRES, 8) if name == "genres" else torch.arange(ITEMS) * 5 % BRANDS
 
 
 def section(kind="hstu", features=None, table=None, task="next_item", **changes):
@@ -129,8 +156,12 @@ def asked(lengths=LENGTHS, seed=0) -> SequenceBatch:
         "type": torch.randint(0, len(TYPES), (actions,), generator=g),
         "value": torch.randint(1, 6, (actions,), generator=g).float(),
         "device": torch.randint(0, DEVICES, (actions,), generator=g),
+        "tags": lists(actions, TAGS, seed),
     }
-    users = {"age": torch.randint(0, AGES, (len(lengths),), generator=g)}
+    users = {
+        "age": torch.randint(0, AGES, (len(lengths),), generator=g),
+        "interests": lists(len(lengths), INTERESTS, seed),
+    }
     return replace(b.with_columns(**columns), user_columns=users)
 
 
@@ -147,6 +178,15 @@ def test_inputs_are_the_sums_of_the_items_and_the_features_vectors(kind):
     loss_of(model, part, candidates=part.targets_S)
     table = {name: values.weight.detach() for name, values in model.tables.items()}
     assert {name: len(values) for name, values in table.items()} == {"items": ITEMS, **ROWS}
+    tags, interests, genres = b.columns["tags"], b.user_columns["interests"], Catalogue().codes("genres")
+    brands = Catalogue().codes("brand")
+
+    def pooled(name, column, place, mean=True):
+        """One by one; zeros of an empty list."""
+        values = column.values[column.offsets[place] : column.offsets[place + 1]].tolist()
+        total = sum((table[name][v] for v in values), torch.zeros(DIM, dtype=torch.float64))
+        return total / max(len(values), 1) if mean else total
+
     scale, at, row = model.input.scale, 0, 0
     hidden = (part.tokens_T == MASK).tolist()
     for sample, length in enumerate(LENGTHS):
@@ -159,6 +199,9 @@ def test_inputs_are_the_sums_of_the_items_and_the_features_vectors(kind):
             if not hidden[row]:
                 x = x + table["kind"][b.columns["type"][place]] + table["device"][b.columns["device"][place]]
                 x = x + table["hour"][when.hour] + table["day"][when.weekday()]
+                x = x + pooled("tag", tags, place, mean=False) + pooled("genre", genres, b.items_T[place])
+                x = x + table["brand"][brands[b.items_T[place]]]
+            x = x + pooled("interest", interests, sample)
             x = x + table["age"][b.user_columns["age"][sample]] + table["user"][b.ordinals_B[sample]]
             x = x + table["asked"][then.hour] + table["asked-day"][then.weekday()]
             expected = scale * x + model.input.positions.detach()[position]
@@ -170,7 +213,8 @@ def test_inputs_are_the_sums_of_the_items_and_the_features_vectors(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_every_table_agrees_with_finite_differences(kind):
-    model, b = in_double(randomise(build(kind))).eval(), asked()
+    # twelve features of unit scale would bend the loss more than a difference may leave out
+    model, b = in_double(randomise(build(kind), std=0.4)).eval(), asked()
 
     def loss():
         part = model.supervise(b, 5)
@@ -200,7 +244,10 @@ def changed(b, places):
         "type": (b.columns["type"] + 1) % len(TYPES),
         "device": (b.columns["device"] + 1) % DEVICES,
     }
-    return b.with_columns(**{n: torch.where(places, c, b.columns[n]) for n, c in columns.items()})
+    tags = b.columns["tags"]
+    others = torch.where(places.repeat_interleave(tags.offsets.diff()), (tags.values + 1) % TAGS, tags.values)
+    columns = {n: torch.where(places, c, b.columns[n]) for n, c in columns.items()}
+    return b.with_columns(**columns, tags=replace(tags, values=others))
 
 
 def answers(model, b):
@@ -215,7 +262,7 @@ def test_a_request_does_not_show_the_features_of_its_target(kind):
     ends[b.offsets_B1[1:][b.offsets_B1.diff() > 0] - 1] = True
     assert torch.equal(answers(model, b), answers(model, changed(b, ends)))
     assert not torch.equal(answers(model, b), answers(model, changed(b, ~ends)))
-    other = replace(b, user_columns={"age": (b.user_columns["age"] + 1) % AGES})
+    other = replace(b, user_columns={**b.user_columns, "age": (b.user_columns["age"] + 1) % AGES})
     assert not torch.equal(answers(model, b), answers(model, other))
     later = b.with_columns(time=b.timestamps_T + torch.where(ends, 30 * 3600, 0))  # another hour and day
     assert not torch.equal(answers(model, b), answers(model, later)), "a request's time is known"
@@ -227,7 +274,7 @@ def test_hidden_actions_show_nothing_and_move_no_row():
     hidden = part.tokens_T == MASK
     other = model.supervise(changed(b, hidden), 5)
     assert torch.equal(loss_of(model, part), loss_of(model, other))
-    assert set(part.features["device"].rows_F.tolist()) == set(b.columns["device"][~hidden].tolist())
+    assert set(part.features["device"].rows_V.tolist()) == set(b.columns["device"][~hidden].tolist())
     # 40 hidden actions on a device of which nobody sees another action
     lonely = b.with_columns(device=torch.where(hidden, DEVICES - 1, b.columns["device"] % (DEVICES - 1)))
     model = build("bert4rec", table="mapped", processes=ALONE)
@@ -294,7 +341,8 @@ def test_a_model_needs_its_columns_and_no_others():
     assert build("sasrec", features={"d": FEATURES["device"], "h": FEATURES["hour"]}).needs == {
         *("item", "device", "time")
     }
-    assert build("ranking").needs == {"item", "time", "value", "type", "device", "age"}
+    of_lists = {"tags", "interests"}
+    assert build("ranking").needs == {"item", "time", "value", "type", "device", "age"} | of_lists
 
 
 @pytest.mark.parametrize(
@@ -308,7 +356,16 @@ def test_a_model_needs_its_columns_and_no_others():
         ({"column": "type", "rows": 2}, "rows' is 2, and the dataset has 3 action types"),
         ({"column": "city", "rows": 5}, "that column holds text"),
         ({"column": "value", "rows": 5}, "that column holds numbers with decimals"),
-        ({"column": "tags", "rows": 5}, "that column holds lists"),
+        ({"column": "tags"}, "'model.input.features.x.rows' is missing"),
+        ({"column": "labels", "rows": 5}, "that column holds text: give it a vocabulary"),
+        (
+            {"column": "device", "rows": 5, "pooling": "sum"},
+            "column 'device' holds one value each, which there",
+        ),
+        ({"catalogue": "genre"}, "no column of the dataset's catalogue: did you mean 'genres'"),
+        ({"catalogue": "name"}, "catalogue' is 'name', and that column holds text: give it a vocabulary"),
+        ({"catalogue": "price"}, "that column holds numbers with decimals"),
+        ({"catalogue": "genres", "rows": 3}, "column 'genres' of the catalogue holds 6, .* set it to 7"),
         ({"column": "item", "rows": 5}, "'item', which has a table already"),
     ],
 )
@@ -333,18 +390,40 @@ def test_times_are_needed_for_what_is_derived_from_them():
             "column 'device' holds 7, and its table has rows for 0 to 4 .*: set it to 8 or more",
         ),
         ("device", [2, -3, 1], "column 'device' holds -3, .* map its values to 0, 1, 2"),
+        ("tags", [0, 6], "column 'tags' holds 6, and its table has rows for 0 to 5"),
         ("age", [4], r"column 'age' holds 4, .*\(model.input.features.age.rows\)"),
     ],
 )
 def test_a_value_without_a_row_is_named_before_anything_is_looked_up(column, values, said):
     model, b = build(), asked((3,))
     if column == "age":
-        b = replace(b, user_columns={"age": torch.tensor(values)})
+        b = replace(b, user_columns={**b.user_columns, "age": torch.tensor(values)})
+    elif column == "tags":
+        b = b.with_columns(tags=Jagged(torch.tensor([0, 0, 2, 2]), torch.tensor(values)))
     else:
         b = b.with_columns(device=torch.tensor(values))
     for look in (model.prepare, model.encode, lambda b: model.supervise(b, 1)):
         with pytest.raises(UserError, match=said):
             look(b)
+
+
+def test_lists_are_counted_on_the_host_where_they_lie_on_a_device():
+    """As a batch is that went to one: offsets beside it on the host."""
+    model, b = build(), asked(seed=3)
+    columns = {
+        n: replace(c, host_offsets=c.offsets) if isinstance(c, Jagged) else c for n, c in b.columns.items()
+    }
+    users = {
+        n: replace(c, host_offsets=c.offsets) if isinstance(c, Jagged) else c
+        for n, c in b.user_columns.items()
+    }
+    there = model.prepare(replace(b, columns=columns, user_columns=users))
+    for part, known in ((there, True), (there.slice(1, 5), True), (model.prepare(b), False)):
+        assert (part.columns[":tag"].host_offsets is not None) == known
+        plain = model.supervise(b.slice(1, 5) if part.sequences == 4 else b, 5)
+        found = model.supervise(part, 5)
+        for name in ("tag", "interest", "genre"):
+            assert torch.equal(found.features[name].rows_V, plain.features[name].rows_V), name
 
 
 def test_no_sequence_at_all_is_legal():
@@ -359,8 +438,10 @@ def test_no_sequence_at_all_is_legal():
     [
         ({"items": "type"}, "'items' is the table of items"),
         ({"a.b": "type"}, "'a.b' becomes the name of a table"),
-        ({"x": {"column": "type", "derived": "user"}}, "either a column of the dataset, or what is derived"),
-        ({"x": {"rows": 3}}, "either a column of the dataset, or what is derived"),
+        ({"x": {"column": "type", "derived": "user"}}, "give it one of column .* and derived"),
+        ({"x": {"column": "type", "catalogue": "brand"}}, "give it one of column .* and derived"),
+        ({"x": {"rows": 3}}, "give it one of column .* and derived"),
+        ({"x": {"column": "type", "pooling": "max"}}, "pooling"),
         ({"x": {"derived": "hour_of_dya"}}, "model.input.features.x.derived"),
         ({"x": {"column": "type", "table": "lokal"}}, "did you mean 'local'"),
     ],
@@ -386,6 +467,7 @@ def test_features_are_laid_over_key_by_key_and_only_their_tables_may_change_on_r
 # -- open vocabularies ------------------------------------------------------------------------------------------------
 
 OPEN = {
+    "label": {"column": "labels", "rows": 16, "vocabulary": {"name": "open", "buckets": 2}},
     "device": {
         "column": "device",
         "rows": 12,
@@ -399,8 +481,10 @@ def stream(step, lengths=LENGTHS):
     """Devices that come and go: any 64 bits."""
     b, g = asked(lengths, step), generator(step)
     devices = (torch.rand(b.actions, generator=g) ** 2 * 12).long() + step * 2
+    labels = lists(b.actions, 9, step)
+    labels = replace(labels, values=(labels.values + step) * 2**50)
     return replace(
-        b.with_columns(device=(devices + 2**40) * 7919),
+        b.with_columns(device=(devices + 2**40) * 7919, labels=labels),
         user_columns={"age": torch.randint(-(2**60), 2**60, (len(lengths),), generator=g)},
     )
 
@@ -425,7 +509,7 @@ def test_the_row_of_an_id_that_gave_way_starts_as_the_seed_says_without_moments(
             expected = stays[name]
             if name.endswith("tables.device.weight") and values.dim():
                 expected[rows] = first[rows] if name.startswith("model") else 0
-            elif name.endswith("tables.age.weight") and values.dim():
+            elif name.endswith(("tables.age.weight", "tables.label.weight")) and values.dim():
                 continue
             assert torch.equal(values, expected), name
         parts = [model.supervise(part, 5) for part in share.split(12)]
@@ -465,13 +549,14 @@ def test_evaluation_learns_nothing_and_asks_rows_as_training_left_them():
     assert all(torch.equal(known[n], v) for n, (_, _, v) in model.vocabularies["device"].state().items())
     assert torch.equal(first, model.encode(stream(0)))
     # ids that nobody has seen share their bucket's row
-    b, new = asked((4,)), torch.full((4,), 10**12)
+    b, new = stream(0, (4,)), torch.full((4,), 10**12)
     (row,) = model.prepare(b.with_columns(device=new)).columns[":device"].unique().tolist()
     assert row in (0, 6)
 
 
 def test_any_ids_need_a_vocabulary_and_a_vocabulary_rows():
     assert build(features={"city": {"column": "city", "rows": 512, "vocabulary": "open"}}).vocabularies
+    assert build(features={"name": {"catalogue": "name", "rows": 512, "vocabulary": "open"}}).vocabularies
     for wrong in ({"column": "device"}, {"derived": "user", "rows": 512}):
         with pytest.raises(UserError, match="a vocabulary is for the ids of a column"):
             section(features={"x": {**wrong, "vocabulary": "open"}})

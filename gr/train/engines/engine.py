@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gr.embeddings.local import LocalTable
 from gr.embeddings.row_updates import Gradient, Piece, RowOptimizer
 from gr.embeddings.table import Table
+from gr.embeddings.vocabulary import Array
 from gr.errors import UserError
 from gr.models.model import Model
 from gr.models.step import StepContext
@@ -289,10 +290,19 @@ def parameters(model: Model) -> dict[str, Tensor]:
 
 def of_vocabularies(model: Model) -> dict[str, Tensor]:
     """What a model's vocabularies know, as ``vocabulary/TABLE/...``, their own memory: to be saved, or filled."""
+    return _named_arrays({name: vocabulary.state() for name, vocabulary in model.vocabularies.items()})
+
+
+def mappings_of(model: Model) -> dict[str, Tensor]:
+    """The same of what says which id has which row, all that a model needs that isn't trained any more."""
+    return _named_arrays({name: vocabulary.mapping() for name, vocabulary in model.vocabularies.items()})
+
+
+def _named_arrays(arrays: Mapping[str, Mapping[str, Array]]) -> dict[str, Tensor]:
     return {
         f"vocabulary/{name}/{part}": Slices(size, [([first, 0], values)])
-        for name, vocabulary in model.vocabularies.items()
-        for part, (size, first, values) in vocabulary.state().items()
+        for name, parts in arrays.items()
+        for part, (size, first, values) in parts.items()
     }
 
 
