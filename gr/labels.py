@@ -50,10 +50,17 @@ TASKS = Annotated[dict[str, LabelTask], Field(min_length=1), AfterValidator(_pla
 class ColumnLike(Protocol):
     """What is known of a column: ``gr.data.columns.ColumnInfo``."""
 
-    name: str
-    type: str
-    of: str
-    multi: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type(self) -> str: ...
+
+    @property
+    def of(self) -> str: ...
+
+    @property
+    def multi(self) -> bool: ...
 
 
 class Described(Protocol):

@@ -24,7 +24,7 @@ LARGEST = 1 << 30
 
 BLOCK_NUMBERS = 1 << 22  # read at once: 16 MiB
 
-DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 """By the format's names."""
 
 
