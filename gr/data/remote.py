@@ -117,7 +117,7 @@ def _opened(path: str, name: str, generation: str) -> SequenceDataset:
     """The dataset, opened once by a worker."""
     where = f"on node {os.uname().nodename} of the Ray cluster"
     try:
-        dataset = SequenceDataset(path)
+        dataset = SequenceDataset(path, generation)
     except UserError as error:
         raise UserError(
             f"{where}: {error}; every node must be able to read data.path (shared storage, or a URL)"
