@@ -72,14 +72,21 @@ def joined(
                 ray.init(address=address, **quiet)
             else:
                 folder = tempfile.mkdtemp(prefix="gr-ray-", dir="/tmp")  # a socket's path has 107 bytes
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    object_store_memory=None if store_mib is None else store_mib << 20,
-                    include_dashboard=False,
-                    _temp_dir=folder,
-                    **quiet,
-                )
+                for again in (True, False):  # Ray gives a start 30 s, which are few on a busy machine
+                    try:
+                        ray.init(
+                            address="local",
+                            num_cpus=cpus,
+                            object_store_memory=None if store_mib is None else store_mib << 20,
+                            include_dashboard=False,
+                            _temp_dir=folder,
+                            **quiet,
+                        )
+                        break
+                    except Exception:
+                        ray.shutdown()
+                        if not again:
+                            raise
         except Exception as error:  # Ray's own are of many kinds, some of none
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
