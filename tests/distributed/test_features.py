@@ -39,7 +39,7 @@ FEATURES = ", ".join(
         "user: {derived: user}",
         "hour: {derived: hour_of_day}",
         "campaign: {column: campaign, rows: 48, vocabulary: {name: open, buckets: 4, admit_after: 2, waiting: 8}}",
-        "city: {column: city, rows: 16, vocabulary: {name: open, buckets: 2}}",
+        "city: {column: city, rows: 24, vocabulary: {name: open, buckets: 2}}",
         "tag: {column: tags, rows: 16, pooling: sum, vocabulary: {name: open, buckets: 2}}",
         "genre: {catalogue: genres}",
     ]
