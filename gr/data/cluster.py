@@ -38,13 +38,28 @@ PRIVATE = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN
 def import_ray() -> Any:
     """The package, told to keep to itself."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    imported = "ray" in sys.modules
     try:
         import ray
     except ImportError as error:
         raise UserError(
             f"this needs Ray, which is not installed ({first_line(error)}): make setup-ray, or pip install 'gr[ray]'"
         ) from None
+    if imported and not ray.is_initialized():
+        _read_variables_again()
     return ray
+
+
+def _read_variables_again() -> None:
+    """What Ray took from the environment when it was imported, as the environment has it now."""
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, not ray_constants.IS_WINDOWS_OR_OSX
+    )
 
 
 @contextmanager
@@ -202,7 +217,7 @@ def shared(
 
 
 def _keep_private() -> None:
-    """Variables for a cluster of this machine alone, read when ray is first imported."""
+    """Variables for a cluster of this machine alone."""
     # every port on 127.0.0.1; what the name says it's for doesn't matter
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # Ray's own choice (15) lets workers wait for whatever else the machine does, and that is what waits for them

@@ -245,7 +245,8 @@ def test_an_address_where_nothing_answers_is_one_sentence():
 
 
 LOST = """
-import os, signal, sys, threading
+import ray  # before anything has told it to keep to itself
+import os, signal, sys
 from gr.data import cluster
 from gr.data.dataset import SequenceDataset
 from gr.data.remote import Ray
@@ -259,6 +260,7 @@ dataset = SequenceDataset(sys.argv[1])
 engine = Ray(Ray.Config(cpus=1, store_mib=100, ahead=1, timeout=30), dataset, plan_of(dataset))
 try:
     with engine.opened(Processes(torch.device("cpu"))):
+        print("at:", ray.get_runtime_context().gcs_address, flush=True)
         for batch in engine.epoch(0):
             if batch.index == 2:
                 for pid in descendants(os.getpid()):
@@ -276,6 +278,7 @@ def test_a_dead_cluster_is_one_sentence_and_no_hang(dataset):
     done = subprocess.run(
         [sys.executable, "-c", LOST, str(dataset.path)], capture_output=True, text=True, timeout=300
     )
+    assert "at: 127.0.0.1:" in done.stdout, done.stderr
     assert "said: window" in done.stdout and "did not come from the Ray cluster" in done.stdout, done.stderr
 
 
