@@ -1,8 +1,8 @@
 """Programs as a user starts them, without what every start costs.
 
 ``python FILE ARGUMENTS`` spends four seconds of a processor's time importing torch, more than most tests take.  The
-first start of each file in a test process is a start like a user's; later ones fork from a server that has imported
-what all import (tests/distributed/group.py).
+first start of each file in a test process is a start like a user's, and so is the first under torchrun; later ones fork
+from a server that has imported what all import (tests/distributed/group.py).
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 
-from tests.distributed.group import preload
+from tests.distributed.group import free_port, preload, variables
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 _begun: set[str] = set()
 
 
@@ -47,17 +49,47 @@ def run_python(
             timeout=timeout,
             check=False,
         )
+    return _forked(words, [dict(os.environ)], folder or Path.cwd(), timeout)
+
+
+def torchrun(
+    processes: int, arguments: Sequence[object], *, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """What ``torchrun --standalone --nproc-per-node PROCESSES ARGUMENTS`` does that ends well; what each process prints
+    comes one after the other.  One that may fail is for :func:`run_python`: torchrun ends the others then."""
+    if (name := f"torchrun {processes} {arguments[0]}") not in _begun:
+        _begun.add(name)
+        return run_python([*TORCHRUN, processes, *arguments], timeout=timeout)
+    port = free_port()
+    environments = [{**os.environ, **variables(rank, processes, port)} for rank in range(processes)]
+    return _forked([*map(str, arguments)], environments, Path.cwd(), timeout)
+
+
+def _forked(
+    words: list[str], environments: Sequence[dict[str, str]], folder: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """``python WORDS`` in forked processes, one for each of ``environments``, at the same time."""
     preload()
+    processes, status, out, err = [], 0, "", ""
     with tempfile.TemporaryDirectory() as scratch:
-        given = (words, str(folder or Path.cwd()), dict(os.environ), scratch)
-        process = get_context("forkserver").Process(target=_run, args=given)
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        for rank, environment in enumerate(environments):
+            (place := Path(scratch, str(rank))).mkdir()
+            given = (words, str(folder), environment, str(place))
+            processes.append(get_context("forkserver").Process(target=_run, args=given))
+            processes[-1].start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        late = [process for process in processes if process.exitcode is None]
+        for process in late:
             process.kill()
+        if late:
             raise subprocess.TimeoutExpired(words, timeout)
-        out, err = (Path(scratch, stream).read_text() for stream in ("out", "err"))
-    return subprocess.CompletedProcess([sys.executable, *words], process.exitcode, out, err)
+        for rank, process in enumerate(processes):
+            status = status or process.exitcode or 0
+            out += Path(scratch, str(rank), "out").read_text()
+            err += Path(scratch, str(rank), "err").read_text()
+    return subprocess.CompletedProcess([sys.executable, *words], status, out, err)
 
 
 def _run(words: list[str], folder: str, environment: dict[str, str], scratch: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from gr.train.folder import RunFolder
 from tests.distributed.jobs import run_jobs
 from tests.distributed.rounding import of_losses, of_weights, sgd
 from tests.end_to_end.tiny import ROOT, weights
+from tests.programs import run_python, torchrun
 from tests.unit.test_ranking_run import CONFIG, make_dataset
 
 RATE, TERMS = 0.5, 2 * 16 * 20  # labels of two tasks, of the actions of 16 users
@@ -47,10 +46,9 @@ def trained(folder, name):
 
 def evaluated(folder, name, processes):
     out = folder / f"{name}-{processes}.json"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    program = [str(ROOT / "launch/evaluate.py"), str(folder / name), "--baselines", "prior", "--buckets"]
-    command = [sys.executable, *(launcher if processes > 1 else []), *program, "--json", str(out)]
-    done = subprocess.run([*command, "eval.batch=37"], capture_output=True, text=True, timeout=300)
+    program = [ROOT / "launch/evaluate.py", folder / name, "--baselines", "prior", "--buckets", "--json", out]
+    program.append("eval.batch=37")
+    done = run_python(program) if processes == 1 else torchrun(processes, program)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(out.read_text())["results"]
 

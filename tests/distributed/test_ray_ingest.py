@@ -213,7 +213,7 @@ from tests.distributed.ray_windows import plan_of
 from tests.end_to_end.tiny import descendants
 
 dataset = SequenceDataset(sys.argv[1])
-engine = Ray(Ray.Config(cpus=1, store_mib=100, ahead=1, timeout=30), dataset, plan_of(dataset))
+engine = Ray(Ray.Config(cpus=1, store_mib=100, ahead=1, timeout=5), dataset, plan_of(dataset))
 try:
     with engine.opened(Processes(torch.device("cpu"))):
         print("at:", ray.get_runtime_context().gcs_address, flush=True)
@@ -265,26 +265,30 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_two_ranks_train_alike_from_a_cluster_that_they_start(folder):
-    runs = {}
-    for name, *overrides in (("arrow",), ("ray", "data.ingest=ray", "data.ingest.store_mib=100")):
-        config = write_config(folder, folder / "data", folder / name)
-        said = train(["--config", config, "train.epochs=2", *overrides], 2)
-        runs[name] = RunFolder(folder / name).metrics.read_text()
+@pytest.fixture(scope="module")
+def in_process(folder):
+    """What two ranks print that read in their processes, and the run's folder."""
+    config = write_config(folder, folder / "data", folder / "arrow")
+    return train(["--config", config, "train.epochs=2"], 2), RunFolder(folder / "arrow")
+
+
+def test_two_ranks_train_alike_from_a_cluster_that_they_start(folder, in_process):
+    config = write_config(folder, folder / "data", folder / "ray")
+    on_ray = ["data.ingest=ray", "data.ingest.store_mib=100"]
+    printed = train(["--config", config, "train.epochs=2", *on_ray], 2)
+    for said in (printed, in_process[0]):
         assert "-bound: " in said and "the heaviest rank had 1." in said
         assert said.count("order digest") == 2
-    assert runs["arrow"] == runs["ray"]
+    assert RunFolder(folder / "ray").metrics.read_text() == in_process[1].metrics.read_text()
 
 
-def test_a_run_goes_on_with_other_ranks_and_executors(address, folder):
-    config = write_config(folder, folder / "data", folder / "whole")
-    train(["--config", config, "train.epochs=2"])
+def test_a_run_goes_on_with_other_ranks_and_executors(address, folder, in_process):
     config = write_config(folder, folder / "data", folder / "changing")
     on_ray = ["data.ingest=ray", f"data.ingest.address={address}"]
     train(["--config", config, "train.epochs=2", *on_ray, "train.max_steps=7"], 2)
     train(["--resume", folder / "changing", "data.ingest.executor=data", "train.max_steps=null"])
     whole, changing = (
-        [(r["step"], r["data_digest"]) for r in RunFolder(folder / name).read_metrics() if "data_digest" in r]
-        for name in ("whole", "changing")
+        [(r["step"], r["data_digest"]) for r in run.read_metrics() if "data_digest" in r]
+        for run in (in_process[1], RunFolder(folder / "changing"))
     )
     assert whole == changing

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.sequences import Sequences
 from gr.train.folder import RunFolder, read_rows
-from tests.programs import run_python
+from tests.programs import TORCHRUN, run_python, torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -60,13 +60,14 @@ def write_config(folder: Path, data: Path, run: Path) -> Path:
 
 def command(arguments: list, processes: int = 1) -> list[str]:
     """What follows ``python`` to train."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*(torchrun if processes > 1 else []), str(ROOT / "launch/train.py"), *map(str, arguments)]
+    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
+    return [*launcher, str(ROOT / "launch/train.py"), *map(str, arguments)]
 
 
 def train(arguments: list, processes: int = 1) -> str:
     """Run train.py to its end; returns what it printed."""
-    done = run_python(command(arguments, processes))
+    program = command(arguments)
+    done = run_python(program) if processes == 1 else torchrun(processes, program)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
