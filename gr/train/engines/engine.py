@@ -122,11 +122,15 @@ class Engine(ABC):
 
     def finite(self) -> bool:
         """Whether every parameter, and every row of this process, is a number."""
-        checks = [part.finite() for part in self.parts]
+        found = torch.ones((), dtype=torch.bool, device=self.processes.device)
+        for part in self.parts:
+            found &= part.finite().to(found.device)
         for table in self.row_tables.values():
             for piece in table.pieces():
-                checks += [piece.values_RC[start:stop].isfinite().all() for start, stop in piece.chunks()]
-        return bool(torch.stack([check.to(self.processes.device) for check in checks]).all())
+                # no small tensor of a chunk is kept: it would lie in a hole that the next chunk's large ones need
+                for start, stop in piece.chunks():
+                    found &= piece.values_RC[start:stop].isfinite().all().to(found.device)
+        return bool(found)
 
     # -- what differs between engines -----------------------------------------------------------------------------
 
