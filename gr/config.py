@@ -237,10 +237,12 @@ class TrainSection(Section):
 
 
 class LogSection(Section):
-    """``every_steps``: a train row in metrics.jsonl; ``tensorboard``: events too, when it is installed."""
+    """``every_steps``: a train row in metrics.jsonl; ``tensorboard``: events too, when it is installed; ``plots``:
+    pictures of the run at its end."""
 
     every_steps: POSITIVE = 50
     tensorboard: bool = True
+    plots: bool = True
 
 
 class EvalSection(Section):

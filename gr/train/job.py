@@ -297,7 +297,7 @@ def _train(
     trainer = Trainer(config, parts, processes, folder, cursor, on_step)
     finished = trainer.train()
     rows = folder.read_metrics() if processes.is_main else []
-    if processes.is_main:
+    if processes.is_main and config.log.plots:
         try:
             plot_run(folder, trainer.shown)
         except Exception as error:  # a picture can never fail a run

@@ -50,6 +50,7 @@ def plot_run(folder: RunFolder, metrics: Sequence[str]) -> Path | None:
     folder.plots.mkdir(exist_ok=True)
     for kind in ("png", "svg"):
         figure.savefig(folder.plots / f"training.{kind}", dpi=130)
+        figure.set_layout_engine("none")  # found once, for both
     return folder.plots / "training.png"
 
 

@@ -45,7 +45,8 @@ def print_result(result: RunResult) -> None:
     # plain lines: a console would break long paths, which are there to be copied
     if digests:
         print(f"data digest {digests[-1]}")
-    print(f"plot     {result.path / 'plots' / 'training.png'}")
+    if (picture := result.path / "plots" / "training.png").is_file():
+        print(f"plot     {picture}")
     print(f"metrics  {result.path / 'metrics.jsonl'}")
     print(f"next     python -m gr evaluate --run {result.path} --split test")
     if result.model == "retrieval":

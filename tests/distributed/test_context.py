@@ -9,7 +9,10 @@ import torch
 from gr.train.folder import RunFolder
 from tests.distributed.jobs import run_jobs
 from tests.end_to_end.tiny import make_dataset, weights, write_config
+from tests.packages import needs
 from tests.precision import UNIT, growth
+
+needs("torchrec", "fbgemm_gpu")
 
 STEPS = 4
 PLAIN = [
@@ -19,6 +22,7 @@ PLAIN = [
 SOFTMAX = "model.encoder.activation=softmax"
 DRY = ("model.encoder.dropout=0", "model.encoder.attention_dropout=0", "model.input.dropout=0")
 RECOMPUTE = "train.activation_checkpointing=true"
+SHARDED = "model.table={name: torchrec, sharding: row_wise}"
 # 16 sequences of at most 20 rows, of which every gradient and loss sums a few hundred float32 terms a dozen times a
 # step; steps of SGD hand the errors on as they are
 ALIKE = STEPS * 12 * float(growth(300)) * UNIT[torch.float32]
@@ -39,6 +43,8 @@ def runs(tmp_path_factory):
     four = [
         asked("four", "train.context=4"),
         asked("four-softmax", SOFTMAX, "train.context=4", "train.engine=all_reduce", RECOMPUTE),
+        asked("four-sharded", SHARDED, "train.context=4"),
+        asked("sharded-two-by-two", SHARDED, *DRY, "train.context=2"),
         asked("two-by-two", *DRY, "train.context=2", "train.max_steps=2"),  # and then otherwise
         {"resume": folder / "two-by-two", "overrides": [f"train.max_steps={STEPS}", "train.context=4"]},
         asked("refused", "train.context=3"),
@@ -53,7 +59,10 @@ def rows(folder, name, kind):
     return [r for r in RunFolder(folder / name).read_metrics() if r["kind"] == kind]
 
 
-PAIRS = [("four", "one"), ("four-softmax", "one-softmax"), ("two-by-two", "one-dry")]
+PAIRS = [
+    *(("four", "one"), ("four-softmax", "one-softmax"), ("two-by-two", "one-dry")),
+    *(("four-sharded", "one"), ("sharded-two-by-two", "one-dry")),
+]
 
 
 @pytest.mark.parametrize(("shared", "alone"), PAIRS)

@@ -33,7 +33,7 @@ optimizer: {{name: adamw, lr: 0.01}}
 train: {{epochs: 3, global_batch: 16, clip_norm: 1.0, threads: 1}}
 eval: {{splits: [valid, test], ks: [10]}}
 checkpoint: {{every_steps: 4}}
-log: {{every_steps: 1, tensorboard: false}}
+log: {{every_steps: 1, tensorboard: false, plots: false}}
 """
 
 

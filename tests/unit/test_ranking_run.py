@@ -35,7 +35,7 @@ optimizer: {{name: adamw, lr: 0.01}}
 train: {{epochs: 4, global_batch: 16, clip_norm: 1.0, threads: 1}}
 eval: {{splits: [valid, test], baselines: [prior]}}
 checkpoint: {{every_steps: 4}}
-log: {{every_steps: 1, tensorboard: false}}
+log: {{every_steps: 1, tensorboard: false, plots: false}}
 """
 
 
@@ -81,7 +81,7 @@ def config(data, tmp_path):
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "ranking.yaml").write_text(CONFIG.format(run=folder / "run", data=data))
-    return job.run(configs.load(folder / "ranking.yaml", ["train.epochs=10"]))
+    return job.run(configs.load(folder / "ranking.yaml", ["train.epochs=10", "log.plots=true"]))
 
 
 def rows_of(result, kind, split="test"):

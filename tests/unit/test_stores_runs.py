@@ -51,7 +51,7 @@ def test_a_run_in_a_store_that_was_killed_goes_on_as_if_nothing_had_been(at, sto
     setting = "checkpoint.asynchronous=true"  # the other tests write in step
     whole = job.run(config(f"run.dir={tmp_path / 'whole'}", STEPS, setting))
     with pytest.raises(Killed):
-        job.run(of_url(setting), on_step=killed_after([]))
+        job.run(of_url(setting, "log.plots=true"), on_step=killed_after([]))
     folder = RunFolder(url)
     assert [step for step, _ in checkpoint.listed(folder.checkpoints)] == [8, 10]  # kept, and the epoch's end
     store.forget()
