@@ -21,6 +21,8 @@ PRELOADED = [
     "gr.train.job",
     "gr.embeddings.sharded",
     "torchrec.distributed",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",  # which DeepSpeed imports, and with it the compiler, when it starts
 ]
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -44,6 +46,7 @@ def in_group(
 
 def preload() -> None:
     """What the server that forks processes imports when it starts; it passes over what isn't there."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks when it is imported
     multiprocessing.set_forkserver_preload(PRELOADED)
 
 
