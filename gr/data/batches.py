@@ -295,19 +295,19 @@ def share(plan: Plan, index: int, rows: Stretches, rank: int, ranks: int) -> Glo
     whole = rows.copied(None if ranks == 1 else [ITEM])
     described, rank_G = _dealt(index, whole, ranks)
     own = whole if ranks == 1 else rows.take(np.flatnonzero(rank_G == rank)).copied()
-    return next(collated(plan, Shares((described,), (len(own),), own)))
+    return next(collated(plan, Shares((described,), (len(own),), own), lent=False))
 
 
-def collated(plan: Plan, shares: Shares, start: int = 0) -> Iterator[GlobalBatch]:
-    """The shares of global batches ``start`` and later as tensors, which have their own memory: the rows may lie in
-    some that is only lent."""
+def collated(plan: Plan, shares: Shares, start: int = 0, *, lent: bool = True) -> Iterator[GlobalBatch]:
+    """The shares of global batches ``start`` and later as tensors, which have their own memory.  ``lent``: the rows lie
+    in somebody else's."""
     from gr.data.collate import collate
 
     first = 0
     for batch, count in zip(shares.batches, shares.counts, strict=True):
         if batch.index >= start:
             rows = shares.rows.slice(first, first + count)
-            yield GlobalBatch(**vars(batch), share=collate(rows, plan.columns))
+            yield GlobalBatch(**vars(batch), share=collate(rows, plan.columns, lent))
         first += count
 
 

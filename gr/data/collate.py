@@ -13,17 +13,18 @@ from gr.data.hashing import hash_ids
 from gr.data.sequences import ITEM, Column, Sequences
 
 
-def collate(rows: Sequences, columns: Iterable[str] | None = None) -> SequenceBatch:
+def collate(rows: Sequences, columns: Iterable[str] | None = None, lent: bool = True) -> SequenceBatch:
     """The rows as they are, as CPU tensors (see :class:`gr.batch.SequenceBatch` for shapes and dtypes).
 
     columns: the names of those that the batch carries, beside ``item``; every column of numbers without it.  Whole
-    numbers become int64, others float32, and texts their 64-bit hashes.
+    numbers become int64, others float32, and texts their 64-bit hashes.  lent: the rows' columns of actions are
+    somebody else's memory; where they are not, those that are as they should be become the batch's.
     """
     wanted = None if columns is None else {ITEM, *columns}
 
-    def chosen(named: Iterable[tuple[str, Column]]) -> dict:
+    def chosen(named: Iterable[tuple[str, Column]], copy: bool = True) -> dict:
         return {
-            name: tensor(column)
+            name: tensor(column, copy)
             for name, column in named
             if (_is_numeric(column) if wanted is None else name in wanted)
         }
@@ -36,21 +37,21 @@ def collate(rows: Sequences, columns: Iterable[str] | None = None) -> SequenceBa
         offsets_B1=torch.from_numpy(rows.offsets_R1.astype(np.int64)),
         ordinals_B=torch.from_numpy(rows.ordinals_R.astype(np.int64)),
         lengths=tuple(rows.lengths_R.tolist()),
-        columns=chosen(rows.columns.items()),
+        columns=chosen(rows.columns.items(), copy=lent),
         user_columns=chosen(user_columns) | told,
     )
 
 
-def tensor(column: Column) -> torch.Tensor | Jagged:
-    """The column as CPU tensors, int64 or float32."""
+def tensor(column: Column, copy: bool = True) -> torch.Tensor | Jagged:
+    """The column as CPU tensors, int64 or float32; ``copy``: in memory of their own in any case."""
     if isinstance(column, Jagged):
-        return Jagged(torch.from_numpy(column.offsets.astype(np.int64)), tensor(column.values))
+        return Jagged(torch.from_numpy(column.offsets.astype(np.int64)), tensor(column.values, copy))
     if not _is_numeric(column):
         distinct = pa.array(column.tolist(), pa.string()).dictionary_encode()  # each text is hashed once
         hashes = hash_ids(distinct.dictionary.to_numpy(zero_copy_only=False)).view(np.int64)
         return torch.from_numpy(hashes[distinct.indices.to_numpy(zero_copy_only=False)])
     whole = np.issubdtype(column.dtype, np.integer)
-    return torch.from_numpy(column.astype(np.int64 if whole else np.float32))
+    return torch.from_numpy(column.astype(np.int64 if whole else np.float32, copy=copy))
 
 
 def _is_numeric(column: Column) -> bool:
