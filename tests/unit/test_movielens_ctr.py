@@ -153,3 +153,11 @@ def test_a_bad_line_is_one_sentence(tmp_path, file, line, sentence):
     with pytest.raises(UserError) as refusal:
         make_source("ml-1m-ctr").prepare(str(tmp_path), str(tmp_path / "out"))
     assert sentence in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_the_catalogues_mean_is_that_of_a_held_out_row(made):
+    dataset = made[2]["clean"]
+    rows = rows_of(dataset)
+    _, held = shares(len(rows["label"]))
+    means = dataset.catalogue["item_mean"].to_numpy()
+    np.testing.assert_array_equal(means[rows["item"][held:]], rows["item_mean"][held:])

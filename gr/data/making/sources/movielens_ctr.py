@@ -12,6 +12,9 @@ What there is beside ids: mean labels of the user and of the film.  They come fr
   label among them, and of the test rows the test's own labels.  What is to be predicted is partly told.  Figures under
   it compare with the published ones, and with nothing else.
 
+The catalogue has an ``item_mean``, too: that of a row which isn't among the labels, for heads of items that are
+computed before anybody asks.
+
 Shapes: N ratings, U users, I films.
 """
 
@@ -97,7 +100,10 @@ class ML1MCTR(Source):
         columns, items, catalogue = _columns(
             {name: column[order] for name, column in ratings.items()}, users, films
         )
-        means = _means(columns["label"], columns["user"], items, train, held, options)
+        label_N, means = columns["label"], {}
+        means["user_mean"], _ = _means(label_N, columns["user"], train, held, options)
+        means["item_mean"], of_items = _means(label_N, items, train, held, options)
+        catalogue = catalogue.append_column("item_mean", pa.array(of_items))
         writer = DatasetWriter(out, NAME, row_order="stream", block_rows=BLOCK_ROWS, overwrite=overwrite)
         try:
             with progress.stage("writing", len(order), "ratings") as stage:
@@ -227,24 +233,25 @@ def _columns(
 
 def _means(
     label_N: np.ndarray,
-    user_N: np.ndarray,
-    item_N: np.ndarray,
+    owner_N: np.ndarray,
     train: int,
     held: int,
     options: ML1MCTR.Options,
-) -> dict[str, np.ndarray]:
-    """``user_mean`` and ``item_mean``, float32, N each, scaled so that training's are from 0 to 1.  Rows before
-    ``train`` train, those from ``held`` on are the test."""
-    found = {}
-    for name, owner_N in (("user_mean", user_N), ("item_mean", item_N)):
-        if options.leaky:
-            parts = (slice(0, held), slice(held, None))
-            mean_N = np.concatenate([_of_all(label_N[part], owner_N[part]) for part in parts])
-        else:
-            mean_N = clean_means(label_N, owner_N, train, options.folds, options.split_seed)
-        low, high = mean_N[:train].min(), mean_N[:train].max()
-        found[name] = ((mean_N - low) / max(high - low, 1e-12)).astype(np.float32)
-    return found
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean labels of each row's owner, (N,) float32, scaled so that training's are from 0 to 1; and of each owner, as
+    one asks who has no row to leave out.  Rows before ``train`` train, those from ``held`` on are the test."""
+    before = held if options.leaky else train
+    counts_O = np.bincount(owner_N[:before], minlength=int(owner_N.max()) + 1)
+    sums_O = np.bincount(owner_N[:before], label_N[:before], len(counts_O))
+    mean_O = np.where(counts_O > 0, sums_O / np.maximum(counts_O, 1), label_N[:before].mean())
+    if options.leaky:
+        parts = (slice(0, held), slice(held, None))
+        mean_N = np.concatenate([_of_all(label_N[part], owner_N[part]) for part in parts])
+    else:
+        mean_N = clean_means(label_N, owner_N, train, options.folds, options.split_seed)
+    low, high = mean_N[:train].min(), mean_N[:train].max()
+    scaled_N, scaled_O = ((mean - low) / max(high - low, 1e-12) for mean in (mean_N, mean_O))
+    return scaled_N.astype(np.float32), scaled_O.astype(np.float32)
 
 
 def _of_all(label_N: np.ndarray, owner_N: np.ndarray) -> np.ndarray:
