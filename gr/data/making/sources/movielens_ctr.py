@@ -104,7 +104,14 @@ class ML1MCTR(Source):
         means["user_mean"], _ = _means(label_N, columns["user"], train, held, options)
         means["item_mean"], of_items = _means(label_N, items, train, held, options)
         catalogue = catalogue.append_column("item_mean", pa.array(of_items))
-        writer = DatasetWriter(out, NAME, row_order="stream", block_rows=BLOCK_ROWS, overwrite=overwrite)
+        protocol = "leaky" if options.leaky else "clean"
+        writer = DatasetWriter(
+            out,
+            f"{NAME}, {protocol} protocol",
+            row_order="stream",
+            block_rows=BLOCK_ROWS,
+            overwrite=overwrite,
+        )
         try:
             with progress.stage("writing", len(order), "ratings") as stage:
                 for start in range(0, len(order), BLOCK_ROWS):
@@ -119,7 +126,7 @@ class ML1MCTR(Source):
                 {
                     "source": source or self.published.url,
                     "options": options.model_dump(mode="json"),
-                    "protocol": "leaky" if options.leaky else "clean",
+                    "protocol": protocol,
                     "split": shares,
                     "likes": float(columns["label"].mean()),
                     "stages": [
