@@ -21,6 +21,19 @@ ENCODERS = {
 MODELS = {
     "retrieval": "gr.models.retrieval:Retrieval",
     "ranking": "gr.models.ranking:Ranking",
+    "two_tower": "gr.models.two_tower.model:TwoTower",
+}
+
+NETWORKS = {
+    "lr": "gr.models.two_tower.joint:LR",
+    "wide_deep": "gr.models.two_tower.joint:WideDeep",
+    "deepfm": "gr.models.two_tower.joint:DeepFM",
+    "dcn": "gr.models.two_tower.joint:DCN",
+    "autoint": "gr.models.two_tower.joint:AutoInt",
+    "cold": "gr.models.two_tower.joint:COLD",
+    "dssm": "gr.models.two_tower.towers:DSSM",
+    "dat": "gr.models.two_tower.towers:DAT",
+    "inttower": "gr.models.two_tower.towers:IntTower",
 }
 
 TABLES = {
@@ -49,6 +62,7 @@ SPLITS = {
     "leave_one_out": "gr.data.split:LeaveOneOut",
     "global_time": "gr.data.split:GlobalTime",
     "records": "gr.data.split:Records",
+    "impressions": "gr.data.split:Impressions",
     "chronological": "gr.data.periods:Chronological",
 }
 
@@ -94,6 +108,7 @@ OPTIMIZERS = {
 
 DATASETS = {
     "ml-1m": "gr.data.making.sources.movielens:ML1M",
+    "ml-1m-ctr": "gr.data.making.sources.movielens_ctr:ML1MCTR",
     "ml-20m": "gr.data.making.sources.movielens:ML20M",
     "amazon-books": "gr.data.making.sources.amazon:AmazonBooks",
     "amazon-beauty": "gr.data.making.sources.amazon:AmazonBeauty",

@@ -38,8 +38,8 @@ ROWS_AT_ONCE = 1 << 20  # of what was kept: an item's 8 bytes are not there twic
 class Counted:
     """Of a dataset under a split.
 
-    counts_I: int64, training actions of each item.  users: users with two training actions, an input and its target.
-    targets: held-out split -> users with a target in it.
+    counts_I: int64, training actions of each item.  users: users with a training example, by most splits an input and
+    its target.  targets: held-out split -> users with a target in it.
     """
 
     counts_I: np.ndarray
@@ -104,7 +104,7 @@ def count(dataset: SequenceDataset, split: Split) -> Counted:
         stop_R = _training_stops(dataset, split, rows)
         kept = rows.take(np.flatnonzero(stop_R >= 0), stop=stop_R[stop_R >= 0])
         counts += np.bincount(kept.items_A, minlength=dataset.items)
-        users += int((stop_R >= 2).sum())
+        users += int((stop_R >= split.least).sum())
         for name in split.names:
             targets[name] += int((split.target(rows, name, dataset.users) >= 0).sum())
     return Counted(counts, users, targets)

@@ -37,6 +37,8 @@ class Split:
 
     names: tuple[str, ...] = ("valid", "test")
     without = "take it out of eval.splits, or change data.split"
+    least = 2
+    """Actions of a training example: an input and its target."""
     needs: frozenset[str] = frozenset()
     config: ComponentConfig
 
@@ -202,7 +204,42 @@ class Records(Split):
         inside = (rows.ordinals_R >= first) & (rows.ordinals_R < second)
         if name == "test":
             inside = rows.ordinals_R >= second
-        return np.where(inside & (rows.lengths_R >= 2), rows.lengths_R - 1, -1)
+        return np.where(inside & (rows.lengths_R >= self.least), rows.lengths_R - 1, -1)
+
+
+class Impressions(Records):
+    """Of a dataset whose rows are impressions, in random order: each row's one action (or last) is to be judged, and
+    nothing has to come before it.  Shares as in ``records``.
+
+    Where a dataset was made for a split (its columns are counted from what trains), it says so and no other is taken;
+    the protocol that it names stands in each row of metrics."""
+
+    least = 1
+
+    class Config(Records.Config):
+        name: Literal["impressions"] = "impressions"  # type: ignore[assignment]
+        train: FRACTION = 0.64
+        valid: FRACTION = 0.16
+
+    protocol: str | None = None
+
+    def check_dataset(self, dataset: SequenceDataset) -> None:
+        made_for = dataset.manifest.provenance.get("split")
+        asked = {"train": self.config.train, "valid": self.config.valid}
+        if made_for is not None and made_for != asked:
+            raise UserError(
+                f"columns of '{dataset.path}' were counted from its first {made_for.get('train')} of rows, the next "
+                f"{made_for.get('valid')} validate: set data.split.train and data.split.valid to these, or prepare it "
+                "for another split"
+            )
+
+    def on(self, dataset: SequenceDataset, processes: Processes | None = None) -> Impressions:
+        split = type(self)(self.config)
+        split.protocol = dataset.manifest.provenance.get("protocol")
+        return split
+
+    def describe(self) -> dict[str, Any]:
+        return {} if self.protocol is None else {"protocol": self.protocol}
 
 
 def actions_before(rows: Sequences, time: int) -> np.ndarray:

@@ -75,8 +75,13 @@ class Feature:
         return int((offsets[starts_B + inputs_B] - offsets[starts_B]).sum())
 
 
-def check_rows(name: str, column: str, values: Tensor, rows: int) -> None:
-    """Refuse values without a row of the feature ``name``'s table.  Waits for a device, if the values lie on one."""
+UNDER = "model.input.features"
+"""The config's key of a model's features."""
+
+
+def check_rows(name: str, column: str, values: Tensor, rows: int, under: str = UNDER) -> None:
+    """Refuse values without a row of the feature ``name``'s table; ``under``: the config's key of the features.
+    Waits for a device, if the values lie on one."""
     if not values.numel():
         return
     low, high = (int(bound) for bound in values.aminmax())
@@ -85,7 +90,7 @@ def check_rows(name: str, column: str, values: Tensor, rows: int) -> None:
         mend = "map its values to 0, 1, 2, ..." if low < 0 else f"set it to {high + 1} or more"
         raise UserError(
             f"{column} holds {wrong}, and its table has rows for 0 to {rows - 1} "
-            f"(model.input.features.{name}.rows): {mend}"
+            f"({under}.{name}.rows): {mend}"
         )
 
 
@@ -103,7 +108,7 @@ class Features:
         processes: Processes,
     ) -> None:
         self.task = task
-        self.features = [_feature(name, section, data) for name, section in sections.items()]
+        self.features = [feature(name, section, data) for name, section in sections.items()]
         self.needs = frozenset(f.column for f in self.features if f.column is not None)
         self.tables: list[Table] = [
             sections[f.name].table.build(replace(like, name=f.name, rows=f.rows, bias=False), processes)
@@ -188,10 +193,11 @@ def vectors(part: Supervision, views: Mapping[str, View]) -> Tensor | None:
     return total_TD
 
 
-def _feature(name: str, section: FeatureSection, data: Catalogue) -> Feature:
+def feature(name: str, section: FeatureSection, data: Catalogue, under: str = UNDER) -> Feature:
+    """The feature that ``section`` describes, which stands in the config as ``under.name``."""
     dataset = data.manifest
     columns: dict[str, ColumnLike] = {info.name: info for info in dataset.columns}
-    key = f"model.input.features.{name}"
+    key = f"{under}.{name}"
     if section.derived == "user":
         return Feature(name, "users", None, dataset.users, lambda batch: batch.ordinals_B)
     if section.derived is not None:
@@ -204,7 +210,7 @@ def _feature(name: str, section: FeatureSection, data: Catalogue) -> Feature:
         rows, values = (24, _hours) if unit == "hour" else (DAYS, _days)
         return Feature(name, "requests" if of == "request" else "actions", "time", rows, values)
     if section.catalogue is not None:
-        return _of_items(name, section, data)
+        return _of_items(name, section, data, under)
     assert section.column is not None
     if section.column not in columns:
         raise UserError(
@@ -222,9 +228,9 @@ def _feature(name: str, section: FeatureSection, data: Catalogue) -> Feature:
     return Feature(name, "actions", info.name, rows, lambda batch: batch.columns[info.name], pooling)
 
 
-def _of_items(name: str, section: FeatureSection, data: Catalogue) -> Feature:
+def _of_items(name: str, section: FeatureSection, data: Catalogue, under: str) -> Feature:
     """What the catalogue says of an action's item."""
-    key, column = f"model.input.features.{name}", section.catalogue
+    key, column = f"{under}.{name}", section.catalogue
     assert column is not None
     if column not in data.column_names:
         raise UserError(
@@ -236,7 +242,7 @@ def _of_items(name: str, section: FeatureSection, data: Catalogue) -> Feature:
     values = codes_I.values if isinstance(codes_I, Jagged) else codes_I
     rows = section.rows or max(int(values.max()) + 1 if len(values) else 0, 1)
     if section.vocabulary is None:
-        check_rows(name, f"column '{column}' of the catalogue", values, rows)
+        check_rows(name, f"column '{column}' of the catalogue", values, rows, under)
     on_device = {values.device: codes_I}
 
     def of_batch(batch: SequenceBatch) -> Tensor | Jagged:

@@ -3,6 +3,7 @@
     python -m gr reproduce ml-1m --source DIR
     python -m gr reproduce ml-1m --source DIR --rows hstu,sasrec --seeds 1,2,3
     python -m gr reproduce synthetic-dp --processes 2
+    python -m gr reproduce ml-1m-ctr --source DIR --seeds 1,2,3
 
 Run the same command again after an interruption: what is finished stays, what isn't goes on.
 """
@@ -10,7 +11,9 @@ Run the same command again after an interruption: what is finished stays, what i
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from gr.errors import program
 from gr.programs._arguments import names, new_parser
@@ -35,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
 
+    from gr.train.reproduction.order import print_steps, steps_of, to_json
     from gr.train.reproduction.reproduce import reproduce
     from gr.train.reproduction.table import print_table, read_table, save_table
 
@@ -51,6 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     table = read_table(options.dataset)
     print_table(table, measured)
+    if table.protocols:
+        steps = steps_of(table, measured)
+        print_steps(steps, table.columns[0])
+        Path(options.out, options.dataset, "order.json").write_text(
+            json.dumps(to_json(steps), indent=1) + "\n"
+        )
     print(f"picture {save_table(table, measured, f'{options.out}/{options.dataset}')}, table.json beside it")
     return 0
 

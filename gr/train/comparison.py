@@ -48,7 +48,7 @@ def compare(
     Raises UserError.
     """
     config = _config(run, data_path, baselines, overrides, output)
-    model = config.model.encoder.name
+    model = getattr(config.model, "encoder", getattr(config.model, "network", config.model)).name
     results: dict[str, EvalResult] = {}
     with running(config) as joined:
         opened = joined.together(lambda: open_run(run, checkpoint, joined, data_path))

@@ -43,6 +43,8 @@ CHANGEABLE = (
     "eval",
     "model.table",
     "model.input.features.*.table",
+    "model.user.fields.*.table",
+    "model.item.fields.*.table",
     "train.device",
     "train.threads",
     "train.kernels",

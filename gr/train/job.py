@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from gr import config as configs
-from gr.config import RunConfig
+from gr.config import FeatureSection, RunConfig
 from gr.data.dataset import SequenceDataset
 from gr.data.manifest import read_manifest
 from gr.errors import UserError
@@ -41,6 +41,7 @@ CHANGEABLE = (
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
     *("train.context", "train.activation_checkpointing", "model.input.features.*.table"),
+    *("model.user.fields.*.table", "model.item.fields.*.table"),
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.
 
@@ -357,12 +358,20 @@ def check_growing(config: RunConfig, dataset: SequenceDataset) -> None:
             f"{grown}, and with schedule.name {config.schedule.name} the learning rate falls towards a last step, "
             "which the new actions move: start a new run, or use a constant rate from the beginning"
         )
-    for name, feature in config.model.input.features.items():  # type: ignore[attr-defined]
+    for name, feature in features_of(config).items():
         if feature.derived == "user":
             raise UserError(
                 f"{grown}, and feature '{name}' has a row for each user by their number, which new users change: start "
                 "a new run, with a vocabulary for user ids"
             )
+
+
+def features_of(config: RunConfig) -> dict[str, FeatureSection]:
+    """Of a model that reads sequences, or of both sides of one that reads impressions."""
+    model: Any = config.model
+    if hasattr(model, "input"):
+        return model.input.features
+    return {**model.user.fields, **model.item.fields}
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

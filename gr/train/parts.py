@@ -118,8 +118,15 @@ def _check_context(model: Model, config: RunConfig) -> None:
     if context == 1:
         return
     if not model.cuttable:
+        encoder = getattr(config.model, "encoder", None)
+        if encoder is None:
+            raise UserError(
+                f"train.context is {context}, and model {config.model.name} reads no sequence that processes could "
+                "share: use train.context=1",
+                everywhere=True,
+            )
         raise UserError(
-            f"train.context is {context}, and model.encoder {config.model.encoder.name} reads a sequence row after "
+            f"train.context is {context}, and model.encoder {encoder.name} reads a sequence row after "
             "row, which no two processes can share: use train.context=1, or an encoder with attention",
             everywhere=True,
         )
@@ -147,9 +154,11 @@ def _check_context(model: Model, config: RunConfig) -> None:
 def _recompute(model: Model, config: RunConfig) -> None:
     stacks = model.stacks()
     if not stacks:
+        encoder = getattr(config.model, "encoder", None)
+        which = f"model {config.model.name}" if encoder is None else f"model.encoder {encoder.name}"
         raise UserError(
-            "train.activation_checkpointing forms an encoder's layers again, one by one, and model.encoder "
-            f"{config.model.encoder.name} has no such layers: leave it out"
+            f"train.activation_checkpointing forms an encoder's layers again, one by one, and {which} has no such "
+            "layers: leave it out"
         )
     for stack in stacks:
         stack.recompute = True

@@ -13,7 +13,6 @@ from gr.errors import UserError
 from gr.train import job
 from gr.train.reproduction import reproduce as reproduction
 from gr.train.reproduction.paired import Mean, paired, to_json
-from gr.train.reproduction.table import PublishedTable
 from gr.train.runs import open_run
 
 STREAM = {"records": 600, "length": 12, "items": 60, "categories": 6, "alpha_max": 20, "repeats": False}
@@ -103,9 +102,7 @@ def test_runs_that_cannot_be_paired_are_refused(stream):
 
 
 def test_a_stream_of_other_options_is_not_the_tables(stream):
-    table = PublishedTable(
-        dataset="synthetic-dp", columns=["hr@10"], rows=[], options=dict(STREAM, length=32)
-    )
+    path, other = str(stream / "data"), dict(STREAM, length=32)
     with pytest.raises(UserError, match=r"was made with length=12, and the table of 'synthetic-dp' needs 32"):
-        reproduction._check_options(table, str(stream / "data"))
-    reproduction._check_options(table.model_copy(update={"options": STREAM}), str(stream / "data"))
+        reproduction._check_options("synthetic-dp", other, path)
+    reproduction._check_options("synthetic-dp", STREAM, path)

@@ -32,6 +32,7 @@ class DDP(Engine):
             model,
             process_group=world.group,
             find_unused_parameters=world.size > 2,
+            broadcast_buffers=False,  # everybody's are the same
             gradient_as_bucket_view=True,
         )
         wrapped.register_comm_hook(world.group, _sum)

@@ -187,7 +187,7 @@ class Engine(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Parameters as ``model/NAME``, moments as ``optimizer/MOMENT/NAME`` and vocabularies as
         ``vocabulary/TABLE/...``, whole."""
-        tensors = _of_tables(self.model) | of_vocabularies(self.model)
+        tensors = _of_tables(self.model) | _of_buffers(self.model) | of_vocabularies(self.model)
         for part in self.parts:
             tensors |= {name: value for name, value in part.tensors().items() if name not in tensors}
         for name, optimizer in self.row_optimizers.items():
@@ -202,7 +202,7 @@ class Engine(ABC):
     def load(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors to be filled with what a checkpoint has under ``names``: parameters and moments, in place where
         that is possible; :meth:`loaded` then takes in the rest."""
-        wanted = _of_tables(self.model) | of_vocabularies(self.model)
+        wanted = _of_tables(self.model) | _of_buffers(self.model) | of_vocabularies(self.model)
         for part in self.parts:
             values = {f"model/{name}": value for name, value in part.values().items()}
             wanted |= {name: value for name, value in values.items() if name not in wanted}
@@ -287,9 +287,10 @@ def _of_rows(optimizer: Any, table: Table) -> RowOptimizer:
 
 
 def parameters(model: Model) -> dict[str, Tensor]:
-    """All parameters of a model and its tables as ``model/NAME``, their own memory: to be saved, or filled."""
+    """All parameters of a model and its tables, and its persistent buffers, as ``model/NAME``, their own memory: to be
+    saved, or filled."""
     own = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    return _of_tables(model) | own
+    return _of_tables(model) | _of_buffers(model) | own
 
 
 def of_vocabularies(model: Model) -> dict[str, Tensor]:
@@ -316,6 +317,16 @@ def _of_tables(model: Model) -> dict[str, Tensor]:
         pieces = table.pieces()
         tensors |= _named_slices("model", table, pieces, [piece.values_RC for piece in pieces])
     return tensors
+
+
+def _of_buffers(model: Model) -> dict[str, Tensor]:
+    """What a module keeps from step to step that no gradient moves: running means."""
+    return {
+        f"model/{prefix}{'.' if prefix else ''}{name}": buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def _row_moments(table: Table, optimizer: RowOptimizer) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gr.config import RunConfig, load
 from gr.data.dataset import SequenceDataset
@@ -18,6 +19,7 @@ from gr.shipped import find_table
 from gr.train.cells import Cell, exit_status, train_cells
 from gr.train.reproduction.paired import paired, print_paired, to_json
 from gr.train.reproduction.table import Measured, PublishedTable, Row, read_table
+from gr.train.selection import metric_names
 
 
 def reproduce(
@@ -46,21 +48,25 @@ def reproduce(
             raise UserError(f"no row '{name}': {nearest(name, (Path(r.config).stem for r in table.rows))}")
     for row in chosen:
         _check_evaluates(table, row, load(_config(table, row), overrides))
-    path = data or f"data/{dataset}"
-    if (Path(path) / "manifest.json").is_file():
-        _check_options(table, path)
-        if source is not None:
-            print(f"'{path}' is there: '{source}' is not prepared again", flush=True)
-    else:
-        _prepare(table, source, path)
+    base = data or f"data/{dataset}"
+    paths = {protocol: f"{base}-{protocol}" for protocol in table.protocols} or {"": base}
+    for protocol, path in paths.items():
+        options = table.options | table.protocols.get(protocol, {})
+        if (Path(path) / "manifest.json").is_file():
+            _check_options(dataset, options, path)
+            if source is not None:
+                print(f"'{path}' is there: '{source}' is not prepared again", flush=True)
+        else:
+            _prepare(dataset, options, source, path)
 
+    trained_rows = [table.under(protocol, row) for protocol in paths for row in chosen]
     runs = [
         (row, cell, last)
-        for row in chosen
+        for row in trained_rows
         for seed in seeds
-        for cell, last in _cells(table, row, seed, out, path, selection, overrides, processes)
+        for cell, last in _cells(table, row, seed, out, paths[row.protocol], selection, overrides, processes)
     ]
-    measured = {row.name: Measured(row) for row in chosen}
+    measured = {row.name: Measured(row) for row in trained_rows}
     for (row, _, last), trained in zip(runs, train_cells([cell for _, cell, _ in runs]), strict=True):
         measured[row.name].add(trained, last)
     if table.oracle:
@@ -96,7 +102,8 @@ def _config(table: PublishedTable, row: Row) -> Path:
 
 
 def _folder(table: PublishedTable, row: Row, seed: int, out: str) -> str:
-    return f"{out}/{table.dataset}/{Path(row.config).stem}-seed{seed}"
+    protocol = f"{row.protocol}-" if row.protocol else ""
+    return f"{out}/{table.dataset}/{protocol}{Path(row.config).stem}-seed{seed}"
 
 
 def _pair(runs: dict[str, str], folder: str, seed: int) -> None:
@@ -108,32 +115,31 @@ def _pair(runs: dict[str, str], folder: str, seed: int) -> None:
 
 def _check_evaluates(table: PublishedTable, row: Row, config: RunConfig) -> None:
     """Refuse overrides that leave a column of the table without its figure, before anything is trained."""
-    measured = {f"{kind}@{k}" for kind in ("hr", "ndcg") for k in config.eval.ks} | {"mrr"}
+    measured = metric_names(config)
     if missing := [column for column in table.columns if column not in measured]:
-        raise UserError(
-            f"the table of '{table.dataset}' shows {missing[0]}: add its k to eval.ks={config.eval.ks}"
-        )
+        mend = f"add its k to eval.ks={config.eval.ks}" if "@" in missing[0] else "leave model.tasks as it is"
+        raise UserError(f"the table of '{table.dataset}' shows {missing[0]}: {mend}")
     for split in ["test", "valid"] if row.valid else ["test"]:
         if split not in config.eval.splits:
             raise UserError(f"'{row.name}' needs split '{split}': add it to eval.splits={config.eval.splits}")
 
 
-def _check_options(table: PublishedTable, path: str) -> None:
-    """Refuse a generated dataset that is there but was made with other options than the table's."""
+def _check_options(dataset: str, options: Mapping[str, Any], path: str) -> None:
+    """Refuse a dataset that is there but was made with other options than the table's."""
     made = SequenceDataset(path).manifest.provenance.get("options", {})
-    for key, value in table.options.items():
+    for key, value in options.items():
         if made.get(key) != value:
             raise UserError(
-                f"'{path}' was made with {key}={made.get(key)}, and the table of '{table.dataset}' needs {value}: "
+                f"'{path}' was made with {key}={made.get(key)}, and the table of '{dataset}' needs {value}: "
                 "choose another --data, or move that folder away"
             )
 
 
-def _prepare(table: PublishedTable, source: str | None, path: str) -> None:
-    command = [sys.executable, "-m", "gr.programs.prepare", table.dataset, "--out", path]
+def _prepare(dataset: str, options: Mapping[str, Any], source: str | None, path: str) -> None:
+    command = [sys.executable, "-m", "gr.programs.prepare", dataset, "--out", path]
     if source is not None:
         command += ["--source", source]
-    for key, value in table.options.items():
-        command += ["--set", f"{key}={value}"]
+    for key, value in options.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
     if exit_status(command):
-        raise UserError(f"preparing '{table.dataset}' failed (see above): give its raw files with --source")
+        raise UserError(f"preparing '{dataset}' failed (see above): give its raw files with --source")

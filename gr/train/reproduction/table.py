@@ -19,23 +19,38 @@ from gr.train.selection import best_validation, selection_metric
 
 
 class Row(Section):
-    """A model of the table.  ``valid``: its own protocol holds a validation action out and lets it choose the epoch."""
+    """A model of the table.  ``valid``: its own protocol holds a validation action out and lets it choose the epoch.
+    ``protocol``: of the table's, under which it is trained; "" in a file, where a row stands for all of them."""
 
     name: str
     config: str
     published: dict[str, float]
     source: str
     valid: bool = False
+    protocol: str = ""
 
 
 class PublishedTable(Section):
-    """``options``: of a generated dataset.  ``oracle``: also print each row's share of the oracle's metric."""
+    """``options``: of a generated dataset.  ``oracle``: also print each row's share of the oracle's metric.
+    ``protocols``: by name, options of the datasets on each of which all rows are trained; ``published_under``: the one
+    whose figures are compared with the published ones."""
 
     dataset: str
     columns: list[str]
     rows: list[Row]
     options: dict[str, Any] = {}
     oracle: bool = False
+    protocols: dict[str, dict[str, Any]] = {}
+    published_under: str | None = None
+
+    def under(self, protocol: str, row: Row) -> Row:
+        """A row of the file as it is trained under a protocol."""
+        if not protocol:
+            return row
+        published = row.published if protocol == self.published_under else {}
+        return row.model_copy(
+            update={"name": f"{row.name}, {protocol}", "protocol": protocol, "published": published}
+        )
 
 
 @dataclass
@@ -82,10 +97,9 @@ def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
     for column in table.columns:
         view.add_column(column, justify="right")
     for result in measured:
-        view.add_row(
-            f"[bold]{result.row.name}[/] published",
-            *(_number(result.row.published.get(c)) for c in table.columns),
-        )
+        published = [_number(result.row.published.get(c)) for c in table.columns]
+        known = " published" if any(published) else ""
+        view.add_row(f"[bold]{result.row.name}[/]{known}", *published)
         chosen = f"chosen by valid {result.selection}"
         for label, rows in (("last epoch", result.last), (chosen, result.chosen)):
             if rows:

@@ -1,0 +1,255 @@
+"""Networks of two towers, which meet at their tops alone: an item's side is computed once, for all users.
+
+DSSM (Huang et al., CIKM 2013), DAT (Yu et al., "A Dual Augmented Two-tower Model", DLP-KDD 2021), IntTower (Li et al.,
+arXiv 2210.09890).
+
+Shapes: S impressions of this process, G of all, W width of the towers' tops, H heads of a user's layer, J of an item, K
+width of a head, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gr.batch import Jagged
+from gr.config import FRACTION, POSITIVE, ComponentConfig
+from gr.embeddings.table import TableSpec
+from gr.embeddings.view import View
+from gr.errors import UserError, nearest
+from gr.models import init
+from gr.models.layers import Linear
+from gr.models.two_tower.exchange import gathered
+from gr.models.two_tower.fields import Looked
+from gr.models.two_tower.joint import STD, WIDTHS
+from gr.models.two_tower.layers import LightSE, Tower, max_similarity
+from gr.models.two_tower.network import Bias, Network, Pairs, Shape
+from gr.processes import Axis
+from gr_kernels.counter_random import derive_key
+
+WEIGHT = Annotated[float, Field(ge=0)]
+
+
+class Towers(Network):
+    """Two towers of [Linear, BatchNorm, ReLU, Dropout].  ``top(side, ...)``: what an impression's score needs of a
+    side; ``score``: of pairs of them."""
+
+    class Config(ComponentConfig):
+        """tower: widths of both towers' layers.  std: of their first weights."""
+
+        tower: WIDTHS = [300, 300, 128]
+        dropout: FRACTION = 0.3
+        std: STD = 1e-4
+
+    exchanges = True
+    whole_batches = True
+
+    def __init__(self, config: Any, user: Shape, item: Shape, dim: int, axis: Axis) -> None:
+        super().__init__(config, user, item, dim, axis)
+        self.axis = axis
+        widths = {"user": user.flat(dim), "item": item.flat(dim)}
+        self.towers = nn.ModuleDict(
+            {
+                side: Tower(width + self.more(config), config.tower, config.dropout, config.std, axis)
+                for side, width in widths.items()
+            }
+        )
+        self.bias = Bias()
+
+    def more(self, config: Any) -> int:
+        """Numbers that a tower reads beside its fields'."""
+        return 0
+
+
+class DSSM(Towers):
+    """``scale``: the log-odds are scale times the cosine of the tops."""
+
+    class Config(Towers.Config):
+        name: Literal["dssm"] = "dssm"
+        scale: STD = 10.0
+
+    def __init__(self, config: Any, user: Shape, item: Shape, dim: int, axis: Axis) -> None:
+        super().__init__(config, user, item, dim, axis)
+        self.scale = config.scale
+
+    def top(self, side: str, flat_SE: Tensor, key: int) -> Tensor:
+        """(S, W)."""
+        return self.towers[side](flat_SE, derive_key(key, side))
+
+    def score(self, user_SW: Tensor, item_SW: Tensor) -> Tensor:
+        """(S,)."""
+        return self.bias(self.scale * F.cosine_similarity(user_SW, item_SW, dim=1))
+
+    def forward(self, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
+        user_SW = self.top("user", pairs.user.flat, pairs.key)
+        item_SW = self.top("item", pairs.item.flat, pairs.key)
+        return self.score(user_SW, item_SW), None
+
+
+class DAT(DSSM):
+    """A DSSM whose towers also read an augmented vector of their user, or item, which is drawn to the tops of the items
+    that the user liked, or of the users that liked the item: sum over likes of |a_u - p_v|^2 + |a_v - p_u|^2, the
+    tops p held still.  (Its alignment of covariances is for catalogues of several kinds of items, and left out.)
+
+    user_field, item_field: whose rows augmented vectors belong to.  mimic: weight of the loss above, a mean over W."""
+
+    class Config(Towers.Config):
+        name: Literal["dat"] = "dat"
+        scale: STD = 10.0
+        user_field: str = "user"
+        item_field: str = "item"
+        mimic: WEIGHT = 0.1
+
+    def __init__(self, config: Any, user: Shape, item: Shape, dim: int, axis: Axis) -> None:
+        super().__init__(config, user, item, dim, axis)
+        self.width, self.mimic = config.tower[-1], config.mimic
+        self.augmented: dict[str, tuple[str, int]] = {}
+        for side, shape, field in (("user", user, config.user_field), ("item", item, config.item_field)):
+            if field not in shape.rows:
+                raise UserError(
+                    f"config key 'model.network.{side}_field' is '{field}', which is no field of model.{side}: "
+                    f"{nearest(field, shape.rows)}"
+                )
+            self.augmented[side] = (field, shape.rows[field])
+
+    def more(self, config: Any) -> int:
+        return config.tower[-1]
+
+    def tables_beside(self, like: TableSpec) -> list[TableSpec]:
+        return [
+            replace(like, name=f"augmented-{side}", rows=rows, dim=self.width, bias=False)
+            for side, (_, rows) in self.augmented.items()
+        ]
+
+    def wanted_beside(self, rows: Mapping[str, Tensor | Jagged]) -> dict[str, list[Tensor]]:
+        return {f"augmented-{side}": [self._one(rows, field)] for side, (field, _) in self.augmented.items()}
+
+    def augmented_vectors(
+        self, side: str, rows: Mapping[str, Tensor | Jagged], views: Mapping[str, View]
+    ) -> Tensor:
+        """(S, W)."""
+        return views[f"augmented-{side}"].lookup(self._one(rows, self.augmented[side][0]))
+
+    def forward(self, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
+        augmented = {side: self.augmented_vectors(side, pairs.rows, pairs.views) for side in self.augmented}
+        tops = {
+            side: self.top(side, torch.cat([looked.flat, augmented[side]], dim=1), pairs.key)
+            for side, looked in (("user", pairs.user), ("item", pairs.item))
+        }
+        logits_S = self.score(tops["user"], tops["item"])
+        if pairs.labels_S is None:
+            return logits_S, None
+        far_S = sum(
+            (augmented[side] - tops[other].detach()).square().mean(1)
+            for side, other in (("user", "item"), ("item", "user"))
+        )
+        return logits_S, self.mimic * (far_S * (pairs.labels_S == 1)).sum()
+
+    @staticmethod
+    def _one(rows: Mapping[str, Tensor | Jagged], field: str) -> Tensor:
+        found = rows[field]
+        if isinstance(found, Jagged):
+            raise UserError(
+                f"model.network augments field '{field}', which has lists of values: choose one with one each"
+            )
+        return found
+
+
+class IntTower(Towers):
+    """Light-SE, towers, and heads of each layer of the user's tower that meet an item's heads by MaxSim:
+    s = sum over layers i and heads h of max_j <M_u^i[h], M_v[j]> (FE-Block).
+
+    CIR: for each like the InfoNCE loss of its user's top with the item's, against the items of the whole global batch
+    but for those that the batch's likes say the user likes, too:
+    L = L_ctr + cir * sum over likes of -log(exp(u.v/t) / sum over candidates of exp(u.v'/t)), tops L2-normalised.  (The
+    released code indexes its columns by the label and never adds the loss.)
+
+    light_se, layers: what ablations take away; layers: of the user's tower from the top, all without it.
+    user_field: who the user is, for CIR.
+    """
+
+    class Config(Towers.Config):
+        name: Literal["inttower"] = "inttower"
+        heads: POSITIVE = 32
+        item_heads: POSITIVE = 32
+        head_dim: POSITIVE = 64
+        light_se: bool = True
+        layers: POSITIVE | None = None
+        cir: WEIGHT = 0.1
+        temperature: STD = 0.1
+        user_field: str = "user"
+
+        def idle(self) -> dict[str, str]:
+            return {} if self.cir else {"temperature": "cir is 0"}
+
+    def __init__(self, config: Any, user: Shape, item: Shape, dim: int, axis: Axis) -> None:
+        super().__init__(config, user, item, dim, axis)
+        self.config = config
+        if config.layers is not None and config.layers > len(config.tower):
+            raise UserError(
+                f"config key 'model.network.layers' is {config.layers}, and the towers have {len(config.tower)} "
+                "layers: give no more than these"
+            )
+        if config.cir and config.user_field not in user.rows:
+            raise UserError(
+                f"config key 'model.network.user_field' is '{config.user_field}', which is no field of model.user: "
+                f"{nearest(config.user_field, user.rows)}"
+            )
+        self.used = config.tower[-(config.layers or len(config.tower)) :]
+        wide = config.heads * config.head_dim
+        self.user_heads = nn.ModuleList(Linear(w, wide, init.uniform(w**-0.5)) for w in self.used)
+        top = config.tower[-1]
+        self.item_heads = Linear(top, config.item_heads * config.head_dim, init.uniform(top**-0.5))
+        if config.light_se:
+            self.user_se, self.item_se = LightSE(user.fields), LightSE(item.fields)
+
+    def user_side(self, user: Looked, key: int = 0) -> tuple[Tensor, Tensor]:
+        """(S, L H, K) the heads, the layers' one after another from the lowest used; and (S, W) the top."""
+        layers = self._layers("user", user, key)
+        heads = [heads(x) for heads, x in zip(self.user_heads, layers[-len(self.used) :], strict=True)]
+        return torch.cat(heads, dim=1).unflatten(1, (-1, self.config.head_dim)), layers[-1]
+
+    def item_side(self, item: Looked, key: int = 0) -> tuple[Tensor, Tensor]:
+        """(S, J, K) the heads, and (S, W) the top."""
+        top_SW = self._layers("item", item, key)[-1]
+        return self.item_heads(top_SW).unflatten(1, (-1, self.config.head_dim)), top_SW
+
+    def forward(self, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
+        user_SHK, user_SW = self.user_side(pairs.user, pairs.key)
+        item_SJK, item_SW = self.item_side(pairs.item, pairs.key)
+        logits_S = self.bias(max_similarity(user_SHK, item_SJK))
+        if pairs.labels_S is None or not self.config.cir:
+            return logits_S, None
+        users_S = pairs.rows[self.config.user_field]
+        assert isinstance(users_S, Tensor)
+        liked_S = pairs.labels_S == 1
+        loss = self._contrast(user_SW, item_SW, users_S, pairs.items_S, liked_S)
+        return logits_S, self.config.cir * loss
+
+    def _layers(self, side: str, looked: Looked, key: int) -> list[Tensor]:
+        if self.config.light_se:
+            block = self.user_se if side == "user" else self.item_se
+            looked = replace(looked, vectors_SFD=block(looked.vectors_SFD))
+        return self.towers[side].layers(looked.flat, derive_key(key, side))  # type: ignore[operator,union-attr]
+
+    def _contrast(
+        self, user_SW: Tensor, item_SW: Tensor, users_S: Tensor, items_S: Tensor, liked_S: Tensor
+    ) -> Tensor:
+        """The sum over this process's likes of their InfoNCE losses."""
+        item_GW = gathered(F.normalize(item_SW, dim=1), self.axis)
+        users_G, items_G, liked_G = (self.axis.gather(x) for x in (users_S, items_S, liked_S.long()))
+        like_N = liked_S.nonzero()[:, 0]
+        own_NW = F.normalize(user_SW[like_N], dim=1)
+        own_N = (own_NW * F.normalize(item_SW[like_N], dim=1)).sum(1) / self.config.temperature
+        scores_NG = own_NW @ item_GW.T / self.config.temperature
+        # neither the liked item itself nor what its user likes, too, is something to be kept away from
+        same_NG = items_S[like_N][:, None] == items_G
+        same_NG |= (users_S[like_N][:, None] == users_G) & (liked_G == 1)
+        others_N = scores_NG.masked_fill(same_NG, -torch.inf).logsumexp(1)
+        return (torch.logaddexp(own_N, others_N) - own_N).sum()

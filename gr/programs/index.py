@@ -1,0 +1,63 @@
+"""Write the item heads of a pre-ranking run (IntTower), and measure what a search in front of exact scores finds.
+
+python -m gr index --run runs/NAME --out heads.safetensors
+python -m gr index --run runs/NAME --out heads.safetensors --users 200 --k 100 --candidates 200,500,1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from gr.errors import program
+from gr.programs._arguments import new_parser
+
+
+@program
+def main(arguments: list[str] | None = None) -> int:
+    parser = new_parser(__doc__)
+    parser.add_argument("--run", required=True, help="folder of the run, or of its export")
+    parser.add_argument("--checkpoint", default="last", help="last, best or a step (default: %(default)s)")
+    parser.add_argument("--data", help="where the run's dataset is, if not where its config says")
+    parser.add_argument("--out", required=True, help="the file to write, safetensors")
+    parser.add_argument(
+        "--users", type=int, default=0, help="users to measure the search with (default: none)"
+    )
+    parser.add_argument("--k", type=int, default=100, help="best items to find (default: %(default)s)")
+    parser.add_argument(
+        "--candidates", type=_counts, default=[200, 500, 1000], metavar="200,500", help="scored exactly"
+    )
+    options = parser.parse_args(arguments)
+
+    from gr.train.item_heads import item_heads, measure
+    from gr.train.runs import open_run
+
+    run = open_run(options.run, options.checkpoint, data_path=options.data)
+    heads = item_heads(run)
+    heads.save(options.out)
+    per_item, items, width = heads.heads_JIK.shape
+    print(f"{options.out}: {items:,} items, {per_item} heads of {width} each, step {heads.step}")
+    if options.users > 0:
+        found = measure(run, heads, users=options.users, k=options.k, candidates=options.candidates)
+        print(
+            f"{found.users} users, the {found.k} best of {found.items:,} items; a user's time in this process:"
+        )
+        print(f"  all layers, exact    {found.exact_ms:8.2f} ms")
+        print(f"  last layer alone     {found.last_ms:8.2f} ms   recall {found.last_recall:.4f}")
+        for count, recall in found.recall.items():
+            took = found.searched_ms[count]
+            print(
+                f"  {count:>6,} by encodings {took:8.2f} ms   recall {recall:.4f}   ({found.encoding} numbers an item)"
+            )
+    return 0
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list like 200,500") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
