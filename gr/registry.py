@@ -97,6 +97,7 @@ DATASETS = {
     "ml-20m": "gr.data.making.sources.movielens:ML20M",
     "amazon-books": "gr.data.making.sources.amazon:AmazonBooks",
     "amazon-beauty": "gr.data.making.sources.amazon:AmazonBeauty",
+    "kuairand-pure": "gr.data.making.sources.kuairand:KuaiRandPure",
     "synthetic-dp": "gr.data.making.sources.synthetic_dp:SyntheticDP",
     "log": "gr.data.making.sources.log:ActionLog",
     "lists": "gr.data.making.sources.lists:UserLists",

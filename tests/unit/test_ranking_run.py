@@ -100,8 +100,9 @@ def test_it_learns_what_the_prior_does_not_know(trained):
 
 def test_an_epoch_is_chosen_by_auc_of_the_first_task_unless_told_otherwise(trained, config):
     assert metric_names(config()) == [
-        *("auc/like", "ne/like", "log_loss/like"),
-        *("auc/bought", "ne/bought", "log_loss/bought"),
+        f"{kind}/{task}"
+        for task in ("like", "bought")
+        for kind in ("auc", "ne", "log_loss", "gauc", "gauc_mean")
     ]
     assert selection_metric(config()) == trained.selection == "auc/like"
     assert selection_metric(config("train.early_stopping={patience: 2}")) == "auc/like"
