@@ -179,6 +179,22 @@ class Features:
             if f.of_item
         }
 
+    def known_of_items(self, items_N: Tensor) -> dict[str, Known]:
+        """What is known of items (int64 rows), by feature."""
+        offsets = torch.tensor([0, len(items_N)], device=items_N.device)
+        batch = SequenceBatch(offsets, offsets[:1], (len(items_N),), {"item": items_N})
+        found = {}
+        for f in (f for f in self.features if f.of_item):
+            values = f.values(batch)
+            if f.name in self.vocabularies:
+                rows_of = self.vocabularies[f.name].rows_of
+                if isinstance(values, Jagged):
+                    values = replace(values, values=rows_of(values.values))
+                else:
+                    values = rows_of(values)
+            found[f.name] = Known(values, None, f.pooling)
+        return found
+
     def known_at(self, batch: SequenceBatch, name: str, users_A: Tensor | None) -> Known:
         """What a feature knows of every action of a prepared batch, or of every user where it is the users' and
         ``users_A``, the user of each action, is not given."""

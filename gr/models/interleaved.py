@@ -101,6 +101,12 @@ class Interleaving:
             raise UserError("a ranking model judges given items, and a request has none: give its item")
         return self._made(batch, _places(batch), targets_S, 0, supervised=False)
 
+    def history(self, batch: SequenceBatch) -> Interleaved:
+        """All but the candidate: of each sequence, whose last action stands for whatever is to be judged in its place,
+        the rows before that one's.  Nobody answers."""
+        nobody_S = batch.offsets_B1[:0]
+        return self._made(batch, _places(batch), nobody_S, 0, supervised=False, last=False)
+
     def by_kind(self, part: Interleaved) -> dict[str, dict[str, Known]]:
         """The features by what they belong to: ``items``, the moment when one is ``shown`` (and the user), what was
         ``done``, and rows of ``context``."""
@@ -113,12 +119,20 @@ class Interleaving:
         return found
 
     def _made(
-        self, batch: SequenceBatch, places_A: Tensor, targets_S: Tensor, dropout_key: int, supervised: bool
+        self,
+        batch: SequenceBatch,
+        places_A: Tensor,
+        targets_S: Tensor,
+        dropout_key: int,
+        supervised: bool,
+        last: bool = True,
     ) -> Interleaved:
+        """``last``: whether each sequence's last action has a row."""
         contexts, device = len(self.context), batch.offsets_B1.device
-        lengths = tuple(contexts + 2 * n - 1 if n else 0 for n in batch.lengths)
+        more = contexts - (1 if last else 2)
+        lengths = tuple(2 * n + more if n else 0 for n in batch.lengths)
         counts_B = batch.offsets_B1.diff()
-        rows_B = torch.where(counts_B > 0, contexts + 2 * counts_B - 1, 0)
+        rows_B = torch.where(counts_B > 0, 2 * counts_B + more, 0)
         offsets_B1 = torch.nn.functional.pad(rows_B.cumsum(0), (1, 0))
         sequences_T = sequence_of_rows(offsets_B1, sum(lengths))
         local_T = torch.arange(sum(lengths), device=device) - offsets_B1[sequences_T] - contexts

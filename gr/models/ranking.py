@@ -17,8 +17,8 @@ Shapes: B sequences, A actions of the batch, T input rows, S candidates, K tasks
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr import registry
-from gr.batch import UNKNOWN, SequenceBatch
+from gr.batch import UNKNOWN, Jagged, SequenceBatch
 from gr.config import FRACTION, POSITIVE, ComponentConfig, InputSection, RunConfig, component
 from gr.embeddings.view import View
 from gr.errors import UserError
@@ -36,14 +36,18 @@ from gr.models import init
 from gr.models.cut import Cut
 from gr.models.dropout import Dropout
 from gr.models.encoder import check_causal
-from gr.models.features import sum_of, vectors
+from gr.models.features import sum_of, vectors, vectors_of
 from gr.models.init import initialise
 from gr.models.input import ItemInput
 from gr.models.interleaved import Interleaved, Interleaving
 from gr.models.layers import Linear
+from gr.models.layout import sequence_of_rows
+from gr.models.memory import Memory
 from gr.models.model import Catalogue
 from gr.models.pointwise import Pointwise
+from gr.models.step import StepContext
 from gr.models.tasks import Known, Supervision, sources
+from gr.modes import evaluating
 from gr.processes import Axis, Processes
 from gr_kernels.counter_random import derive_key
 
@@ -180,21 +184,67 @@ class Ranking(Pointwise):
                 "set model.encoder.relative_time=false"
             )
         if isinstance(part, Interleaved):
-            x_TD, items_AD = self.rows(part, views)
+            x_TD, items_AD, _ = self.interleaved(part, views)
             queries_SD = self.encoder(x_TD, layout).index_select(0, part.queries_S)
             candidates_SD = items_AD.index_select(0, part.targets_S_in_A)
         else:
-            sequence, items = part.sequence, views["items"]
-            x_TD = self.input(
-                sequence.tokens_T,
-                layout,
-                items.lookup(sequence.tokens_T),
-                vectors(sequence, views),
-                self.history(part.history_TK),
-            )
-            queries_SD = sequence.select(self.encoder(x_TD, layout))
+            queries_SD = part.sequence.select(self.encoder(self.summed(part, views), layout))
             candidates_SD = self.candidates(part.targets_S, part.candidates, views)
         return self.head(queries_SD, candidates_SD, layout.dropout_key, layout.cut)
+
+    def scores(self, batch: SequenceBatch, candidates: Jagged, at_once: int = 256) -> Tensor:
+        """(C, K) float32 log-odds of many candidates of each sequence, ``at_once`` of a sequence at a time.
+
+        candidates: B lists of int64 item rows on the model's device.  A sequence's last action stands in their place:
+        it says when, and what else is known of the request; its item is not looked at.  The history is computed once;
+        what comes out is what :meth:`logits` gives for each candidate by itself, but for rounding."""
+        with evaluating(self):
+            batch = self.prepare(batch.with_columns(item=batch.items_T.clamp_min(0)))
+            return self._scores(batch, candidates, at_once)
+
+    def _scores(self, batch: SequenceBatch, candidates: Jagged, at_once: int) -> Tensor:
+        owners_C = sequence_of_rows(candidates.offsets, len(candidates.values))
+        known = self.features.known_of_items(candidates.values)
+        history = self.interleaving.history(batch) if self.interleaving else self.asked(batch)
+        wanted = self.wanted([history], StepContext(0))
+        wanted["items"].append(candidates.values)
+        for name, one in known.items():
+            wanted[name].append(one.rows_V)
+        views = self.fetch(wanted)
+        answer = self._answering(history, batch, views)
+        found_CK = torch.empty(len(owners_C), len(self.labels.names), device=owners_C.device)
+        for chosen_C, counts in _rounds(candidates, owners_C, at_once):
+            part = {name: one.at(chosen_C) for name, one in known.items()}
+            vectors_CD = self.candidates(candidates.values[chosen_C], part, views)
+            queries_CD = answer(vectors_CD, owners_C[chosen_C], counts)
+            found_CK[chosen_C] = self.head(queries_CD, vectors_CD, 0).float()
+        return found_CK
+
+    def _answering(
+        self, history: Labelled | Interleaved, batch: SequenceBatch, views: Mapping[str, View]
+    ) -> Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]:
+        """(vectors (C, D) of candidates, whose they are (C,), how many of each sequence) -> their queries (C, D)."""
+        if isinstance(history, Labelled):
+            layout = history.sequence.layout
+            queries_BD = history.sequence.select(self.encoder(self.summed(history, views), layout))
+            return lambda vectors_CD, owners_C, counts: queries_BD[owners_C]
+        if not self.encoder.cuttable:
+            raise UserError(
+                "candidates are scored against a history that is computed once, and rows of this encoder meet "
+                "elsewhere than in attention: use model.actions=summed, or an encoder with attention"
+            )
+        layout, last_B = history.layout, batch.offsets_B1[1:] - 1
+        memory = Memory(layout.offsets_B1, layout.lengths, layout.key_times_T)
+        x_TD, _, beside_AD = self.interleaved(history, views)
+        self.encoder(x_TD, replace(layout, memory=memory))
+        beside_BD = beside_AD[last_B]
+        times_B = None if batch.timestamps_T is None else batch.timestamps_T[last_B]
+
+        def answer(vectors_CD: Tensor, owners_C: Tensor, counts: tuple[int, ...]) -> Tensor:
+            where = memory.layout_of(counts, None if times_B is None else times_B[owners_C])
+            return self.encoder(vectors_CD + beside_BD[owners_C], where)
+
+        return answer
 
     def candidates(self, items_S: Tensor, known: Mapping[str, Known], views: Mapping[str, View]) -> Tensor:
         """(S, D) vectors of items, as large as where they are inputs."""
@@ -202,25 +252,46 @@ class Ranking(Pointwise):
         of_items_SD = sum_of(known, views, items_S.shape[0])
         return (vectors_SD if of_items_SD is None else vectors_SD + of_items_SD) * self.input.scale
 
-    def rows(self, part: Interleaved, views: Mapping[str, View]) -> tuple[Tensor, Tensor]:
-        """The encoder's input (T, D), and the vectors (A, D) of the items alone."""
+    def summed(self, part: Labelled, views: Mapping[str, View]) -> Tensor:
+        """The encoder's input (T, D), a row an action."""
+        sequence = part.sequence
+        return self.input(
+            sequence.tokens_T,
+            sequence.layout,
+            views["items"].lookup(sequence.tokens_T),
+            vectors(sequence, views),
+            self.history(part.history_TK),
+        )
+
+    def interleaved(self, part: Interleaved, views: Mapping[str, View]) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's input (T, D); the vectors (A, D) of the items alone, and what is beside them in an item's
+        row."""
         assert self.interleaving is not None
         known, count = self.interleaving.by_kind(part), part.items_A.shape[0]
         items_AD = self.candidates(part.items_A, known["items"], views)
-        shown_AD, done_AD = items_AD, self.history(part.labels_AK)
+        beside_AD, done_AD = torch.zeros_like(items_AD), self.history(part.labels_AK)
         if (asked_AD := sum_of(known["shown"], views, count)) is not None:
-            shown_AD = shown_AD + asked_AD * self.input.scale
+            beside_AD = asked_AD * self.input.scale
         if (after_AD := sum_of(known["done"], views, count)) is not None:
             done_AD = done_AD + after_AD * self.input.scale
         if self.input.positions is not None:
             places_AD = F.embedding(part.places_A, self.input.positions)
-            shown_AD, done_AD = shown_AD + places_AD, done_AD + places_AD
-        parts = [shown_AD, done_AD]
+            beside_AD, done_AD = beside_AD + places_AD, done_AD + places_AD
+        rows = [items_AD + beside_AD, done_AD]
         if known["context"]:
-            parts.append(self.contexts(known["context"], views, self.input.scale))
-        x_TD = torch.cat(parts).index_select(0, part.rows_T)
+            rows.append(self.contexts(known["context"], views, self.input.scale))
+        x_TD = torch.cat(rows).index_select(0, part.rows_T)
         key = derive_key(part.layout.dropout_key, "input")
-        return self.input.dropout(x_TD, key), items_AD
+        return self.input.dropout(x_TD, key), items_AD, beside_AD
+
+
+def _rounds(candidates: Jagged, owners_C: Tensor, at_once: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Which candidates are scored together, ascending, and how many of each sequence."""
+    counts = candidates.offsets.diff()
+    within_C = torch.arange(len(owners_C), device=owners_C.device) - candidates.offsets[owners_C]
+    for first in range(0, int(counts.max()) if len(counts) else 0, at_once):
+        chosen_C = ((within_C >= first) & (within_C < first + at_once)).nonzero().squeeze(1)
+        yield chosen_C, tuple((counts - first).clamp(0, at_once).tolist())
 
 
 class HistoryLabels(nn.Module):
@@ -254,8 +325,6 @@ class Contexts(nn.Module):
 
     def forward(self, features: Mapping[str, Known], views: Mapping[str, View], scale: float) -> Tensor:
         """(B * C, D): of each sequence its C rows."""
-        from gr.models.features import vectors_of
-
         found = [vectors_of(known, views[name]) * scale for name, known in features.items()]
         return (torch.stack(found, dim=1) + self.weight).flatten(0, 1)
 

@@ -47,6 +47,8 @@ CATALOGUE = SimpleNamespace(
 
 def build(encoder="hstu", **model):
     sections = {"actions": "interleaved", "context": ["degree"], "interaction": "product", **model}
+    if isinstance(encoder, dict):
+        sections["encoder"], encoder = encoder, "hstu"
     config = run_config(encoder, model={"input": {"dropout": 0.0, "features": FEATURES}, **sections})
     made = config.model.build(config, CATALOGUE, Processes(torch.device("cpu")))
     g = generator(1)
