@@ -21,6 +21,8 @@ ENCODERS = {
 MODELS = {
     "retrieval": "gr.models.retrieval:Retrieval",
     "ranking": "gr.models.ranking:Ranking",
+    "din": "gr.models.din:DIN",
+    "dlrm": "gr.models.dlrm:DLRM",
 }
 
 TABLES = {

@@ -299,7 +299,7 @@ def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> FoundUsers:
     integers = dataset.column(USER_ID).type != "string"
     given: dict[Any, Any] = {}  # id in the dataset's type -> as it was first written
     for written in ids:
-        given.setdefault(_as_id(written, integers), written)
+        given.setdefault(as_id(written, integers), written)
     sought: dict[int, set[Any]] = {}
     if blocks[0].first_hash is None:
         everybody = set(given)
@@ -327,7 +327,7 @@ def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> FoundUsers:
     return FoundUsers(found, list(given.values()), str(dataset.path))
 
 
-def _as_id(value: Any, integers: bool) -> Any:
+def as_id(value: Any, integers: bool) -> Any:
     """``value`` as an id of the dataset's type; text that is no 64-bit integer stays text, which is found nowhere."""
     text = str(value)
     whole = integers and re.fullmatch(r"0|-?[1-9]\d{0,18}", text) is not None

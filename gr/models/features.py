@@ -170,6 +170,32 @@ class Features:
         known = {f.name: f.known(batch, part.layout, *where[f.of]) for f in self.features}
         return replace(part, features=known)
 
+    def by_kind(self, known: Mapping[str, Known]) -> dict[str, dict[str, Known]]:
+        """What is known by what it belongs to: ``items``, the moment at which one is ``shown`` (and the user), or what
+        was ``done``, which nobody knows before."""
+        found: dict[str, dict[str, Known]] = {"items": {}, "shown": {}, "done": {}}
+        for f in self.features:
+            if f.name in known:
+                kind = "shown" if f.of in ("requests", "users") else "items" if f.of_item else "done"
+                found[kind][f.name] = known[f.name]
+        return found
+
+    @property
+    def of_requests(self) -> list[str]:
+        """Names of those of users and of moments."""
+        return [f.name for f in self.features if f.of in ("requests", "users")]
+
+    @property
+    def columns_of_requests(self) -> list[str]:
+        """Columns of actions that are known of a request, beside its time."""
+        found = [f.column for f in self.features if f.of == "requests" and f.column != "time"]
+        return [column for column in found if column is not None]
+
+    @property
+    def of_items(self) -> list[str]:
+        """Names of those of items."""
+        return [f.name for f in self.features if f.of_item]
+
     def known_of(self, batch: SequenceBatch, places_N: Tensor, of: str) -> dict[str, Known]:
         """What is known at these actions of a prepared batch: by the features ``of`` "items" alone."""
         assert of == "items"

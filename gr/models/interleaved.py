@@ -110,13 +110,8 @@ class Interleaving:
     def by_kind(self, part: Interleaved) -> dict[str, dict[str, Known]]:
         """The features by what they belong to: ``items``, the moment when one is ``shown`` (and the user), what was
         ``done``, and rows of ``context``."""
-        found: dict[str, dict[str, Known]] = {"items": {}, "shown": {}, "done": {}, "context": {}}
-        for feature in self.features.features:
-            kind = "shown" if feature.of in ("requests", "users") else "items" if feature.of_item else "done"
-            if feature.name not in self.context:
-                found[kind][feature.name] = part.known[feature.name]
-        found["context"] = {name: part.known[name] for name in self.context}
-        return found
+        others = {name: known for name, known in part.known.items() if name not in self.context}
+        return {**self.features.by_kind(others), "context": {name: part.known[name] for name in self.context}}
 
     def _made(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr.batch import SequenceBatch
+from gr.batch import Jagged, SequenceBatch
 from gr.config import RunConfig
 from gr.embeddings.table import TableSpec
 from gr.embeddings.view import View
@@ -23,7 +23,7 @@ from gr.labels import Labels
 from gr.models.features import Features
 from gr.models.model import Catalogue, Model
 from gr.models.step import StepContext
-from gr.models.tasks import NextItem
+from gr.models.tasks import NextItem, taken
 from gr.modes import evaluating
 from gr.processes import Processes
 
@@ -121,5 +121,39 @@ class Pointwise(Model):
             part, context = self.asked(batch), StepContext(0)
             return self._logits(part, replace(context, views=self.fetch(self.wanted([part], context))))
 
+    def scores(self, batch: SequenceBatch, candidates: Jagged, at_once: int = 256) -> Tensor:
+        """(C, K) float32 log-odds of many candidates of each sequence, ``at_once`` of them at a
+        time.
+
+        candidates: B lists of int64 item rows on the model's device.  A sequence's last action stands in their place:
+        it says when, and what else is known of the request; its item is not looked at.  What comes out is what
+        :meth:`logits` gives for each by itself."""
+        counts = candidates.offsets.diff().tolist()
+        found = [batch.offsets_B1.new_empty(0, len(self.labels.names), dtype=torch.float32)]
+        for sequence, (first, count) in enumerate(zip(candidates.offsets.tolist(), counts)):
+            alone = batch.slice(sequence, sequence + 1)
+            for start in range(first, first + count, at_once):
+                items = candidates.values[start : min(start + at_once, first + count)]
+                found.append(self.logits(repeated(alone, items)))
+        return torch.cat(found)
+
     def _logits(self, part: Any, context: StepContext) -> Tensor:
         return self.logits_of(part, context.views)
+
+
+def repeated(alone: SequenceBatch, items_C: Tensor) -> SequenceBatch:
+    """A batch of one sequence, once for each item, which stands in its last action's place."""
+    count, n, device = len(items_C), alone.actions, items_C.device
+    again = torch.arange(n, device=device).repeat(count)
+    offsets_B1 = torch.arange(count + 1, device=device) * n
+
+    user = torch.zeros(count, dtype=torch.int64, device=device)
+    columns = {name: taken(column, again) for name, column in alone.columns.items()}
+    columns["item"] = columns["item"].index_copy(0, offsets_B1[1:] - 1, items_C)
+    return SequenceBatch(
+        offsets_B1,
+        alone.ordinals_B[user],
+        (n,) * count,
+        columns,
+        {name: taken(column, user) for name, column in alone.user_columns.items()},
+    )

@@ -198,6 +198,8 @@ class Ranking(Pointwise):
         candidates: B lists of int64 item rows on the model's device.  A sequence's last action stands in their place:
         it says when, and what else is known of the request; its item is not looked at.  The history is computed once;
         what comes out is what :meth:`logits` gives for each candidate by itself, but for rounding."""
+        if self.interleaving is not None and not self.encoder.cuttable:
+            return super().scores(batch, candidates, at_once)  # rows meet elsewhere than in attention
         with evaluating(self):
             batch = self.prepare(batch.with_columns(item=batch.items_T.clamp_min(0)))
             return self._scores(batch, candidates, at_once)
@@ -228,11 +230,6 @@ class Ranking(Pointwise):
             layout = history.sequence.layout
             queries_BD = history.sequence.select(self.encoder(self.summed(history, views), layout))
             return lambda vectors_CD, owners_C, counts: queries_BD[owners_C]
-        if not self.encoder.cuttable:
-            raise UserError(
-                "candidates are scored against a history that is computed once, and rows of this encoder meet "
-                "elsewhere than in attention: use model.actions=summed, or an encoder with attention"
-            )
         layout, last_B = history.layout, batch.offsets_B1[1:] - 1
         memory = Memory(layout.offsets_B1, layout.lengths, layout.key_times_T)
         x_TD, _, beside_AD = self.interleaved(history, views)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gr.batch import UNKNOWN, Jagged
-from gr.errors import UserError
 from tests.precision import tolerance
 from tests.unit.models_common import generator
 from tests.unit.test_models_interleaved import ITEMS, build, shown
@@ -22,6 +21,7 @@ ENCODERS = {
     "no bias": {**HSTU, "relative_position": False, "relative_time": False},
     "softmax": {**HSTU, "activation": "softmax", "heads": 2},
     "sasrec": {"name": "sasrec", "dropout": 0.0, "attention_dropout": 0.0},
+    "gru4rec": {"name": "gru4rec"},
     "transformer": {"name": "transformer", "dropout": 0.0, "attention_dropout": 0.0},
 }
 
@@ -71,12 +71,6 @@ def test_neither_the_other_candidates_nor_the_placeholder_matter(actions):
     others = dataclasses.replace(candidates, values=candidates.values.clone())
     others.values[1:7] = (others.values[1:7] + 11) % ITEMS
     torch.testing.assert_close(model.scores(b, others)[[0, 7, 8, 9]], scores[[0, 7, 8, 9]], **OFF)
-
-
-def test_a_recurrent_encoder_is_refused_where_it_would_have_to_begin_again():
-    with pytest.raises(UserError, match=r"use model.actions=summed, or an encoder with attention"):
-        build(encoder="gru4rec").scores(*asked())
-    assert build(encoder="gru4rec", actions="summed").scores(*asked()).isfinite().all()
 
 
 def test_nothing_asked_is_nothing_answered():

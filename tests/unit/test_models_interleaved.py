@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gr import config as configs
 from gr.batch import TARGETS_FROM
 from gr.data.columns import ColumnInfo
 from gr.errors import UserError
@@ -45,11 +46,14 @@ CATALOGUE = SimpleNamespace(
 )
 
 
-def build(encoder="hstu", **model):
+def build(encoder="hstu", whole=None, **model):
+    """``whole``: all that the config says of the model."""
     sections = {"actions": "interleaved", "context": ["degree"], "interaction": "product", **model}
     if isinstance(encoder, dict):
         sections["encoder"], encoder = encoder, "hstu"
     config = run_config(encoder, model={"input": {"dropout": 0.0, "features": FEATURES}, **sections})
+    if whole is not None:
+        config = configs.from_dict({**configs.to_dict(config), "model": whole})
     made = config.model.build(config, CATALOGUE, Processes(torch.device("cpu")))
     g = generator(1)
     values = [piece.values_RC for table in made.tables.values() for piece in table.pieces()]
