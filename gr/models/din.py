@@ -79,7 +79,7 @@ class DIN(OfHistories):
 
     def logits_of(self, part: Histories, views: Mapping[str, View]) -> Tensor:
         items_AD = self.of_items(part, views)
-        past_AD = self.of_past(part, items_AD, views)
+        past_AD = self.of_past(part, items_AD, views) + self.history(part.labels_AK)
         candidates_SD = items_AD.index_select(0, part.targets_S_in_A)
         past_PD, own_PD = past_AD.index_select(0, part.pairs_P), candidates_SD.index_select(0, part.owners_P)
         pairs_PE = torch.cat([past_PD, own_PD, past_PD - own_PD, past_PD * own_PD], dim=1)

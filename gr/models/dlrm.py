@@ -2,9 +2,9 @@
 1906.00091).
 
 Vectors: the candidate's item, each of its features, each feature of the user and of the moment, the mean of the user's
-past items, for each task the mean of those past items that had its label, and what a bottom MLP makes of numbers: the
-past's length (log1p) and the share of each label in it.  The top MLP is given all pairs' inner products beside that
-last vector.
+past items (with what is known since of what was done), for each task the mean of those past items that had its label,
+and what a bottom MLP makes of numbers: the past's length (log1p) and the share of each label in it.  The top MLP is
+given all pairs' inner products beside that last vector.
 
 Shapes: A actions of the batch, S candidates, P pairs, K tasks, V vectors, D model width.
 """
@@ -72,7 +72,7 @@ class DLRM(OfHistories):
         length_S1 = part.offsets_S1.diff()[:, None].to(items_AD.dtype)
         shares_SK = had_SK / told_SK.clamp_min(1)
         numbers_SE = torch.cat([length_S1.log1p(), shares_SK, told_SK.log1p()], dim=1)
-        past = [_sums(items_AD, part) / length_S1.clamp_min(1)]
+        past = [_sums(self.of_past(part, items_AD, views), part) / length_S1.clamp_min(1)]
         for task in range(had_SK.shape[1]):
             count_S1 = had_SK[:, task : task + 1].clamp_min(1)
             past.append(_sums(items_AD * had_AK[:, task : task + 1], part) / count_S1)

@@ -20,7 +20,6 @@ from gr.labels import Labels
 from gr.models.features import Features, sum_of
 from gr.models.layout import sequence_of_rows
 from gr.models.pointwise import Pointwise
-from gr.models.ranking import HistoryLabels
 from gr.models.tasks import Known
 from gr.processes import Axis
 
@@ -97,9 +96,7 @@ def histories(
 
 
 class OfHistories(Pointwise):
-    """A model of candidates with the actions before each.  ``history``: what labels add to a past action's vector."""
-
-    history: HistoryLabels
+    """A model of candidates with the actions before each."""
 
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Histories:
         return histories(self.prepare(batch), self.features, self.labels, dropout_key)
@@ -123,9 +120,8 @@ class OfHistories(Pointwise):
         return {name: known.at(part.targets_S_in_A) for name, known in self._kinds(part)["shown"].items()}
 
     def of_past(self, part: Histories, items_AD: Tensor, views: Mapping[str, View]) -> Tensor:
-        """(A, D) each action as something past: its item, what was done with it, and what is known since."""
-        done_AD = sum_of(self._kinds(part)["done"], views, part.items_A.shape[0])
-        return _added(items_AD + self.history(part.labels_AK), done_AD)
+        """(A, D) each action as something past: its item and what is known since."""
+        return _added(items_AD, sum_of(self._kinds(part)["done"], views, part.items_A.shape[0]))
 
     def _kinds(self, part: Histories) -> dict[str, dict[str, Known]]:
         return self.features.by_kind(part.known)

@@ -67,9 +67,6 @@ def test_gradients_agree_with_finite_differences(name):
     model, b = build(name).double(), shown()
     for table in model.tables.values():
         table.double()
-    # DLRM has no use for some of what a past action is known by
-    model.features.features = [f for f in model.features.features if name != "dlrm" or f.name != "watched"]
-    model.tables = {n: t for n, t in model.tables.items() if name != "dlrm" or n != "watched"}
     assert_slopes(model, lambda: loss_of(model, b), tolerance(**LOSS, dtype=torch.float64)["atol"])
 
 

@@ -118,7 +118,7 @@ def test_what_the_dataset_does_not_have_is_refused_or_null_and_counted(runs, tmp
     run = runs["interleaved"]
     user = run.data.dataset.read_user_ids(0)[0]
     asked = write(tmp_path / "asked.parquet", user_id=[user, 10**6], item_ids=[[3, 999], [4]])
-    with pytest.raises(UserError, match="1 of 2 users are not in the dataset.*the first is 1000000"):
+    with pytest.raises(UserError, match=r"1 of 2 users are not in the dataset.*the first is 1000000"):
         rank(run, asked, tmp_path / "out.parquet")
     done = rank(run, asked, tmp_path / "out.parquet", unknown="null")
     assert (done.unknown_users, done.unknown_items) == (1, 1)
@@ -126,7 +126,7 @@ def test_what_the_dataset_does_not_have_is_refused_or_null_and_counted(runs, tmp
     assert 0 < first < 1 and second is None and third is None
     write(asked, user_id=[user], item_ids=[[3, 999]])
     with pytest.raises(
-        UserError, match="1 candidates of .* are not in the catalogue of .*first is 999.*--unknown null"
+        UserError, match=r"1 candidates of .* are not in the catalogue of .*first is 999.*--unknown null"
     ):
         rank(run, asked, tmp_path / "no.parquet")
     assert not (tmp_path / "no.parquet").exists()
