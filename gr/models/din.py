@@ -54,8 +54,8 @@ class DIN(OfHistories):
         table_std: Annotated[float, Field(ge=0)] = 0.02
         input: InputSection = InputSection()
         tasks: TASKS
-        attention: list[POSITIVE] = [80, 40]
-        hidden: list[POSITIVE] = [200, 80]
+        attention: Annotated[list[POSITIVE], Field(min_length=1)] = [36]
+        hidden: Annotated[list[POSITIVE], Field(min_length=1)] = [200, 80]
         hidden_dropout: FRACTION = 0.0
         activation: Literal["dice", "prelu"] = "dice"
         l2: Annotated[float, Field(ge=0)] = 0.0
@@ -81,9 +81,7 @@ class DIN(OfHistories):
         items_AD = self.of_items(part, views)
         past_AD = self.of_past(part, items_AD, views) + self.history(part.labels_AK)
         candidates_SD = items_AD.index_select(0, part.targets_S_in_A)
-        past_PD, own_PD = past_AD.index_select(0, part.pairs_P), candidates_SD.index_select(0, part.owners_P)
-        pairs_PE = torch.cat([past_PD, own_PD, past_PD - own_PD, past_PD * own_PD], dim=1)
-        weights_P = self.unit(pairs_PE, part.dropout_key).squeeze(1)
+        weights_P = self._weights(past_AD, candidates_SD, part)
         interest_SD = F.embedding_bag(
             part.pairs_P,
             past_AD,
@@ -95,6 +93,20 @@ class DIN(OfHistories):
         known = [vectors_of(one, views[name]) for name, one in self.of_requests(part).items()]
         both = [interest_SD, candidates_SD, interest_SD * candidates_SD, *known]
         return self.head(torch.cat(both, dim=1), part.dropout_key)
+
+    def _weights(self, past_AD: Tensor, candidates_SD: Tensor, part: Histories) -> Tensor:
+        """(P,) of each pair: the MLP of [h, e, h - e, h * e].  What its first layer makes of h and of e is found once
+        for each, and of the pair alone what it makes of h * e."""
+        layer = self.unit.layers[0]
+        assert isinstance(layer, Linear)
+        of_h, of_e, of_difference, of_product = layer.weight.chunk(4, dim=1)
+        past_AE = F.linear(past_AD, of_h + of_difference, layer.bias)
+        own_SE = F.linear(candidates_SD, of_e - of_difference)
+        pairs_P, owners_P = part.pairs_P, part.owners_P
+        both_PD = past_AD.index_select(0, pairs_P) * candidates_SD.index_select(0, owners_P)
+        first_PE = past_AE.index_select(0, pairs_P) + own_SE.index_select(0, owners_P)
+        first_PE = first_PE + F.linear(both_PD, of_product)
+        return self.unit.after_first(first_PE, part.dropout_key).squeeze(1)
 
     def forward(self, part: Histories, context: StepContext) -> Tensor:
         loss = super().forward(part, context)
@@ -123,8 +135,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, dropout_key: int) -> Tensor:
         """(N, inputs) -> (N, outputs)."""
-        for number, (layer, activation) in enumerate(zip(self.layers, self.activations)):
-            x = self.dropout(activation(layer(x)), derive_key(dropout_key, self.name, number))
+        return self.after_first(self.layers[0](x), dropout_key)
+
+    def after_first(self, x: Tensor, dropout_key: int) -> Tensor:
+        """The same of what the first layer gave."""
+        for number, activation in enumerate(self.activations):
+            x = self.layers[number](x) if number else x
+            x = self.dropout(activation(x), derive_key(dropout_key, self.name, number))
         return self.out(x)
 
 

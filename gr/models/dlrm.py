@@ -42,8 +42,8 @@ class DLRM(OfHistories):
         table_std: Annotated[float, Field(ge=0)] = 0.02
         input: InputSection = InputSection()
         tasks: TASKS
-        bottom: list[POSITIVE] = [64]
-        hidden: list[POSITIVE] = [128, 64]
+        bottom: Annotated[list[POSITIVE], Field(min_length=1)] = [64]
+        hidden: Annotated[list[POSITIVE], Field(min_length=1)] = [128, 64]
         hidden_dropout: FRACTION = 0.0
 
         def idle(self) -> dict[str, str]:

@@ -75,7 +75,10 @@ def _stored(column: pa.Array, name: str) -> pa.Array:
 
 
 def _cast(column: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
+    inner = column.type.value_type if pa.types.is_list(kind) else column.type
     try:
+        if not (is_text(inner) or pa.types.is_integer(inner) or pa.types.is_boolean(inner)):
+            raise pa.ArrowInvalid
         return column.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise UserError(

@@ -18,6 +18,7 @@ from gr.shipped import find_table
 from gr.train.cells import Cell, exit_status, train_cells
 from gr.train.reproduction.paired import paired, print_paired, to_json
 from gr.train.reproduction.table import Measured, PublishedTable, Row, read_table
+from gr.train.selection import metric_names
 
 
 def reproduce(
@@ -108,11 +109,10 @@ def _pair(runs: dict[str, str], folder: str, seed: int) -> None:
 
 def _check_evaluates(table: PublishedTable, row: Row, config: RunConfig) -> None:
     """Refuse overrides that leave a column of the table without its figure, before anything is trained."""
-    measured = {f"{kind}@{k}" for kind in ("hr", "ndcg") for k in config.eval.ks} | {"mrr"}
+    measured = metric_names(config)
     if missing := [column for column in table.columns if column not in measured]:
-        raise UserError(
-            f"the table of '{table.dataset}' shows {missing[0]}: add its k to eval.ks={config.eval.ks}"
-        )
+        mend = f"add its k to eval.ks={config.eval.ks}" if "@" in missing[0] else "measure its task too"
+        raise UserError(f"the table of '{table.dataset}' shows {missing[0]}: {mend}")
     for split in ["test", "valid"] if row.valid else ["test"]:
         if split not in config.eval.splits:
             raise UserError(f"'{row.name}' needs split '{split}': add it to eval.splits={config.eval.splits}")
@@ -130,10 +130,11 @@ def _check_options(table: PublishedTable, path: str) -> None:
 
 
 def _prepare(table: PublishedTable, source: str | None, path: str) -> None:
-    command = [sys.executable, "-m", "gr.programs.prepare", table.dataset, "--out", path]
+    name = table.prepares or table.dataset
+    command = [sys.executable, "-m", "gr.programs.prepare", name, "--out", path]
     if source is not None:
         command += ["--source", source]
     for key, value in table.options.items():
         command += ["--set", f"{key}={value}"]
     if exit_status(command):
-        raise UserError(f"preparing '{table.dataset}' failed (see above): give its raw files with --source")
+        raise UserError(f"preparing '{name}' failed (see above): give its raw files with --source")
