@@ -104,6 +104,8 @@ class FeatureSection(Section):
     dataset's items.  derived, in its place: ``user``,
     a row for each user of the dataset; ``hour_of_day`` or ``day_of_week`` (Monday is 0; both in UTC) of the action, or
     ``hour_of_request``, ``day_of_request`` of the moment for which the next action is predicted.
+    of_request: whether such a column of actions is known when an action is predicted, as the page is on which its item
+    is shown: then the action's own value is looked at, not the one before.
     rows: of the table, where the dataset doesn't say how many values there are; with a vocabulary, as many as it may
     fill.  pooling: of the vectors of a list's values their mean (where nothing is said) or their sum; an empty list has
     zeros."""
@@ -112,6 +114,7 @@ class FeatureSection(Section):
     column: str | None = None
     catalogue: str | None = None
     derived: Literal["user", "hour_of_day", "day_of_week", "hour_of_request", "day_of_request"] | None = None
+    of_request: bool = False
     rows: POSITIVE | None = None
     pooling: Literal["mean", "sum"] | None = None
     table: component(registry.TABLES, "model.input.features.NAME.table", default="local")  # type: ignore[valid-type]
@@ -126,6 +129,10 @@ class FeatureSection(Section):
             )
         if self.vocabulary is not None and (self.derived is not None or self.rows is None):
             raise ValueError("a vocabulary is for the ids of a column: give it that column, and rows to fill")
+        if self.of_request and self.column is None:
+            raise ValueError(
+                "of_request is said of a column of actions: a catalogue's, and what is derived, know it"
+            )
         return self
 
     def idle(self) -> dict[str, str]:

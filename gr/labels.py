@@ -30,11 +30,12 @@ def _plain(tasks: dict[str, Any]) -> dict[str, Any]:
 
 class LabelTask(Section):
     """An action has the label if its ``column`` is ``at_least`` so much, or ``any_of`` these; one of the two is
-    given.  Action types are called by the log's names."""
+    given.  Action types are called by the log's names.  weight: of its loss among the tasks'."""
 
     column: str
     at_least: Annotated[float, Field(ge=-(2**53), le=2**53)] | None = None
     any_of: Annotated[list[int | float | str], DISTINCT, Field(min_length=1)] | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
     def _one_rule(self) -> LabelTask:
@@ -101,10 +102,12 @@ class Rule:
 
 class Labels:
     """The labels of tasks, for columns of a dataset.  ``names``: of the tasks, in the config's order.  ``columns``:
-    those that are looked at.  Raises UserError where a task doesn't fit the dataset's columns."""
+    those that are looked at.  ``weights``: of their losses.  Raises UserError where a task doesn't fit the dataset's
+    columns."""
 
     def __init__(self, tasks: Mapping[str, LabelTask], dataset: Described) -> None:
         self.names = list(tasks)
+        self.weights = [task.weight for task in tasks.values()]
         self.rules = [_rule(f"model.tasks.{name}", task, dataset) for name, task in tasks.items()]
         self.columns = frozenset(rule.column for rule in self.rules)
 

@@ -21,6 +21,8 @@ ENCODERS = {
 MODELS = {
     "retrieval": "gr.models.retrieval:Retrieval",
     "ranking": "gr.models.ranking:Ranking",
+    "din": "gr.models.din:DIN",
+    "dlrm": "gr.models.dlrm:DLRM",
     "two_tower": "gr.models.two_tower.model:TwoTower",
 }
 
@@ -112,6 +114,7 @@ DATASETS = {
     "ml-20m": "gr.data.making.sources.movielens:ML20M",
     "amazon-books": "gr.data.making.sources.amazon:AmazonBooks",
     "amazon-beauty": "gr.data.making.sources.amazon:AmazonBeauty",
+    "kuairand-pure": "gr.data.making.sources.kuairand:KuaiRandPure",
     "synthetic-dp": "gr.data.making.sources.synthetic_dp:SyntheticDP",
     "log": "gr.data.making.sources.log:ActionLog",
     "lists": "gr.data.making.sources.lists:UserLists",

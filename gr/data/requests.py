@@ -100,13 +100,13 @@ def requests(
 class HeldOutRequests:
     """Iterable, as often as wanted, over the requests of a held-out split, ``batch`` users at a time.
 
-    Request i, counted in the dataset's order, belongs to rank i % world: each user is asked about once, whatever the
-    number of processes.  ``max_users`` keeps that many users, the same ones for a dataset each time (those with the
-    smallest keyed hash).  One block and one batch are in memory; after the first pass, blocks without a target are
-    not read again.  ``exclude``: ``kept`` takes the ``max_length`` history items the model is shown out of the
-    ranking, ``all`` the whole history's.  ``columns``: those that the batches carry beside ``item``; every one of
-    numbers without it.  ``users``: these alone.  ``kinds``: counts this process's targets in the first pass.
-    """
+    User i of those with targets, counted in the dataset's order, belongs to rank i % world: each target is asked about
+    once, whatever the number of processes, and all those of a user by one.  ``max_users`` keeps that many users, the
+    same ones for a dataset each time (those with the smallest keyed hash).  One block and one batch are in memory;
+    after the first pass, blocks without a target are not read again.  ``exclude``: ``kept`` takes the ``max_length``
+    history items the model is shown out of the ranking, ``all`` the whole history's.  ``columns``: those that the
+    batches carry beside ``item``; every one of numbers without it.  ``users``: these alone.  ``kinds``: counts this
+    process's targets in the first pass."""
 
     dataset: SequenceDataset
     split: Split
@@ -121,7 +121,8 @@ class HeldOutRequests:
     users: FoundUsers | None = None
     kinds: TargetKinds | None = None
     population: int | None = field(default=None, init=False)
-    """Users with a target in this split; known once a pass is over."""
+    """Targets in this split; known once a pass is over."""
+    _own: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.split.check(self.name)
@@ -144,23 +145,25 @@ class HeldOutRequests:
 
     @property
     def share(self) -> int | None:
-        """Users of this rank; known once a pass is over."""
-        if self.population is None:
-            return None
+        """Requests of this rank; known once a pass is over."""
+        if self.population is None or self.split.several:
+            return self._own
         users = self.population if self.max_users is None else min(self.population, self.max_users)
         return len(range(self.rank, users, self.world))
 
     def _parts(self) -> Iterator[_Part]:
-        count = 0
+        count = own = 0
         subset = self._subset
         kinds = None if self.kinds is None or self.kinds.complete else self.kinds.restart()
         needed = self.split.needs if kinds is None else self.split.needs | kinds.needs
         for rows, who_R, target_R in self._held_out(self._read(needed)):
             if subset is not None:
-                inside = np.isin(rows.ordinals_R[who_R], subset, assume_unique=True)
+                inside = np.isin(rows.ordinals_R[who_R], subset)
                 who_R, target_R = who_R[inside], target_R[inside]
-            mine = (count + np.arange(len(who_R))) % self.world == self.rank
-            count += len(who_R)
+            number_R = np.cumsum(np.diff(who_R, prepend=-1) > 0)  # of the user, from 1
+            mine = (count + number_R - 1) % self.world == self.rank
+            count += int(number_R[-1]) if len(number_R) else 0
+            own += int(mine.sum())
             who_R, target_R = who_R[mine], target_R[mine]
             if kinds is not None:
                 kinds.add(rows, who_R, target_R)
@@ -170,6 +173,7 @@ class HeldOutRequests:
                 excluded=_excluded(rows, who_R, first_R, target_R, self.exclude),
                 history_R=target_R,
             )
+        self._own = own
         if kinds is not None:
             kinds.complete = True
 
@@ -180,14 +184,14 @@ class HeldOutRequests:
         """Block by block: its rows (with ``columns``), the numbers of those with a target, and the targets' indices."""
         found, population = [], 0
         for block, rows in zip(self._blocks, self.dataset.read_blocks(self._blocks, columns)):
-            index_R = self.split.target(rows, self.name, self.dataset.users)
-            who_R = np.flatnonzero(index_R >= 0)
+            who_R, index_R = self.split.targets(rows, self.name, self.dataset.users)
             if self.users is not None:
-                who_R = np.intersect1d(who_R, self.users.rows[block])
+                asked = np.isin(who_R, self.users.rows[block])
+                who_R, index_R = who_R[asked], index_R[asked]
             if len(who_R):
                 found.append(block)
                 population += len(who_R)
-                yield rows, who_R, index_R[who_R]
+                yield rows, who_R, index_R
         self._blocks, self.population = found, population
 
     @cached_property
@@ -198,7 +202,7 @@ class HeldOutRequests:
         key = np.uint64(derive("evaluation users", self.dataset.manifest.fingerprint))
         kept = np.empty(0, np.int64)
         for rows, who_R, _ in self._held_out({ITEM, *self.split.needs}):
-            kept = np.concatenate([kept, rows.ordinals_R[who_R]])
+            kept = np.concatenate([kept, np.unique(rows.ordinals_R[who_R])])
             if len(kept) > self.max_users:
                 order = np.argpartition(mix64(kept.astype(np.uint64) ^ key), self.max_users - 1)
                 kept = kept[order[: self.max_users]]
@@ -295,7 +299,7 @@ def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> FoundUsers:
     integers = dataset.column(USER_ID).type != "string"
     given: dict[Any, Any] = {}  # id in the dataset's type -> as it was first written
     for written in ids:
-        given.setdefault(_as_id(written, integers), written)
+        given.setdefault(as_id(written, integers), written)
     sought: dict[int, set[Any]] = {}
     if blocks[0].first_hash is None:
         everybody = set(given)
@@ -323,7 +327,7 @@ def find_users(dataset: SequenceDataset, ids: Iterable[Any]) -> FoundUsers:
     return FoundUsers(found, list(given.values()), str(dataset.path))
 
 
-def _as_id(value: Any, integers: bool) -> Any:
+def as_id(value: Any, integers: bool) -> Any:
     """``value`` as an id of the dataset's type; text that is no 64-bit integer stays text, which is found nowhere."""
     text = str(value)
     whole = integers and re.fullmatch(r"0|-?[1-9]\d{0,18}", text) is not None

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import Field
 
+from gr.batch import TARGETS_FROM
 from gr.config import FRACTION, SEED, ComponentConfig
-from gr.data.sequences import TIME, Sequences, Stretches
+from gr.data.sequences import TIME, Sequences, Stretches, runs
 from gr.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -96,6 +97,16 @@ class Split:
         """
         raise NotImplementedError
 
+    several = False
+    """Whether a user may have several targets in a held-out split."""
+
+    def targets(self, rows: Sequences, name: str, users: int) -> tuple[np.ndarray, np.ndarray]:
+        """(S,) each: the row of each target that split ``name`` predicts, ascending, and its index in the sequence,
+        ascending within the row."""
+        index_R = self.target(rows, name, users)
+        who_S = np.flatnonzero(index_R >= 0)
+        return who_S, index_R[who_S]
+
     def check(self, name: str) -> None:
         """Refuse a name that is not held out."""
         if name not in Split.names:
@@ -133,9 +144,14 @@ class GlobalTime(Split):
     validates, the first one from ``test_from`` on is the test target.  Times are seconds, as in the log."""
 
     class Config(ComponentConfig):
+        """held_out: of such a period each user's ``first`` action, or ``all`` of them, each asked for by itself with
+        every action before it known.  train_from: actions before are inputs alone."""
+
         name: Literal["global_time"] = "global_time"
         valid_from: SEED
         test_from: SEED
+        train_from: SEED | None = None
+        held_out: Literal["first", "all"] = "first"
 
     needs = frozenset({TIME})
     config: Config
@@ -143,7 +159,27 @@ class GlobalTime(Split):
     def __init__(self, config: Config):
         if config.valid_from > config.test_from:
             raise UserError("data.split.valid_from is after data.split.test_from: swap them")
+        if config.train_from is not None and config.train_from >= config.valid_from:
+            raise UserError("data.split.train_from is not before data.split.valid_from: nothing would train")
         self.config = config
+        self.several = config.held_out == "all"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Without what a config of before it had this key didn't say: what is counted hangs on neither."""
+        return {k: v for k, v in super().description.items() if k not in ("train_from", "held_out")}
+
+    def examples(self, rows: Sequences, whole: bool, max_length: int) -> Stretches:
+        """With ``train_from``, its sample of a user without a later training action is empty."""
+        samples = super().examples(rows, whole, max_length)
+        if self.config.train_from is None:
+            return samples
+        stop_R = self.train_stop(rows)
+        first_R = stop_R - samples.lengths_R
+        from_R = np.maximum(actions_before(rows, self.config.train_from), 1)
+        nothing_R = from_R >= stop_R
+        samples = samples.cut(None, np.where(nothing_R, 0, samples.lengths_R))
+        return samples.with_users(**{TARGETS_FROM: np.where(nothing_R, 1, np.maximum(from_R - first_R, 1))})
 
     def check_dataset(self, dataset: SequenceDataset) -> None:
         """Bounds lie after the log's first action and up to its last one (a second later if nothing is to be tested):
@@ -173,8 +209,21 @@ class GlobalTime(Split):
         self.check(name)
         start = self.config.valid_from if name == "valid" else self.config.test_from
         index = actions_before(rows, start)
-        stop = actions_before(rows, self.config.test_from) if name == "valid" else rows.lengths_R
-        return np.where((index >= 1) & (index < stop), index, -1)
+        return np.where((index >= 1) & (index < self._stop(rows, name)), index, -1)
+
+    def targets(self, rows: Sequences, name: str, users: int) -> tuple[np.ndarray, np.ndarray]:
+        if not self.several:
+            return super().targets(rows, name, users)
+        self.check(name)
+        start = self.config.valid_from if name == "valid" else self.config.test_from
+        # an action without any before it can't be predicted from a sequence
+        first_R, stop_R = np.maximum(actions_before(rows, start), 1), self._stop(rows, name)
+        offsets, index_S = runs(first_R, stop_R)
+        return np.repeat(np.arange(len(rows)), np.diff(offsets)), index_S
+
+    def _stop(self, rows: Sequences, name: str) -> np.ndarray:
+        """(R,) where the actions of a held-out period end."""
+        return actions_before(rows, self.config.test_from) if name == "valid" else rows.lengths_R
 
 
 class Records(Split):

@@ -1,23 +1,26 @@
-"""The metrics of models that give probabilities of labels: AUC, normalised entropy and log loss, task by task.
+"""The metrics of models that give probabilities of labels: AUC, GAUC, normalised entropy, log loss and calibration,
+task by task.
 
 AUC: the share of (positive, negative) pairs in which the positive has the higher logit, pairs of equal ones counted
-half.  NE: the log loss over the entropy of the base rate among the evaluated labels themselves (He et al. 2014), so
-that below 1 is better than knowing the base rate and nothing else.  Log loss: in nats, of the logit as float32.
+half.  GAUC: the mean of the users' own AUC, by the number of their labels (``gauc``) or each as one (``gauc_mean``),
+over users that have both labels; the others are counted beside it.  NE: the log loss over the entropy of the base rate
+among the evaluated labels themselves (He et al. 2014), so that below 1 is better than knowing the base rate and nothing
+else. Log loss: in nats, of the logit as float32.  Calibration: the sum of the probabilities over that of the labels.
 
-All sums are integers, so that batches, processes and their number change no bit of a result:
+All sums are integers, so that batches, processes and their number change no bit of a result: pairs are counted
+(gr/eval/pairs.py), losses are added up in units of 2**-24 nats (a mean is off by 2**-25 at most), each as 2**10 nats at
+most, probabilities in units of 2**-32.
 
-- Logits are counted in 2**16 bins of width 2**-11 between -16 and 16, what lies beyond in the outermost.  Pairs of
-  different bins are in their true order; those that share one count half, whatever their order.  So AUC is off by half
-  the share of pairs that have a bin in common, at most: that bound is part of the heading.
-- Losses are added up in units of 2**-24 nats (a mean is off by 2**-25 at most), each as 2**10 nats at most.
+Memory: 8 bytes a held-out action and task of this process, and 10 more; and once as much of another process.
 
-Shapes: B users, K tasks, G groups (all users, then the buckets), N bins.
+Shapes: B held-out actions, K tasks, G groups (all of them, then the buckets).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -27,32 +30,57 @@ from torch.nn import functional as F
 from gr.config import EvalSection, RunConfig
 from gr.errors import UserError
 from gr.eval.family import Catalogue, MetricFamily
-from gr.eval.metrics import HISTORY_EDGES, Groups
+from gr.eval.metrics import HISTORY_EDGES, POPULARITY_EDGES, Groups
+from gr.eval.pairs import BITS, ByUser, by_user, joined, ordered, wins
 from gr.eval.protocols import Request
 from gr.labels import Labels
 from gr.processes import Axis
 
-BINS, WIDTH = 2**16, 2.0**-11
 LOSS_UNIT, LARGEST_LOSS = 2.0**24, 2.0**10
-KINDS = ("auc", "ne", "log_loss")
+PROBABILITY_UNIT = 2.0**32
+KINDS = ("auc", "ne", "log_loss", "gauc", "gauc_mean")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is found by comparing actions with each other: twice the pairs that are in order, by task and group, and the
+    users' areas by task."""
+
+    wins_KG: list[list[int]]
+    by_user_K: list[ByUser]
 
 
 class PointwiseMetrics(MetricFamily):
-    """``labels``: of the tasks.  Scorers are asked ``logits(batch)``, (B, K), for the last action of each sequence."""
+    """``labels``: of the tasks.  Scorers are asked ``logits(batch)``, (B, K), for the last action of each sequence.
+    item_counts: (I,) training actions of each item; without them there is no breakdown by popularity."""
 
-    def __init__(self, config: EvalSection, labels: Labels) -> None:
+    heading = "labels of the last action"
+
+    def __init__(self, config: EvalSection, labels: Labels, item_counts: Tensor | None = None) -> None:
         self.labels = labels
         tasks = len(labels.names)
         self.names = _names(labels.names)
         self.shown = _shown(labels.names)
-        self.groups = Groups({"history": HISTORY_EDGES} if config.buckets else {})
-        self._counts_KG2N = torch.zeros(tasks, self.groups.count, 2, BINS, dtype=torch.int64)
+        breakdowns: dict[str, Sequence[int]] = {"history": HISTORY_EDGES} if config.buckets else {}
+        self.item_counts = None if item_counts is None else item_counts.cpu()
+        if config.buckets and item_counts is not None:
+            breakdowns["popularity"] = POPULARITY_EDGES
+        self.groups = Groups(breakdowns)
+        self._labels_KG2 = torch.zeros(tasks, self.groups.count, 2, dtype=torch.int64)
         self._losses_KG = torch.zeros(tasks, self.groups.count, dtype=torch.int64)
+        self._probabilities_KG = torch.zeros(tasks, self.groups.count, dtype=torch.int64)
         self._users_G = torch.zeros(self.groups.count, dtype=torch.int64)
+        # kept of every action: its ordered logit and label by task, its user, its group of each breakdown (-1: none)
+        self._keys: list[list[Tensor]] = [[] for _ in range(tasks)]
+        self._known: list[list[Tensor]] = [[] for _ in range(tasks)]
+        self._owners: list[Tensor] = []
+        self._places: list[Tensor] = []
+        self._pairs: Pairs | None = None
 
     @classmethod
     def of(cls, config: RunConfig, catalogue: Catalogue) -> Self:
-        return cls(config.eval, Labels(config.model.tasks, catalogue.manifest))  # type: ignore[attr-defined]
+        labels = Labels(config.model.tasks, catalogue.manifest)  # type: ignore[attr-defined]
+        return cls(config.eval, labels, catalogue.training_counts if config.eval.buckets else None)
 
     @staticmethod
     def names_of(config: RunConfig) -> list[str]:
@@ -67,79 +95,120 @@ class PointwiseMetrics(MetricFamily):
         last_B = request.batch.offsets_B1[1:] - 1
         columns = {name: request.batch.columns[name][last_B] for name in self.labels.columns}
         labels_BK = self.labels.of(columns).cpu()
-        groups = list(self.groups.of(len(request), history=request.history_lengths_B.cpu()))
-        for users_U, group_U in groups:
+        values_B = {"history": request.history_lengths_B.cpu()} if "history" in self.groups.edges else {}
+        if "popularity" in self.groups.edges and self.item_counts is not None:
+            values_B["popularity"] = self.item_counts[request.targets_B.cpu()]
+        groups = list(self.groups.of(len(request), **values_B))
+        places_BG = torch.full((len(request), len(groups)), -1, dtype=torch.int8)
+        for breakdown, (users_U, group_U) in enumerate(groups):
             self._users_G.index_add_(0, group_U, torch.ones_like(users_U))
+            places_BG[users_U, breakdown] = group_U.to(torch.int8)
+        self._places.append(places_BG)
+        self._owners.append(request.batch.ordinals_B.cpu())
+        self._pairs = None
         for task, (logits_B, labels_B) in enumerate(zip(logits_BK.T, labels_BK.T, strict=True)):
-            bins_B = (logits_B / WIDTH).floor().clamp(-BINS // 2, BINS // 2 - 1).long() + BINS // 2
+            self._keys[task].append(ordered(logits_B))
+            self._known[task].append(torch.where(labels_B.isnan(), -1, labels_B).to(torch.int8))
             losses_B = F.binary_cross_entropy_with_logits(
                 logits_B.double(), labels_B.double().nan_to_num(0), reduction="none"
             )
             losses_B = (losses_B.clamp_max(LARGEST_LOSS) * LOSS_UNIT).round().long()
+            probabilities_B = (logits_B.double().sigmoid() * PROBABILITY_UNIT).round().long()
             for users_U, group_U in groups:
                 known = ~labels_B[users_U].isnan()
                 users, group = users_U[known], group_U[known]
-                cells = (group * 2 + labels_B[users].long()) * BINS + bins_B[users]
-                self._counts_KG2N[task].view(-1).index_add_(0, cells, torch.ones_like(cells))
+                cells = group * 2 + labels_B[users].long()
+                self._labels_KG2[task].view(-1).index_add_(0, cells, torch.ones_like(cells))
                 self._losses_KG[task].index_add_(0, group, losses_B[users])
+                self._probabilities_KG[task].index_add_(0, group, probabilities_B[users])
 
     def all_reduce(self, axis: Axis) -> None:
-        for sums in (self._counts_KG2N, self._losses_KG, self._users_G):
+        for sums in (self._labels_KG2, self._losses_KG, self._probabilities_KG, self._users_G):
             axis.add_up(sums)
+        self._pairs = self._compared(axis)
 
     @property
     def users(self) -> int:
         return int(self._users_G[0])
 
-    @property
-    def heading(self) -> str:  # type: ignore[override]
-        bounds = [found[1] for task in range(len(self.labels.names)) if (found := self._auc(task, 0))]
-        return "labels of the last action" + (f", AUC exact to {max(bounds):.0e}" if bounds else "")
-
     def result(self) -> dict[str, float]:
-        """By task: the metrics that exist, then the base rate and the number of known labels."""
-        return self._of_group(0) if self.users else {}
+        """By task: the metrics that exist, then the base rate, the calibration and the number of known labels; and how
+        many users have both labels, and one class alone."""
+        if not self.users:
+            return {}
+        found = self._of_group(0)
+        for name, areas in zip(self.labels.names, self._compare().by_user_K, strict=True):
+            if areas.weighted is not None and areas.area is not None:
+                found |= {f"gauc/{name}": areas.weighted, f"gauc_mean/{name}": areas.area}
+                found |= {f"gauc_users/{name}": areas.users, f"one_class_users/{name}": areas.one_class}
+        return found
 
     def by_bucket(self) -> dict[str, list[dict[str, Any]]]:
         return self.groups.buckets(self._users_G, self._of_group)
 
     def notes(self) -> list[str]:
         notes = []
-        for task, name in enumerate(self.labels.names):
-            negatives, positives = self._counts_KG2N[task, 0].sum(1).tolist()
+        for task, (name, areas) in enumerate(zip(self.labels.names, self._compare().by_user_K, strict=True)):
+            negatives, positives = self._labels_KG2[task, 0].tolist()
             if not negatives + positives:
                 notes.append(f"no metrics of {name}: no user's label is known")
             elif not (negatives and positives):
                 notes.append(
                     f"no auc/{name} and no ne/{name}: all {positives + negatives:,} labels are {int(positives > 0)}"
                 )
+            elif areas.users:
+                notes.append(
+                    f"gauc/{name} is of {areas.users:,} users; of {areas.one_class:,} others all labels are the same"
+                )
         return notes
+
+    def _compare(self) -> Pairs:
+        """Of this process's actions, where nobody has added up."""
+        if self._pairs is None:
+            self._pairs = self._compared(Axis())
+        return self._pairs
+
+    def _compared(self, axis: Axis) -> Pairs:
+        breakdowns = 1 + len(self.groups.edges)
+        places_EG = torch.cat(self._places) if self._places else torch.empty(0, breakdowns, dtype=torch.int8)
+        owners_E = joined(self._owners)
+        wins_KG, by_user_K = [], []
+        for keys, known in zip(self._keys, self._known, strict=True):
+            keys_E, labels_E = joined(keys), joined(known)
+            total_G = torch.zeros(self.groups.count, dtype=torch.int64)
+            for breakdown in range(breakdowns):
+                group_E = places_EG[:, breakdown].long()
+                whole_E = (group_E << BITS) + keys_E
+                inside_E = group_E >= 0
+                total_G += wins(
+                    whole_E[inside_E & (labels_E == 1)],
+                    whole_E[inside_E & (labels_E == 0)],
+                    self.groups.count,
+                    axis,
+                )
+            wins_KG.append(total_G.tolist())
+            there_E = labels_E >= 0
+            by_user_K.append(by_user(owners_E[there_E], keys_E[there_E], labels_E[there_E] == 1, axis))
+        return Pairs(wins_KG, by_user_K)
 
     def _of_group(self, group: int) -> dict[str, float]:
         found: dict[str, float] = {}
         for task, name in enumerate(self.labels.names):
-            negatives, positives = self._counts_KG2N[task, group].sum(1).tolist()
+            negatives, positives = self._labels_KG2[task, group].tolist()
             known = negatives + positives
             if known:
                 rate = positives / known
                 loss = self._losses_KG[task, group].item() / LOSS_UNIT / known
-                auc = self._auc(task, group)
-                if auc is not None:
+                if negatives and positives:
                     entropy = -rate * math.log(rate) - (1 - rate) * math.log1p(-rate)
-                    found |= {f"auc/{name}": auc[0], f"ne/{name}": loss / entropy}
+                    auc = self._compare().wins_KG[task][group] / (2 * negatives * positives)
+                    found |= {f"auc/{name}": auc, f"ne/{name}": loss / entropy}
                 found |= {f"log_loss/{name}": loss, f"base_rate/{name}": rate}
+                if positives:
+                    expected = self._probabilities_KG[task, group].item() / PROBABILITY_UNIT
+                    found[f"calibration/{name}"] = expected / positives
             found[f"labels/{name}"] = known
         return found
-
-    def _auc(self, task: int, group: int) -> tuple[float, float] | None:
-        """AUC and by how much it may be off; None without both labels."""
-        negatives_N, positives_N = self._counts_KG2N[task, group]
-        pairs = int(negatives_N.sum()) * int(positives_N.sum())
-        if not pairs:
-            return None
-        below_N = negatives_N.cumsum(0) - negatives_N
-        shared = int((positives_N * negatives_N).sum())
-        return (2 * int((positives_N * below_N).sum()) + shared) / (2 * pairs), shared / (2 * pairs)
 
 
 def _names(tasks: Sequence[str]) -> list[str]:

@@ -30,6 +30,19 @@ def attention(
     dropout_key: int = 0,
 ) -> Tensor:
     """(T, H, V): gr_kernels' hstu_attention over the sequences of ``layout``, whose arguments the others are."""
+    if layout.memory is not None:
+        assert causal and not dropout, "a history is kept in evaluation, of causal encoders"
+        settings = {"position": position, "time": time, "buckets": buckets}
+        return layout.memory.attend(
+            q_THQ,
+            k_THQ,
+            v_THV,
+            layout,
+            scale=scale,
+            divisor=divisor,
+            activation=activation,
+            **settings,  # type: ignore[arg-type]
+        )
     mask = AttentionMask(causal=causal)
     if layout.cut is not None:
         return shared_attention(

@@ -36,9 +36,10 @@ THURSDAY = 3  # the day of 1970-01-01, where Monday is 0
 
 @dataclass(frozen=True)
 class Feature:
-    """name: the table's.  of: whose it is, "actions", "users" or "requests".  column: that a batch must carry, None
-    where it needs none.  rows: of the table.  values: of a batch, int64, one (or a list) an action (a request's: one
-    for the action that it asks for) or a user: rows, or ids of a vocabulary.  pooling: of lists."""
+    """name: the table's.  of: whose it is, "actions", "users" or "requests".  of_item: whether it is known of an
+    action's item, whatever becomes of the action.  column: that a batch must carry, None where it needs none.  rows: of
+    the table.  values: of a batch, int64, one (or a list) an action (a request's: one for the action that it asks for)
+    or a user: rows, or ids of a vocabulary.  pooling: of lists."""
 
     name: str
     of: str
@@ -46,6 +47,7 @@ class Feature:
     rows: int
     values: Callable[[SequenceBatch], Tensor | Jagged]
     pooling: str = "mean"
+    of_item: bool = False
 
     @property
     def key(self) -> str:
@@ -173,6 +175,66 @@ class Features:
         known = {f.name: f.known(batch, part.layout, *where[f.of]) for f in self.features}
         return replace(part, features=known)
 
+    def by_kind(self, known: Mapping[str, Known]) -> dict[str, dict[str, Known]]:
+        """What is known by what it belongs to: ``items``, the moment at which one is ``shown`` (and the user), or what
+        was ``done``, which nobody knows before."""
+        found: dict[str, dict[str, Known]] = {"items": {}, "shown": {}, "done": {}}
+        for f in self.features:
+            if f.name in known:
+                kind = "shown" if f.of in ("requests", "users") else "items" if f.of_item else "done"
+                found[kind][f.name] = known[f.name]
+        return found
+
+    @property
+    def of_requests(self) -> list[str]:
+        """Names of those of users and of moments."""
+        return [f.name for f in self.features if f.of in ("requests", "users")]
+
+    @property
+    def columns_of_requests(self) -> list[str]:
+        """Columns of actions that are known of a request, beside its time."""
+        found = [f.column for f in self.features if f.of == "requests" and f.column != "time"]
+        return [column for column in found if column is not None]
+
+    @property
+    def of_items(self) -> list[str]:
+        """Names of those of items."""
+        return [f.name for f in self.features if f.of_item]
+
+    def known_of(self, batch: SequenceBatch, places_N: Tensor, of: str) -> dict[str, Known]:
+        """What is known at these actions of a prepared batch: by the features ``of`` "items" alone."""
+        assert of == "items"
+        return {
+            f.name: Known(taken(batch.columns[f.key], places_N), None, f.pooling)
+            for f in self.features
+            if f.of_item
+        }
+
+    def known_of_items(self, items_N: Tensor) -> dict[str, Known]:
+        """What is known of items (int64 rows), by feature."""
+        offsets = torch.tensor([0, len(items_N)], device=items_N.device)
+        batch = SequenceBatch(offsets, offsets[:1], (len(items_N),), {"item": items_N})
+        found = {}
+        for f in (f for f in self.features if f.of_item):
+            values = f.values(batch)
+            if f.name in self.vocabularies:
+                rows_of = self.vocabularies[f.name].rows_of
+                if isinstance(values, Jagged):
+                    values = replace(values, values=rows_of(values.values))
+                else:
+                    values = rows_of(values)
+            found[f.name] = Known(values, None, f.pooling)
+        return found
+
+    def known_at(self, batch: SequenceBatch, name: str, users_A: Tensor | None) -> Known:
+        """What a feature knows of every action of a prepared batch, or of every user where it is the users' and
+        ``users_A``, the user of each action, is not given."""
+        (f,) = (f for f in self.features if f.name == name)
+        if f.of != "users":
+            return Known(batch.columns[f.key], None, f.pooling)
+        column = batch.user_columns[f.key]
+        return Known(column if users_A is None else taken(column, users_A), None, f.pooling)
+
     def wanted(self, parts: Sequence[Supervision]) -> dict[str, list[Tensor]]:
         """The rows of each table that the inputs of ``parts`` look at."""
         return {f.name: [part.features[f.name].rows_V for part in parts] for f in self.features}
@@ -180,17 +242,26 @@ class Features:
 
 def vectors(part: Supervision, views: Mapping[str, View]) -> Tensor | None:
     """(T, D) the sum of the features' vectors at each input, None without features."""
+    return sum_of(part.features, views, part.layout.rows)
+
+
+def sum_of(features: Mapping[str, Known], views: Mapping[str, View], rows: int) -> Tensor | None:
+    """(rows, D) the sum of the vectors of ``features``, None where there are none."""
     total_TD = None
-    for name, known in part.features.items():
-        if isinstance(known.rows_F, Jagged):
-            found_TD = views[name].pooled(known.rows_V, known.rows_F.offsets, known.pooling)
-        else:
-            found_TD = views[name].lookup(known.rows_F)
+    for name, known in features.items():
+        found_TD = vectors_of(known, views[name])
         if known.places_F is not None:
-            nothing_TD = found_TD.new_zeros(part.layout.rows, found_TD.shape[1])
+            nothing_TD = found_TD.new_zeros(rows, found_TD.shape[1])
             found_TD = nothing_TD.index_copy(0, known.places_F, found_TD)
         total_TD = found_TD if total_TD is None else total_TD + found_TD
     return total_TD
+
+
+def vectors_of(known: Known, view: View) -> Tensor:
+    """(F, D), of lists pooled."""
+    if isinstance(known.rows_F, Jagged):
+        return view.pooled(known.rows_V, known.rows_F.offsets, known.pooling)
+    return view.lookup(known.rows_F)
 
 
 def feature(name: str, section: FeatureSection, data: Catalogue, under: str = UNDER) -> Feature:
@@ -224,8 +295,13 @@ def feature(name: str, section: FeatureSection, data: Catalogue, under: str = UN
     info = columns[section.column]
     pooling, rows = _pooling(key, f"{key}.column", section, info), _rows(key, section, dataset)
     if info.of == "users":
+        if section.of_request:
+            raise UserError(
+                f"config key '{key}.of_request' is for columns of actions, and '{info.name}' is of users"
+            )
         return Feature(name, "users", info.name, rows, lambda batch: batch.user_columns[info.name], pooling)
-    return Feature(name, "actions", info.name, rows, lambda batch: batch.columns[info.name], pooling)
+    of = "requests" if section.of_request else "actions"
+    return Feature(name, of, info.name, rows, lambda batch: batch.columns[info.name], pooling)
 
 
 def _of_items(name: str, section: FeatureSection, data: Catalogue, under: str) -> Feature:
@@ -251,7 +327,7 @@ def _of_items(name: str, section: FeatureSection, data: Catalogue, under: str) -
             on_device[items_A.device] = codes_I.to(items_A.device)
         return taken(on_device[items_A.device], items_A)
 
-    return Feature(name, "actions", None, rows, of_batch, pooling)
+    return Feature(name, "actions", None, rows, of_batch, pooling, of_item=True)
 
 
 def _pooling(key: str, named_by: str, section: FeatureSection, info: ColumnLike) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from gr.models.cut import Cut
+    from gr.models.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class JaggedLayout:
     max_length: N.  query_times_T: int64 seconds, the time of the action that row i predicts (t_{i+1} when the next
     action is predicted).  key_times_T: the time of the action in row i.  Both None for data without times.
     dropout_key: 64 bits, from which every dropout of this micro-batch derives a key of its own.  cut: which rows these
-    are of the sequences, where processes share them; then a sequence here is a stretch of one.
+    are of the sequences, where processes share them; then a sequence here is a stretch of one.  memory: where attention
+    keeps what it is given, or finds it, where many candidates are scored against a history.
     """
 
     offsets_B1: Tensor
@@ -34,6 +36,7 @@ class JaggedLayout:
     key_times_T: Tensor | None = None
     dropout_key: int = 0
     cut: Cut | None = None
+    memory: Memory | None = None
 
     @property
     def rows(self) -> int:

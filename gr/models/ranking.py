@@ -3,17 +3,22 @@
 
 items and what their actions were -> input -> sequence encoder -> with the candidate's vector -> MLP -> a logit a task.
 
-Pointwise: a row knows the user's actions up to one, with their labels, and the item and time of the next action,
-which is the candidate; it predicts that action's labels.
+Pointwise: a prediction knows the user's actions before one, with their labels, and the item and time of that one, which
+is the candidate; it predicts that action's labels.  How items and actions become rows of the encoder is
+``model.actions``:
 
-Shapes: B sequences, A actions of the batch, T input rows (the actions but each sequence's last), S candidates,
-K tasks, D model width.
+- ``summed``: a row an action, its item's vector and its labels' added up; row i answers for the action after it, and
+  meets the candidate in the head alone.
+- ``interleaved`` (the paper's Phi_0, a_0, Phi_1, a_1, ...): a row for each item and one for what was done with it
+  (gr/models/interleaved.py); an item's own row answers for it, so that attention knows the candidate.
+
+Shapes: B sequences, A actions of the batch, T input rows, S candidates, K tasks, D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -22,22 +27,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr import registry
-from gr.batch import UNKNOWN, SequenceBatch
+from gr.batch import UNKNOWN, Jagged, SequenceBatch
 from gr.config import FRACTION, POSITIVE, ComponentConfig, InputSection, RunConfig, component
-from gr.embeddings.table import TableSpec
+from gr.embeddings.view import View
 from gr.errors import UserError
-from gr.labels import TASKS, Labels
+from gr.labels import TASKS
 from gr.models import init
 from gr.models.cut import Cut
 from gr.models.dropout import Dropout
 from gr.models.encoder import check_causal
-from gr.models.features import Features, vectors
+from gr.models.features import sum_of, vectors, vectors_of
 from gr.models.init import initialise
 from gr.models.input import ItemInput
+from gr.models.interleaved import Interleaved, Interleaving
 from gr.models.layers import Linear
-from gr.models.model import Catalogue, Model
+from gr.models.layout import sequence_of_rows
+from gr.models.memory import Memory
+from gr.models.model import Catalogue
+from gr.models.pointwise import Pointwise
 from gr.models.step import StepContext
-from gr.models.tasks import NextItem, Supervision, sources
+from gr.models.tasks import Known, Supervision, sources
 from gr.modes import evaluating
 from gr.processes import Axis, Processes
 from gr_kernels.counter_random import derive_key
@@ -45,15 +54,17 @@ from gr_kernels.counter_random import derive_key
 
 @dataclass(frozen=True)
 class Labelled:
-    """A micro-batch: the inputs, the candidates and what there is to predict of them.
+    """A micro-batch of summed rows: the inputs, the candidates and what there is to predict of them.
 
     sequence: input rows, and as targets the candidates' item rows.  history_TK, labels_SK: float32, the labels of the
-    input actions and of the candidates' actions, NaN where unknown.
+    input actions and of the candidates' actions, NaN where unknown.  candidates: what is known of the candidates'
+    items, by feature.
     """
 
     sequence: Supervision
     history_TK: Tensor
     labels_SK: Tensor
+    candidates: Mapping[str, Known] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -69,20 +80,18 @@ class Labelled:
         sequence = self.sequence.part_of(context)
         if (cut := sequence.layout.cut) is None:
             return self
-        return Labelled(sequence, self.history_TK[cut.numbers_T], self.labels_SK[cut.numbers_T])
+        chosen = {name: known.part_of(cut) for name, known in self.candidates.items()}
+        return Labelled(sequence, self.history_TK[cut.numbers_T], self.labels_SK[cut.numbers_T], chosen)
 
 
-class Ranking(Model):
-    """Sequences in, losses or logits of the tasks out.
-
-    The loss of a target is the mean over the tasks of the binary cross-entropy; an unknown label adds nothing to it
-    (and its target counts as any other, so that the count needs no look at the data).  Parameters depend on
-    (config.train.seed, their names) alone.
-    """
+class Ranking(Pointwise):
+    """Sequences in, losses or logits of the tasks out; a sequence encoder tells what a user is after."""
 
     class Config(ComponentConfig):
         """tasks: what is predicted (gr.labels).  hidden: widths of the head's layers.  table, table_std: as in
-        retrieval."""
+        retrieval.  actions: how items and what was done with them become rows.  context: features of users that are a
+        row each in front of a user's actions, instead of being added to all.  interaction: what the head is given of
+        query h and candidate e: h * e (``product``), or [h, e, h * e] (``all``)."""
 
         name: Literal["ranking"] = "ranking"
         dim: POSITIVE = 50
@@ -91,118 +100,195 @@ class Ranking(Model):
         input: InputSection = InputSection()
         encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
         tasks: TASKS
+        actions: Literal["summed", "interleaved"] = "summed"
+        context: list[str] = []
+        interaction: Literal["all", "product"] = "all"
         hidden: list[POSITIVE] = [64]
         hidden_dropout: FRACTION = 0.0
 
         def idle(self) -> dict[str, str]:
-            return {} if self.hidden else {"hidden_dropout": "hidden is empty"}
-
-    judged_by = "pointwise"
-    entrances = ("logits",)
+            idle = {} if self.hidden else {"hidden_dropout": "hidden is empty"}
+            if self.actions == "summed":
+                idle["context"] = "actions is summed, and features of users are added to every row"
+            return idle
 
     def __init__(
         self, config: Config, run: RunConfig, catalogue: Catalogue, processes: Processes | None = None
     ) -> None:
-        if run.objective is not None:
-            raise UserError(
-                f"config key 'objective' is '{run.objective.name}', and model 'ranking' has a loss of its own: "
-                "leave it out (objective=null), or use model=retrieval"
-            )
-        labels = Labels(config.tasks, catalogue.manifest)
-        spec = TableSpec(
-            "items",
-            catalogue.rows,
-            config.dim,
-            config.table_std,
-            run.train.seed,
-            maths=run.optimizer.build().of_rows(),
-            apart=True,
-        )
-        processes = processes or Processes(torch.device("cpu"))
-        task = NextItem.Config().build()
-        features = Features(config.input.features, catalogue, task, spec, processes)
-        super().__init__([config.table.build(spec, processes), *features.tables])
-        self.labels, self.task = labels, task
-        self.features, self.vocabularies = features, features.vocabularies
-        max_length = run.data.max_length
-        self.input = ItemInput(config.input, config.dim, max_length, False, config.table_std)
+        super().__init__(config, run, catalogue, processes)
+        self.interleaving = None
+        if config.actions == "interleaved":
+            self.interleaving = Interleaving(self.features, self.labels, config.context)
+        contexts = len(config.context) if self.interleaving else 0
+        places, rows = run.data.max_length, run.data.max_length
+        if self.interleaving is not None:
+            # the candidate has a place of its own; and each action two rows
+            places, rows = places + 1, contexts + 2 * places + 1
+        self.input = ItemInput(config.input, config.dim, places, False, config.table_std)
         self.history = HistoryLabels(len(self.labels.names), config.dim, config.table_std)
-        self.encoder = config.encoder.build(config.dim, max_length)
+        if contexts:
+            self.contexts = Contexts(contexts, config.dim, config.table_std)
+        self.encoder = config.encoder.build(config.dim, rows)
         check_causal(self.task, self.encoder, config.encoder.name, instead="")
-        self.head = Head(config.dim, config.hidden, len(self.labels.names), config.hidden_dropout)
+        self.head = Head(
+            config.dim, config.hidden, len(self.labels.names), config.hidden_dropout, config.interaction
+        )
         times = {"time"} if self.encoder.uses_times else set()
-        self.needs = frozenset({"item"} | times | self.labels.columns | features.needs)
+        self.needs = self.needs | times
         initialise(self, run.train.seed)
 
     @property
     def cuttable(self) -> bool:  # type: ignore[override]
-        return self.encoder.cuttable
+        return self.encoder.cuttable and self.interleaving is None
 
-    @property
-    def items(self):
-        """The table of items."""
-        return self.tables["items"]
+    # -- inputs and targets ------------------------------------------------------------------------------------------
 
-    # -- training -------------------------------------------------------------------------------------------------
-
-    def prepare(self, batch: SequenceBatch) -> SequenceBatch:
-        return self.features.prepare(batch)
-
-    def learn(self, batch: SequenceBatch, step: int) -> tuple[SequenceBatch, dict[str, Tensor]]:
-        return self.features.learn(batch, step)
-
-    def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Labelled:
-        sequence = self.features.of_inputs(self.prepare(batch), self.task.supervise(batch, key, dropout_key))
+    def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Labelled | Interleaved:
+        batch = self.prepare(batch)
+        if self.interleaving is not None:
+            return self.interleaving.supervise(batch, dropout_key)
+        sequence = self.features.of_inputs(batch, self.task.supervise(batch, key, dropout_key))
         source_T = sources(batch, sequence.layout)
         labels_AK = self.labels.of(batch.columns)
-        targets_S = source_T if sequence.queries_S is None else source_T[sequence.queries_S]
-        return Labelled(sequence, labels_AK[source_T], labels_AK[targets_S + 1])
+        targets_S = (source_T if sequence.queries_S is None else source_T[sequence.queries_S]) + 1
+        candidates = self.features.known_of(batch, targets_S, "items")
+        return Labelled(sequence, labels_AK[source_T], labels_AK[targets_S], candidates)
 
-    def wanted(self, parts: Sequence[Labelled], context: StepContext) -> dict[str, list[Tensor]]:
-        rows = [(part.sequence.tokens_T, part.targets_S) for part in parts]
-        of_features = self.features.wanted([part.sequence for part in parts])
-        return {"items": [tensor for pair in rows for tensor in pair], **of_features}
+    def asked(self, batch: SequenceBatch) -> Labelled | Interleaved:
+        batch = self.prepare(batch)
+        if self.interleaving is not None:
+            return self.interleaving.request(batch)
+        sequence = self.task.request(batch)
+        if (sequence.targets_S == UNKNOWN).any():
+            raise UserError("a ranking model judges given items, and a request has none: give its item")
+        sequence = self.features.of_inputs(batch, sequence)
+        history_TK = self.labels.of(batch.columns)[sources(batch, sequence.layout)]
+        candidates = self.features.known_of(batch, batch.offsets_B1[1:] - 1, "items")
+        return Labelled(sequence, history_TK, history_TK.new_empty(0), candidates)
 
-    def forward(self, part: Labelled, context: StepContext) -> Tensor:
-        logits_SK = self._logits(part, context)
-        known_SK = ~part.labels_SK.isnan()
-        labels_SK = part.labels_SK.masked_fill(~known_SK, 0).to(logits_SK.dtype)
-        losses_SK = F.binary_cross_entropy_with_logits(logits_SK, labels_SK, reduction="none")
-        return (losses_SK * known_SK).sum() / logits_SK.shape[1]
+    def rows_of(self, part: Labelled | Interleaved) -> dict[str, list[Tensor]]:
+        if isinstance(part, Interleaved):
+            return {"items": [part.items_A], **{name: [known.rows_V] for name, known in part.known.items()}}
+        found = {name: [known.rows_V] for name, known in part.sequence.features.items()}
+        for name, known in part.candidates.items():
+            found[name].append(known.rows_V)
+        return {"items": [part.sequence.tokens_T, part.targets_S], **found}
 
-    # -- evaluation: in evaluation mode, without gradients ----------------------------------------------------------
+    # -- what the network makes of them ------------------------------------------------------------------------------
 
-    def logits(self, batch: SequenceBatch) -> Tensor:
-        """(B, K) float32: for the last action of each sequence, whose item and time are looked at and whose labels are
-        not, the log-odds of each task's label."""
-        with evaluating(self):
-            sequence = self.task.request(batch)
-            if (sequence.targets_S == UNKNOWN).any():
-                raise UserError("a ranking model judges given items, and a request has none: give its item")
-            sequence = self.features.of_inputs(self.prepare(batch), sequence)
-            history_TK = self.labels.of(batch.columns)[sources(batch, sequence.layout)]
-            part = Labelled(sequence, history_TK, history_TK.new_empty(0))
-            context = StepContext(0)
-            return self._logits(part, replace(context, views=self.fetch(self.wanted([part], context))))
-
-    def _logits(self, part: Labelled, context: StepContext) -> Tensor:
-        sequence, items = part.sequence, context.views["items"]
-        layout = sequence.layout
+    def logits_of(self, part: Labelled | Interleaved, views: Mapping[str, View]) -> Tensor:
+        layout = part.layout if isinstance(part, Interleaved) else part.sequence.layout
         if self.encoder.uses_times and layout.key_times_T is None:
             raise UserError(
                 "the encoder uses the times of actions and this dataset has none: "
                 "set model.encoder.relative_time=false"
             )
-        x_TD = self.input(
+        if isinstance(part, Interleaved):
+            x_TD, items_AD, _ = self.interleaved(part, views)
+            queries_SD = self.encoder(x_TD, layout).index_select(0, part.queries_S)
+            candidates_SD = items_AD.index_select(0, part.targets_S_in_A)
+        else:
+            queries_SD = part.sequence.select(self.encoder(self.summed(part, views), layout))
+            candidates_SD = self.candidates(part.targets_S, part.candidates, views)
+        return self.head(queries_SD, candidates_SD, layout.dropout_key, layout.cut)
+
+    def scores(self, batch: SequenceBatch, candidates: Jagged, at_once: int = 256) -> Tensor:
+        """(C, K) float32 log-odds of many candidates of each sequence, ``at_once`` of a sequence at a time.
+
+        candidates: B lists of int64 item rows on the model's device.  A sequence's last action stands in their place:
+        it says when, and what else is known of the request; its item is not looked at.  The history is computed once;
+        what comes out is what :meth:`logits` gives for each candidate by itself, but for rounding."""
+        if self.interleaving is not None and not self.encoder.cuttable:
+            return super().scores(batch, candidates, at_once)  # rows meet elsewhere than in attention
+        with evaluating(self):
+            batch = self.prepare(batch.with_columns(item=batch.items_T.clamp_min(0)))
+            return self._scores(batch, candidates, at_once)
+
+    def _scores(self, batch: SequenceBatch, candidates: Jagged, at_once: int) -> Tensor:
+        owners_C = sequence_of_rows(candidates.offsets, len(candidates.values))
+        known = self.features.known_of_items(candidates.values)
+        history = self.interleaving.history(batch) if self.interleaving else self.asked(batch)
+        wanted = self.wanted([history], StepContext(0))
+        wanted["items"].append(candidates.values)
+        for name, one in known.items():
+            wanted[name].append(one.rows_V)
+        views = self.fetch(wanted)
+        answer = self._answering(history, batch, views)
+        found_CK = torch.empty(len(owners_C), len(self.labels.names), device=owners_C.device)
+        for chosen_C, counts in _rounds(candidates, owners_C, at_once):
+            part = {name: one.at(chosen_C) for name, one in known.items()}
+            vectors_CD = self.candidates(candidates.values[chosen_C], part, views)
+            queries_CD = answer(vectors_CD, owners_C[chosen_C], counts)
+            found_CK[chosen_C] = self.head(queries_CD, vectors_CD, 0).float()
+        return found_CK
+
+    def _answering(
+        self, history: Labelled | Interleaved, batch: SequenceBatch, views: Mapping[str, View]
+    ) -> Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]:
+        """(vectors (C, D) of candidates, whose they are (C,), how many of each sequence) -> their queries (C, D)."""
+        if isinstance(history, Labelled):
+            layout = history.sequence.layout
+            queries_BD = history.sequence.select(self.encoder(self.summed(history, views), layout))
+            return lambda vectors_CD, owners_C, counts: queries_BD[owners_C]
+        layout, last_B = history.layout, batch.offsets_B1[1:] - 1
+        memory = Memory(layout.offsets_B1, layout.lengths, layout.key_times_T)
+        x_TD, _, beside_AD = self.interleaved(history, views)
+        self.encoder(x_TD, replace(layout, memory=memory))
+        beside_BD = beside_AD[last_B]
+        times_B = None if batch.timestamps_T is None else batch.timestamps_T[last_B]
+
+        def answer(vectors_CD: Tensor, owners_C: Tensor, counts: tuple[int, ...]) -> Tensor:
+            where = memory.layout_of(counts, None if times_B is None else times_B[owners_C])
+            return self.encoder(vectors_CD + beside_BD[owners_C], where)
+
+        return answer
+
+    def candidates(self, items_S: Tensor, known: Mapping[str, Known], views: Mapping[str, View]) -> Tensor:
+        """(S, D) vectors of items, as large as where they are inputs."""
+        vectors_SD = views["items"].lookup(items_S)
+        of_items_SD = sum_of(known, views, items_S.shape[0])
+        return (vectors_SD if of_items_SD is None else vectors_SD + of_items_SD) * self.input.scale
+
+    def summed(self, part: Labelled, views: Mapping[str, View]) -> Tensor:
+        """The encoder's input (T, D), a row an action."""
+        sequence = part.sequence
+        return self.input(
             sequence.tokens_T,
-            layout,
-            items.lookup(sequence.tokens_T),
-            vectors(sequence, context.views),
+            sequence.layout,
+            views["items"].lookup(sequence.tokens_T),
+            vectors(sequence, views),
             self.history(part.history_TK),
         )
-        queries_SD = sequence.select(self.encoder(x_TD, layout))
-        candidates_SD = items.lookup(part.targets_S) * self.input.scale  # as large as where they are inputs
-        return self.head(queries_SD, candidates_SD, layout.dropout_key, layout.cut)
+
+    def interleaved(self, part: Interleaved, views: Mapping[str, View]) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's input (T, D); the vectors (A, D) of the items alone, and what is beside them in an item's
+        row."""
+        assert self.interleaving is not None
+        known, count = self.interleaving.by_kind(part), part.items_A.shape[0]
+        items_AD = self.candidates(part.items_A, known["items"], views)
+        beside_AD, done_AD = torch.zeros_like(items_AD), self.history(part.labels_AK)
+        if (asked_AD := sum_of(known["shown"], views, count)) is not None:
+            beside_AD = asked_AD * self.input.scale
+        if (after_AD := sum_of(known["done"], views, count)) is not None:
+            done_AD = done_AD + after_AD * self.input.scale
+        if self.input.positions is not None:
+            places_AD = F.embedding(part.places_A, self.input.positions)
+            beside_AD, done_AD = beside_AD + places_AD, done_AD + places_AD
+        rows = [items_AD + beside_AD, done_AD]
+        if known["context"]:
+            rows.append(self.contexts(known["context"], views, self.input.scale))
+        x_TD = torch.cat(rows).index_select(0, part.rows_T)
+        key = derive_key(part.layout.dropout_key, "input")
+        return self.input.dropout(x_TD, key), items_AD, beside_AD
+
+
+def _rounds(candidates: Jagged, owners_C: Tensor, at_once: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Which candidates are scored together, ascending, and how many of each sequence."""
+    counts = candidates.offsets.diff()
+    within_C = torch.arange(len(owners_C), device=owners_C.device) - candidates.offsets[owners_C]
+    for first in range(0, int(counts.max()) if len(counts) else 0, at_once):
+        chosen_C = ((within_C >= first) & (within_C < first + at_once)).nonzero().squeeze(1)
+        yield chosen_C, tuple((counts - first).clamp(0, at_once).tolist())
 
 
 class HistoryLabels(nn.Module):
@@ -223,12 +309,33 @@ class HistoryLabels(nn.Module):
         return which_TC @ self.weight
 
 
-class Head(nn.Module):
-    """Logits of (query, candidate) pairs: an MLP of [h, e, h * e]; float32 whatever the encoder computes in."""
+class Contexts(nn.Module):
+    """Rows in front of a user's actions: a feature of the user each, and a vector of the row's own."""
 
-    def __init__(self, dim: int, hidden: Sequence[int], tasks: int, dropout: float) -> None:
+    def __init__(self, rows: int, dim: int, std: float) -> None:
         super().__init__()
-        widths = [3 * dim, *hidden]
+        self.weight = nn.Parameter(torch.empty(rows, dim))
+        self.std = std
+
+    def initialisers(self) -> dict[str, init.Initialiser]:
+        return {"weight": init.normal(self.std)}
+
+    def forward(self, features: Mapping[str, Known], views: Mapping[str, View], scale: float) -> Tensor:
+        """(B * C, D): of each sequence its C rows."""
+        found = [vectors_of(known, views[name]) * scale for name, known in features.items()]
+        return (torch.stack(found, dim=1) + self.weight).flatten(0, 1)
+
+
+class Head(nn.Module):
+    """Logits of (query, candidate) pairs: an MLP of [h, e, h * e], or of h * e alone; float32 whatever the encoder
+    computes in."""
+
+    def __init__(
+        self, dim: int, hidden: Sequence[int], tasks: int, dropout: float, interaction: str = "all"
+    ) -> None:
+        super().__init__()
+        self.interaction = interaction
+        widths = [(3 if interaction == "all" else 1) * dim, *hidden]
         self.layers = nn.ModuleList(Linear(i, o, init.xavier_uniform) for i, o in zip(widths, widths[1:]))
         self.out = Linear(widths[-1], tasks, init.xavier_uniform)
         self.dropout = Dropout(dropout)
@@ -239,7 +346,9 @@ class Head(nn.Module):
         """(S, D), (S, D) -> (S, K)."""
         with torch.autocast(queries_SD.device.type, enabled=False):
             h_SD = queries_SD if queries_SD.dtype == torch.float64 else queries_SD.float()
-            x = torch.cat([h_SD, candidates_SD, h_SD * candidates_SD], dim=1)
+            x = h_SD * candidates_SD
+            if self.interaction == "all":
+                x = torch.cat([h_SD, candidates_SD, x], dim=1)
             for number, layer in enumerate(self.layers):
                 x = self.dropout(F.relu(layer(x)), derive_key(dropout_key, "head", number), cut)
             return self.out(x)

@@ -41,6 +41,10 @@ class Known:
         """All rows that are looked at."""
         return self.rows_F.values if isinstance(self.rows_F, Jagged) else self.rows_F
 
+    def at(self, places_N: Tensor) -> Known:
+        """What is known at these of all rows."""
+        return Known(taken(self.rows_F, places_N), None, self.pooling)
+
     def part_of(self, cut: Cut) -> Known:
         """What is known at the rows of a cut."""
         if self.places_F is None:

@@ -82,3 +82,40 @@ def test_two_processes_measure_what_one_does(folder):
     row = alone["hstu"]
     assert {"auc/like", "cold_targets", "repeated_targets", "tied_targets", "notes", "buckets"} <= row.keys()
     assert 0 < row["repeated_targets"] < 1 and 0.3 < row["tied_targets"] < 0.7
+
+
+def spread_times(users=200):
+    """Of make_dataset's users: the actions of all of them between 0 and 29,000, no two of a user at once."""
+    lengths = np.random.default_rng(0).integers(1, 30, users)
+    return np.concatenate([np.arange(n) * (29_000 // n) + user % 7 for user, n in enumerate(lengths)])
+
+
+SPLIT = "data.split={name: global_time, train_from: 2000, valid_from: 20000, test_from: 24000, held_out: all}"
+SEQUENCES = {
+    "interleaved": ["model.actions=interleaved", "model.interaction=product"],
+    "din": [
+        "model={name: din, dim: 16, tasks: {like: {column: value, at_least: 4}}, attention: [8], hidden: [8]}"
+    ],
+}
+
+
+def test_models_over_sequences_train_alike_on_any_number_of_processes_and_are_measured_to_the_bit(folder):
+    make_dataset(folder / "spread", time=spread_times())
+    own = [f"data.path={folder / 'spread'}", SPLIT]
+    for processes in (1, 2, 4):
+        run(folder, processes, **{f"{name}{processes}": [*own, *keys] for name, keys in SEQUENCES.items()})
+    for name in SEQUENCES:
+        rows, baselines, tensors = trained(folder, f"{name}1")
+        for processes in (2, 4):
+            other_rows, other_baselines, other = trained(folder, f"{name}{processes}")
+            assert other_baselines == baselines, "not the same bits"
+            assert [r["targets"] for r in other_rows] == [r["targets"] for r in rows]
+            losses = [[r["loss"] for r in found] for found in (other_rows, rows)]
+            np.testing.assert_allclose(*losses, rtol=of_losses(len(rows), TERMS), err_msg=name)
+            for key, tensor in tensors.items():
+                atol = of_weights(len(rows), sgd(RATE), TERMS)
+                np.testing.assert_allclose(other[key], tensor, atol=atol, rtol=0, err_msg=f"{name} {key}")
+    (_, alone), (_, both) = (evaluated(folder, "interleaved1", processes) for processes in (1, 2))
+    assert alone == both, "not the same bits"
+    assert {"gauc/like", "gauc_mean/like", "gauc_users/like", "one_class_users/like"} <= alone["hstu"].keys()
+    assert alone["hstu"]["users"] > 2 * alone["hstu"]["gauc_users/like"] > 20

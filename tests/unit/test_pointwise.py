@@ -15,9 +15,11 @@ from gr.data.columns import ColumnInfo
 from gr.errors import UserError
 from gr.eval.baselines import Prior
 from gr.eval.evaluator import evaluate
-from gr.eval.pointwise import LARGEST_LOSS, WIDTH, PointwiseMetrics
+from gr.eval.pairs import by_user, ordered
+from gr.eval.pointwise import LARGEST_LOSS, PointwiseMetrics
 from gr.eval.tables import buckets_tables, results_table
 from gr.labels import Labels, LabelTask
+from gr.processes import Axis
 from tests.precision import UNIT, growth
 
 COLUMNS = [ColumnInfo("item", "int32"), ColumnInfo("value", "float32")]
@@ -110,9 +112,7 @@ def test_metrics_agree_with_counting_every_pair(seed, scale):
     known = ~np.isnan(values)
     for task, (name, least) in enumerate((("like", 4), ("love", 5))):
         labels, own = (values[known] >= least).astype(float), logits[known, task]
-        cells = np.floor(own.astype(np.float64) / WIDTH).clip(-(2**15), 2**15 - 1)
-        shared = (cells[labels == 1][:, None] == cells[labels == 0][None]).mean() / 2
-        assert abs(result[f"auc/{name}"] - brute_auc(own, labels)) <= shared + AREA
+        assert abs(result[f"auc/{name}"] - brute_auc(own, labels)) <= AREA
         loss, entropy, off = brute_loss(own, labels), brute_entropy(labels), 2.0**-25 + rounding(own)
         assert result[f"log_loss/{name}"] == pytest.approx(loss, abs=off)
         # an entropy's terms are of one sign: a few roundings of itself
@@ -121,25 +121,49 @@ def test_metrics_agree_with_counting_every_pair(seed, scale):
         assert result[f"base_rate/{name}"] == labels.mean() and result[f"labels/{name}"] == known.sum()
 
 
-def test_auc_is_exact_on_logits_that_are_far_apart_and_says_how_exact():
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e4])
+def test_auc_is_that_of_scikit_learn(scale):
+    roc_auc_score = pytest.importorskip("sklearn.metrics").roc_auc_score
     rng = np.random.default_rng(5)
-    values = rng.integers(3, 6, 500).astype(np.float32)
-    logits = (rng.integers(-300, 300, (500, 2)) / 32).astype(np.float32)
-    family = measured(logits, values, np.ones(500, int))
+    values = rng.integers(3, 6, 3000).astype(np.float32)
+    logits = (rng.normal(0, scale, (3000, 2)) + scale * values[:, None]).astype(np.float32)
+    logits[rng.random(3000) < 0.3] = np.float32(scale)
+    result = measured(logits, values, np.ones(3000, int)).result()
     for task, (name, least) in enumerate((("like", 4), ("love", 5))):
-        assert family.result()[f"auc/{name}"] == pytest.approx(
-            brute_auc(logits[:, task], values >= least), abs=AREA
-        )
-    shared = [
-        (logits[values >= least, task][:, None] == logits[values < least, task][None]).mean() / 2
-        for task, least in ((0, 4), (1, 5))
-    ]
-    assert family.heading == f"labels of the last action, AUC exact to {max(shared):.0e}"
+        assert abs(result[f"auc/{name}"] - roc_auc_score(values >= least, logits[:, task])) < 1e-12
 
 
-def test_logits_on_both_sides_of_zero_share_no_bin():
-    logits = np.array([[-1, -1], [1, 1]], np.float32) * (WIDTH / 4)
-    assert measured(logits, [1, 5], [1, 1]).result()["auc/like"] == 1.0
+def test_places_of_numbers_are_in_their_order():
+    x = torch.tensor([-torch.inf, -3e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, 3e38, torch.inf])
+    places = ordered(x).tolist()
+    assert places == sorted(places) and places[4] == places[5] and len(set(places)) == 9
+    assert min(places) >= 0 and max(places) < 2**32
+
+
+def test_gauc_is_the_mean_of_the_users_own_areas_and_counts_the_others():
+    rng = np.random.default_rng(7)
+    users, labels = rng.integers(0, 60, 500), rng.random(500) < 0.3
+    logits = (rng.integers(-8, 8, 500) / 4).astype(np.float32)  # many ties
+    areas, sizes = [], []
+    for user in np.unique(users):
+        own = users == user
+        if 0 < labels[own].sum() < own.sum():
+            areas.append(brute_auc(logits[own], labels[own]))
+            sizes.append(own.sum())
+    found = by_user(torch.tensor(users), ordered(torch.tensor(logits)), torch.tensor(labels), Axis())
+    assert abs(found.area - np.mean(areas)) < 1e-12
+    assert abs(found.weighted - np.average(areas, weights=sizes)) < 1e-12
+    assert found.users == len(areas) > 40 and found.users + found.one_class == len(np.unique(users))
+    nobody = torch.empty(0, dtype=torch.int64)
+    assert by_user(nobody, nobody, nobody.bool(), Axis()).weighted is None
+
+
+def test_calibration_is_what_is_expected_over_what_came():
+    logits, values, lengths = case(8)
+    result, known = measured(logits, values, lengths).result(), ~np.isnan(values)
+    expected = 1 / (1 + np.exp(-logits[known, 0].astype(np.float64)))
+    want = expected.sum() / (values[known] >= 4).sum()
+    assert result["calibration/like"] == pytest.approx(want, rel=2.0**-30)
 
 
 def test_sums_depend_on_no_order():
@@ -198,7 +222,7 @@ def test_a_logit_that_is_no_number_is_one_sentence(bad):
 def test_enormous_logits_overflow_nothing():
     logits = np.array([[3e38, 0], [-3e38, 0], [1e6, 0]])
     result = measured(logits, [5, 1, 1], [1, 1, 1]).result()
-    assert result["auc/like"] == 0.75  # both large ones share the last bin
+    assert result["auc/like"] == 1.0
     assert result["log_loss/like"] == LARGEST_LOSS / 3
 
 

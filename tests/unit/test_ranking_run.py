@@ -100,8 +100,9 @@ def test_it_learns_what_the_prior_does_not_know(trained):
 
 def test_an_epoch_is_chosen_by_auc_of_the_first_task_unless_told_otherwise(trained, config):
     assert metric_names(config()) == [
-        *("auc/like", "ne/like", "log_loss/like"),
-        *("auc/bought", "ne/bought", "log_loss/bought"),
+        f"{kind}/{task}"
+        for task in ("like", "bought")
+        for kind in ("auc", "ne", "log_loss", "gauc", "gauc_mean")
     ]
     assert selection_metric(config()) == trained.selection == "auc/like"
     assert selection_metric(config("train.early_stopping={patience: 2}")) == "auc/like"
@@ -116,6 +117,34 @@ def test_early_stopping_knows_that_a_lower_ne_is_better(config):
     values = [r["ne/bought"] for r in rows_of(result, "eval", "valid")]
     assert result.finished and len(values) < 60
     assert min(values) == values[-3] and min(values[:-3], default=9) > values[-3]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.actions=interleaved"],
+        [
+            "model={name: din, dim: 8, tasks: {like: {column: value, at_least: 4}}, attention: [4], hidden: [4]}"
+        ],
+    ],
+    ids=["interleaved", "din"],
+)
+def test_models_over_sequences_go_on_to_the_same_rows(config, tmp_path, overrides):
+    short = [
+        *overrides,
+        "train.epochs=1",
+        "train.global_batch=64",
+        "checkpoint.every_steps=1",
+        "eval.baselines=[]",
+    ]
+    whole = job.run(config(f"run.dir={tmp_path}/whole", *short))
+
+    def on_step(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = job.run(config(*short), on_step=on_step)
+    assert not stopped.finished
+    assert job.resume(stopped.path).metrics == whole.metrics
 
 
 def test_a_stopped_run_goes_on_to_the_same_rows_and_a_mapped_table_to_the_same_losses(config, tmp_path):

@@ -1,4 +1,4 @@
-"""What is known of the items: files read, ids checked, joined to the numbered items."""
+"""What is known of the items, and of the users: files read, ids checked, joined to the numbered items."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from gr.data.making.convert import MISSING, plain, to_ids
 from gr.data.making.csv_files import csv_columns, read_csv
 from gr.data.making.files import find_files, require_column
-from gr.data.making.schema import CatalogueSchema
+from gr.data.making.schema import CatalogueSchema, UsersSchema
 from gr.errors import UserError
 
 RESERVED = ("item_id", "count")
@@ -21,13 +21,29 @@ def read_catalogue(
 ) -> pa.Table:
     """``item_id`` (int64 or string, distinct) and the described columns (CSV: text).  ``note`` is told of files in a
     folder that are left out."""
+    return _read(schema, "catalogue", schema.item, integer_ids, note)
+
+
+def read_users(schema: UsersSchema, integer_ids: bool, note: Callable[[str], None] | None = None) -> pa.Table:
+    """``user_id`` (int64 or string, distinct) and the described columns, likewise."""
+    table = _read(schema, "users", schema.user, integer_ids, note)
+    return table.rename_columns(["user_id", *table.column_names[1:]])
+
+
+def _read(
+    schema: CatalogueSchema | UsersSchema,
+    key: str,
+    id_column: str,
+    integer_ids: bool,
+    note: Callable[[str], None] | None,
+) -> pa.Table:
     parts = []
-    for file in find_files(schema.path, schema.format, key="catalogue.format", note=note):
+    for file in find_files(schema.path, schema.format, key=f"{key}.format", note=note):
         if file.format == "parquet":
             names = file.parquet().schema_arrow.names
         else:
             names = csv_columns(file, schema.csv)
-        wanted = list(dict.fromkeys([schema.item, *(schema.columns or names)]))
+        wanted = list(dict.fromkeys([id_column, *(schema.columns or names)]))
         for column in wanted:
             require_column(file.name, column, names)
         if file.format == "parquet":
@@ -37,14 +53,14 @@ def read_catalogue(
             batches = list(stream.batches)
             if stream.malformed:
                 record, text, problem = stream.malformed[0]
-                raise UserError(f"'{file.name}', record {record}: {text!r} {problem}; correct the catalogue")
+                raise UserError(f"'{file.name}', record {record}: {text!r} {problem}; correct the file")
             table = pa.table(
                 {c: pa.chunked_array([b.column(c) for b in batches], pa.binary()) for c in wanted}
             )
-            table = _as_text(table, file.name)
-        parts.append(catalogue_table(table, schema.item, integer_ids, file.name))
+            table = _as_text(table, file.name, key)
+        parts.append(catalogue_table(table, id_column, integer_ids, file.name))
     table = pa.concat_tables(parts, promote_options="default")
-    _check_distinct(table, schema.path)
+    _check_distinct(table, schema.path, {"catalogue": "item", "users": "user"}[key])
     return table
 
 
@@ -80,18 +96,18 @@ def join(ids: pa.Array, counts: pa.Array, described: pa.Table | None) -> tuple[p
     return pa.table(columns), at.null_count
 
 
-def _as_text(table: pa.Table, name: str) -> pa.Table:
+def _as_text(table: pa.Table, name: str, key: str) -> pa.Table:
     try:
         return table.cast(pa.schema([(c, pa.string()) for c in table.column_names]))
     except pa.ArrowInvalid:
-        raise UserError(f"'{name}' is not UTF-8: set catalogue.csv.encoding, for example latin-1") from None
+        raise UserError(f"'{name}' is not UTF-8: set {key}.csv.encoding, for example latin-1") from None
 
 
-def _check_distinct(table: pa.Table, name: str) -> None:
+def _check_distinct(table: pa.Table, name: str, what: str) -> None:
     ids = table["item_id"]
     if len(ids.unique()) < len(ids):
         counted = ids.value_counts()
         twice = counted.filter(pc.greater(counted.field("counts"), 1))
         raise UserError(
-            f"'{name}' lists item {twice[0]['values'].as_py()!r} more than once: leave one row of it"
+            f"'{name}' lists {what} {twice[0]['values'].as_py()!r} more than once: leave one row of it"
         )

@@ -26,11 +26,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 import gr
 from gr.data.blocks import Written
 from gr.data.cluster import joined
-from gr.data.columns import ColumnInfo
+from gr.data.columns import ColumnInfo, checksum
 from gr.data.dataset import BLOCK_ROWS, DatasetWriter
 from gr.data.folder import Folder
 from gr.data.hashing import derive
@@ -278,6 +279,12 @@ def _digest(value: Any) -> str:
         if isinstance(value, np.ndarray):
             digest.update(f"{value.dtype}{value.shape}".encode())
             digest.update(np.ascontiguousarray(value).data)
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                digest.update(f"{key}:".encode())
+                add(part)
+        elif isinstance(value, pa.Array):
+            digest.update(f"{value.type}{len(value)}{checksum(value)}".encode())
         elif is_dataclass(value):
             for entry in fields(value):
                 add(getattr(value, entry.name))

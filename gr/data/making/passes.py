@@ -18,6 +18,7 @@ from gr.data.making import huge
 from gr.data.making.partitions import Grouped, Store, duplicates, group, grouped_before
 from gr.data.making.schema import Filter, Preparation
 from gr.data.making.stages import Counts
+from gr.data.making.user_fields import UserFields
 from gr.data.sequences import Sequences
 
 
@@ -148,12 +149,13 @@ class Counting(Pass):
 @dataclass(frozen=True, kw_only=True)
 class Writing(Pass):
     """Makes the sequences.  rows_C: item code -> row, -1 for one that is left out.  types: code of an action type ->
-    position among their names.  catalogue: I."""
+    position among their names.  catalogue: I.  of_users: what else is known of users."""
 
     rows_C: np.ndarray
     types: np.ndarray
     catalogue: int
     ticks_per_second: int
+    of_users: UserFields | None = None
 
     def __call__(self, store: Store, partition: int, found: Found) -> Sequences | None:
         grouped = self.opened(store, partition, found)
@@ -174,13 +176,14 @@ class Writing(Pass):
         columns = {name.removeprefix("field."): _numpy(column) for name, column in grouped.columns.items()}
         times, types = columns.pop("time", None), columns.pop("action_type", None)
         columns["item"] = items_A
-        return Sequences.of(
+        rows = Sequences.of(
             _numpy(grouped.users_R),
             grouped.offsets_R1,
             time=None if times is None else times // self.ticks_per_second,
             type=None if types is None else self.types[types],
             **columns,
         )
+        return rows if self.of_users is None else rows.with_users(**self.of_users.of(grouped.users_R))
 
 
 def _numpy(column: pa.Array) -> np.ndarray:

@@ -38,11 +38,13 @@ from gr.data.making.partitions import row_bytes
 from gr.data.making.passes import Counting, Found, Sorting, Writing
 from gr.data.making.schema import Preparation
 from gr.data.making.stages import Counts, StageCount
+from gr.data.making.user_fields import UserFields
 from gr.errors import UserError
 from gr.progress import Progress
 
 Described = Callable[[bool], pa.Table]
-"""integer_ids -> the items that a catalogue describes: ``item_id`` (int64 or string) and further columns."""
+"""integer_ids -> the items that a catalogue describes: ``item_id`` (int64 or string) and further columns; or likewise
+users: ``user_id``."""
 
 
 def prepare(
@@ -52,12 +54,13 @@ def prepare(
     options: Preparation,
     *,
     described: Described | None = None,
+    described_users: Described | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     provenance: dict[str, Any] | None = None,
     engine: Engine = IN_PROCESS,
 ) -> SequenceDataset:
-    """Write the sequence dataset ``out``.
+    """Write the sequence dataset ``out``.  described: of the items; described_users: of the users, each of the log's.
 
     The manifest's provenance carries ``stages``, the counts left by each stage, and ``quarantined``, the reasons.
     Raises UserError: bad rows (policy ``fail``), nothing left, ``out`` exists, a full disk.
@@ -67,7 +70,11 @@ def prepare(
     check_output(out, overwrite)
     with saying_no_space(out), executor(engine, actions, out, options, progress) as work:
         writer = DatasetWriter(out, name, overwrite=overwrite, scratch=work.dataset)
-        return Work(work, actions, out, options, described, progress, writer).done(provenance or {})
+        todo = Work(work, actions, out, options, described, progress, writer)
+        if described_users is not None:
+            integer = pa.types.is_integer(actions.table_schema.field("user").type)
+            todo.of_users = UserFields.of_table(described_users(integer), actions.table_schema.names)
+        return todo.done(provenance or {})
 
 
 def check_options(actions: Actions, options: Preparation, described: Described | None) -> None:
@@ -110,6 +117,7 @@ class Work:
         self.alive_C: np.ndarray | None = None
         self.counts = Counts()
         self.capped_users = self.capped_actions = 0
+        self.of_users: UserFields | None = None
 
     def done(self, provenance: dict[str, Any]) -> SequenceDataset:
         """The dataset, or a UserError and nothing written."""
@@ -235,6 +243,7 @@ class Work:
             types=types,
             catalogue=items,
             ticks_per_second=self.actions.ticks_per_second,
+            of_users=self.of_users,
         )
         found = self.executor.write(step, Found.nothing(items), self.writer)
         self.take(found)

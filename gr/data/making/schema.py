@@ -115,6 +115,16 @@ class CatalogueSchema(Section):
     csv: Csv = Csv()
 
 
+class UsersSchema(Section):
+    """Where the users are described: as a catalogue does it of items, with a row for each user of the log."""
+
+    path: str
+    user: str
+    columns: list[str] | None = None
+    format: Literal["auto", "parquet", "csv"] = "auto"
+    csv: Csv = Csv()
+
+
 class LogSchema(Section):
     """What the log looks like.
 
@@ -138,6 +148,7 @@ class LogSchema(Section):
     format: Literal["auto", "parquet", "csv"] = "auto"
     csv: Csv = Csv()
     catalogue: CatalogueSchema | None = None
+    users: UsersSchema | None = None
 
 
 class Filter(Section):

@@ -57,7 +57,7 @@ def reproduce(
             if source is not None:
                 print(f"'{path}' is there: '{source}' is not prepared again", flush=True)
         else:
-            _prepare(dataset, options, source, path)
+            _prepare(table, options, source, path)
 
     trained_rows = [table.under(protocol, row) for protocol in paths for row in chosen]
     runs = [
@@ -117,7 +117,7 @@ def _check_evaluates(table: PublishedTable, row: Row, config: RunConfig) -> None
     """Refuse overrides that leave a column of the table without its figure, before anything is trained."""
     measured = metric_names(config)
     if missing := [column for column in table.columns if column not in measured]:
-        mend = f"add its k to eval.ks={config.eval.ks}" if "@" in missing[0] else "leave model.tasks as it is"
+        mend = f"add its k to eval.ks={config.eval.ks}" if "@" in missing[0] else "measure its task too"
         raise UserError(f"the table of '{table.dataset}' shows {missing[0]}: {mend}")
     for split in ["test", "valid"] if row.valid else ["test"]:
         if split not in config.eval.splits:
@@ -135,11 +135,12 @@ def _check_options(dataset: str, options: Mapping[str, Any], path: str) -> None:
             )
 
 
-def _prepare(dataset: str, options: Mapping[str, Any], source: str | None, path: str) -> None:
-    command = [sys.executable, "-m", "gr.programs.prepare", dataset, "--out", path]
+def _prepare(table: PublishedTable, options: Mapping[str, Any], source: str | None, path: str) -> None:
+    name = table.prepares or table.dataset
+    command = [sys.executable, "-m", "gr.programs.prepare", name, "--out", path]
     if source is not None:
         command += ["--source", source]
     for key, value in options.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
     if exit_status(command):
-        raise UserError(f"preparing '{dataset}' failed (see above): give its raw files with --source")
+        raise UserError(f"preparing '{name}' failed (see above): give its raw files with --source")

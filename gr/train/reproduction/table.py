@@ -31,11 +31,13 @@ class Row(Section):
 
 
 class PublishedTable(Section):
-    """``options``: of a generated dataset.  ``oracle``: also print each row's share of the oracle's metric.
+    """``dataset``: the folder's name.  ``prepares``: what gr prepare calls its data, where that is another name.
+    ``options``: of a generated dataset.  ``oracle``: also print each row's share of the oracle's metric.
     ``protocols``: by name, options of the datasets on each of which all rows are trained; ``published_under``: the one
     whose figures are compared with the published ones."""
 
     dataset: str
+    prepares: str | None = None
     columns: list[str]
     rows: list[Row]
     options: dict[str, Any] = {}
@@ -104,14 +106,16 @@ def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
         for label, rows in (("last epoch", result.last), (chosen, result.chosen)):
             if rows:
                 epochs = "/".join(str(r["epoch"] + 1) for r in rows)
-                view.add_row(f"  {label} ({epochs})", *(_spread([r[c] for r in rows]) for c in table.columns))
+                view.add_row(
+                    f"  {label} ({epochs})", *(_spread([r[c] for r in rows if c in r]) for c in table.columns)
+                )
         if table.oracle:
             oracle = result.baselines["oracle"]
             shares = [statistics.mean(r[c] for r in result.last) / oracle[c] for c in table.columns]
             view.add_row("  share of the oracle", *(f"{s:.1%}" for s in shares))
         view.add_section()
     for name, row in (measured[0].baselines if measured else {}).items():
-        view.add_row(name, *(_number(row[c]) for c in table.columns))
+        view.add_row(name, *(_number(row.get(c)) for c in table.columns))
     console = Console()
     console.print(view)
     for result in measured:
@@ -158,5 +162,7 @@ def _number(value: float | None) -> str:
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
     mean = statistics.mean(values)
     return f"{mean:.4f}" + (f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else "")

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from gr.data.dataset import SequenceDataset
 from gr.data.making.append import append, check_appendable
-from gr.data.making.described import read_catalogue
+from gr.data.making.described import read_catalogue, read_users
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.executor import name_of
 from gr.data.making.log import LogReader
@@ -58,6 +58,7 @@ class ActionLog(Source):
             name_of(out),
             options,
             described=self._described(progress),
+            described_users=self._described_users(progress),
             overwrite=overwrite,
             progress=progress,
             provenance={"source": source, "options": options.model_dump(mode="json")},
@@ -102,6 +103,12 @@ class ActionLog(Source):
         if catalogue is None:
             return None
         return lambda integer: read_catalogue(catalogue, integer, progress.note)
+
+    def _described_users(self, progress: Progress) -> Described | None:
+        users = self.options.users
+        if users is None:
+            return None
+        return lambda integer: read_users(users, integer, progress.note)
 
 
 def _of_types(options: Any, dataset: SequenceDataset) -> Any:

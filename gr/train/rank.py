@@ -1,0 +1,279 @@
+"""Scores of given candidates by a trained ranking model, streamed from Parquet into Parquet.
+
+Shapes: R requests, C candidates of all of them, K tasks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from gr.batch import Jagged
+from gr.data.collate import collate
+from gr.data.dataset import SequenceDataset
+from gr.data.requests import FoundUsers, as_id, find_users
+from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
+from gr.data.stores import first_line
+from gr.errors import UserError
+from gr.models.pointwise import Pointwise
+from gr.train.recommend import parquet_rows
+from gr.train.runs import OpenRun
+
+REQUESTS = 1024
+"""Requests that are read at a time."""
+ACTIONS, CANDIDATES = 1 << 14, 1 << 15
+"""Actions of histories, and candidates, that are computed at a time; a request with more candidates is cut."""
+Policy = Literal["refuse", "null"]
+
+
+@dataclass
+class Ranked:
+    """What was done.  ``without_history``: requests of users without an action before them; ``unknown_users``: requests
+    of users, ``unknown_items``: candidates that the dataset doesn't have, whose scores are null."""
+
+    requests: int = 0
+    candidates: int = 0
+    without_history: int = 0
+    unknown_users: int = 0
+    unknown_items: int = 0
+
+
+def rank(
+    run: OpenRun,
+    asked: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    unknown: Policy = "refuse",
+    at_once: int = 256,
+    advance: Callable[[int], None] = lambda requests: None,
+) -> Ranked:
+    """Write to ``out`` the probability of each task's label for every candidate of every request.
+
+    asked: Parquet with a row a request: ``user_id``, ``item_ids`` (a list of raw ids), perhaps ``time`` (seconds; what
+    the user did before it is known, and without it all that the user did, at the time of the last of it), and each
+    column that the model knows of a request (of_request).  Columns of ``out``: those, and of each task a list of
+    float32, in the order of item_ids.  unknown: what to do about users and items that the dataset doesn't
+    have.  at_once: candidates of a request that are computed together.  Memory: 1024 requests with their lists, and
+    what is computed at a time."""
+    model = ranking(run)
+    source, names = _opened(asked, model, run.data.dataset)
+    done = Ranked()
+    with parquet_rows(out) as write, torch.no_grad():
+        for batch in source.iter_batches(REQUESTS, columns=names):
+            table = pa.Table.from_batches([batch])
+            write(_scored(run, model, table, str(asked), unknown, at_once, done))
+            advance(table.num_rows)
+        if not done.requests:
+            raise UserError(f"'{asked}' has no request: nothing is written to '{out}'")
+    return done
+
+
+def ranking(run: OpenRun) -> Pointwise:
+    """The run's model, if it judges given items."""
+    if not isinstance(run.model, Pointwise):
+        raise UserError(
+            f"run '{run.folder.path}' trained a model '{run.config.model.name}', which ranks the catalogue: "
+            "use gr recommend, or a run whose model is ranking, din or dlrm"
+        )
+    return run.model
+
+
+def check_requests(run: OpenRun, asked: str | os.PathLike) -> None:
+    """Refuse a file of requests that the run's model can't answer, before anything is computed."""
+    _opened(asked, ranking(run), run.data.dataset)
+
+
+def _opened(
+    asked: str | os.PathLike, model: Pointwise, dataset: SequenceDataset
+) -> tuple[pq.ParquetFile, list[str]]:
+    """The file of requests, and its columns to read."""
+    file = Path(asked)
+    if not file.is_file():
+        raise UserError(f"there is no file '{file}' with requests: give Parquet with user_id and item_ids")
+    try:
+        source = pq.ParquetFile(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"'{file}' cannot be read as Parquet ({first_line(error)}): write the requests again"
+        ) from None
+    there = source.schema_arrow.names
+    extra = model.features.columns_of_requests
+    for name in [USER_ID, "item_ids", *extra]:
+        if name not in there:
+            known = f"the run's model knows '{name}' of a request" if name in extra else "a request needs it"
+            raise UserError(
+                f"'{file}' has no column '{name}' (it has {', '.join(there)}), and {known}: add it"
+            )
+    kind = source.schema_arrow.field("item_ids").type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise UserError(f"column item_ids of '{file}' is of type {kind}: give a list of candidates a request")
+    if TIME in there and not dataset.has_timestamps:
+        raise UserError(f"'{file}' has a column time, and the run's dataset has no times: leave it out")
+    if TIME in there and not pa.types.is_integer(source.schema_arrow.field(TIME).type):
+        raise UserError(f"column time of '{file}' holds no integers: give seconds since 1970")
+    return source, [USER_ID, "item_ids", *([TIME] if TIME in there else []), *extra]
+
+
+def _scored(
+    run: OpenRun, model: Pointwise, table: pa.Table, name: str, unknown: Policy, at_once: int, done: Ranked
+) -> pa.Table:
+    """The table with scores beside its requests."""
+    dataset = run.data.dataset
+    rows, place_R = _histories(dataset, table, name, model.needs, unknown)
+    lists = table["item_ids"].combine_chunks()
+    counts_R = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    items_C = _item_rows(lists.flatten(), run, name, unknown)
+    owners_C = np.repeat(np.arange(len(counts_R)), counts_R)
+    known_C = (items_C >= 0) & (place_R[owners_C] >= 0)
+    done.requests += len(counts_R)
+    done.candidates += len(items_C)
+    done.unknown_users += int((place_R < 0).sum())
+    done.unknown_items += int((items_C < 0).sum())
+    scores_CK = np.zeros((len(items_C), len(model.labels.names)), np.float32)
+    if known_C.any():
+        asking = _requests(rows, place_R, table, name, run.config.data.max_length)
+        done.without_history += int(((asking.lengths_R <= 1) & (place_R >= 0)).sum())
+        kept_R = np.bincount(owners_C[known_C], minlength=len(counts_R))
+        starts_R = np.cumsum(kept_R) - kept_R
+        places_C = np.flatnonzero(known_C)
+        for requests, first, stop in _cut(asking.lengths_R, kept_R):
+            # of one request some of its candidates, or several requests with all of theirs
+            own = places_C[starts_R[requests.start] + first : starts_R[requests.stop - 1] + stop]
+            one = requests.stop - requests.start == 1
+            counts = np.array([stop - first]) if one else kept_R[requests]
+            batch = collate(asking.slice(requests.start, requests.stop), model.needs).to(model.device)
+            offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+            candidates = Jagged(offsets, torch.from_numpy(items_C[own])).to(model.device)
+            scores_CK[own] = model.scores(batch, candidates, at_once).sigmoid().float().cpu().numpy()
+    if not np.isfinite(scores_CK).all():
+        raise UserError("the model gives probabilities that are no numbers: choose an earlier --checkpoint")
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts_R)]).astype(np.int32))
+    for task, label in enumerate(model.labels.names):
+        values = pa.array(np.ascontiguousarray(scores_CK[:, task]), mask=~known_C)
+        table = table.append_column(label, pa.ListArray.from_arrays(offsets, values))
+    return table
+
+
+def _cut(lengths_R: np.ndarray, counts_R: np.ndarray) -> Iterator[tuple[slice, int, int]]:
+    """(requests, from which candidate of the first, to which of the last) that are computed together."""
+    start = actions = candidates = 0
+    for request, (length, count) in enumerate(zip(lengths_R.tolist(), counts_R.tolist(), strict=True)):
+        full = actions + length > ACTIONS or candidates + count > CANDIDATES
+        if request > start and full:
+            yield slice(start, request), 0, int(counts_R[request - 1])
+            start, actions, candidates = request, 0, 0
+        if count > CANDIDATES:
+            for first in range(0, count, CANDIDATES):
+                yield slice(request, request + 1), first, min(first + CANDIDATES, count)
+            start, actions, candidates = request + 1, 0, 0
+            continue
+        actions, candidates = actions + length, candidates + count
+    if start < len(lengths_R):
+        yield slice(start, len(lengths_R)), 0, int(counts_R[-1])
+
+
+@dataclass
+class _Found:
+    """Rows of users, and where each id is among them."""
+
+    parts: list[Sequences] = field(default_factory=list)
+    places: dict[Any, int] = field(default_factory=dict)
+
+    def add(self, rows: Sequences) -> None:
+        self.places |= {user: len(self.places) + n for n, user in enumerate(rows.users_R.tolist())}
+        self.parts.append(rows)
+
+
+def _histories(
+    dataset: SequenceDataset, table: pa.Table, name: str, columns: frozenset[str], unknown: Policy
+) -> tuple[Sequences | None, np.ndarray]:
+    """All that the requests' users did, a row a user, and each request's row, -1 where the user is unknown."""
+    given = table[USER_ID].to_pylist()
+    if None in given:
+        raise UserError(f"'{name}' has a request without user_id: fill it in, or leave the request out")
+    found: FoundUsers = find_users(dataset, given)
+    if unknown == "refuse":
+        found.refuse_unknown()
+    users = _Found()
+    wanted = {ITEM, USER_ID, *columns, *([TIME] if dataset.has_timestamps else [])}
+    for block, rows in zip(found.rows, dataset.read_blocks(sorted(found.rows), wanted)):
+        users.add(rows.take(found.rows[block]))
+    integers = dataset.column(USER_ID).type != "string"
+    place_R = np.array([users.places.get(as_id(user, integers), -1) for user in given], np.int64)
+    return Sequences.concatenate(users.parts) if users.parts else None, place_R
+
+
+def _requests(
+    rows: Sequences | None, place_R: np.ndarray, table: pa.Table, name: str, max_length: int
+) -> Sequences:
+    """A row a request: the latest of what its user did before it, then an unknown action in the candidates'
+    place.  Those of unknown users have somebody else's, and no candidates."""
+    assert rows is not None
+    place_R = np.maximum(place_R, 0)
+    stop_R = rows.lengths_R[place_R]
+    if TIME in table.column_names:
+        times = table[TIME].combine_chunks()
+        if times.null_count:
+            raise UserError(f"'{name}' has a request without time, where others have one: fill it in")
+        times_R = times.to_numpy(zero_copy_only=False).astype(np.int64)
+        assert rows.timestamps_A is not None
+        stop_R = np.array(
+            [
+                np.searchsorted(rows.timestamps_A[first:last], time)
+                for first, last, time in zip(
+                    rows.offsets_R1[:-1][place_R], rows.offsets_R1[1:][place_R], times_R, strict=True
+                )
+            ],
+            np.int64,
+        )
+    made = rows.take(place_R, np.maximum(stop_R - max_length, 0), stop_R).append_unknown(None)
+    last_R = made.offsets_R1[1:] - 1
+    if TIME in table.column_names:
+        made.columns[TIME][last_R] = times_R  # type: ignore[index]
+    for column in table.column_names:
+        if column in made.columns and column not in (TIME, ITEM):
+            held = made.columns[column]
+            if isinstance(held, Jagged):
+                raise UserError(
+                    f"column '{column}' of requests holds lists, which isn't supported: leave it out"
+                )
+            given = table[column].combine_chunks()
+            if given.null_count:
+                raise UserError(f"'{name}' has a request without '{column}': fill it in")
+            try:
+                held[last_R] = np.array(given.to_pylist()).astype(held.dtype)
+            except ValueError:
+                raise UserError(
+                    f"column '{column}' of '{name}' is of type {given.type}, and the dataset's holds {held.dtype}: "
+                    "give values of that type"
+                ) from None
+    return made
+
+
+def _item_rows(ids: pa.Array, run: OpenRun, name: str, unknown: Policy) -> np.ndarray:
+    """(C,) int64 rows of the catalogue, -1 where an id is none."""
+    known = run.data.dataset.catalogue.ids
+    try:
+        ids = ids.cast(known.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise UserError(
+            f"item_ids of '{name}' are of type {ids.type}, and the dataset's items are {known.type}: give ids of that "
+            "type"
+        ) from None
+    rows = pc.index_in(ids, value_set=known)
+    if rows.null_count and unknown == "refuse":
+        first = ids.filter(rows.is_null())[0].as_py()
+        raise UserError(
+            f"{rows.null_count} candidates of '{name}' are not in the catalogue of '{run.data.dataset.path}', the "
+            f"first is {first!r}: take them out, or give --unknown null"
+        )
+    return pc.fill_null(rows, -1).to_numpy(zero_copy_only=False).astype(np.int64)
