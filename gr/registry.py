@@ -29,6 +29,12 @@ TABLES = {
     "torchrec": "gr.embeddings.sharded:TorchRecTable",
 }
 
+TOWERS = {
+    "id": "gr.modality.towers:Id",
+    "text": "gr.modality.towers:Text",
+    "fused": "gr.modality.towers:Fused",
+}
+
 VOCABULARIES = {
     "open": "gr.embeddings.vocabulary:OpenVocabulary",
 }

@@ -41,6 +41,7 @@ CHANGEABLE = (
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
     *("train.context", "train.activation_checkpointing", "model.input.features.*.table"),
+    "model.item_tower.recompute",
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.
 
