@@ -94,7 +94,8 @@ def _load_model(encoder: str) -> nn.Module:
             model, found = package.AutoModel.from_pretrained(source, **settings)
         if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
             raise UserError(
-                f"encoder '{encoder}' has no weights for {missing[0]}: give the folder of a whole {type(model).__name__}"
+                f"encoder '{encoder}' has no weights for {missing[0]}: give the folder of a whole "
+                f"{type(model).__name__}"
             )
         return model
 

@@ -21,7 +21,9 @@ from gr.modality.vectors import as_table, read_file
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.train import job
+from gr.train.encoding import encode, read_tower
 from gr.train.parts import build
+from gr.train.recommend import recommend
 from gr.train.runs import open_run
 from tests.end_to_end.tiny import CONFIG, weights
 from tests.packages import needs
@@ -209,6 +211,39 @@ def test_a_table_starts_from_its_texts(folder, config):
     weight = items.weight.detach()
     assert torch.equal(weight[3], weight[5])  # neither has a text
     assert weight.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+
+
+def test_items_that_training_never_saw_are_recommended(folder, config, tmp_path):
+    """Beside the others, with the score that a known item of the same text has; of a cached tower by their vectors."""
+    tower = tmp_path / "tower.yaml"
+    tower.write_text(f"encoder: {json.dumps(str(folder / 'encoder'))}\n")
+    new, file = (
+        pa.table({"item_id": [1007, 1011], "title": [titles()[7], titles()[11]]}),
+        tmp_path / "new.parquet",
+    )
+    pq.write_table(new, file)
+    section = read_tower(str(tower))
+    written, count, width = encode(str(folder / "data"), section, str(tmp_path / "all.parquet"), CPU)
+    of_new = encode(str(folder / "data"), section, str(tmp_path / "new-vectors.parquet"), CPU, str(file))
+    assert (count, width, of_new[1:]) == (ITEMS, 16, (2, 16))
+    towers = {
+        "text": ({"name": "text"}, file),
+        "cached": ({"name": "text", "mode": "cached", "text": None, "vectors": str(written)}, of_new[0]),
+    }
+    for name, (asked, items) in towers.items():
+        result = job.run(config(asked, "train.max_steps=1", "eval.splits=[]", run=name))
+        run = open_run(result.path)
+        recommend(run, tmp_path / "recs.parquet", k=ITEMS + 2, exclude="none", new_items=items)
+        for row in pq.read_table(tmp_path / "recs.parquet").to_pylist()[:20]:
+            scores = dict(zip(row["item_ids"], row["scores"], strict=True))
+            assert len(scores) == ITEMS + 2 and row["scores"] == sorted(row["scores"], reverse=True)
+            for known in (7, 11):
+                assert scores[1000 + known] == pytest.approx(scores[known], rel=1e-4, abs=1e-4)
+    with pytest.raises(UserError, match="give new items a column vector"):
+        recommend(run, tmp_path / "recs.parquet", new_items=file)
+    pq.write_table(new.set_column(0, "item_id", pa.array([1007, 11])), file)
+    with pytest.raises(UserError, match="has 1 items that the catalogue knows"):
+        recommend(run, tmp_path / "recs.parquet", new_items=file)
 
 
 ADAPTERS = ("houlsby", "parallel", "pfeiffer", "compacter", "lora", "bitfit")

@@ -46,7 +46,7 @@ def reproduce(
             raise UserError(f"no row '{name}': {nearest(name, (Path(r.config).stem for r in table.rows))}")
     for row in chosen:
         _check_evaluates(table, row, load(_config(table, row), overrides))
-    path = data or f"data/{dataset}"
+    path = data or f"data/{table.dataset}"
     if (Path(path) / "manifest.json").is_file():
         _check_options(table, path)
         if source is not None:
@@ -92,11 +92,11 @@ def _cells(
 
 
 def _config(table: PublishedTable, row: Row) -> Path:
-    return find_table(table.dataset).with_name(row.config)
+    return find_table(table.title).parent / row.config
 
 
 def _folder(table: PublishedTable, row: Row, seed: int, out: str) -> str:
-    return f"{out}/{table.dataset}/{Path(row.config).stem}-seed{seed}"
+    return f"{out}/{table.title}/{Path(row.config).stem}-seed{seed}"
 
 
 def _pair(runs: dict[str, str], folder: str, seed: int) -> None:
@@ -111,7 +111,7 @@ def _check_evaluates(table: PublishedTable, row: Row, config: RunConfig) -> None
     measured = {f"{kind}@{k}" for kind in ("hr", "ndcg") for k in config.eval.ks} | {"mrr"}
     if missing := [column for column in table.columns if column not in measured]:
         raise UserError(
-            f"the table of '{table.dataset}' shows {missing[0]}: add its k to eval.ks={config.eval.ks}"
+            f"the table of '{table.title}' shows {missing[0]}: add its k to eval.ks={config.eval.ks}"
         )
     for split in ["test", "valid"] if row.valid else ["test"]:
         if split not in config.eval.splits:

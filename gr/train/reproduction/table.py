@@ -29,13 +29,20 @@ class Row(Section):
 
 
 class PublishedTable(Section):
-    """``options``: of a generated dataset.  ``oracle``: also print each row's share of the oracle's metric."""
+    """``name``: of the folder it stands in, where that isn't the dataset's.  ``options``: of a generated dataset.
+    ``oracle``: also print each row's share of the oracle's metric."""
 
     dataset: str
     columns: list[str]
     rows: list[Row]
     options: dict[str, Any] = {}
     oracle: bool = False
+    name: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is called by."""
+        return self.name or self.dataset
 
 
 @dataclass
@@ -77,7 +84,7 @@ def read_table(dataset: str) -> PublishedTable:
 
 def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
     """Published beside measured; means over seeds, with the spread where there are several."""
-    view = Table(title=f"{table.dataset}: published beside measured", title_justify="left")
+    view = Table(title=f"{table.title}: published beside measured", title_justify="left")
     view.add_column("model, epoch")
     for column in table.columns:
         view.add_column(column, justify="right")
@@ -131,7 +138,7 @@ def save_table(table: PublishedTable, measured: Sequence[Measured], folder: str 
         oracle = measured[0].baselines["oracle"][metric]
         axes.axhline(oracle, linestyle="--", color="grey", linewidth=1, label="oracle on this stream")
     axes.set_xticks(list(places), [n.replace(" (", "\n(").replace(", ", ",\n") for n in names], size=8)
-    axes.set(title=f"{table.dataset}: {metric.upper()}", ylim=(0, None))
+    axes.set(title=f"{table.title}: {metric.upper()}", ylim=(0, None))
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
