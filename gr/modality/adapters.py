@@ -47,13 +47,13 @@ class AdapterSection(Section):
         return {"size": "name is bitfit"} if self.name == "bitfit" else {}
 
 
-def insert(model: nn.Module, section: AdapterSection, seed: int) -> None:
+def insert(model: Any, section: AdapterSection, seed: int) -> None:
     """Freeze ``model`` and put adapters in; those that train are the parameters with gradients.  Their first values
     depend on (seed, name)."""
     model.requires_grad_(False)
     added = METHODS[section.name](model, section.size)
     # of a LoRA as wide as its input asks for; of the others as their authors say
-    down = (model.config.hidden_size**-0.5) if section.name == "lora" else 0.01  # type: ignore[union-attr, operator]
+    down = model.config.hidden_size**-0.5 if section.name == "lora" else 0.01
     if section.norms:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
@@ -209,10 +209,9 @@ def _bitfit(model: nn.Module, size: int) -> Named:
     return []
 
 
-def _prompt(model: nn.Module, size: int) -> Named:
+def _prompt(model: Any, size: int) -> Named:
     """The model keeps it as ``prompt``; who calls the model puts it in front."""
-    prompt = Prompt(size, model.config.hidden_size)  # type: ignore[union-attr]
-    model.prompt = prompt  # type: ignore[assignment]
+    model.prompt = prompt = Prompt(size, model.config.hidden_size)
     return [("prompt.vectors", prompt.vectors)]
 
 

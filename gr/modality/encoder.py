@@ -15,6 +15,7 @@ from gr.errors import UserError
 from gr.modality.find import folder_of, loaded
 
 POOLING = Literal["mean", "cls"]
+RATES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
 
 
 def transformers() -> Any:
@@ -54,10 +55,10 @@ class TextEncoder(nn.Module):
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
-            elif isinstance(getattr(module, "dropout", None), float):  # OPT's layers keep rates as numbers
-                module.dropout = dropout  # type: ignore[assignment]
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = dropout  # type: ignore[assignment]
+            for name in RATES:  # OPT's layers keep rates as numbers
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0 if name == "layerdrop" else dropout)
+        self.train()  # what was loaded comes as it is evaluated
 
     def forward(self, ids_nL: Tensor, mask_nL: Tensor) -> Tensor:
         """(n, E) float32.  ids_nL, mask_nL: int64; the mask is 1 where there is a token."""
