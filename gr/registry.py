@@ -32,6 +32,7 @@ TABLES = {
 TOWERS = {
     "id": "gr.modality.towers:Id",
     "text": "gr.modality.towers:Text",
+    "image": "gr.modality.towers:Image",
     "fused": "gr.modality.towers:Fused",
 }
 

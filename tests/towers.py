@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gr.data.dataset import SequenceDataset
@@ -68,4 +69,39 @@ def make_encoder(path: Path, width: int = 16, seed: int = 0) -> Path:
         initializer_range=0.3,  # else all texts have about one vector
     )
     BertModel(config, add_pooling_layer=False).save_pretrained(path)
+    return path
+
+
+def make_pictures(folder: Path, items: int = ITEMS) -> Path:
+    """ITEM.png or .jpg, a colour and a gradient each; item 4 has none, 6 is cut off, 8 is text, 9 says it is huge."""
+    from PIL import Image
+
+    folder.mkdir()
+    ramp = np.linspace(0, 1, 24)[:, None, None] * np.ones((24, 20, 3))
+    for item in range(items):
+        colour = np.array([item * 37 % 256, item * 91 % 256, item * 53 % 256])
+        pixels = Image.fromarray((ramp * colour).astype(np.uint8))
+        pixels.save(folder / f"{item}.{'png' if item % 2 else 'jpg'}")
+    (folder / "4.jpg").unlink()
+    (folder / "6.jpg").write_bytes((folder / "6.jpg").read_bytes()[:200])
+    (folder / "8.jpg").write_bytes(b"<html>not found</html>")
+    Image.new("1", (9_000, 9_000)).save(folder / "9.png")
+    return folder
+
+
+def make_image_encoder(path: Path, kind: str = "vit") -> Path:
+    """A tiny ViT, MAE, Swin or ResNet with random weights."""
+    import transformers as package
+
+    torch.manual_seed(0)
+    small = {"image_size": 16, "patch_size": 8, "initializer_range": 0.3}
+    layers = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    swin = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    config = {
+        "vit": lambda: package.ViTConfig(**small, **layers),
+        "mae": lambda: package.ViTMAEConfig(**small, **layers),
+        "swin": lambda: package.SwinConfig(**swin, window_size=2),
+        "resnet": lambda: package.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+    }[kind]()
+    package.AutoModel.from_config(config).save_pretrained(path)
     return path

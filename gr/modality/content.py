@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import pyarrow as pa
 import torch
@@ -17,11 +18,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gr.modality.chunks import chunks
-from gr.modality.encoder import TextEncoder
-from gr.modality.texts import Tokens
+from gr.modality.encoder import Encoder
 from gr.modes import evaluating
 from gr.processes import Processes
 from gr.progress import PlainProgress, Progress
+
+
+class Items(Protocol):
+    """What an encoder reads of n items.  lengths_n: int64, by which they are put into chunks."""
+
+    @property
+    def lengths_n(self) -> Tensor: ...
+
+    def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
+        """What the encoder is called with for items ``rows_m``, on the CPU."""
+        ...
 
 
 class Content(ABC):
@@ -78,36 +89,38 @@ class Fixed(Content):
 
 
 class Encoded(Content):
-    """Vectors that an encoder with parameters of its own forms.  most: texts that it takes at once.  read: tokens of
-    items that aren't in the catalogue.  recompute: keep
-    nothing of a chunk for the backward pass, and form it again there.  bf16: compute steps in bfloat16."""
+    """Vectors that an encoder with parameters of its own forms.
+
+    items: what it reads of the catalogue; read: of items that aren't in it.  most: items that it takes at once.
+    recompute: keep nothing of a chunk for the backward pass, and form it again there.  bf16: compute steps in bfloat16.
+    """
 
     learns = True
 
     def __init__(
         self,
-        encoder: TextEncoder,
-        tokens: Tokens,
+        encoder: Encoder,
+        items: Items,
         processes: Processes,
-        read: Callable[[pa.Table], Tokens],
+        read: Callable[[pa.Table], Items],
         *,
         most: int,
         recompute: bool = False,
         bf16: bool = False,
     ) -> None:
         self._read = read
-        self.encoder, self.tokens, self.processes = encoder, tokens, processes
+        self.encoder, self.items, self.processes = encoder, items, processes
         self.width, self.most, self.recompute, self.bf16 = encoder.width, most, recompute, bf16
         self.collective = processes.world.size > 1
         self._step: _Step | None = None
 
     def of_step(self, rows_U: Tensor) -> Tensor:
-        world, device = self.processes.world, rows_U.device
+        world, device, lengths_I = self.processes.world, rows_U.device, self.items.lengths_n
         rows_G = world.gather(rows_U).unique().cpu()
         # dealt by length, so that everybody has about as many tokens
-        order_G = torch.argsort(self.tokens.lengths_n[rows_G], stable=True)
+        order_G = torch.argsort(lengths_I[rows_G], stable=True)
         own_R = order_G[world.rank :: world.size]
-        parts = chunks(self.tokens.lengths_n[rows_G[own_R]], self.most)
+        parts = chunks(lengths_I[rows_G[own_R]], self.most)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             outputs = [self._chunk(rows_G[own_R[part]], device) for part in parts]
         step = _Step(rows_G, own_R, parts, outputs)
@@ -134,13 +147,13 @@ class Encoded(Content):
             torch.autograd.backward(step.outputs, gradients)
 
     def _chunk(self, rows_m: Tensor, device: torch.device) -> Tensor:
-        ids_mL, mask_mL = (t.to(device) for t in self.tokens.padded(rows_m))
+        inputs = [part.to(device) for part in self.items.inputs(rows_m)]
         if self.recompute:
-            return checkpoint(self.encoder, ids_mL, mask_mL, use_reentrant=False)
-        return self.encoder(ids_mL, mask_mL)
+            return checkpoint(self.encoder, *inputs, use_reentrant=False)
+        return self.encoder(*inputs)
 
     def all(self) -> Tensor:
-        return encoded(self.encoder, self.tokens, self.processes, self.most)
+        return encoded(self.encoder, self.items, self.processes, self.most)
 
     def unseen(self, items: pa.Table) -> Tensor:
         return encoded(self.encoder, self._read(items), self.processes, self.most)
@@ -156,16 +169,16 @@ class _Step:
 
 
 def encoded(
-    encoder: TextEncoder,
-    tokens: Tokens,
+    encoder: Encoder,
+    items: Items,
     processes: Processes,
     most: int,
     progress: Progress | None = None,
 ) -> Tensor:
-    """(I, E) float32: all of ``tokens``' items, without gradients, on the processes' device; every process calls it
+    """(I, E) float32: all ``items``, without gradients, on the processes' device; every process calls it
     together and encodes its share.  The chunks are the same, and so are the bits, however many processes there are."""
     world, device = processes.world, processes.device
-    parts = chunks(tokens.lengths_n, most)
+    parts = chunks(items.lengths_n, most)
     own = parts[world.rank :: world.size]
     rows = sum(map(len, own))
     # lines even on a terminal: a bar may be there already
@@ -173,8 +186,7 @@ def encoded(
     with evaluating(encoder), shown.stage("encoding items", rows, "items") as stage:
         outputs = []
         for part in own:
-            ids_mL, mask_mL = (t.to(device) for t in tokens.padded(part))
-            outputs.append(encoder(ids_mL, mask_mL))
+            outputs.append(encoder(*(given.to(device) for given in items.inputs(part))))
             stage.advance(len(part))
     mine = torch.cat([torch.empty(0, encoder.width, device=device), *outputs])
     gathered = world.gather(mine)

@@ -38,9 +38,8 @@ def load_tokenizer(encoder: str) -> Any:
     return loaded(encoder, transformers().AutoTokenizer.from_pretrained)
 
 
-class TextEncoder(nn.Module):
-    """Any encoder that transformers' AutoModel loads, and a pooling of its last layer: the mean over the tokens of a
-    text, or its first token (``cls``).
+class Encoder(nn.Module):
+    """An encoder that transformers' AutoModel loads, called with what its kind takes: vectors (n, E) float32.
 
     encoder: as :func:`gr.modality.find.folder_of` reads it.  dropout: of everything in it that drops (a pre-trained
     one's own rates are lost).  Parameters are float32.
@@ -51,7 +50,7 @@ class TextEncoder(nn.Module):
         self.name, self.pooling = encoder, pooling
         self.model: Any = _load_model(encoder).float()
         self.config: Any = self.model.config
-        self.width: int = self.config.hidden_size
+        self.width = width_of(self.config)
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
@@ -59,6 +58,19 @@ class TextEncoder(nn.Module):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0 if name == "layerdrop" else dropout)
         self.train()  # what was loaded comes as it is evaluated
+
+    def fingerprint(self) -> str:
+        """Of its weights and its kind: 32 hexadecimal digits."""
+        digest = hashlib.blake2b(self.config.to_json_string().encode(), digest_size=16)
+        for name, values in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
+            digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class TextEncoder(Encoder):
+    """Any encoder of text, and a pooling of its last layer: the mean over the tokens of a text, or its first token
+    (``cls``)."""
 
     def forward(self, ids_nL: Tensor, mask_nL: Tensor) -> Tensor:
         """(n, E) float32.  ids_nL, mask_nL: int64; the mask is 1 where there is a token."""
@@ -75,13 +87,11 @@ class TextEncoder(nn.Module):
         # the divisor is float32: a bfloat16 can't count
         return (hidden_nLE * kept_nL1).sum(1).float() / mask_nL.sum(1, keepdim=True).clamp_min(1)
 
-    def fingerprint(self) -> str:
-        """Of its weights and its kind: 32 hexadecimal digits."""
-        digest = hashlib.blake2b(self.config.to_json_string().encode(), digest_size=16)
-        for name, values in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
-            digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+
+def width_of(config: Any) -> int:
+    """E; 0 of a kind that has none."""
+    sizes = getattr(config, "hidden_sizes", None)
+    return int(getattr(config, "hidden_size", 0) or (sizes[-1] if sizes else 0))
 
 
 def _load_model(encoder: str) -> nn.Module:
@@ -101,10 +111,10 @@ def _load_model(encoder: str) -> nn.Module:
         return model
 
     model = loaded(encoder, load)
-    if not hasattr(model.config, "hidden_size") or getattr(model.config, "is_encoder_decoder", False):
+    if not width_of(model.config) or getattr(model.config, "is_encoder_decoder", False):
         raise UserError(
-            f"encoder '{encoder}' is a {type(model).__name__}, which gives no vector a token: choose an encoder such "
-            "as BERT, RoBERTa, OPT or a sentence encoder"
+            f"encoder '{encoder}' is a {type(model).__name__}, which gives no vectors of one width: choose an encoder "
+            "such as BERT, RoBERTa, OPT, a sentence encoder, ViT, Swin or ResNet"
         )
     return model
 

@@ -85,7 +85,7 @@ class Tokens:
     def lengths_n(self) -> Tensor:
         return self.offsets_n1.diff()
 
-    def padded(self, rows_m: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
         """(m, L) ids and mask of items ``rows_m``, both int64, as long as the longest of them."""
         lengths_m = self.lengths_n[rows_m]
         longest = int(lengths_m.max()) if len(rows_m) else 0

@@ -2,7 +2,8 @@
 
     id      a table of the run's ``model.table``: a row an item; it may start from content
     text    a row is formed from the item's text
-    fused   from its text and from a row of its id
+    image   from its picture
+    fused   from one of these and from a row of its id
 
 A tower's ``mode`` says what of the encoder trains: ``frozen`` and ``cached`` nothing (its vectors are computed once, or
 read from a file), ``tuned`` all of it, ``adapters`` small modules inside it.
@@ -25,9 +26,11 @@ from gr.modality import vectors
 from gr.modality.adapters import AdapterSection, freeze_layers, insert
 from gr.modality.content import Content, Encoded, Fixed
 from gr.modality.head import Fusion, Head, HeadSection
-from gr.modality.reader import TextReader, TextSection
+from gr.modality.image_reader import ImageReader, ImageSection
+from gr.modality.reader import Reader, TextReader, TextSection
 from gr.modality.surroundings import Surroundings
 from gr.modality.tower import Tower
+from gr.processes import Processes
 
 ADAPTERS = Annotated[
     AdapterSection, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
@@ -35,16 +38,17 @@ ADAPTERS = Annotated[
 
 
 class StartSection(Section):
-    """What a table's first rows are made of: the vectors in a file (``vectors``), or of an encoder (``text``), on their
-    principal axes, with the spread of ``model.table_std``."""
+    """What a table's first rows are made of: the vectors in a file (``vectors``), or of an encoder (``text``,
+    ``image``), on their principal axes, with the spread of ``model.table_std``."""
 
     vectors: str | None = None
     text: TextSection | None = None
+    image: ImageSection | None = None
 
     @model_validator(mode="after")
     def _one(self) -> StartSection:
-        if (self.vectors is None) == (self.text is None):
-            raise ValueError("give it one of vectors (a file) and text (an encoder)")
+        if [self.vectors, self.text, self.image].count(None) != 2:
+            raise ValueError("give it one of vectors (a file), text and image (encoders)")
         return self
 
 
@@ -65,8 +69,15 @@ class Id:
 def _content_of(start: StartSection, around: Surroundings) -> Tensor:
     if start.vectors is not None:
         return vectors.read_file(start.vectors, around.catalogue.column("item_id").combine_chunks())
-    assert start.text is not None
-    return TextReader(start.text, around.processes).vectors(around.catalogue)
+    return _reader(start.text, start.image, around.processes).vectors(around.catalogue)
+
+
+def _reader(text: TextSection | None, image: ImageSection | None, processes: Processes) -> Reader:
+    """Of the one that there is."""
+    if image is not None:
+        return ImageReader(image, processes)
+    assert text is not None
+    return TextReader(text, processes)
 
 
 @torch.no_grad()
@@ -81,14 +92,15 @@ def start_from(table: Table, spec: TableSpec, content_IE: Tensor) -> None:
 
 
 class ContentConfig(ComponentConfig):
-    """mode: what of the encoder trains.  text: the encoder and what it reads (not of ``cached``).  vectors: a Parquet
-    file of item_id and vector (of ``cached``).  head: from content to an item's vector.  adapters: what is put into the
-    encoder (of ``adapters``).  freeze: so many of a tuned encoder's first layers, and its embeddings, stay as they are.
-    dropout: inside an encoder that trains.  recompute: of what such a one forms keep nothing for the backward pass, and
-    form it again there: less memory, a third more time."""
+    """mode: what of the encoder trains.  text, image: the encoder and what it reads (not of ``cached``).  vectors: a
+    Parquet file of item_id and vector (of ``cached``).  head: from content to an item's vector.  adapters: what is put
+    into the encoder (of ``adapters``).  freeze: so many of a tuned encoder's first layers, and its embeddings, stay as
+    they are.  dropout: inside an encoder that trains.  recompute: of what such a one forms keep nothing for the
+    backward pass, and form it again there: less memory, a third more time."""
 
     mode: Literal["frozen", "cached", "tuned", "adapters"] = "frozen"
     text: TextSection | None = None
+    image: ImageSection | None = None
     vectors: str | None = None
     head: HeadSection = HeadSection()
     adapters: ADAPTERS = AdapterSection()
@@ -100,8 +112,15 @@ class ContentConfig(ComponentConfig):
     def _has_a_source(self) -> ContentConfig:
         if self.mode == "cached" and self.vectors is None:
             raise ValueError("mode cached reads vectors from a file: set vectors, or choose mode frozen")
-        if self.mode != "cached" and self.text is None:
-            raise ValueError(f"mode {self.mode} needs an encoder: set text.encoder")
+        if self.mode != "cached" and (self.text is None) == (self.image is None):
+            raise ValueError(
+                f"mode {self.mode} needs an encoder: set text.encoder, or image.encoder and not both"
+            )
+        other = {"text": self.image, "image": self.text}.get(self.name)
+        if other is not None:
+            raise ValueError(
+                f"a tower of name {self.name} reads no {'image' if self.name == 'text' else 'text'}"
+            )
         return self
 
     def idle(self) -> dict[str, str]:
@@ -125,8 +144,18 @@ class Text:
             return _tower(self, around, None)
 
 
+class Image:
+    """Rows formed from pictures."""
+
+    class Config(ContentConfig):
+        name: Literal["image"] = "image"
+
+        def build(self, around: Surroundings) -> Tower:  # type: ignore[override]
+            return _tower(self, around, None)
+
+
 class Fused:
-    """Rows formed from text and from a table of ids.  fusion: see :class:`gr.modality.head.Fusion`."""
+    """Rows formed from text or pictures and from a table of ids.  fusion: see :class:`gr.modality.head.Fusion`."""
 
     class Config(ContentConfig):
         name: Literal["fused"] = "fused"
@@ -179,24 +208,39 @@ def content_of(config: ContentConfig, around: Surroundings) -> Content:
         return Fixed(
             found_IE.shape[1], lambda: found_IE, partial(_given, found_IE.shape[1]), processes.device
         )
-    assert config.text is not None
-    reader = TextReader(config.text, processes)
+    reader = _reader(config.text, config.image, processes)
     if config.mode == "frozen":
         several = processes.world.size > 1
         make = partial(reader.vectors, catalogue)
         return Fixed(reader.width, make, reader.vectors_of, processes.device, collective=several)
     encoder = reader.encoder(config.dropout)
+    items = reader.items(catalogue)
     if config.mode == "adapters":
+        _check_places(config, reader, int(items.lengths_n.max()))
         insert(encoder.model, config.adapters, around.spec.seed)
         encoder.to(processes.device)
     elif config.freeze:
         freeze_layers(encoder.model, config.freeze)
     return Encoded(
         encoder,
-        reader.tokens(catalogue),
+        items,
         processes,
-        reader.tokens_in,
-        most=config.text.batch,
+        reader.items_in,
+        most=reader.section.batch,
         recompute=config.recompute,
         bf16=around.bf16,
     )
+
+
+def _check_places(config: ContentConfig, reader: Reader, longest: int) -> None:
+    """Refuse a prompt that an encoder has no places for, and one before pictures."""
+    if config.adapters.name != "prompt":
+        return
+    if config.text is None:
+        raise UserError("adapters prompt stand before a text, and the tower reads pictures: choose others")
+    places = getattr(reader.config, "max_position_embeddings", None)
+    if places is not None and config.adapters.size + longest > places:
+        raise UserError(
+            f"adapters.size is {config.adapters.size} tokens before texts of up to {longest}, and the encoder has "
+            f"places for {places}: lower it, or text.max_tokens"
+        )

@@ -74,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
             found.refuse_unknown()
         total = run.data.dataset.users if found is None else found.users
         with default_progress().stage("recommending", total, "users") as stage:
-            names = ("k", "exclude", "time", "held_out", "user_vectors", "new_items")
-            wanted = {name: getattr(options, name) for name in names}
+            asked = ("k", "exclude", "time", "held_out", "user_vectors", "new_items")
+            wanted = {name: getattr(options, name) for name in asked}
             count = library.recommend(run, options.out, users=found, advance=stage.advance, **wanted)
         if options.item_vectors:
             library.write_item_vectors(run, options.item_vectors)

@@ -123,7 +123,7 @@ def test_gradients_are_those_of_encoding_every_occurrence(config, fusion, object
     assert in_parts_loss == pytest.approx(loss, rel=1e-5)
     parts.engine.parts[0].optimizer.zero_grad()
 
-    ids, mask = items.content.tokens.padded(torch.arange(items.rows))
+    ids, mask = items.content.items.inputs(torch.arange(items.rows))
 
     class Naive:
         """A view that encodes each row that is asked for, again and again, with a graph of its own."""
@@ -167,7 +167,7 @@ def test_a_text_is_encoded_by_itself(folder, config):
     together = encoded(encoder, tokens, CPU, 16)
     with torch.no_grad():
         for item in range(0, ITEMS, 7):
-            alone = encoder(*tokens.padded(torch.tensor([item])))
+            alone = encoder(*tokens.inputs(torch.tensor([item])))
             torch.testing.assert_close(together[item], alone[0], **CLOSE)
 
 
