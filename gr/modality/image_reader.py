@@ -41,7 +41,8 @@ class ImageEncoder(Encoder):
 
     def forward(self, pixels_n3SS: Tensor) -> Tensor:
         """(n, E) float32."""
-        kind, settings = self.config.model_type, {}
+        kind = self.config.model_type
+        settings: dict[str, Any] = {}
         if kind in ("vit", "vit_mae", "deit"):
             settings["interpolate_pos_encoding"] = True
         if kind == "vit_mae":  # it hides patches by these numbers, and shuffles them even where it hides none
