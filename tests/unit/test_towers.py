@@ -22,6 +22,7 @@ from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.train import job
 from gr.train.encoding import encode, read_tower
+from gr.train.exporting import export
 from gr.train.parts import build
 from gr.train.recommend import recommend
 from gr.train.runs import open_run
@@ -266,6 +267,18 @@ def test_adapters_start_from_the_frozen_encoder_and_train_alone(config, name):
     own = {n for n in training if n.startswith("encoder.")}
     assert all(("adapter" in n or "prompt" in n) if name != "bitfit" else n.endswith("bias") for n in own)
     assert not torch.equal(items.catalogue(), frozen.catalogue())
+
+
+def test_an_export_of_adapters_is_small_and_scores_like_its_run(config, tmp_path):
+    tower = {"name": "text", "mode": "adapters", "adapters": {"name": "lora", "size": 2}}
+    result = job.run(config(tower, "train.max_steps=2", "eval.splits=[]"))
+    made = export(result.path, tmp_path / "out")
+    kept = {name for name in made.sizes if name.startswith("tables.items.")}
+    assert kept == {
+        f"tables.items.{name}" for name, _ in open_run(result.path).model.items.named_parameters()
+    }
+    assert all("adapter" in name or ".head." in name for name in kept)
+    assert torch.equal(scores_of(open_run(tmp_path / "out")), scores_of(open_run(result.path)))
 
 
 def test_the_first_layers_of_a_tuned_encoder_can_stay(config):
