@@ -11,7 +11,7 @@ PY = $(VENV)/bin/python
 STEP = @bash launch/setup_environment.sh
 DONE = @touch $@
 
-.PHONY: help setup setup-sharded setup-ray train test test-instruction-sets bench-gpu bench-cpu check format clean
+.PHONY: help setup setup-sharded setup-ray setup-encoders train test test-instruction-sets bench-gpu bench-cpu check format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -54,10 +54,17 @@ $(VENV)/.ray: pyproject.toml gr/tested_set.txt | $(VENV)/.gr
 	$(STEP) ray $(VENV) $(DEVICE)
 	$(DONE)
 
+setup-encoders: setup $(VENV)/.encoders ## also transformers and a small encoder of text, for items by their texts
+	@echo "[setup] ready: $(PY), for items by their texts"
+
+$(VENV)/.encoders: pyproject.toml gr/tested_set.txt | $(VENV)/.gr
+	$(STEP) encoders $(VENV) $(DEVICE)
+	$(DONE)
+
 train: setup ## quickstart: makes a small synthetic stream, trains HSTU on it, ends with a table and a plot
 	@$(PY) launch/quickstart.py
 
-test: setup setup-sharded setup-ray ## all tests (TESTS=tests/unit for some)
+test: setup setup-sharded setup-ray setup-encoders ## all tests (TESTS=tests/unit for some)
 	@GR_TEST_ALL=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 test-instruction-sets: setup ## the numeric tests under other instruction sets, libraries' settings and threads (hours)

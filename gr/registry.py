@@ -44,6 +44,13 @@ TABLES = {
     "torchrec": "gr.embeddings.sharded:TorchRecTable",
 }
 
+TOWERS = {
+    "id": "gr.modality.towers:Id",
+    "text": "gr.modality.towers:Text",
+    "image": "gr.modality.towers:Image",
+    "fused": "gr.modality.towers:Fused",
+}
+
 VOCABULARIES = {
     "open": "gr.embeddings.vocabulary:OpenVocabulary",
 }

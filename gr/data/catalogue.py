@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +27,16 @@ if TYPE_CHECKING:
     from gr.data.manifest import Manifest
     from gr.data.split import Split
     from gr.processes import Processes
+
+
+log = logging.getLogger(__name__)
+
+
+def _checksums(table: pa.Table) -> dict[str, str]:
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    # of vectors, all of one length, the numbers
+    flat = {n: c.flatten() if pa.types.is_fixed_size_list(c.type) else c for n, c in columns.items()}
+    return {name: checksum(column) for name, column in flat.items()}
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -141,6 +155,36 @@ class Catalogue:
         if not info.multi:
             return tensor(found)
         return tensor(Jagged(np.concatenate([[0], counts_I.cumsum()]), found))
+
+    def kept(self, kind: str, about: dict[str, Any]) -> pa.Table | None:
+        """What :meth:`keep` was given for these items under the description ``about`` (JSON), if it is still whole."""
+        file, said = self._kept_as(kind, about)
+        try:
+            table = pq.read_table(pa.BufferReader(self._folder.read(file)))
+            found = json.loads((table.schema.metadata or {})[b"gr"])
+            whole = found["about"] == said and found["checksums"] == _checksums(table)
+            return table if whole and len(table) == self.rows else None
+        except FileNotFoundError:
+            return None
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            log.info("'%s' is made again (%s)", self._folder.of(file), first_line(error))
+            return None
+
+    def keep(self, kind: str, about: dict[str, Any], table: pa.Table) -> None:
+        """Keep ``table``, a row an item, beside the dataset in ``kind``/; where nothing can be written, nothing is."""
+        file, said = self._kept_as(kind, about)
+        note = json.dumps({"about": said, "checksums": _checksums(table)})
+        content = io.BytesIO()
+        pq.write_table(table.replace_schema_metadata({"gr": note}), content, compression="zstd")
+        try:
+            self._folder.publish(file, content.getvalue())
+        except OSError as error:
+            log.info("what was computed is not kept in '%s' (%s)", self._folder.of(file), first_line(error))
+
+    def _kept_as(self, kind: str, about: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        said = {"generation": self._manifest.generation, **about}
+        key = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return f"{kind}/{key}.parquet", said
 
     def to_table(self, names: Iterable[str] | None = None) -> pa.Table:
         """The columns ``names``, all without it."""

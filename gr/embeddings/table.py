@@ -75,7 +75,8 @@ class Table(ABC):
     tensor of the table's size on every process, which the engine adds up and moves as it does any other parameter's;
     others keep their rows to themselves, in pieces.  replicated: every process has the same pieces.  collective: all
     processes must ask for views and search the catalogue together, the same number of times.  by_columns: a row lies
-    on several processes.
+    on several processes.  formed: rows aren't kept but formed, from parameters that are dense, so that what a step's
+    micro-batches leave at a view has to be taken back.
     """
 
     spec: TableSpec
@@ -84,6 +85,7 @@ class Table(ABC):
     replicated = False
     collective = False
     by_columns = False
+    formed = False
 
     has_cross_entropy = True
     """Whether it has :meth:`cross_entropy`, which gives every row a gradient in every step."""
@@ -114,6 +116,11 @@ class Table(ABC):
         """The gradients of the pieces, summed over everybody's views; all processes call this together, and when it
         returns nobody reads the rows any more.  Only of tables that aren't ``dense``."""
         raise TypeError(f"{type(self).__name__} has dense gradients")
+
+    def take_back(self, view: View) -> None:
+        """What a step's micro-batches left at its ``view`` goes on to the parameters that formed it; all processes call
+        this together, after the last one and before gradients are exchanged.  Only of tables that are ``formed``."""
+        raise TypeError(f"{type(self).__name__} keeps its rows")
 
     def zeros(self, piece: Piece, moment: str, columns: int) -> Tensor:
         """Memory for an optimiser's moment beside a piece: (its rows, columns) float32 zeros."""

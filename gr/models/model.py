@@ -67,6 +67,18 @@ class Catalogue(Protocol):
         """Its values, on the CPU: int64, one or a list an item."""
         ...
 
+    def column(self, name: str) -> Any:
+        """It as it was prepared (a pyarrow.ChunkedArray)."""
+        ...
+
+    def kept(self, kind: str, about: dict[str, Any]) -> Any:
+        """What was kept of the items (a pyarrow.Table) under this description, None if nothing was."""
+        ...
+
+    def keep(self, kind: str, about: dict[str, Any], table: Any) -> None:
+        """Keep something that was computed of the items for the next time."""
+        ...
+
 
 class Model(nn.Module):
     """``needs``: the action columns that a batch must carry.  ``judged_by``: the metric family that evaluates it (a
@@ -144,6 +156,11 @@ class Model(nn.Module):
         asked_together = [table.collective for table in self.tables.values()]
         asked_together += [vocabulary.collective for vocabulary in self.vocabularies.values()]
         return self.lockstep or any(asked_together)
+
+    def watched(self) -> tuple[dict[str, float], str | None]:
+        """Figures that an evaluation logs beside its metrics, and a sentence where they are bad; every process calls
+        this together."""
+        return {}, None
 
     def stacks(self) -> list[Stack]:
         """Its parts in which layers follow one another, each with parameters of its own."""

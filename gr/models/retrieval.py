@@ -21,6 +21,9 @@ from gr.config import POSITIVE, ComponentConfig, InputSection, RunConfig, Simila
 from gr.embeddings.ranks import Excluded
 from gr.embeddings.table import TableSpec
 from gr.errors import UserError
+from gr.modality.collapse import advice
+from gr.modality.surroundings import Surroundings
+from gr.modality.tower import Tower
 from gr.models.encoder import check_causal
 from gr.models.features import Features, vectors
 from gr.models.init import initialise
@@ -40,11 +43,13 @@ class Retrieval(Model):
     """
 
     class Config(ComponentConfig):
-        """table_std: the spread of a table's first rows.  table: where the rows are (gr.registry.TABLES)."""
+        """table_std: the spread of a table's first rows.  table: where the rows are (gr.registry.TABLES).  item_tower:
+        what stands for the items: rows by their ids, or formed from what they are."""
 
         name: Literal["retrieval"] = "retrieval"
         dim: POSITIVE = 50
         table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
+        item_tower: component(registry.TOWERS, "model.item_tower", default="id")  # type: ignore[valid-type]
         table_std: Annotated[float, Field(ge=0)] = 0.02
         task: component(registry.TASKS, "model.task", default="next_item")  # type: ignore[valid-type]
         input: InputSection = InputSection()
@@ -72,7 +77,15 @@ class Retrieval(Model):
         processes = processes or Processes(torch.device("cpu"))
         task = config.task.build()
         features = Features(config.input.features, catalogue, task, spec, processes)
-        super().__init__([config.table.build(spec, processes), *features.tables])
+        around = Surroundings(
+            spec,
+            config.table,
+            catalogue,
+            processes,
+            run.train.precision == "bf16",
+            run.optimizer.build().by_rows,
+        )
+        super().__init__([config.item_tower.build(around), *features.tables])
         self.task, self.features, self.vocabularies = task, features, features.vocabularies
         max_length = run.data.max_length + self.task.extra_inputs
         self.input = ItemInput(config.input, config.dim, max_length, self.task.masks, config.table_std)
@@ -122,6 +135,13 @@ class Retrieval(Model):
     def forward(self, part: Supervision, context: StepContext) -> Tensor:
         queries_SD = part.select(self._encode(part, context))
         return self.objective(queries_SD, part, context, self.items)
+
+    def watched(self) -> tuple[dict[str, float], str | None]:
+        """Of rows that are formed, whether they have collapsed."""
+        if not isinstance(self.items, Tower):
+            return {}, None
+        figures = self.items.watched()
+        return figures, advice(figures["item_cosine"], figures["item_rank"])
 
     # -- evaluation: in evaluation mode, without gradients ----------------------------------------------------------
 

@@ -3,6 +3,7 @@
 python -m gr recommend --run runs/NAME --users all --k 100 --out recs.parquet
 python -m gr recommend --run runs/NAME --users ids.txt --out recs.parquet --user-vectors users.parquet
 python -m gr recommend --run runs/NAME --users all --held-out test --out tested.parquet
+python -m gr recommend --run runs/NAME --users all --new-items items.parquet --out recs.parquet
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", metavar="SPLIT", help=held_out)
     parser.add_argument("--user-vectors", metavar="FILE", help="write user_id, vector there")
     parser.add_argument("--item-vectors", metavar="FILE", help="write item_id, vector there")
+    new = "Parquet: item_id and what the run's item tower reads, of items that training never saw"
+    parser.add_argument("--new-items", metavar="FILE", help=new)
     options = parser.parse_args(arguments)
     settle_run(parser, options)
     if options.k < 1:
@@ -71,9 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
             found.refuse_unknown()
         total = run.data.dataset.users if found is None else found.users
         with default_progress().stage("recommending", total, "users") as stage:
-            wanted = {
-                name: getattr(options, name) for name in ("k", "exclude", "time", "held_out", "user_vectors")
-            }
+            asked = ("k", "exclude", "time", "held_out", "user_vectors", "new_items")
+            wanted = {name: getattr(options, name) for name in asked}
             count = library.recommend(run, options.out, users=found, advance=stage.advance, **wanted)
         if options.item_vectors:
             library.write_item_vectors(run, options.item_vectors)

@@ -152,7 +152,8 @@ def _write_weights(
 
 def summary(manifest: Manifest, run: str | Path, out: str | Path) -> list[str]:
     """Lines for the person who exported: what there is, and what to do with it."""
-    tables = {name: size for name, size in manifest.sizes.items() if name.startswith("tables.")}
+    # tables.NAME.COLUMN; deeper names are parts of what forms rows
+    tables = {n: size for n, size in manifest.sizes.items() if n.startswith("tables.") and n.count(".") == 2}
     numbers = {name: math.prod(size) for name, size in manifest.sizes.items()}
     of_tables = sum(numbers[name] for name in tables)
     shapes = ", ".join(f"{name} {' x '.join(f'{n:,}' for n in size)}" for name, size in tables.items())
@@ -162,9 +163,9 @@ def summary(manifest: Manifest, run: str | Path, out: str | Path) -> list[str]:
         lines.append(f"  {name:<{width}}  {_size(file.bytes):>10}")
     ids = {name.split("/")[1]: math.prod(size) for name, size in manifest.vocabularies.items()}
     lines += [f"rows of the open vocabulary {name} {rows:,}, each with its id" for name, rows in ids.items()]
+    in_tables = f", {of_tables:,} in tables ({shapes})" if tables else ""
     lines += [
-        f"parameters {sum(numbers.values()):,} (float32): {sum(numbers.values()) - of_tables:,} dense, {of_tables:,} "
-        f"in tables ({shapes})",
+        f"parameters {sum(numbers.values()):,} (float32): {sum(numbers.values()) - of_tables:,} dense{in_tables}",
         f"next  python -m gr evaluate --run {out} --split test",
     ]
     if manifest.model == "retrieval":

@@ -42,6 +42,7 @@ CHANGEABLE = (
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
     *("train.context", "train.activation_checkpointing", "model.input.features.*.table"),
     *("model.user.fields.*.table", "model.item.fields.*.table"),
+    "model.item_tower.recompute",
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
@@ -27,7 +28,9 @@ from gr.data.requests import (
     recommendation_requests,
     requests,
 )
+from gr.embeddings.table import Table
 from gr.errors import UserError
+from gr.modality.tower import Tower
 from gr.models.retrieval import Retrieval
 from gr.train.runs import OpenRun
 
@@ -46,6 +49,7 @@ def recommend(
     time: int | None = None,
     held_out: str | None = None,
     user_vectors: str | os.PathLike | None = None,
+    new_items: str | os.PathLike | None = None,
     advance: Callable[[int], None] = lambda users: None,
 ) -> int:
     """Write the ``k`` best items of each user to ``out``; returns the number of users.
@@ -56,8 +60,9 @@ def recommend(
     the shorter list.  time: the time of the request in seconds; each user's last time without it.  held_out: ask what
     the evaluation of this split asks: what comes after the actions before the held-out one, at its time, the held-out
     item never excluded; users without one are left out, and a column target_id has the held-out item.  user_vectors:
-    a second file of user_id, vector (see :func:`query_vectors`).  advance: called with the users done.  Files appear
-    when they are complete.
+    a second file of user_id, vector (see :func:`query_vectors`).  new_items: a Parquet file of items that the catalogue
+    doesn't have, recommended beside the others (see :func:`unseen_items`).  advance: called with the users
+    done.  Files appear when they are complete.
     """
     model, config, data = retrieval(run), run.config, run.data
     device = model.device
@@ -89,6 +94,10 @@ def recommend(
             users=users,
             columns=model.needs,
         )
+    unseen: Table | None = None
+    if new_items is not None:
+        more_ids, unseen = unseen_items(run, new_items)
+        item_ids = pa.concat_arrays([item_ids, more_ids])
     count = 0
     with ExitStack() as files, torch.no_grad():
         lists = files.enter_context(parquet_rows(out))
@@ -98,6 +107,9 @@ def recommend(
             queries_BD = model.encode(request.batch)
             excluded = (request.exclude_offsets, request.exclude_items)
             scores_BK, rows_BK = model.similarity.topk(model.items, queries_BD, k, excluded)
+            if unseen is not None:
+                others = model.similarity.topk(unseen, queries_BD, k)
+                scores_BK, rows_BK = _best_of((scores_BK, rows_BK), others, model.items.rows, k)
             names = pa.array(request.users.tolist())
             table = _lists_table(names, scores_BK.cpu(), rows_BK.cpu(), item_ids)
             if held_out is not None:
@@ -151,6 +163,51 @@ def retrieval(run: OpenRun) -> Retrieval:
             "search the catalogue: recommend with a run whose model is retrieval"
         )
     return run.model
+
+
+def unseen_items(run: OpenRun, path: str | os.PathLike) -> tuple[pa.Array, Table]:
+    """Raw ids, and rows to search, of items that the run's catalogue doesn't have: a Parquet file with item_id and the
+    columns that the run's item tower reads.  Only of a model whose tower forms rows from such columns."""
+    tower = retrieval(run).items
+    if not isinstance(tower, Tower):
+        raise UserError(
+            f"run '{run.folder.path}' knows items by a row each and has none for new ones: train with "
+            "model.item_tower=text or fused"
+        )
+    try:
+        items = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"'{path}' can't be read as a Parquet file of new items ({first}): write it again"
+        ) from None
+    if "item_id" not in items.column_names:
+        raise UserError(f"'{path}' has no column item_id (it has {', '.join(items.column_names)}): rename it")
+    known = run.data.dataset.catalogue.column("item_id").combine_chunks()
+    column = items["item_id"].combine_chunks()
+    if not len(column):
+        raise UserError(f"'{path}' has no items: leave --new-items out")
+    integer = pa.types.is_integer(known.type)
+    ids = to_ids(column, integer=integer, fix=f"correct item_id of '{path}'").values.cast(known.type)
+    if ids.null_count:
+        raise UserError(f"'{path}' has {ids.null_count} items without an item_id: fill it in")
+    there = pc.is_in(ids, value_set=known)
+    if found := pc.sum(there).as_py():
+        first = ids.filter(there)[0].as_py()
+        raise UserError(
+            f"'{path}' has {found:,} items that the catalogue knows ({first!r} is the first): leave them out"
+        )
+    return ids, tower.unseen(items)
+
+
+def _best_of(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], rows: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k best of two searches, both (scores, rows), of which the other's rows come after the ``rows`` of the one."""
+    scores_BC = torch.cat([one[0], other[0]], dim=1)
+    rows_BC = torch.cat([one[1], other[1] + rows], dim=1)
+    scores_BC, order_BC = scores_BC.sort(dim=1, descending=True, stable=True)
+    return scores_BC[:, :k], rows_BC.gather(1, order_BC)[:, :k]
 
 
 def query_vectors(model: Retrieval, queries_BD: Tensor) -> Tensor:

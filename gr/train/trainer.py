@@ -8,6 +8,7 @@ count; clip; move the parameters.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Generator
@@ -36,6 +37,8 @@ from gr.train.selection import best_of, better, comparable, family_of, selection
 from gr.train.stopping import StopSignal
 from gr.train.writer import CheckpointWriter
 from gr_kernels.counter_random import derive_key
+
+log = logging.getLogger(__name__)
 
 TRIM_STEPS = 100  # about 1 % of a small model's time
 
@@ -152,10 +155,13 @@ class Trainer:
     def run_evaluations(self) -> None:
         self._check_finite()
         evaluation = self.evaluation.at(self.cursor.epoch)
+        watched, said = self.model.watched()
+        if said is not None and self.processes.is_main:
+            log.warning(said)
         for split in self.config.eval.splits:
             result = evaluation.run(split, self.model)
             row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step}
-            row |= evaluation.split.describe() | result.row()
+            row |= evaluation.split.describe() | result.row() | watched
             self.cursor.metrics_rows += self.metrics.write(row)
             self._say(row, result.notes)
             if split == "valid":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,10 @@ log: {{every_steps: 1, tensorboard: false, plots: false}}
 """
 
 
-def make_dataset(path: Path, users: int = 150, items: int = 60) -> SequenceDataset:
-    """Sequences that step through the catalogue with noise: something to learn."""
+def make_dataset(
+    path: Path, users: int = 150, items: int = 60, described: Mapping[str, list] | None = None
+) -> SequenceDataset:
+    """Sequences that step through the catalogue with noise: something to learn.  described: columns of the items."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 30, users)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -49,7 +52,7 @@ def make_dataset(path: Path, users: int = 150, items: int = 60) -> SequenceDatas
     writer = DatasetWriter(path, "tiny", block_rows=32)
     writer.add(Sequences.of(np.arange(users), offsets, item=rows, time=times))
     counts = np.bincount(rows, minlength=items)
-    return writer.finish(pa.table({"item_id": np.arange(items), "count": counts}))
+    return writer.finish(pa.table({"item_id": np.arange(items), "count": counts, **(described or {})}))
 
 
 def write_config(folder: Path, data: Path, run: Path) -> Path:

@@ -77,6 +77,9 @@ class Engine(ABC):
                 if last:
                     copy = HostCopy(total)
                 self.backward(loss * scale)
+        for name, table in self.model.tables.items():
+            if table.formed:
+                table.take_back(views[name])
         self.exchange()
         self._gradients = {n: table.gather_gradients(views[n]) for n, table in self.row_tables.items()}
         return copy
@@ -314,6 +317,11 @@ def _named_arrays(arrays: Mapping[str, Mapping[str, Array]]) -> dict[str, Tensor
 def _of_tables(model: Model) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for table in model.tables.values():
+        if table.formed:
+            assert isinstance(table, nn.Module)
+            named = table.named_parameters(prefix=f"tables.{table.name}")
+            tensors |= {f"model/{name}": parameter.detach() for name, parameter in named}
+            continue
         pieces = table.pieces()
         tensors |= _named_slices("model", table, pieces, [piece.values_RC for piece in pieces])
     return tensors

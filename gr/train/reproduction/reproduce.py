@@ -48,7 +48,7 @@ def reproduce(
             raise UserError(f"no row '{name}': {nearest(name, (Path(r.config).stem for r in table.rows))}")
     for row in chosen:
         _check_evaluates(table, row, load(_config(table, row), overrides))
-    base = data or f"data/{dataset}"
+    base = data or f"data/{table.dataset}"
     paths = {protocol: f"{base}-{protocol}" for protocol in table.protocols} or {"": base}
     for protocol, path in paths.items():
         options = table.options | table.protocols.get(protocol, {})
@@ -98,12 +98,12 @@ def _cells(
 
 
 def _config(table: PublishedTable, row: Row) -> Path:
-    return find_table(table.dataset).with_name(row.config)
+    return find_table(table.title).parent / row.config
 
 
 def _folder(table: PublishedTable, row: Row, seed: int, out: str) -> str:
     protocol = f"{row.protocol}-" if row.protocol else ""
-    return f"{out}/{table.dataset}/{protocol}{Path(row.config).stem}-seed{seed}"
+    return f"{out}/{table.title}/{protocol}{Path(row.config).stem}-seed{seed}"
 
 
 def _pair(runs: dict[str, str], folder: str, seed: int) -> None:
@@ -118,7 +118,7 @@ def _check_evaluates(table: PublishedTable, row: Row, config: RunConfig) -> None
     measured = metric_names(config)
     if missing := [column for column in table.columns if column not in measured]:
         mend = f"add its k to eval.ks={config.eval.ks}" if "@" in missing[0] else "measure its task too"
-        raise UserError(f"the table of '{table.dataset}' shows {missing[0]}: {mend}")
+        raise UserError(f"the table of '{table.title}' shows {missing[0]}: {mend}")
     for split in ["test", "valid"] if row.valid else ["test"]:
         if split not in config.eval.splits:
             raise UserError(f"'{row.name}' needs split '{split}': add it to eval.splits={config.eval.splits}")

@@ -31,10 +31,11 @@ class Row(Section):
 
 
 class PublishedTable(Section):
-    """``dataset``: the folder's name.  ``prepares``: what gr prepare calls its data, where that is another name.
-    ``options``: of a generated dataset.  ``oracle``: also print each row's share of the oracle's metric.
-    ``protocols``: by name, options of the datasets on each of which all rows are trained; ``published_under``: the one
-    whose figures are compared with the published ones."""
+    """``dataset``: the folder of the data.  ``name``: of the folder the table stands in, where that is another.
+    ``prepares``: what gr prepare calls its data, where that isn't the dataset's name.  ``options``: of a generated
+    dataset.  ``oracle``: also print each row's share of the oracle's metric.  ``protocols``: by name, options of the
+    datasets on each of which all rows are trained; ``published_under``: the one whose figures are compared with the
+    published ones."""
 
     dataset: str
     prepares: str | None = None
@@ -44,6 +45,12 @@ class PublishedTable(Section):
     oracle: bool = False
     protocols: dict[str, dict[str, Any]] = {}
     published_under: str | None = None
+    name: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is called by."""
+        return self.name or self.dataset
 
     def under(self, protocol: str, row: Row) -> Row:
         """A row of the file as it is trained under a protocol."""
@@ -94,7 +101,7 @@ def read_table(dataset: str) -> PublishedTable:
 
 def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
     """Published beside measured; means over seeds, with the spread where there are several."""
-    view = Table(title=f"{table.dataset}: published beside measured", title_justify="left")
+    view = Table(title=f"{table.title}: published beside measured", title_justify="left")
     view.add_column("model, epoch")
     for column in table.columns:
         view.add_column(column, justify="right")
@@ -149,7 +156,7 @@ def save_table(table: PublishedTable, measured: Sequence[Measured], folder: str 
         oracle = measured[0].baselines["oracle"][metric]
         axes.axhline(oracle, linestyle="--", color="grey", linewidth=1, label="oracle on this stream")
     axes.set_xticks(list(places), [n.replace(" (", "\n(").replace(", ", ",\n") for n in names], size=8)
-    axes.set(title=f"{table.dataset}: {metric.upper()}", ylim=(0, None))
+    axes.set(title=f"{table.title}: {metric.upper()}", ylim=(0, None))
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)

@@ -1,0 +1,195 @@
+"""The vectors of items' content: fixed ones, or those that an encoder forms for a step and whose gradients it takes.
+
+Over several processes each distinct item of a step is encoded by one of them, its vector sent to those that need it,
+its gradient sent back.
+
+Shapes: I items, U distinct rows of this process's step, G of everybody's, R of them encoded here, E width of content.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gr.modality.chunks import chunks
+from gr.modality.encoder import Encoder
+from gr.modes import evaluating
+from gr.processes import Processes
+from gr.progress import PlainProgress, Progress
+
+
+class Items(Protocol):
+    """What an encoder reads of n items.  lengths_n: int64, by which they are put into chunks."""
+
+    @property
+    def lengths_n(self) -> Tensor: ...
+
+    def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
+        """What the encoder is called with for items ``rows_m``, on the CPU."""
+        ...
+
+
+class Content(ABC):
+    """``width``: E.  ``collective``: whether :meth:`of_step` and :meth:`all` are exchanges."""
+
+    width: int
+    collective = False
+
+    @abstractmethod
+    def of_step(self, rows_U: Tensor) -> Tensor:
+        """(U, E) float32, for a step with gradients; every process calls it together, once a step."""
+
+    def take_back(self, gradient_UE: Tensor) -> None:  # noqa: B027  (fixed vectors take none)
+        """The gradient of what :meth:`of_step` gave last; every process calls it together."""
+
+    @abstractmethod
+    def all(self) -> Tensor:
+        """(I, E) float32 of the whole catalogue as it is now, without gradients; every process calls it together."""
+
+    @abstractmethod
+    def unseen(self, items: pa.Table) -> Tensor:
+        """(n, E) float32, without gradients, of n items that the catalogue doesn't have, by their columns."""
+
+    learns = False
+    """Whether it changes from step to step."""
+
+
+class Fixed(Content):
+    """Vectors that nothing moves, (I, E), made when they are first asked for.  other: makes those of items that aren't
+    in the catalogue."""
+
+    def __init__(
+        self,
+        width: int,
+        make: Callable[[], Tensor],
+        other: Callable[[pa.Table], Tensor],
+        device: torch.device,
+        collective: bool = False,
+    ) -> None:
+        self.width, self._make, self._other, self.device = width, make, other, device
+        self.collective = collective
+        self._vectors_IE: Tensor | None = None
+
+    def of_step(self, rows_U: Tensor) -> Tensor:
+        return self.all().index_select(0, rows_U)
+
+    def all(self) -> Tensor:
+        if self._vectors_IE is None:
+            self._vectors_IE = self._make().to(self.device)
+        return self._vectors_IE
+
+    def unseen(self, items: pa.Table) -> Tensor:
+        return self._other(items).to(self.device)
+
+
+class Encoded(Content):
+    """Vectors that an encoder with parameters of its own forms.
+
+    items: what it reads of the catalogue; read: of items that aren't in it.  most: items that it takes at once.
+    recompute: keep nothing of a chunk for the backward pass, and form it again there.  bf16: compute steps in bfloat16.
+    """
+
+    learns = True
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        items: Items,
+        processes: Processes,
+        read: Callable[[pa.Table], Items],
+        *,
+        most: int,
+        recompute: bool = False,
+        bf16: bool = False,
+    ) -> None:
+        self._read = read
+        self.encoder, self.items, self.processes = encoder, items, processes
+        self.width, self.most, self.recompute, self.bf16 = encoder.width, most, recompute, bf16
+        self.collective = processes.world.size > 1
+        self._step: _Step | None = None
+
+    def of_step(self, rows_U: Tensor) -> Tensor:
+        world, device, lengths_I = self.processes.world, rows_U.device, self.items.lengths_n
+        rows_G = world.gather(rows_U).unique().cpu()
+        # dealt by length, so that everybody has about as many tokens
+        order_G = torch.argsort(lengths_I[rows_G], stable=True)
+        own_R = order_G[world.rank :: world.size]
+        parts = chunks(lengths_I[rows_G[own_R]], self.most)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            outputs = [self._chunk(rows_G[own_R[part]], device) for part in parts]
+        step = _Step(rows_G, own_R, parts, outputs)
+        vectors_RE = rows_U.new_zeros(len(own_R), self.width, dtype=torch.float32)
+        for part, output in zip(parts, outputs, strict=True):
+            vectors_RE[part.to(device)] = output.detach()
+        dealt = torch.cat([order_G[rank :: world.size] for rank in range(world.size)]).to(device)
+        gathered = world.gather(vectors_RE)
+        vectors_GE = torch.empty_like(gathered).index_copy_(0, dealt, gathered)
+        step.place_U = torch.searchsorted(rows_G.to(device), rows_U)
+        self._step = step
+        return vectors_GE.index_select(0, step.place_U)
+
+    def take_back(self, gradient_UE: Tensor) -> None:
+        step, self._step = self._step, None
+        assert step is not None and step.place_U is not None, "a step's gradients come back once"
+        device = gradient_UE.device
+        total_GE = gradient_UE.new_zeros(len(step.rows_G), self.width)
+        total_GE.index_copy_(0, step.place_U, gradient_UE)  # a row stands once in a view
+        self.processes.world.add_up(total_GE)
+        own_RE = total_GE.index_select(0, step.own_R.to(device))
+        gradients = [own_RE.index_select(0, part.to(device)) for part in step.parts]
+        if step.outputs and any(output.requires_grad for output in step.outputs):
+            torch.autograd.backward(step.outputs, gradients)
+
+    def _chunk(self, rows_m: Tensor, device: torch.device) -> Tensor:
+        inputs = [part.to(device) for part in self.items.inputs(rows_m)]
+        if self.recompute:
+            return checkpoint(self.encoder, *inputs, use_reentrant=False)
+        return self.encoder(*inputs)
+
+    def all(self) -> Tensor:
+        return encoded(self.encoder, self.items, self.processes, self.most)
+
+    def unseen(self, items: pa.Table) -> Tensor:
+        return encoded(self.encoder, self._read(items), self.processes, self.most)
+
+
+class _Step:
+    """What a step's forward pass leaves for its gradients."""
+
+    place_U: Tensor | None = None
+
+    def __init__(self, rows_G: Tensor, own_R: Tensor, parts: Sequence[Tensor], outputs: list[Tensor]) -> None:
+        self.rows_G, self.own_R, self.parts, self.outputs = rows_G, own_R, parts, outputs
+
+
+def encoded(
+    encoder: Encoder,
+    items: Items,
+    processes: Processes,
+    most: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """(I, E) float32: all ``items``, without gradients, on the processes' device; every process calls it
+    together and encodes its share.  The chunks are the same, and so are the bits, however many processes there are."""
+    world, device = processes.world, processes.device
+    parts = chunks(items.lengths_n, most)
+    own = parts[world.rank :: world.size]
+    rows = sum(map(len, own))
+    # lines even on a terminal: a bar may be there already
+    shown = progress if progress is not None else PlainProgress() if processes.is_main else Progress()
+    with evaluating(encoder), shown.stage("encoding items", rows, "items") as stage:
+        outputs = []
+        for part in own:
+            outputs.append(encoder(*(given.to(device) for given in items.inputs(part))))
+            stage.advance(len(part))
+    mine = torch.cat([torch.empty(0, encoder.width, device=device), *outputs])
+    gathered = world.gather(mine)
+    none = torch.empty(0, dtype=torch.int64)
+    places = torch.cat([none, *(part for rank in range(world.size) for part in parts[rank :: world.size])])
+    return torch.empty_like(gathered).index_copy_(0, places.to(device), gathered)

@@ -1,0 +1,124 @@
+"""Encoders of text from transformers, and their vectors of whole texts.
+
+Shapes: n texts, L tokens of the longest of them, E the encoder's width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gr.errors import UserError
+from gr.modality.find import folder_of, loaded
+
+POOLING = Literal["mean", "cls"]
+RATES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
+
+
+def transformers() -> Any:
+    """The package, quiet; a UserError where it isn't installed."""
+    try:
+        import transformers as package
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise UserError(
+            "an item tower of text needs the package 'transformers': make setup-encoders, or pip install 'gr[encoders]'"
+        ) from None
+    package.utils.logging.set_verbosity_error()
+    package.utils.logging.disable_progress_bar()
+    return package
+
+
+def load_tokenizer(encoder: str) -> Any:
+    """The fast tokenizer that comes with ``encoder``."""
+    return loaded(encoder, transformers().AutoTokenizer.from_pretrained)
+
+
+class Encoder(nn.Module):
+    """An encoder that transformers' AutoModel loads, called with what its kind takes: vectors (n, E) float32.
+
+    encoder: as :func:`gr.modality.find.folder_of` reads it.  dropout: of everything in it that drops (a pre-trained
+    one's own rates are lost).  Parameters are float32.
+    """
+
+    def __init__(self, encoder: str, pooling: POOLING, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.name, self.pooling = encoder, pooling
+        self.model: Any = _load_model(encoder).float()
+        self.config: Any = self.model.config
+        self.width = width_of(self.config)
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+            for name in RATES:  # OPT's layers keep rates as numbers
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0 if name == "layerdrop" else dropout)
+        self.train()  # what was loaded comes as it is evaluated
+
+    def fingerprint(self) -> str:
+        """Of its weights and its kind: 32 hexadecimal digits."""
+        digest = hashlib.blake2b(self.config.to_json_string().encode(), digest_size=16)
+        for name, values in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
+            digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class TextEncoder(Encoder):
+    """Any encoder of text, and a pooling of its last layer: the mean over the tokens of a text, or its first token
+    (``cls``)."""
+
+    def forward(self, ids_nL: Tensor, mask_nL: Tensor) -> Tensor:
+        """(n, E) float32.  ids_nL, mask_nL: int64; the mask is 1 where there is a token."""
+        prompt = getattr(self.model, "prompt", None)
+        if prompt is None:
+            hidden_nLE = self.model(input_ids=ids_nL, attention_mask=mask_nL).last_hidden_state
+        else:
+            words_nLE, longer_nL = prompt.before(self.model.get_input_embeddings()(ids_nL), mask_nL)
+            hidden_nLE = self.model(inputs_embeds=words_nLE, attention_mask=longer_nL).last_hidden_state
+            hidden_nLE = hidden_nLE[:, len(prompt.vectors) :]
+        if self.pooling == "cls":
+            return hidden_nLE[:, 0].float()
+        kept_nL1 = mask_nL[:, :, None].to(hidden_nLE.dtype)
+        # the divisor is float32: a bfloat16 can't count
+        return (hidden_nLE * kept_nL1).sum(1).float() / mask_nL.sum(1, keepdim=True).clamp_min(1)
+
+
+def width_of(config: Any) -> int:
+    """E; 0 of a kind that has none."""
+    sizes = getattr(config, "hidden_sizes", None)
+    return int(getattr(config, "hidden_size", 0) or (sizes[-1] if sizes else 0))
+
+
+def _load_model(encoder: str) -> nn.Module:
+    package = transformers()
+
+    def load(source: str, **settings: Any) -> nn.Module:
+        settings |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        try:
+            model, found = package.AutoModel.from_pretrained(source, add_pooling_layer=False, **settings)
+        except TypeError:  # a kind that has no such layer to leave out
+            model, found = package.AutoModel.from_pretrained(source, **settings)
+        if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+            raise UserError(
+                f"encoder '{encoder}' has no weights for {missing[0]}: give the folder of a whole "
+                f"{type(model).__name__}"
+            )
+        return model
+
+    model = loaded(encoder, load)
+    if not width_of(model.config) or getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"encoder '{encoder}' is a {type(model).__name__}, which gives no vectors of one width: choose an encoder "
+            "such as BERT, RoBERTa, OPT, a sentence encoder, ViT, Swin or ResNet"
+        )
+    return model
+
+
+def where(encoder: str) -> str:
+    """What people call the place of an encoder."""
+    return str(folder_of(encoder) or encoder)

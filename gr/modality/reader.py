@@ -1,0 +1,160 @@
+"""How items become what an encoder takes, and vectors: an encoder with what it reads, as a config says it; of text.
+
+Shapes: I items of a catalogue, E width of a vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import pyarrow as pa
+from pydantic import Field
+from torch import Tensor
+
+from gr.config import POSITIVE, Section
+from gr.errors import UserError, nearest
+from gr.modality import vectors
+from gr.modality.content import Items, encoded
+from gr.modality.encoder import POOLING, Encoder, TextEncoder, load_tokenizer, transformers, width_of
+from gr.modality.find import loaded
+from gr.modality.surroundings import Described
+from gr.modality.texts import Template, Tokens, most_tokens, say_empty, tokenised
+from gr.processes import Processes
+
+
+class TextSection(Section):
+    """How a text becomes a vector.  encoder: a folder, ``package:NAME`` or a name at the hub.  fields, template: the
+    columns of the catalogue, or a text with their names in braces.  batch: texts that it takes at once."""
+
+    encoder: str
+    pooling: POOLING = "mean"
+    fields: Annotated[list[str], Field(min_length=1)] = ["title"]
+    template: str | None = None
+    max_tokens: POSITIVE = 32
+    batch: POSITIVE = 128
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.template is None else {"fields": "template says which columns"}
+
+    def texts(self, column: Any, names: Iterable[str], rows: int) -> list[str]:
+        """The text of each of ``rows`` items; ``names``: the columns that there are."""
+        template = Template(self.fields, self.template)
+        for name in template.names:
+            if name not in names:
+                raise UserError(
+                    f"model.item_tower reads column '{name}', which is none of the items': {nearest(name, names)}"
+                )
+        return template.texts(column, rows)
+
+
+class Reader(ABC):
+    """What an encoder reads of items, and the vectors that it gives them where nothing moves it.
+
+    section: has encoder, pooling and batch.  ``width``: E.
+    """
+
+    def __init__(self, section: Any, processes: Processes) -> None:
+        self.section, self.processes = section, processes
+        self.config = loaded(section.encoder, transformers().AutoConfig.from_pretrained)
+        self.width = width_of(self.config)
+
+    @abstractmethod
+    def encoder(self, dropout: float = 0.0) -> Encoder:
+        """With its pre-trained weights, on the processes' device."""
+
+    @abstractmethod
+    def items(self, catalogue: Described) -> Items:
+        """What it reads of the whole catalogue."""
+
+    @abstractmethod
+    def items_in(self, items: pa.Table) -> Items:
+        """What it reads of items that a table describes."""
+
+    @abstractmethod
+    def about(self, items: Any) -> dict[str, Any]:
+        """What tells these items' contents from others (JSON)."""
+
+    def said(self, items: Any) -> None:  # noqa: B027  (most have nothing to say)
+        """A line in the log about those that couldn't be read."""
+
+    def vectors_of(self, items: pa.Table) -> Tensor:
+        """(n, E) float32 of n items that a table describes."""
+        return self._encoded(self.encoder(), self.items_in(items))
+
+    def vectors(self, catalogue: Described) -> Tensor:
+        """(I, E) float32 of the whole catalogue, kept beside the dataset; all processes ask together."""
+        items, encoder = self.items(catalogue), self.encoder()
+        about = {
+            "encoder": encoder.fingerprint(),
+            "pooling": self.section.pooling,
+            "batch": self.section.batch,
+            **self.about(items),
+        }
+        table = catalogue.kept("vectors", about)
+        if all(self.processes.everybodys(table is not None)):
+            assert table is not None
+            return vectors.of_table(table, "what is kept beside the dataset")
+        found_IE = self._encoded(encoder, items)
+        if self.processes.is_main:
+            ids = catalogue.column("item_id").combine_chunks()
+            catalogue.keep("vectors", about, vectors.as_table(ids, found_IE))
+        return found_IE
+
+    def _encoded(self, encoder: Encoder, items: Items) -> Tensor:
+        found_nE = encoded(encoder, items, self.processes, self.section.batch)
+        self.said(items)
+        return found_nE
+
+
+class TextReader(Reader):
+    """Texts of items as tokens, and as vectors."""
+
+    def __init__(self, section: TextSection, processes: Processes) -> None:
+        super().__init__(section, processes)
+        self.section: TextSection = section
+        self.tokenizer = load_tokenizer(section.encoder)
+
+    def encoder(self, dropout: float = 0.0) -> TextEncoder:
+        return TextEncoder(self.section.encoder, self.section.pooling, dropout).to(self.processes.device)
+
+    def tokens_of(self, column: Any, names: Iterable[str], rows: int) -> Tokens:
+        """The tokens of items' texts."""
+        section = self.section
+        texts = section.texts(column, names, rows)
+        if self.processes.is_main:
+            say_empty(texts, Template(section.fields, section.template).names)
+        return tokenised(texts, self.tokenizer, self._most)
+
+    def items_in(self, items: pa.Table) -> Tokens:
+        return self.tokens_of(items.column, items.column_names, len(items))
+
+    def items(self, catalogue: Described) -> Tokens:
+        """Of the whole catalogue, kept beside the dataset."""
+        section = self.section
+        about = {
+            "template": Template(section.fields, section.template).pattern,
+            "tokenizer": digest(self.tokenizer.backend_tokenizer.to_str()),
+            "most": self._most,
+        }
+        if (table := catalogue.kept("tokens", about)) is not None:
+            return Tokens.of_table(table, self.tokenizer.pad_token_id or 0)
+        tokens = self.tokens_of(catalogue.column, catalogue.column_names, catalogue.rows)
+        if self.processes.is_main:
+            catalogue.keep("tokens", about, tokens.to_table())
+        return tokens
+
+    def about(self, items: Any) -> dict[str, Any]:
+        return {"tokens": digest(items.ids_V.numpy().tobytes() + items.offsets_n1.numpy().tobytes())}
+
+    @property
+    def _most(self) -> int:
+        return most_tokens(self.tokenizer, self.config, self.section.max_tokens)
+
+
+def digest(content: str | bytes) -> str:
+    """32 hexadecimal digits."""
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

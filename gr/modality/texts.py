@@ -1,0 +1,139 @@
+"""Texts of items: columns of a catalogue through a template, then tokens, jagged.
+
+Shapes: n items, V tokens of all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gr.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CHARACTERS_A_TOKEN = 64
+"""No more characters of a text than so many for each token that is kept are given to a tokenizer."""
+AT_ONCE = 4096
+
+
+class Template:
+    """``fields`` of the catalogue one after another, or a text with their names in braces: "{title}. {plot}"."""
+
+    def __init__(self, fields: Sequence[str], template: str | None) -> None:
+        self.pattern = template if template is not None else " ".join(f"{{{field}}}" for field in fields)
+        try:
+            parsed = list(string.Formatter().parse(self.pattern))
+        except ValueError as error:
+            raise UserError(
+                f"model.item_tower.template {self.pattern!r} can't be read ({error}): correct it"
+            ) from None
+        self.names = [name for _, name, _, _ in parsed if name is not None]
+        if not self.names or any(not re.fullmatch(r"[^\W\d][\w ]*", name) for name in self.names):
+            raise UserError(
+                f"model.item_tower.template {self.pattern!r} must name columns of the catalogue in braces, such as "
+                "'{title}'"
+            )
+
+    def texts(self, column: Callable[[str], Any], rows: int) -> list[str]:
+        """The text of each item, white space made one blank each; ``column``: gives a column of theirs."""
+        values = {name: as_texts(name, column(name), rows) for name in dict.fromkeys(self.names)}
+        filled = (self.pattern.format(**dict(zip(values, row))) for row in zip(*values.values()))
+        return [" ".join(text.split()) for text in filled]
+
+
+def as_texts(name: str, column: Any, rows: int) -> list[str]:
+    """A column as texts: of lists their elements with a blank between them, of nothing an empty text."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if len(array) != rows:
+        raise UserError(f"column '{name}' has {len(array)} rows and there are {rows} items")
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return [_text(value) for value in array.to_pylist()]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " ".join(_text(part) for part in value)
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """ids_V: int32; item i has those from offsets_n1[i] to offsets_n1[i + 1] (int64), one at least.  pad: the id that
+    stands behind the shorter ones (some encoders count places by it)."""
+
+    offsets_n1: Tensor
+    ids_V: Tensor
+    pad: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets_n1) - 1
+
+    @property
+    def lengths_n(self) -> Tensor:
+        return self.offsets_n1.diff()
+
+    def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
+        """(m, L) ids and mask of items ``rows_m``, both int64, as long as the longest of them."""
+        lengths_m = self.lengths_n[rows_m]
+        longest = int(lengths_m.max()) if len(rows_m) else 0
+        place_L = torch.arange(longest)
+        mask_mL = place_L < lengths_m[:, None]
+        source_mL = (self.offsets_n1[rows_m, None] + place_L).clamp_max(len(self.ids_V) - 1)
+        return torch.where(mask_mL, self.ids_V[source_mL].long(), self.pad), mask_mL.long()
+
+    def to_table(self) -> pa.Table:
+        lists = pa.ListArray.from_arrays(self.offsets_n1.int().numpy(), self.ids_V.numpy())
+        return pa.table({"tokens": lists})
+
+    @staticmethod
+    def of_table(table: pa.Table, pad: int) -> Tokens:
+        lists = table["tokens"].combine_chunks()
+        offsets = torch.tensor(lists.offsets.to_numpy(), dtype=torch.int64)
+        return Tokens(offsets - offsets[0], torch.tensor(lists.flatten().to_numpy(), dtype=torch.int32), pad)
+
+
+def tokenised(texts: Sequence[str], tokenizer: Any, most: int) -> Tokens:
+    """``texts`` as their tokenizer writes them, cut to ``most`` tokens with what marks begin and end.
+
+    A text of megabytes costs no more than one of ``most`` tokens."""
+    limit = CHARACTERS_A_TOKEN * most
+    marks = (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    nothing = next((mark for mark in marks if mark is not None), 0)
+    lists: list[list[int]] = []
+    for start in range(0, len(texts), AT_ONCE):
+        some = [text[:limit] for text in texts[start : start + AT_ONCE]]
+        ids = tokenizer(some, truncation=True, max_length=most, padding=False)["input_ids"]
+        lists += [of_text or [nothing] for of_text in ids]
+    lengths = torch.tensor([len(ids) for ids in lists], dtype=torch.int64)
+    flat = torch.tensor([token for ids in lists for token in ids], dtype=torch.int32)
+    return Tokens(F.pad(lengths.cumsum(0), (1, 0)), flat, tokenizer.pad_token_id or 0)
+
+
+def say_empty(texts: Sequence[str], of: Sequence[str]) -> None:
+    """A line where items have no text: they all have one vector."""
+    if empty := sum(not text for text in texts):
+        log.warning(
+            "%s of %s items have no text (%s): they share the vector of an empty one",
+            f"{empty:,}",
+            f"{len(texts):,}",
+            ", ".join(of),
+        )
+
+
+def most_tokens(tokenizer: Any, config: Mapping[str, Any] | Any, wanted: int) -> int:
+    """``wanted``, or as many as the encoder has places for."""
+    places = getattr(config, "max_position_embeddings", None) or wanted
+    return min(wanted, places, tokenizer.model_max_length)

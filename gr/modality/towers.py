@@ -1,0 +1,246 @@
+"""Item towers by name: what a config asks for as ``model.item_tower``, and the table that stands for it.
+
+    id      a table of the run's ``model.table``: a row an item; it may start from content
+    text    a row is formed from the item's text
+    image   from its picture
+    fused   from one of these and from a row of its id
+
+A tower's ``mode`` says what of the encoder trains: ``frozen`` and ``cached`` nothing (its vectors are computed once, or
+read from a file), ``tuned`` all of it, ``adapters`` small modules inside it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+import pyarrow as pa
+import torch
+from pydantic import BeforeValidator, model_validator
+from torch import Tensor
+
+from gr.config import COUNT, FRACTION, ComponentConfig, Section
+from gr.embeddings.table import Table, TableSpec
+from gr.errors import UserError
+from gr.modality import vectors
+from gr.modality.adapters import AdapterSection, freeze_layers, insert
+from gr.modality.content import Content, Encoded, Fixed
+from gr.modality.head import Fusion, Head, HeadSection
+from gr.modality.image_reader import ImageReader, ImageSection
+from gr.modality.reader import Reader, TextReader, TextSection
+from gr.modality.surroundings import Surroundings
+from gr.modality.tower import Tower
+from gr.processes import Processes
+
+ADAPTERS = Annotated[
+    AdapterSection, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+]
+
+
+class StartSection(Section):
+    """What a table's first rows are made of: the vectors in a file (``vectors``), or of an encoder (``text``,
+    ``image``), on their principal axes, with the spread of ``model.table_std``."""
+
+    vectors: str | None = None
+    text: TextSection | None = None
+    image: ImageSection | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StartSection:
+        if [self.vectors, self.text, self.image].count(None) != 2:
+            raise ValueError("give it one of vectors (a file), text and image (encoders)")
+        return self
+
+
+class Id:
+    """A table with a row an item.  start: its first rows are a projection of content; else they are random."""
+
+    class Config(ComponentConfig):
+        name: Literal["id"] = "id"
+        start: StartSection | None = None
+
+        def build(self, around: Surroundings) -> Table:  # type: ignore[override]
+            table: Table = around.table.build(around.spec, around.processes)
+            if self.start is not None:
+                start_from(table, around.spec, _content_of(self.start, around))
+            return table
+
+
+def _content_of(start: StartSection, around: Surroundings) -> Tensor:
+    if start.vectors is not None:
+        return vectors.read_file(start.vectors, around.catalogue.column("item_id").combine_chunks())
+    return _reader(start.text, start.image, around.processes).vectors(around.catalogue)
+
+
+def _reader(text: TextSection | None, image: ImageSection | None, processes: Processes) -> Reader:
+    """Of the one that there is."""
+    if image is not None:
+        return ImageReader(image, processes)
+    assert text is not None
+    return TextReader(text, processes)
+
+
+@torch.no_grad()
+def start_from(table: Table, spec: TableSpec, content_IE: Tensor) -> None:
+    """Give this process's rows of a table their part of a projection of content."""
+    first_ID = vectors.projected(content_IE.cpu(), spec.dim, spec.std)
+    for piece in table.pieces():
+        if piece.column == "weight":
+            rows, columns = piece.values_RC.shape
+            piece.values_RC.copy_(first_ID[piece.row0 : piece.row0 + rows, piece.col0 : piece.col0 + columns])
+    table.refilled()
+
+
+class ContentConfig(ComponentConfig):
+    """mode: what of the encoder trains.  text, image: the encoder and what it reads (not of ``cached``).  vectors: a
+    Parquet file of item_id and vector (of ``cached``).  head: from content to an item's vector.  adapters: what is put
+    into the encoder (of ``adapters``).  freeze: so many of a tuned encoder's first layers, and its embeddings, stay as
+    they are.  dropout: inside an encoder that trains.  recompute: of what such a one forms keep nothing for the
+    backward pass, and form it again there: less memory, a third more time."""
+
+    mode: Literal["frozen", "cached", "tuned", "adapters"] = "frozen"
+    text: TextSection | None = None
+    image: ImageSection | None = None
+    vectors: str | None = None
+    head: HeadSection = HeadSection()
+    adapters: ADAPTERS = AdapterSection()
+    freeze: COUNT = 0
+    dropout: FRACTION = 0.0
+    recompute: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> ContentConfig:
+        if self.mode == "cached" and self.vectors is None:
+            raise ValueError("mode cached reads vectors from a file: set vectors, or choose mode frozen")
+        if self.mode != "cached" and (self.text is None) == (self.image is None):
+            raise ValueError(
+                f"mode {self.mode} needs an encoder: set text.encoder, or image.encoder and not both"
+            )
+        other = {"text": self.image, "image": self.text}.get(self.name)
+        if other is not None:
+            raise ValueError(
+                f"a tower of name {self.name} reads no {'image' if self.name == 'text' else 'text'}"
+            )
+        return self
+
+    def idle(self) -> dict[str, str]:
+        used = {
+            "frozen": (),
+            "cached": ("vectors",),
+            "tuned": ("freeze", "dropout", "recompute"),
+            "adapters": ("adapters.name", "adapters.size", "adapters.norms", "dropout", "recompute"),
+        }
+        keys = dict.fromkeys(key for keys in used.values() for key in keys)
+        return {key: f"mode is {self.mode}" for key in keys if key not in used[self.mode]}
+
+
+class Text:
+    """Rows formed from text."""
+
+    class Config(ContentConfig):
+        name: Literal["text"] = "text"
+
+        def build(self, around: Surroundings) -> Tower:  # type: ignore[override]
+            return _tower(self, around, None)
+
+
+class Image:
+    """Rows formed from pictures."""
+
+    class Config(ContentConfig):
+        name: Literal["image"] = "image"
+
+        def build(self, around: Surroundings) -> Tower:  # type: ignore[override]
+            return _tower(self, around, None)
+
+
+class Fused:
+    """Rows formed from text or pictures and from a table of ids.  fusion: see :class:`gr.modality.head.Fusion`."""
+
+    class Config(ContentConfig):
+        name: Literal["fused"] = "fused"
+        fusion: Literal["add", "concat", "gated"] = "add"
+
+        def build(self, around: Surroundings) -> Tower:  # type: ignore[override]
+            if around.by_rows:
+                raise UserError(
+                    "the optimizer moves the rows of a table that a step has seen, and model.item_tower fused has "
+                    "dense gradients, which move all: use optimizer=adamw",
+                    everywhere=True,
+                )
+            return _tower(self, around, Fusion(self.fusion, around.spec.dim))
+
+
+def _tower(config: ContentConfig, around: Surroundings, fusion: Fusion | None) -> Tower:
+    if around.table.name != "local":
+        raise UserError(
+            f"model.table is {around.table.name}, and a tower's parameters are whole on every process: use "
+            "model.table=local with model.item_tower, or model.item_tower=id",
+            everywhere=True,
+        )
+    content = content_of(config, around)
+    head = Head(config.head, content.width, around.spec.dim)
+    return Tower(around.spec, content, head, fusion, around.processes)
+
+
+def _given(width: int, items: pa.Table) -> Tensor:
+    """The vectors that come with items, of a tower that has no encoder."""
+    if "vector" not in items.column_names:
+        raise UserError(
+            "model.item_tower has mode cached and no encoder: give new items a column vector, written by the program "
+            "encode"
+        )
+    found = vectors.of_table(items, "the new items")
+    if found.shape[1] != width:
+        raise UserError(
+            f"the vectors of the new items have {found.shape[1]} numbers, and the tower's {width}: encode them with "
+            "the same encoder"
+        )
+    return found
+
+
+def content_of(config: ContentConfig, around: Surroundings) -> Content:
+    catalogue, processes = around.catalogue, around.processes
+    if config.mode == "cached":
+        assert config.vectors is not None
+        ids = catalogue.column("item_id").combine_chunks()
+        found_IE = vectors.read_file(config.vectors, ids)
+        return Fixed(
+            found_IE.shape[1], lambda: found_IE, partial(_given, found_IE.shape[1]), processes.device
+        )
+    reader = _reader(config.text, config.image, processes)
+    if config.mode == "frozen":
+        several = processes.world.size > 1
+        make = partial(reader.vectors, catalogue)
+        return Fixed(reader.width, make, reader.vectors_of, processes.device, collective=several)
+    encoder = reader.encoder(config.dropout)
+    items = reader.items(catalogue)
+    if config.mode == "adapters":
+        _check_places(config, reader, int(items.lengths_n.max()))
+        insert(encoder.model, config.adapters, around.spec.seed)
+        encoder.to(processes.device)
+    elif config.freeze:
+        freeze_layers(encoder.model, config.freeze)
+    return Encoded(
+        encoder,
+        items,
+        processes,
+        reader.items_in,
+        most=reader.section.batch,
+        recompute=config.recompute,
+        bf16=around.bf16,
+    )
+
+
+def _check_places(config: ContentConfig, reader: Reader, longest: int) -> None:
+    """Refuse a prompt that an encoder has no places for, and one before pictures."""
+    if config.adapters.name != "prompt":
+        return
+    if config.text is None:
+        raise UserError("adapters prompt stand before a text, and the tower reads pictures: choose others")
+    places = getattr(reader.config, "max_position_embeddings", None)
+    if places is not None and config.adapters.size + longest > places:
+        raise UserError(
+            f"adapters.size is {config.adapters.size} tokens before texts of up to {longest}, and the encoder has "
+            f"places for {places}: lower it, or text.max_tokens"
+        )

@@ -1,0 +1,97 @@
+"""Files of items' vectors: Parquet with a column ``item_id`` and a column ``vector`` of equally long lists.
+
+Shapes: n rows of a file, I items of a catalogue, E width of a vector, D of a table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from gr.errors import UserError
+
+
+def as_table(item_ids: pa.Array, vectors_nE: Tensor) -> pa.Table:
+    """``item_id``, ``vector`` (a fixed-size list of float32)."""
+    flat = pa.array(vectors_nE.float().cpu().contiguous().flatten().numpy())
+    return pa.table(
+        {"item_id": item_ids, "vector": pa.FixedSizeListArray.from_arrays(flat, vectors_nE.shape[1])}
+    )
+
+
+def of_table(table: pa.Table, what: str) -> Tensor:
+    """(n, E) float32: the column ``vector``; ``what``: what people call the table."""
+    column = table["vector"].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks)
+    kinds = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
+    lists = any(is_kind(column.type) for is_kind in kinds)
+    if not lists or not pa.types.is_floating(column.type.value_type):
+        raise UserError(
+            f"column vector of {what} is of type {column.type}: write lists of floats, all of one length"
+        )
+    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    if column.null_count or not len(column) or len(flat) % len(column) or not _even(column):
+        raise UserError(f"the vectors of {what} are not all there and of one length: write them again")
+    if not np.isfinite(flat).all():
+        raise UserError(f"a vector of {what} has NaN or infinity: write them again")
+    return torch.from_numpy(flat.reshape(len(column), -1))
+
+
+def _even(column: pa.Array) -> bool:
+    if pa.types.is_fixed_size_list(column.type):
+        return True
+    lengths = pc.list_value_length(column)
+    return pc.min(lengths).as_py() == pc.max(lengths).as_py() != 0
+
+
+def read_file(path: str, item_ids: pa.Array) -> Tensor:
+    """(I, E) float32: the vectors that the file at ``path`` has for ``item_ids`` (I raw ids), in their order; others
+    that it has are passed over."""
+    what = f"'{path}'"
+    if not Path(path).is_file():
+        raise UserError(f"no file {what} with vectors of items: write it with the program encode")
+    try:
+        table = pq.read_table(path, columns=["item_id", "vector"])
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{what} can't be read as a Parquet file of item_id and vector ({str(error).splitlines()[0]}): write it "
+            "again with the program encode"
+        ) from None
+    if missing := [name for name in ("item_id", "vector") if name not in table.column_names]:
+        raise UserError(f"{what} has no column {missing[0]}: write it with the program encode")
+    ids = table["item_id"].combine_chunks()
+    if ids.type != item_ids.type:
+        if pa.types.is_string(item_ids.type):
+            ids = ids.cast(pa.string())
+        else:
+            raise UserError(
+                f"item_id of {what} is {ids.type}, and the catalogue's {item_ids.type}: write it again"
+            )
+    place_I = pc.index_in(item_ids, value_set=ids)
+    if place_I.null_count:
+        first = item_ids[place_I.is_null().to_numpy(zero_copy_only=False).argmax()].as_py()
+        raise UserError(
+            f"{what} has no vector for {place_I.null_count:,} of {len(item_ids):,} items ({first!r} is the first): "
+            "encode the catalogue again"
+        )
+    return of_table(table, what)[torch.from_numpy(place_I.to_numpy().astype(np.int64))]
+
+
+def projected(vectors_IE: Tensor, dim: int, std: float) -> Tensor:
+    """(I, D) float32: the vectors on their D principal axes, of spread ``std`` over all numbers; for a table's first
+    rows.  Where E is less than D the columns behind are zeros."""
+    x_IE = vectors_IE.double()
+    x_IE = x_IE - x_IE.mean(0)
+    _, axes_EE = torch.linalg.eigh(x_IE.T @ x_IE)
+    axes_ED = axes_EE.flip(1)[:, :dim]  # eigenvalues come in ascending order
+    largest_D = axes_ED.gather(0, axes_ED.abs().argmax(0, keepdim=True))[0]
+    y_ID = x_IE @ (axes_ED * torch.where(largest_D < 0, -1.0, 1.0))
+    y_ID = y_ID * (std / y_ID.square().mean().sqrt().clamp_min(1e-12))
+    return torch.nn.functional.pad(y_ID, (0, dim - y_ID.shape[1])).float()

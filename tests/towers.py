@@ -1,0 +1,107 @@
+"""A tiny encoder of text with real files, and a tiny dataset whose items have titles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gr.data.dataset import SequenceDataset
+from tests.end_to_end.tiny import make_dataset
+
+WORDS = (
+    "red",
+    "blue",
+    "soft",
+    "hard",
+    "soap",
+    "cream",
+    "brush",
+    "oil",
+    "for",
+    "hair",
+    "hands",
+    "you",
+    "new",
+    "old",
+)
+ITEMS = 60
+
+
+def titles(items: int = ITEMS) -> list[str | None]:
+    """Of one to nine words; one is empty and one is missing."""
+    found: list[str | None] = []
+    for item in range(items):
+        count = 1 + item * 7 % 9
+        found.append(" ".join(WORDS[(item * (3 + word) + word) % len(WORDS)] for word in range(count)))
+    found[3], found[5] = "", None
+    return found
+
+
+def make_titled(path: Path) -> SequenceDataset:
+    return make_dataset(path, items=ITEMS, described={"title": titles()})
+
+
+def make_encoder(path: Path, width: int = 16, seed: int = 0) -> Path:
+    """A BERT of two layers with random weights and a tokenizer of few words, as save_pretrained writes them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=24, **names)
+    fast.save_pretrained(path)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=24,
+        initializer_range=0.3,  # else all texts have about one vector
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(path)
+    return path
+
+
+def make_pictures(folder: Path, items: int = ITEMS) -> Path:
+    """ITEM.png or .jpg, a colour and a gradient each; item 4 has none, 6 is cut off, 8 is text, 9 says it is huge."""
+    from PIL import Image
+
+    folder.mkdir()
+    ramp = np.linspace(0, 1, 24)[:, None, None] * np.ones((24, 20, 3))
+    for item in range(items):
+        colour = np.array([item * 37 % 256, item * 91 % 256, item * 53 % 256])
+        pixels = Image.fromarray((ramp * colour).astype(np.uint8))
+        pixels.save(folder / f"{item}.{'png' if item % 2 else 'jpg'}")
+    (folder / "4.jpg").unlink()
+    (folder / "6.jpg").write_bytes((folder / "6.jpg").read_bytes()[:200])
+    (folder / "8.jpg").write_bytes(b"<html>not found</html>")
+    Image.new("1", (9_000, 9_000)).save(folder / "9.png")
+    return folder
+
+
+def make_image_encoder(path: Path, kind: str = "vit") -> Path:
+    """A tiny ViT, MAE, Swin or ResNet with random weights."""
+    import transformers as package
+
+    torch.manual_seed(0)
+    small = {"image_size": 16, "patch_size": 8, "initializer_range": 0.3}
+    layers = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    swin = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    config = {
+        "vit": lambda: package.ViTConfig(**small, **layers),
+        "mae": lambda: package.ViTMAEConfig(**small, **layers),
+        "swin": lambda: package.SwinConfig(**swin, window_size=2),
+        "resnet": lambda: package.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+    }[kind]()
+    package.AutoModel.from_config(config).save_pretrained(path)
+    return path

@@ -1,0 +1,392 @@
+"""Item towers: exact where they must be, whatever their mode and however a step is cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gr import config as configs
+from gr.errors import UserError
+from gr.modality.collapse import effective_rank, mean_cosine
+from gr.modality.content import encoded
+from gr.modality.reader import TextReader, TextSection
+from gr.modality.texts import Template, tokenised
+from gr.modality.vectors import as_table, read_file
+from gr.models.step import StepContext
+from gr.processes import Processes
+from gr.train import job
+from gr.train.encoding import encode, read_tower
+from gr.train.exporting import export
+from gr.train.parts import build
+from gr.train.recommend import recommend
+from gr.train.runs import open_run
+from tests.end_to_end.tiny import CONFIG, weights
+from tests.packages import needs
+from tests.precision import tolerance
+from tests.towers import ITEMS, make_encoder, make_titled, titles
+
+needs("transformers")
+CPU = Processes(torch.device("cpu"))
+# Two layers of width 16 on ten tokens, a head, an encoder of width 16 and a loss of 17 terms, all of unit size
+CLOSE = tolerance(64, stages=12, size=10.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("towers")
+    make_titled(path / "data")
+    make_encoder(path / "encoder")
+    return path
+
+
+@pytest.fixture
+def config(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "plot_run", lambda folder, shown: None)  # pictures take longer than runs
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG.format(run=tmp_path / "run", data=folder / "data"))
+
+    def load(tower, *overrides, run="run"):
+        tower = {"text": {"encoder": str(folder / "encoder")}, **tower}
+        tower = {key: value for key, value in tower.items() if value is not None}
+        given = [f"model.item_tower={json.dumps(tower)}", f"run.dir={tmp_path / run}", *overrides]
+        return configs.load(file, given)
+
+    return load
+
+
+PLAIN = ("model.input.dropout=0", "model.encoder.dropout=0", "train.clip_norm=null")
+
+
+def first_step(parts, cut=None):
+    """The engine after the gradients of the first global batch, which is cut into micro-batches of ``cut`` actions."""
+    batch = next(parts.batches.epoch(0)).share
+    pieces = [parts.model.supervise(p, 7) for p in batch.split(cut or 10**6)]
+    loss = parts.engine.forward_backward(pieces, StepContext(7), sum(p.count for p in pieces))
+    return loss.item(), {name: p.grad.clone() for name, p in parts.model.named_dense() if p.grad is not None}
+
+
+def scores_of(parts_or_run):
+    with torch.no_grad():
+        model = parts_or_run.model
+        queries = torch.randn(5, model.items.dim, generator=torch.Generator().manual_seed(0))
+        return model.similarity.scores(model.items, queries)
+
+
+# -- the modes are one ------------------------------------------------------------------------------------------------
+
+
+def test_frozen_cached_and_tuned_without_a_rate_score_alike(folder, config, tmp_path):
+    """To the bit while nothing has moved; after an epoch in which a tuned encoder's rate was 0, but for rounding."""
+    section = TextSection(encoder=str(folder / "encoder"))
+    frozen = build(config({"name": "text"}), CPU)
+    found = TextReader(section, CPU).vectors(frozen.data.catalogue)
+    pq.write_table(as_table(frozen.data.catalogue.ids, found), tmp_path / "vectors.parquet")
+    cached_tower = {
+        "name": "text",
+        "mode": "cached",
+        "text": None,
+        "vectors": str(tmp_path / "vectors.parquet"),
+    }
+    towers = {"frozen": {"name": "text"}, "cached": cached_tower, "tuned": {"name": "text", "mode": "tuned"}}
+    built = {mode: build(config(tower), CPU) for mode, tower in towers.items()}
+    for parts in built.values():
+        assert torch.equal(scores_of(parts), scores_of(frozen))
+    still = "optimizer.groups=[{match: ^tables.items.encoder, lr: 0.0}]"
+    scores, losses = {}, {}
+    for mode, tower in towers.items():
+        overrides = [*PLAIN, "train.epochs=1", *[still] * (mode == "tuned")]
+        result = job.run(config(tower, *overrides, run=mode))
+        run = open_run(result.path)
+        scores[mode] = scores_of(run)
+        losses[mode] = torch.tensor([r["loss"] for r in result.metrics if r["kind"] == "train"])
+    assert torch.equal(scores["frozen"], scores["cached"]) and torch.equal(losses["frozen"], losses["cached"])
+    torch.testing.assert_close(losses["tuned"], losses["frozen"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(scores["tuned"], scores["frozen"], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("fusion", ["add", "concat", "gated"])
+@pytest.mark.parametrize("objective", ["{name: sampled_softmax, negatives: 16}", "full_softmax"])
+def test_gradients_are_those_of_encoding_every_occurrence(config, fusion, objective):
+    """What a view of distinct rows gathers is what autograd finds where every look-up encodes anew."""
+    tower = {"name": "fused", "mode": "tuned", "fusion": fusion}
+    parts = build(config(tower, f"objective={objective}", *PLAIN), CPU)
+    loss, found = first_step(parts)
+    items = parts.model.items
+    assert found.keys() == {name for name, _ in parts.model.named_dense()}
+    parts.engine.parts[0].optimizer.zero_grad()
+    in_parts_loss, in_parts = first_step(parts, cut=40)
+    assert in_parts_loss == pytest.approx(loss, rel=1e-5)
+    parts.engine.parts[0].optimizer.zero_grad()
+
+    ids, mask = items.content.items.inputs(torch.arange(items.rows))
+
+    class Naive:
+        """A view that encodes each row that is asked for, again and again, with a graph of its own."""
+
+        numbering = bias_U = None
+
+        @property
+        def weight_UD(self):
+            return items._fused(torch.arange(items.rows), items.encoder(ids, mask))
+
+        def place(self, rows):
+            return rows
+
+        def lookup(self, rows):
+            content = items.encoder(ids[rows.flatten()], mask[rows.flatten()])
+            return items._fused(rows.flatten(), content).view(*rows.shape, -1)
+
+    batch = next(parts.batches.epoch(0)).share
+    part = parts.model.supervise(batch, 7)
+    items._leaf_ID = Naive().weight_UD
+    naive = parts.model(part, StepContext(7, views={"items": Naive()})) / part.count
+    naive.backward()
+    for name, parameter in parts.model.named_dense():
+        scale = max(parameter.grad.abs().max().item(), 1e-3)
+        for gradient in (found[name], in_parts[name]):
+            torch.testing.assert_close(gradient / scale, parameter.grad / scale, **CLOSE, msg=name)
+
+
+def test_forming_again_changes_no_gradient(config):
+    kept = first_step(build(config({"name": "text", "mode": "tuned"}, *PLAIN), CPU))
+    again = first_step(build(config({"name": "text", "mode": "tuned", "recompute": True}, *PLAIN), CPU))
+    assert kept[0] == again[0]
+    assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
+
+
+def test_a_text_is_encoded_by_itself(folder, config):
+    """Whatever it is padded beside."""
+    reader = TextReader(TextSection(encoder=str(folder / "encoder")), CPU)
+    encoder = reader.encoder()
+    tokens = tokenised([t or "" for t in titles()], reader.tokenizer, 20)
+    together = encoded(encoder, tokens, CPU, 16)
+    with torch.no_grad():
+        for item in range(0, ITEMS, 7):
+            alone = encoder(*tokens.inputs(torch.tensor([item])))
+            torch.testing.assert_close(together[item], alone[0], **CLOSE)
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tuned_run_that_was_stopped_ends_as_one_that_was_not(config):
+    tower = {"name": "fused", "mode": "tuned", "fusion": "gated", "dropout": 0.1}
+    overrides = ["train.max_steps=4", "eval.splits=[valid]", "checkpoint.every_steps=2"]
+    whole = config(tower, *overrides, run="whole")
+    rows = job.run(whole).metrics
+    halves = config(tower, *overrides, run="halves")
+
+    def stop(folder):
+        if len(folder.read_metrics()) == 3:  # after the third step, whose row is past the checkpoint's
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(halves, on_step=stop)
+    assert job.resume(halves.run.dir).metrics == rows
+    one, other = weights(Path(whole.run.dir)), weights(Path(halves.run.dir))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert any("tables.items.encoder" in name for name in one)
+    assert torch.equal(scores_of(open_run(whole.run.dir)), scores_of(open_run(halves.run.dir)))
+
+
+def test_a_frozen_encoder_is_in_no_checkpoint(config):
+    result = job.run(config({"name": "text", "head": {"layers": 1}}, "train.max_steps=2"))
+    names = [
+        name for name in weights(Path(result.path)) if "tables.items" in name and name.startswith("model/")
+    ]
+    assert sorted(name.removeprefix("model/tables.items.") for name in names) == [
+        *("head.first.bias", "head.first.weight", "head.more.0.bias", "head.more.0.weight")
+    ]
+
+
+def test_a_table_starts_from_its_texts(folder, config):
+    """Rows whose texts are alike start alike, with the spread that a table's rows have."""
+    tower = {"name": "id", "text": None, "start": {"text": {"encoder": str(folder / "encoder")}}}
+    items = build(config(tower), CPU).model.items
+    weight = items.weight.detach()
+    assert torch.equal(weight[3], weight[5])  # neither has a text
+    assert weight.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+
+
+def test_items_that_training_never_saw_are_recommended(folder, config, tmp_path):
+    """Beside the others, with the score that a known item of the same text has; of a cached tower by their vectors."""
+    tower = tmp_path / "tower.yaml"
+    tower.write_text(f"encoder: {json.dumps(str(folder / 'encoder'))}\n")
+    new, file = (
+        pa.table({"item_id": [1007, 1011], "title": [titles()[7], titles()[11]]}),
+        tmp_path / "new.parquet",
+    )
+    pq.write_table(new, file)
+    section = read_tower(str(tower))
+    written, count, width = encode(str(folder / "data"), section, str(tmp_path / "all.parquet"), CPU)
+    of_new = encode(str(folder / "data"), section, str(tmp_path / "new-vectors.parquet"), CPU, str(file))
+    assert (count, width, of_new[1:]) == (ITEMS, 16, (2, 16))
+    towers = {
+        "text": ({"name": "text"}, file),
+        "cached": ({"name": "text", "mode": "cached", "text": None, "vectors": str(written)}, of_new[0]),
+    }
+    for name, (asked, items) in towers.items():
+        result = job.run(config(asked, "train.max_steps=1", "eval.splits=[]", run=name))
+        run = open_run(result.path)
+        recommend(run, tmp_path / "recs.parquet", k=ITEMS + 2, exclude="none", new_items=items)
+        for row in pq.read_table(tmp_path / "recs.parquet").to_pylist()[:20]:
+            scores = dict(zip(row["item_ids"], row["scores"], strict=True))
+            assert len(scores) == ITEMS + 2 and row["scores"] == sorted(row["scores"], reverse=True)
+            for known in (7, 11):
+                assert scores[1000 + known] == pytest.approx(scores[known], rel=1e-4, abs=1e-4)
+    with pytest.raises(UserError, match="give new items a column vector"):
+        recommend(run, tmp_path / "recs.parquet", new_items=file)
+    pq.write_table(new.set_column(0, "item_id", pa.array([1007, 11])), file)
+    with pytest.raises(UserError, match="has 1 items that the catalogue knows"):
+        recommend(run, tmp_path / "recs.parquet", new_items=file)
+
+
+ADAPTERS = ("houlsby", "parallel", "pfeiffer", "compacter", "lora", "bitfit")
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "prompt"])
+def test_adapters_start_from_the_frozen_encoder_and_train_alone(config, name):
+    frozen = build(config({"name": "text"}), CPU).model.items
+    tower = {"name": "text", "mode": "adapters", "adapters": {"name": name, "size": 4}}
+    parts = build(config(tower, *PLAIN), CPU)
+    items = parts.model.items
+    if name != "prompt":
+        assert torch.equal(items.catalogue(), frozen.catalogue())
+    before = {n: p.clone() for n, p in items.encoder.named_parameters()}
+    training = {n for n, _ in items.named_parameters()}
+    first_step(parts)
+    parts.engine.step(1.0)
+    moved = {f"encoder.{n}" for n, p in items.encoder.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and moved <= training
+    own = {n for n in training if n.startswith("encoder.")}
+    assert all(("adapter" in n or "prompt" in n) if name != "bitfit" else n.endswith("bias") for n in own)
+    assert not torch.equal(items.catalogue(), frozen.catalogue())
+
+
+def test_an_export_of_adapters_is_small_and_scores_like_its_run(config, tmp_path):
+    tower = {"name": "text", "mode": "adapters", "adapters": {"name": "lora", "size": 2}}
+    result = job.run(config(tower, "train.max_steps=2", "eval.splits=[]"))
+    made = export(result.path, tmp_path / "out")
+    kept = {name for name in made.sizes if name.startswith("tables.items.")}
+    assert kept == {
+        f"tables.items.{name}" for name, _ in open_run(result.path).model.items.named_parameters()
+    }
+    assert all("adapter" in name or ".head." in name for name in kept)
+    assert torch.equal(scores_of(open_run(tmp_path / "out")), scores_of(open_run(result.path)))
+
+
+def test_the_first_layers_of_a_tuned_encoder_can_stay(config):
+    items = build(config({"name": "text", "mode": "tuned", "freeze": 1}), CPU).model.items
+    names = [name for name, _ in items.named_parameters() if name.startswith("encoder.")]
+    assert names and all(".layer.1." in name for name in names)
+
+
+def test_collapsed_vectors_are_noticed(config):
+    apart, one = torch.eye(8), torch.ones(8, 8) + 0.01 * torch.eye(8)
+    assert (mean_cosine(apart), effective_rank(apart)) == (pytest.approx(0), pytest.approx(8))
+    assert mean_cosine(one) > 0.99 and effective_rank(one) < 1.1
+    tower = {"name": "text", "head": {"activation": "none"}}
+    parts = build(config(tower), CPU)
+    with torch.no_grad():
+        parts.model.items.head.first.bias.fill_(100.0)
+    figures, said = parts.model.watched()
+    assert figures["item_cosine"] > 0.99 and "have collapsed" in said
+    assert build(config({"name": "id", "text": None}), CPU).model.watched() == ({}, None)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tower", "overrides", "sentence"),
+    [
+        ({"name": "text", "text": {"encoder": "./nowhere"}}, [], "no folder './nowhere' with an encoder"),
+        ({"name": "text", "text": {"encoder": "package:no_such_package"}}, [], "make setup-encoders"),
+        ({"name": "text", "mode": "cached", "text": None}, [], "mode cached reads vectors from a file"),
+        ({"name": "text", "mode": "cached", "vectors": "no.parquet"}, [], "no file 'no.parquet'"),
+        ({"name": "text", "mode": "tuned", "text": None}, [], "mode tuned needs an encoder"),
+        ({"name": "text"}, ["model.table=mapped"], "use model.table=local"),
+        ({"name": "text"}, ["model.similarity.item_bias=true"], "item_bias is a number for each row"),
+        ({"name": "fused"}, ["optimizer=lazy_adam"], "use optimizer=adamw"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(config, tower, overrides, sentence):
+    with pytest.raises(UserError, match=sentence) as refused:
+        build(config(tower, *overrides), CPU)
+    assert "\n" not in str(refused.value)
+
+
+def test_odd_encoders_are_refused(folder, config, tmp_path, monkeypatch):
+    def refused(encoder):
+        with pytest.raises(UserError) as found:
+            build(config({"name": "text", "text": {"encoder": str(encoder)}}), CPU).model.items.catalogue()
+        assert "\n" not in str(found.value)
+        return str(found.value)
+
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for file in (folder / "encoder").iterdir():
+        if file.suffix != ".safetensors":
+            (pickled / file.name).write_bytes(file.read_bytes())
+    assert "has no weights" in refused(pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    assert "are a pickle (pytorch_model.bin)" in refused(pickled)
+    (pickled / "model.safetensors").write_bytes(b"not safe, and not long enough")
+    assert "can't be loaded" in refused(pickled)
+    some = {"embeddings.LayerNorm.bias": torch.zeros(16)}
+    save_file(some, pickled / "model.safetensors", metadata={"format": "pt"})
+    assert "has no weights for embeddings.LayerNorm.weight" in refused(pickled)
+    (pickled / "config.json").unlink()
+    assert "has no config.json" in refused(pickled)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE forbids" in refused("nobody/no-such-encoder")
+
+
+def test_odd_texts_have_vectors(folder, caplog):
+    reader = TextReader(TextSection(encoder=str(folder / "encoder"), max_tokens=8), CPU)
+    texts = ["", None, "   \n ", "red " * 2_500_000, "🙂" * 40, "סבון لليدين", "a\0b\u202e red"]
+    tokens = reader.tokens_of(lambda name: pa.array(texts), ["title"], len(texts))
+    assert tokens.lengths_n.tolist()[:4] == [2, 2, 2, 8] and tokens.lengths_n.max() == 8
+    assert "3 of 7 items have no text (title)" in caplog.text
+    assert encoded(reader.encoder(), tokens, CPU, 4).isfinite().all()
+
+
+def test_templates():
+    columns = {"title": ["a  b", None], "tags": [["x", "y"], []], "year": [1999, 2000]}
+
+    def texts(fields, template=None):
+        return Template(fields, template).texts(lambda name: pa.array(columns[name]), 2)
+
+    assert texts(["title", "tags"]) == ["a b x y", ""]
+    assert texts([], "{title} ({year})") == ["a b (1999)", "(2000)"]
+    for wrong in ("no field", "{title", "{0}", "{title.real}"):
+        with pytest.raises(UserError, match="template"):
+            Template(["title"], wrong)
+
+
+def test_files_of_vectors(tmp_path):
+    import pyarrow as pa
+
+    ids, file = pa.array([4, 7, 9]), tmp_path / "v.parquet"
+    pq.write_table(as_table(pa.array([9, 8, 4, 7]), torch.arange(8.0).view(4, 2)), file)
+    assert read_file(str(file), ids).tolist() == [[4, 5], [6, 7], [0, 1]]
+    with pytest.raises(UserError, match="no vector for 1 of 3 items"):
+        read_file(str(file), pa.array([4, 5, 9]))
+    lists = {
+        "one length": [[1.0], [1.0, 2.0], [1.0]],
+        "NaN": [[1.0], [float("nan")], [1.0]],
+        "lists of floats": ["a", "b", "c"],
+    }
+    for sentence, column in lists.items():
+        pq.write_table(pa.table({"item_id": ids, "vector": column}), file)
+        with pytest.raises(UserError, match=sentence):
+            read_file(str(file), ids)
+    file.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="can't be read"):
+        read_file(str(file), ids)
