@@ -79,7 +79,7 @@ class Interleaving:
     def supervise(self, batch: SequenceBatch, dropout_key: int = 0) -> Interleaved:
         """Every action but a sequence's first is a candidate or, where the batch says which actions are targets, those
         (for whose number the device is waited for once)."""
-        places_A = _places(batch)
+        users_A, places_A = _where(batch)
         from_B = batch.user_columns.get(TARGETS_FROM)
         if from_B is None:
             targets = sum(max(n - 1, 0) for n in batch.lengths)
@@ -90,22 +90,21 @@ class Interleaving:
             within_S = torch.arange(targets, device=counts_B.device) - first_B[sequence_S]
             targets_S = batch.offsets_B1[sequence_S] + within_S + 1
         else:
-            sequences_A = sequence_of_rows(batch.offsets_B1, batch.actions)
-            targets_S = (places_A >= from_B[sequences_A]).nonzero().squeeze(1)
-        return self._made(batch, places_A, targets_S, dropout_key, supervised=True)
+            targets_S = (places_A >= from_B[users_A]).nonzero().squeeze(1)
+        return self._made(batch, targets_S, dropout_key, supervised=True)
 
     def request(self, batch: SequenceBatch) -> Interleaved:
         """The last action of each sequence is the candidate."""
         targets_S = batch.offsets_B1[1:] - 1
         if min(batch.lengths, default=1) == 0 or (batch.items_T[targets_S] == UNKNOWN).any():
             raise UserError("a ranking model judges given items, and a request has none: give its item")
-        return self._made(batch, _places(batch), targets_S, 0, supervised=False)
+        return self._made(batch, targets_S, 0, supervised=False)
 
     def history(self, batch: SequenceBatch) -> Interleaved:
         """All but the candidate: of each sequence, whose last action stands for whatever is to be judged in its place,
         the rows before that one's.  Nobody answers."""
         nobody_S = batch.offsets_B1[:0]
-        return self._made(batch, _places(batch), nobody_S, 0, supervised=False, last=False)
+        return self._made(batch, nobody_S, 0, supervised=False, last=False)
 
     def by_kind(self, part: Interleaved) -> dict[str, dict[str, Known]]:
         """The features by what they belong to: ``items``, the moment when one is ``shown`` (and the user), what was
@@ -116,7 +115,6 @@ class Interleaving:
     def _made(
         self,
         batch: SequenceBatch,
-        places_A: Tensor,
         targets_S: Tensor,
         dropout_key: int,
         supervised: bool,
@@ -137,8 +135,7 @@ class Interleaving:
         times_A = batch.timestamps_T
         times_T = None if times_A is None else times_A[action_T]
         labels_AK = self.labels.of(batch.columns)
-        sequences_S = sequence_of_rows(batch.offsets_B1, batch.actions)[targets_S]
-        users_A = sequence_of_rows(batch.offsets_B1, batch.actions)
+        users_A, places_A = _where(batch)
         known = {
             feature.name: self.features.known_at(
                 batch, feature.name, None if feature.name in self.context else users_A
@@ -158,14 +155,14 @@ class Interleaving:
             labels_AK=labels_AK,
             places_A=places_A,
             rows_T=torch.where(local_T < 0, context_T, action_T + done_T),
-            queries_S=offsets_B1[sequences_S] + contexts + 2 * places_A[targets_S],
+            queries_S=offsets_B1[users_A[targets_S]] + contexts + 2 * places_A[targets_S],
             targets_S_in_A=targets_S,
             labels_SK=labels_AK[targets_S] if supervised else labels_AK[:0],
             known=known,
         )
 
 
-def _places(batch: SequenceBatch) -> Tensor:
-    """(A,) of each action in its sequence."""
-    sequences_A = sequence_of_rows(batch.offsets_B1, batch.actions)
-    return torch.arange(batch.actions, device=sequences_A.device) - batch.offsets_B1[sequences_A]
+def _where(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """(A,) each: the sequence of each action, and its place in that."""
+    users_A = sequence_of_rows(batch.offsets_B1, batch.actions)
+    return users_A, torch.arange(batch.actions, device=users_A.device) - batch.offsets_B1[users_A]

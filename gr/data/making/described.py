@@ -37,7 +37,7 @@ def _read(
     integer_ids: bool,
     note: Callable[[str], None] | None,
 ) -> pa.Table:
-    parts = []
+    parts, what = [], {"catalogue": "catalogue", "users": "file of users"}[key]
     for file in find_files(schema.path, schema.format, key=f"{key}.format", note=note):
         if file.format == "parquet":
             names = file.parquet().schema_arrow.names
@@ -53,29 +53,31 @@ def _read(
             batches = list(stream.batches)
             if stream.malformed:
                 record, text, problem = stream.malformed[0]
-                raise UserError(f"'{file.name}', record {record}: {text!r} {problem}; correct the file")
+                raise UserError(f"'{file.name}', record {record}: {text!r} {problem}; correct the {what}")
             table = pa.table(
                 {c: pa.chunked_array([b.column(c) for b in batches], pa.binary()) for c in wanted}
             )
             table = _as_text(table, file.name, key)
-        parts.append(catalogue_table(table, id_column, integer_ids, file.name))
+        parts.append(catalogue_table(table, id_column, integer_ids, file.name, what))
     table = pa.concat_tables(parts, promote_options="default")
     _check_distinct(table, schema.path, {"catalogue": "item", "users": "user"}[key])
     return table
 
 
-def catalogue_table(table: pa.Table, item: str, integer_ids: bool, name: str) -> pa.Table:
-    """``table`` with its column ``item`` checked and renamed to item_id, first."""
+def catalogue_table(
+    table: pa.Table, item: str, integer_ids: bool, name: str, what: str = "catalogue"
+) -> pa.Table:
+    """``table`` with its column ``item`` checked and renamed to item_id, first.  ``what``: the table, in sentences."""
     column = to_ids(plain(table[item].combine_chunks()), integer_ids, "")
     if column.bad is not None:
         row = int(column.bad.argmax())
-        value, what = table[item][row].as_py(), column.problem(row).what
+        value, wrong = table[item][row].as_py(), column.problem(row).what
         problem = (
-            "the value is missing" if what == MISSING else f"{value!r} {what}, where the log has integers"
+            "the value is missing" if wrong == MISSING else f"{value!r} {wrong}, where the log has integers"
         )
-        if what != MISSING and not integer_ids:
-            problem = f"{value!r} {what}"
-        raise UserError(f"'{name}', row {row}, column '{item}': {problem}; correct the catalogue")
+        if wrong != MISSING and not integer_ids:
+            problem = f"{value!r} {wrong}"
+        raise UserError(f"'{name}', row {row}, column '{item}': {problem}; correct the {what}")
     others = {c: table[c] for c in table.column_names if c != item}
     if clash := [c for c in others if c in RESERVED]:
         raise UserError(

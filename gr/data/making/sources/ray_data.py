@@ -61,6 +61,7 @@ class RayData(ActionLog):
                 described=None
                 if catalogue is None
                 else lambda integer: read_catalogue(catalogue, integer, progress.note),
+                described_users=self._described_users(progress),
                 overwrite=overwrite,
                 progress=progress,
                 provenance={"source": source, "options": self.options.model_dump(mode="json")},
