@@ -77,7 +77,9 @@ class Fixed(Content):
         self._vectors_IE: Tensor | None = None
 
     def of_step(self, rows_U: Tensor) -> Tensor:
-        return self.all().index_select(0, rows_U)
+        vectors_IE = self.all()
+        # rows of a step are distinct and ascending: as many as there are is all of them
+        return vectors_IE if len(rows_U) == len(vectors_IE) else vectors_IE.index_select(0, rows_U)
 
     def all(self) -> Tensor:
         if self._vectors_IE is None:
