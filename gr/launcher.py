@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,6 +13,7 @@ from gr.errors import UserError
 
 _TOGETHER = ("RANK", "WORLD_SIZE")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
+_SIGNAL_OF_PARENTS_DEATH = 1  # prctl's PR_SET_PDEATHSIG
 _REMEDY = "start with torchrun, which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset them all"
 
 
@@ -36,6 +40,14 @@ def attempt(environment: Mapping[str, str] | None = None) -> Attempt:
     given = os.environ if environment is None else environment
     number = _count(given, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in given else 0
     return Attempt(given.get("TORCHELASTIC_RUN_ID"), number)
+
+
+def end_with_agent() -> None:
+    """Be told like by a scheduler (SIGTERM: save and leave) when torchrun's agent dies, on Linux.
+
+    Its processes live on otherwise, hold devices and ports, and write into a run that somebody else may go on with."""
+    if attempt().job is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SIGNAL_OF_PARENTS_DEATH, signal.SIGTERM)
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Launched:

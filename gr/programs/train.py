@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 from gr import config as configs
 from gr.errors import UserError, program
-from gr.launcher import launched
+from gr.launcher import end_with_agent, launched
 from gr.programs._arguments import new_parser
 
 
@@ -41,6 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 @program
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    end_with_agent()
     main_rank = launched().rank == 0
     try:
         config = _config(options)

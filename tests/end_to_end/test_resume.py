@@ -7,15 +7,20 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from gr.train.folder import RunFolder
+from gr.train.folder import RunFolder, read_rows
 from tests.end_to_end.kills import BACKGROUND, killed_once
 from tests.end_to_end.tiny import (
     assert_same_run,
     command,
+    descendants,
     make_dataset,
+    runs,
     train,
     train_and_signal,
     write_config,
@@ -66,6 +71,27 @@ def test_torchrun_starts_a_job_again_that_lost_a_rank(folder, uninterrupted):
     run = folder / "restarted"
     kill = killed_once(folder, run, [BACKGROUND], 2, random.Random("restarted"))
     assert kill.resumed is None or kill.resumed <= kill.step + 5
+    assert_same_run(run, uninterrupted[2])
+
+
+def test_processes_whose_agent_died_save_and_leave(folder, uninterrupted):
+    run = folder / "orphaned"
+    words = command(
+        ["--config", write_config(folder, folder / "data", run), "checkpoint.every_steps=null"], 2
+    )
+    agent = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while max((row.get("step", 0) for row in read_rows(RunFolder(run).metrics)), default=0) < 4:
+        assert agent.poll() is None
+        time.sleep(0.01)
+    workers = descendants(agent.pid)
+    agent.kill()
+    agent.wait()
+    deadline = time.monotonic() + 60
+    while any(runs(pid) for pid in workers):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.05)
+    said = train(["--resume", run], 2)
+    assert re.search(r"^resuming '.+' at epoch 1, step ([4-9])$", said, re.MULTILINE), said
     assert_same_run(run, uninterrupted[2])
 
 

@@ -101,7 +101,7 @@ def train_and_signal(
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     status = process.wait(timeout=60)
-    while left := [pid for pid in workers if _runs(pid)]:
+    while left := [pid for pid in workers if runs(pid)]:
         assert time.monotonic() < deadline + 60, f"processes {left} outlived the signal"
         time.sleep(0.01)
     return status
@@ -123,7 +123,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
     """Whether a process is there and is no zombie."""
     state = subprocess.run(
         ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
