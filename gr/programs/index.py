@@ -1,7 +1,10 @@
 """Write the item heads of a pre-ranking run (IntTower), and measure what a search in front of exact scores finds.
 
-python -m gr index --run runs/NAME --out heads.safetensors
-python -m gr index --run runs/NAME --out heads.safetensors --users 200 --k 100 --candidates 200,500,1000
+    python -m gr index --run runs/NAME --out heads.safetensors
+    python -m gr index --run runs/NAME --out heads.safetensors --users 200 --k 100 --candidates 200,500,1000
+    python -m gr index --run runs/NAME --out heads.safetensors --evaluate test
+
+Times are this process's, with the threads that torch takes.
 """
 
 from __future__ import annotations
@@ -27,9 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--candidates", type=_counts, default=[200, 500, 1000], metavar="200,500", help="scored exactly"
     )
+    parser.add_argument(
+        "--evaluate", metavar="SPLIT", help="also judge scores by the last layer alone on a split"
+    )
     options = parser.parse_args(arguments)
 
-    from gr.train.item_heads import item_heads, measure
+    from gr.train.item_heads import item_heads, judged, measure
     from gr.train.runs import open_run
 
     run = open_run(options.run, options.checkpoint, data_path=options.data)
@@ -49,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"  {count:>6,} by encodings {took:8.2f} ms   recall {recall:.4f}   ({found.encoding} numbers an item)"
             )
+    if options.evaluate:
+        for name, result in judged(run, options.evaluate).items():
+            figures = "  ".join(f"{metric} {result.metrics[metric]:.4f}" for metric in result.shown)
+            print(f"{options.evaluate}, {name}: {figures}  ({result.users:,} impressions)")
     return 0
 
 

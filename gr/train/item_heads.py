@@ -22,6 +22,7 @@ from torch import Tensor
 from gr.batch import SequenceBatch
 from gr.data.catalogue import Catalogue
 from gr.errors import UserError
+from gr.eval.evaluator import EvalResult
 from gr.models.two_tower.model import TwoTower
 from gr.models.two_tower.scoring import Encoding, last_layer, score_all, search
 from gr.models.two_tower.towers import IntTower
@@ -145,15 +146,7 @@ def measure(
     times = dict.fromkeys(["exact", "last", *candidates], 0.0)
     hits = dict.fromkeys(["last", *candidates], 0)
     wanted = min(k, heads.heads_JIK.shape[1])
-    evaluation = Evaluation(
-        run.data.dataset,
-        run.data.split,
-        run.config,
-        run.data.catalogue,
-        judged_by=model.judged_by,
-        columns=model.needs,
-    )
-    for request in evaluation.requests(split):
+    for request in _evaluation(run).requests(split):
         for user_HK in user_heads(model, request.batch)[: users - asked]:
             asked += 1
             started = time.perf_counter()
@@ -183,6 +176,14 @@ def measure(
         ms["last"],
         {count: ms[count] for count in candidates},
     )
+
+
+def judged(run: OpenRun, split: str = "test") -> dict[str, EvalResult]:
+    """The run's metrics on a split by all layers, and by the last layer alone."""
+    model, _ = _inttower(run)
+    evaluation = _evaluation(run)
+    scorers = {"all layers": model, "last layer": LastLayer(model)}
+    return {name: evaluation.run(split, scorer) for name, scorer in scorers.items()}
 
 
 class LastLayer:
@@ -218,6 +219,18 @@ def check(run: OpenRun, heads: ItemHeads) -> None:
             f"the item heads are of step {heads.step} and dataset generation {heads.generation}, and the run "
             f"'{run.folder.path}' is at step {run.step} of generation {generation}: write them again"
         )
+
+
+def _evaluation(run: OpenRun) -> Evaluation:
+    data, model = run.data, run.model
+    return Evaluation(
+        data.dataset,
+        data.split,
+        run.config,
+        data.catalogue,
+        judged_by=model.judged_by,
+        columns=model.needs,
+    )
 
 
 def _inttower(run: OpenRun) -> tuple[TwoTower, IntTower]:

@@ -108,8 +108,9 @@ def test_heads_in_a_file_score_as_the_model_does(run, tmp_path):
 def test_the_program_writes_and_measures(run, tmp_path, capsys):
     out = tmp_path / "heads"
     arguments = ["--run", str(run.folder.path), "--out", str(out), "--users", "5", "--k", "3"]
-    assert program.main([*arguments, "--candidates", f"10,{ITEMS}"]) == 0
+    assert program.main([*arguments, "--candidates", f"10,{ITEMS}", "--evaluate", "test"]) == 0
     said = capsys.readouterr().out
+    assert "test, all layers: auc/like" in said and "test, last layer: auc/like" in said
     assert f"{ITEMS} items, 4 heads of 4 each" in said
     found = measure(run, ItemHeads.open(out), users=5, k=3, candidates=[ITEMS])
     assert found.users == 5 and found.recall == {ITEMS: 1.0} and 0 <= found.last_recall <= 1
