@@ -2,8 +2,9 @@
 
 # not from __future__ import annotations: DDP looks at what its hook's annotations are, and refuses their text
 import contextlib
+import inspect
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from gr.config import ComponentConfig
 from gr.models.model import Model
 from gr.train.engines.engine import Engine
+
+# torch 2.13 has another name for it, and warns of the old one
+_BUFFERS: Any = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
 
 
 class DDP(Engine):
@@ -32,8 +40,8 @@ class DDP(Engine):
             model,
             process_group=world.group,
             find_unused_parameters=world.size > 2,
-            broadcast_buffers=False,  # everybody's are the same
             gradient_as_bucket_view=True,
+            **{_BUFFERS: False},  # everybody's are the same
         )
         wrapped.register_comm_hook(world.group, _sum)
         return wrapped
