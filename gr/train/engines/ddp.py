@@ -16,11 +16,10 @@ from gr.models.model import Model
 from gr.train.engines.engine import Engine
 
 # torch 2.13 has another name for it, and warns of the old one
-_BUFFERS: Any = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel.__init__).parameters
-)
+_NAMES = inspect.signature(DistributedDataParallel.__init__).parameters
+SAME_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
 
 
 class DDP(Engine):
@@ -41,7 +40,7 @@ class DDP(Engine):
             process_group=world.group,
             find_unused_parameters=world.size > 2,
             gradient_as_bucket_view=True,
-            **{_BUFFERS: False},  # everybody's are the same
+            **SAME_BUFFERS,
         )
         wrapped.register_comm_hook(world.group, _sum)
         return wrapped
