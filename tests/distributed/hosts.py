@@ -17,11 +17,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace, its address, and the end of its link that lies outside of it."""
+    """A namespace, its address, the end of its link that lies outside of it, and the bridge that it leads to."""
 
     name: str
     address: str
     link: str
+    bridge: str
 
     def cut(self) -> None:
         _ip("link", "set", self.link, "down")
@@ -52,7 +53,7 @@ def two_hosts() -> Iterator[list[Host]]:
     """Two hosts that reach each other; all that still runs on them ends with the context."""
     number = os.getpid() % 250
     bridge = f"gr-br{number}"
-    hosts = [Host(f"gr-{number}-{n}", f"10.77.{number}.{n + 1}", f"gr{number}v{n}") for n in range(2)]
+    hosts = [Host(f"gr-{number}-{n}", f"10.77.{number}.{n + 1}", f"gr{number}v{n}", bridge) for n in range(2)]
     try:
         _ip("link", "add", bridge, "type", "bridge")
         _ip("link", "set", bridge, "up")

@@ -1,0 +1,49 @@
+"""launch/cluster/slurm.sh under a real Slurm of two nodes."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+
+import pytest
+
+from gr.train.folder import RunFolder, read_rows
+from tests.end_to_end.slurm import refusal, slurm
+from tests.end_to_end.tiny import ROOT, assert_same_run, make_dataset, train, write_config
+
+why_not = refusal()
+pytestmark = pytest.mark.skipif(why_not is not None, reason=why_not or "")
+
+STEPS = "train.max_steps=16"
+
+
+def test_a_job_that_is_put_back_into_the_queue_goes_on_and_ends_as_if_nothing_had_been(tmp_path):
+    make_dataset(tmp_path / "data")
+    config, run, log = (
+        write_config(tmp_path, tmp_path / "data", tmp_path / "run"),
+        tmp_path / "run",
+        tmp_path / "log",
+    )
+    (tmp_path / "slurm").mkdir()
+    with slurm(tmp_path / "slurm") as cluster:
+        cluster.environment.update(GR_CHECKOUT=str(ROOT), GR_PYTHON=sys.executable, GLOO_SOCKET_IFNAME="eth0")
+        settings = [
+            "--parsable",
+            "--cpus-per-task=1",
+            f"--output={log}",
+            str(ROOT / "launch/cluster/slurm.sh"),
+        ]
+        job = cluster.asked("sbatch", *settings, "--config", str(config), STEPS)
+        deadline, requeued = time.monotonic() + 400, False  # Slurm itself lets a job wait two minutes
+        while cluster.state(job) not in ("", "COMPLETED"):
+            step = max((row.get("step", 0) for row in read_rows(RunFolder(run).metrics)), default=0)
+            if step >= 5 and not requeued:
+                cluster.asked("scontrol", "requeue", job)
+                requeued = True
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+    said = log.read_text()
+    assert requeued and re.search(r"resuming '.+' at epoch 1, step ([5-9]|1\d)", said), said
+    train(["--config", write_config(tmp_path, tmp_path / "data", tmp_path / "one"), STEPS], 2)
+    assert_same_run(run, tmp_path / "one")
