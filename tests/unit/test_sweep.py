@@ -37,34 +37,33 @@ def out(tmp_path_factory) -> Path:
 
 def test_the_small_sweep_runs_and_is_not_repeated(out, started, capsys):
     assert sweep("scaling/small", out)
-    assert len(started) == 8
+    assert len(started) == 6
     found = json.loads((out / "results.json").read_text())
-    assert len(found["members"]) == 8 and not any(m["why"] for m in found["members"])
+    assert len(found["members"]) == 6 and not any(m["why"] for m in found["members"])
     for member in found["members"]:
         assert member["flops"] == pytest.approx(member["values"]["flops"], rel=0.1)  # of steps as a whole
         assert member["tokens"] == member["steps"] * 32 * 31
         assert member["value"] > 1
     (law,) = found["laws"]
-    assert set(law["compute"]) == {"without E", "with E"} and len(law["fitted"]) == 7
+    assert set(law["compute"]) == {"without E", "with E"} and len(law["fitted"]) == 5
     assert law["compute"]["without E"]["coefficients"]["alpha"] > 0 and len(law["held_out"]) == 1
     page = (out / "report.html").read_text()
-    assert "<svg" in page and "hstu-width8-flops1e+08" in page and "http-equiv" not in page
+    assert "<svg" in page and "hstu-width8-flops2e+08" in page and "http-equiv" not in page
     assert (out / "scaling.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "[8/8]" in printed and "L(C) without E" in printed and "held out: predicted" in printed
+    assert "[6/6]" in printed and "L(C) without E" in printed and "held out: predicted" in printed
 
-    # again, with one member gone and one of its own will to fail: what is there stays
-    gone = out / "members" / "hstu-width8-flops1e+08"
+    # again, with something in the way of one member: it fails, and what is there stays
+    gone = out / "members" / "hstu-width8-flops2e+08"
     shutil.rmtree(gone)
-    (out / "members" / "hstu-width16-flops8e+08" / "metrics.jsonl").touch()
     gone.mkdir()
     (gone / "something").write_text("in the way")
     started.clear()
     assert not sweep("scaling/small", out, workers=2)
     assert len(started) == 1 and f"run.dir={gone}" in started[0]
     rows = json.loads((out / "results.json").read_text())["members"]
-    assert [bool(row["why"]) for row in rows] == [True] + 7 * [False]
-    assert f"failed: {rows[0]['why']}" in capsys.readouterr().out.replace("\n", " ") or rows[0]["why"]
+    assert [bool(row["why"]) for row in rows] == [True] + 5 * [False]
+    assert f"failed: {rows[0]['why']}" in capsys.readouterr().out and rows[0]["value"] is None
 
 
 def test_members_are_every_width_budget_and_combination(tmp_path):

@@ -161,10 +161,13 @@ def _variations(sweep: SweepConfig, encoder: str) -> Iterator[tuple[dict[str, An
     rows = sweep.members or [
         dict(zip(sweep.grid, values)) for values in itertools.product(*sweep.grid.values())
     ]
-    for width in sweep.dial.widths if sweep.dial else [None]:
-        for budget in sweep.budgets or [None]:
+    widths: list[int | None] = [*sweep.dial.widths] if sweep.dial else [None]
+    budgets: list[float | None] = [*sweep.budgets] or [None]
+    for width in widths:
+        for budget in budgets:
             for row in rows:
-                shown, changes = {}, dict(row)
+                shown: dict[str, Any] = {}
+                changes = dict(row)
                 if width is not None and sweep.dial is not None:
                     shown["width"] = width
                     changes = {**sweep.dial.overrides(width, encoder), **row}

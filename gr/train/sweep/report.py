@@ -78,8 +78,8 @@ def show(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws]) -> None:
     console = Console()
     console.print(view)
     for law in laws:
-        for line in law_lines(law):
-            console.print(f"{law.family}: {line}", highlight=False, markup=False)
+        for sentence in law_lines(law):
+            console.print(f"{law.family}: {sentence}", highlight=False, markup=False)
 
 
 def plot(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws], folder: Path) -> Path | None:
@@ -112,6 +112,8 @@ def plot(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws], folder: 
         if (fit := law.chosen) is not None:
             _draw_law(axes, fit, [row.pflop_days for row in done], law, colour)
     axes.set(xscale="log", yscale="log", xlabel="training compute, PFLOP-days", ylabel=quantity(sweep.fit))
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, fontsize=8)
@@ -169,7 +171,7 @@ def page(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws], folder: 
     picture = svg.read_text() if svg.is_file() else ""
     heading, *lines = table(sweep, rows)
     members = _line("th", heading) + "".join(_line("td", line) for line in lines)
-    told = "".join(
+    laws_in_words = "".join(
         f"<h3>{html.escape(law.family)}</h3><ul>"
         + "".join(f"<li>{html.escape(line)}</li>" for line in law_lines(law))
         + "</ul>"
@@ -179,7 +181,7 @@ def page(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws], folder: 
         title=html.escape(title),
         quantity=html.escape(quantity(sweep.fit)),
         picture=picture[picture.find("<svg") :] if picture else "<p>No member has finished.</p>",
-        laws=told,
+        laws=laws_in_words,
         members=members,
     )
     (folder / "report.html").write_text(content, encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from gr.errors import UserError
-from gr.train.cells import Cell, Trained, check_cells, is_finished, train_cell
+from gr.train.cells import Trained, check_cells, is_finished, train_cell
 from gr.train.sweep.plan import Member
 
 Ended = Callable[[str], None]
@@ -67,17 +67,19 @@ def train_members(members: Sequence[Member], out: Path, workers: int, say: Ended
             cell = replace(cell, overrides=(*cell.overrides, f"train.threads={threads}"))
         if running.stopped and not is_finished(cell):
             return Outcome(member, None, "not begun")
+        before = log.stat().st_size if log.is_file() else 0
         try:
             return Outcome(member, train_cell(cell, log, running.begun))
         except UserError as error:
-            return Outcome(member, None, _reason(log) or str(error))
+            return Outcome(member, None, ("" if running.stopped else _reason(log, before)) or str(error))
 
     with _handing_on(running), ThreadPoolExecutor(workers) as pool:
         futures: list[Future[Outcome]] = [pool.submit(train, member) for member in members]
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 outcome = future.result()
-                ended = "finished" if outcome.trained else f"failed: {outcome.why}"
+                failed = "stopped" if running.stopped else f"failed: {outcome.why}"
+                ended = "finished" if outcome.trained else failed
                 say(f"[{number}/{len(members)}] {outcome.member.cell.name} {ended}")
         except KeyboardInterrupt:
             running.stop()
@@ -103,13 +105,11 @@ def _handing_on(running: _Running) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _reason(log: Path) -> str:
-    """The last error that a training has told."""
+def _reason(log: Path, before: int) -> str:
+    """The last error that a training has told, behind what stood in its log ``before``."""
     with suppress(OSError):
-        told = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+        text = log.read_bytes()[before:].decode(errors="replace")
+        told = [line for line in text.splitlines() if line.startswith("error: ")]
         if told:
             return told[-1].removeprefix("error: ")
     return ""
-
-
-__all__ = ["Cell", "Outcome", "train_members"]
