@@ -69,7 +69,8 @@ def test_the_small_sweep_runs_and_is_not_repeated(out, started, capsys):
 def test_members_are_every_width_budget_and_combination(tmp_path):
     plan, file = read_sweep("scaling/small")
     plan = plan.model_copy(update={"budgets": [], "grid": {"train.seed": [1, 2], "train.max_steps": [3]}})
-    found = members_of(plan, file, tmp_path, "data", ["train.threads=1"])
+    found, left_out = members_of(plan, file, tmp_path, "data", ["train.threads=1"])
+    assert not left_out
     assert [m.cell.name for m in found][:2] == [f"hstu-width8-seed{s}-max_steps3" for s in (1, 2)]
     assert len(found) == 4 and all(
         m.config.train.max_steps == 3 and m.config.train.threads == 1 for m in found

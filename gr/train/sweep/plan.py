@@ -132,10 +132,12 @@ def read_sweep(path: str | Path) -> tuple[SweepConfig, Path]:
 
 def members_of(
     sweep: SweepConfig, file: Path, out: Path, data: str | None, overrides: Sequence[str] = ()
-) -> list[Member]:
-    """All members, the families one after the other.  data: the generated dataset.  overrides: dotted, of every
-    member, the last word.  Reads a few batches where budgets say how long a training is."""
+) -> tuple[list[Member], list[str]]:
+    """All members, the families one after the other, and a sentence for each budget that a width has too few data for:
+    these are left out.  data: the generated dataset.  overrides: dotted, of every member, the last word.  Reads a few
+    batches where budgets say how long a training is."""
     found: list[Member] = []
+    left_out: list[str] = []
     for name, family in sweep.families.items():
         beside = file.parent / family.config
         config = beside if beside.is_file() else family.config
@@ -146,14 +148,24 @@ def members_of(
             member = (*base, *map(_override, changes.items()), *overrides)
             label = "-".join([_word(name), *(_word(f"{k}{_short(v)}") for k, v in values.items())])
             if (budget := values.get("flops")) is not None:
-                steps = _steps_of(load(config, member), budget, label)
+                steps, available = _steps_of(load(config, member), budget)
+                if steps > available:
+                    left_out.append(
+                        f"'{label}' is left out: {budget:.3g} operations are {steps:,} steps, and its data have "
+                        f"{available:,}"
+                    )
+                    continue
                 member = (*member, f"train.max_steps={steps}")
             cell = Cell(label, config, str(out / "members" / label), member)
             found.append(Member(name, cell, load(config, member), values))
     names = [member.cell.name for member in found]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two members of the sweep are '{repeated[0]}': let every value stand once")
-    return found
+    if not found:
+        raise UserError(
+            f"no member of the sweep has data enough ({left_out[0]}): lower budgets, or bring more data"
+        )
+    return found, left_out
 
 
 def _variations(sweep: SweepConfig, encoder: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -176,18 +188,12 @@ def _variations(sweep: SweepConfig, encoder: str) -> Iterator[tuple[dict[str, An
                 yield shown | {key.rpartition(".")[2]: value for key, value in row.items()}, changes
 
 
-def _steps_of(config: RunConfig, budget: float, label: str) -> int:
-    """How many steps cost ``budget`` operations."""
+def _steps_of(config: RunConfig, budget: float) -> tuple[int, int]:
+    """How many steps cost ``budget`` operations, and how many there are data for."""
     lengths, available = batch_lengths(config, PROBED)
     account = Accounting(config, lengths.items)
     a_step = sum(account.step(*batch).total for batch in lengths.batches) / len(lengths.batches)
-    steps = max(1, round(budget / a_step))
-    if steps > available:
-        raise UserError(
-            f"'{label}' would need {steps:,} steps for {budget:.3g} operations, and its data have {available:,} in "
-            f"train.epochs={config.train.epochs}: lower budgets, use wider models, or bring more data"
-        )
-    return steps
+    return max(1, round(budget / a_step)), available
 
 
 def _override(item: tuple[str, Any]) -> str:

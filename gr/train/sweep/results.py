@@ -162,11 +162,14 @@ def _laws(family: str, fit: FitSection, rows: list[Row]) -> Laws:
     return found
 
 
-def save(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws], file: Path) -> None:
-    """Everything as JSON: the sweep, its members, the laws."""
+def save(
+    sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws], left_out: Sequence[str], file: Path
+) -> None:
+    """Everything as JSON: the sweep, its members and who was left out, the laws."""
     content = {
         "sweep": sweep.model_dump(mode="json"),
         "members": [{**asdict(row), "pflop_days": row.pflop_days} for row in rows],
+        "left_out": list(left_out),
         "laws": [
             {
                 "family": law.family,

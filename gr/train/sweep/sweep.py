@@ -21,13 +21,15 @@ def sweep(config: str | Path, out: str | Path, workers: int = 1, overrides: Sequ
         raise UserError(f"{workers} members at a time: one is the least")
     plan, file = read_sweep(config)
     out = Path(out)
-    members = members_of(plan, file, out, _data(plan, out), overrides)
+    members, left_out = members_of(plan, file, out, _data(plan, out), overrides)
+    for sentence in left_out:
+        print(sentence, flush=True)
     print(f"{len(members)} members in {out / 'members'}, {workers} at a time", flush=True)
     outcomes = train_members(members, out, workers, lambda text: print(text, flush=True))
     rows = [row_of(outcome, plan.fit) for outcome in outcomes]
     laws = laws_of(plan, rows)
     report.show(plan, rows, laws)
-    save(plan, rows, laws, out / "results.json")
+    save(plan, rows, laws, left_out, out / "results.json")
     picture = report.plot(plan, rows, laws, out)
     page = report.page(plan, rows, laws, out, file.stem)
     print(f"report {page}; picture {picture or 'none'}; numbers {out / 'results.json'}")
