@@ -13,12 +13,31 @@ from gr.errors import UserError, nearest
 FOLDER = Path(__file__).with_name("configs")
 TABLE = "table.yaml"
 """A published table, one a dataset; not a run's config."""
+SWEEPS = "scaling"
+"""The folder of sweeps, files of another kind as well."""
 
 
 def shipped_names() -> list[str]:
     """Names of the configs, as ``find_config`` takes them."""
     files = (f.relative_to(FOLDER) for f in FOLDER.glob("**/*.yaml") if f.name != TABLE)
-    return sorted(f.with_suffix("").as_posix() for f in files)
+    return sorted(f.with_suffix("").as_posix() for f in files if f.parts[0] != SWEEPS)
+
+
+def sweep_names() -> list[str]:
+    """Names of the sweeps, as ``find_sweep`` takes them."""
+    return sorted(f"{SWEEPS}/{f.stem}" for f in (FOLDER / SWEEPS).glob("*.yaml"))
+
+
+def find_sweep(name: str | Path) -> Path:
+    """The file ``name`` or, where there is none, the sweep of that name that comes with gr: ``scaling/small``."""
+    if Path(name).is_file():
+        return Path(name)
+    key = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml")
+    if key not in sweep_names():
+        raise UserError(
+            f"no sweep file '{name}', and none of that name comes with gr: {nearest(key, sweep_names())}"
+        )
+    return FOLDER / f"{key}.yaml"
 
 
 def find_config(name: str | Path, beside: Path | None = None) -> Path:

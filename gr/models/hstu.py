@@ -77,6 +77,7 @@ class HSTULayer(nn.Module):
     def __init__(self, config: HSTU.Config, dim: int, max_length: int, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        self.attention_width = config.heads * (config.qk_dim + config.v_dim)  # for gr.scaling.flops
         self.scale = 1.0 if config.activation == "silu" else config.qk_dim**-0.5
         self.divisor = config.divisor or float(max_length + EXTRA_LENGTH)
         values, keys = config.heads * config.v_dim, config.heads * config.qk_dim

@@ -65,6 +65,7 @@ class SASRecBlock(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.head_width = head_width(dim, config.heads, "sasrec")
+        self.attention_width = 2 * dim  # for gr.scaling.flops
         self.attention_norm, self.ffn_norm = _norm(config, dim), _norm(config, dim)
         # queries, keys and values are one (3D, D) matrix in the public codes; its xavier spread is kept
         projection = init.normal(math.sqrt(2 / (dim + 3 * dim)))

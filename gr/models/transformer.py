@@ -68,6 +68,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.head_width = head_width(dim, config.heads, "transformer")
+        self.attention_width = 2 * dim  # for gr.scaling.flops
         self.attention_norm, self.ffn_norm = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
         weight = init.normal(INIT_STD)
         self.qkv = Linear(dim, 3 * dim, weight)

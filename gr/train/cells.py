@@ -10,7 +10,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,12 @@ NOT_THE_RESULT = (
     *("train.device", "train.threads", "train.kernels", "train.micro_batch_actions"),
 )
 """Keys in which a run that is there may differ from the one asked for."""
+
+Begun = Callable[["subprocess.Popen[bytes]"], None]
+
+
+def unwatched(process: subprocess.Popen[bytes]) -> None:
+    """Nobody wants to know of the process."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,12 @@ def train_cells(cells: Sequence[Cell]) -> list[Trained]:
     Raises UserError: before anything is trained, where a cell's config can't be read, its folder holds another run or
     two cells share one; later, where a training fails or is stopped.
     """
+    check_cells(cells)
+    return [train_cell(cell) for cell in cells]
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Refuse cells that could not be trained, or whose folder holds another run."""
     owners: dict[Path, Cell] = {}
     for cell in cells:
         other = owners.setdefault(Path(cell.folder).resolve(), cell)
@@ -70,7 +83,6 @@ def train_cells(cells: Sequence[Cell]) -> list[Trained]:
         if cell.processes < 1:
             raise UserError(f"'{cell.name}' asks for {cell.processes} processes: one is the least")
         _refuse_another_run(cell)
-    return [_train(cell) for cell in cells]
 
 
 def is_finished(cell: Cell) -> bool:
@@ -105,28 +117,37 @@ def _refuse_another_run(cell: Cell) -> None:
         )
 
 
-def _train(cell: Cell) -> Trained:
+def train_cell(cell: Cell, log: Path | None = None, begun: Begun = unwatched) -> Trained:
+    """Train a checked cell unless it is finished.  log: a file for what the training prints, behind what is there.
+    begun: called with the training's process.  Raises UserError where the training fails or is stopped."""
     run = RunFolder(cell.folder)
     if not is_finished(cell):
-        print(f"\n{cell.name}: {cell.folder}", flush=True)
+        if log is None:
+            print(f"\n{cell.name}: {cell.folder}", flush=True)
         arguments = ["--config", str(cell.config), f"run.dir={cell.folder}", *cell.overrides]
         if run.config.is_file():
             arguments = ["--resume", cell.folder]
         program = TRAIN if cell.processes == 1 else (*TORCHRUN, str(cell.processes), *TRAIN[1:])
-        status = exit_status([*program, *arguments])
+        status = exit_status([*program, *arguments], log, begun)
         if status > 0:
-            raise UserError(f"training '{cell.name}' failed (see above); run the same command again to go on")
+            where = "above" if log is None else f"'{log}'"
+            raise UserError(
+                f"training '{cell.name}' failed (see {where}); run the same command again to go on"
+            )
         if status < 0 or not is_finished(cell):
             raise UserError(f"training '{cell.name}' was stopped; run the same command again to go on")
     return Trained(cell, load(run.config), run.read_metrics())
 
 
-def exit_status(command: Sequence[str]) -> int:
-    """The exit status of a program of ours, or less than 0 where a signal ended it.
+def exit_status(command: Sequence[str], log: Path | None = None, begun: Begun = unwatched) -> int:
+    """The exit status of a program of ours, or less than 0 where a signal ended it.  log, begun: as train_cell's.
 
     A request to stop is handed on, so that a training saves and leaves; however it ends then, it was stopped."""
     asked = 0
-    with subprocess.Popen(command) as process:
+    with ExitStack() as held:
+        output = None if log is None else held.enter_context(log.open("a"))
+        process = held.enter_context(subprocess.Popen(command, stdout=output, stderr=output))
+        begun(process)
 
         def hand_on(number: int, frame: FrameType | None) -> None:
             nonlocal asked

@@ -36,7 +36,7 @@ def cell(folder: Path, name: str, *overrides: str, processes: int = 1) -> Cell:
 def commands(monkeypatch) -> list[list[str]]:
     """Nothing is started: the commands are kept, and each seems to end well."""
     kept: list[list[str]] = []
-    monkeypatch.setattr(cells, "exit_status", lambda command: kept.append(list(command)) or 0)
+    monkeypatch.setattr(cells, "exit_status", lambda command, *more: kept.append(list(command)) or 0)
     return kept
 
 
@@ -56,7 +56,7 @@ def test_a_cell_is_trained_once_and_an_interrupted_one_goes_on(folder, monkeypat
     assert_same_run(Path(whole.folder), Path(broken.folder))
     assert [r.config.train.max_steps for r in results] == [6, 6]
     monkeypatch.setattr(
-        cells, "exit_status", lambda command: pytest.fail("what is finished is started again")
+        cells, "exit_status", lambda command, *more: pytest.fail("what is finished is started again")
     )
     assert train_cells([whole, broken]) == results
 
@@ -83,10 +83,10 @@ def test_a_changed_cell_is_refused_before_any_is_trained(folder, commands):
 
 
 def test_a_training_that_fails_or_is_stopped_is_said(folder, monkeypatch):
-    monkeypatch.setattr(cells, "exit_status", lambda command: 1)
+    monkeypatch.setattr(cells, "exit_status", lambda command, *more: 1)
     with pytest.raises(UserError, match="training 'ends' failed"):
         train_cells([cell(folder, "ends")])
-    monkeypatch.setattr(cells, "exit_status", lambda command: 0)
+    monkeypatch.setattr(cells, "exit_status", lambda command, *more: 0)
     with pytest.raises(UserError, match="training 'ends' was stopped; run the same command again to go on"):
         train_cells([cell(folder, "ends")])
 

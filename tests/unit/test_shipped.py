@@ -11,11 +11,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_config_of_the_checkout_ships_under_its_name():
-    files = {f for f in (ROOT / "configs").rglob("*.yaml") if f.name != "table.yaml"}
+    files = {
+        f for f in (ROOT / "configs").rglob("*.yaml") if f.name != "table.yaml" and f.parent.name != "scaling"
+    }
     assert {shipped.find_config(name).resolve() for name in shipped.shipped_names()} == files
     assert {"quickstart", "ml-1m/hstu", "ml-1m/protocol"} <= set(shipped.shipped_names())
     tables = {f.parent.name: f for f in (ROOT / "configs").rglob("table.yaml")}
     assert {name: shipped.find_table(name).resolve() for name in shipped.table_names()} == tables
+    sweeps = set((ROOT / "configs" / "scaling").glob("*.yaml"))
+    assert {shipped.find_sweep(name).resolve() for name in shipped.sweep_names()} == sweeps
+    with pytest.raises(UserError, match=r"no sweep file 'scaling/smal', .*: did you mean 'scaling/small'\?"):
+        shipped.find_sweep("scaling/smal")
 
 
 @pytest.mark.parametrize("name", ["ml-1m/hstu", "ml-1m/hstu.yaml", "configs/ml-1m/hstu.yaml"])

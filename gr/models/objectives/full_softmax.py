@@ -5,7 +5,7 @@ Shapes: S targets, D model width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -23,6 +23,10 @@ class FullSoftmax(Objective):
 
     class Config(ComponentConfig):
         name: Literal["full_softmax"] = "full_softmax"
+
+    @staticmethod
+    def scored(config: Any, targets: int, items: int) -> int:
+        return items
 
     def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
         super().__init__(similarity)

@@ -11,7 +11,7 @@ Shapes: S targets, G targets of the global batch, I catalogue size.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class InBatchDebiased(Objective):
     @staticmethod
     def counts_items(config: InBatchDebiased.Config) -> bool:
         return config.logq
+
+    @staticmethod
+    def scored(config: Any, targets: int, items: int) -> int:
+        return min(targets, items)
 
     def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
         super().__init__(similarity)

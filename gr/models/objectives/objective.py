@@ -28,6 +28,12 @@ class Objective(nn.Module):
         """Whether it asks beforehand how often each item is a training action."""
         return getattr(config, "sampling", "uniform") == "popularity"
 
+    @staticmethod
+    def scored(config: Any, targets: int, items: int) -> int:
+        """How many items a query is scored against in a step of so many targets, the catalogue being ``items``: what
+        the loss costs (gr.scaling.flops)."""
+        return 1 + config.negatives
+
     def __init__(self, similarity: Similarity) -> None:
         super().__init__()
         self.similarity = similarity

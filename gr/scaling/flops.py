@@ -1,0 +1,129 @@
+"""Floating-point operations of a training step of a retrieval model, from the real lengths of its sequences.
+
+A multiplication and an addition are two operations.  What is counted is the model's own work:
+
+    linear       2 rows inputs outputs forward, twice that backward (its gradients by input and by weight)
+    attention    2 (Q + V) H sum n^2 forward (q . k and a . v), halved under the causal mask; 2.5 times that backward,
+                 where a kernel forms q . k again rather than keep it: as gr_kernels' benchmarks count
+    embedding    2 rows D forward (scale and position), as much backward; looking rows up moves memory alone
+    loss         2 targets candidates D forward, twice that backward
+    recompute    with train.activation_checkpointing the layers' forward work once more, in the backward pass (at
+                 most: torch leaves out what comes behind the last value that is needed)
+
+Norms, activations, softmax, bias and optimiser are left out: they take time of memory, few operations.  The widths are
+read off the encoder itself, built without memory, so that they are those that run.
+
+Shapes: B sequences, T actions in the batch, H heads, D model width, Q query/key width per head, V value width per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from gr.config import RunConfig
+from gr.errors import UserError
+from gr.models.layers import Linear, Stack
+
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """Operations of one part of a step."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a step by part: linear, attention, embedding, loss, recompute."""
+
+    parts: dict[str, Part]
+
+    @property
+    def forward(self) -> float:
+        return sum(part.forward for part in self.parts.values())
+
+    @property
+    def backward(self) -> float:
+        return sum(part.backward for part in self.parts.values())
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+class Accounting:
+    """What a step of ``config`` costs.  items: I, the rows of the catalogue.
+
+    parameters: of the encoder, that is without tables and positions (the N of scaling laws).
+    Raises UserError for a model of another kind, or an encoder that doesn't say what its attention does.
+    """
+
+    def __init__(self, config: RunConfig, items: int) -> None:
+        if config.model.name != "retrieval" or config.objective is None:
+            raise UserError(
+                f"operations are counted of retrieval models alone, and model.name is {config.model.name}: "
+                "use model=retrieval with an objective"
+            )
+        self.config, self.items, self.dim = config, items, config.model.dim
+        length = config.data.max_length + config.model.task.build().extra_inputs
+        with torch.device("meta"):
+            encoder = config.model.encoder.build(self.dim, length)
+        self.causal: bool = encoder.causal
+        self.parameters = sum(p.numel() for p in encoder.parameters())
+        self.weights, self.widths = weights_of(encoder), attention_widths(encoder)
+        stacks = [module for module in encoder.modules() if isinstance(module, Stack)]
+        self.stack_weights = sum(map(weights_of, stacks))
+        self.stack_widths = sum(map(attention_widths, stacks))
+
+    def step(self, lengths_B: Sequence[int] | np.ndarray, targets: int | None = None) -> Flops:
+        """lengths_B: of the inputs.  targets: that are predicted, one for each input where nothing is said."""
+        n_B = np.asarray(lengths_B, np.float64)
+        T, squares = float(n_B.sum()), float((n_B**2).sum())
+        S = T if targets is None else float(targets)
+        objective = self.config.objective
+        assert objective is not None
+        scored = objective.component().scored(objective, int(S), self.items)  # type: ignore[attr-defined]
+        loss = 2 * S * scored * self.dim
+        parts = {
+            "linear": Part(2 * T * self.weights, 4 * T * self.weights),
+            "attention": self._attention(squares, self.widths),
+            "embedding": Part(2 * T * self.dim, 2 * T * self.dim),
+            "loss": Part(loss, 2 * loss),
+        }
+        if self.config.train.activation_checkpointing:
+            again = 2 * T * self.stack_weights + self._attention(squares, self.stack_widths).forward
+            parts["recompute"] = Part(0.0, again)
+        return Flops(parts)
+
+    def _attention(self, squares: float, widths: int) -> Part:
+        return attention(squares, widths, causal=self.causal)
+
+
+def attention(squares: float, widths: int, *, causal: bool) -> Part:
+    """squares: the sum of n^2 over sequences.  widths: the sum of H (Q + V) over layers."""
+    forward = 2 * widths * squares / (2 if causal else 1)
+    return Part(forward, ATTENTION_BACKWARD * forward)
+
+
+def weights_of(module: nn.Module) -> int:
+    """Entries of the matrices that every row is multiplied by."""
+    found = 0
+    for part in module.modules():
+        if isinstance(part, Linear | nn.Linear):
+            found += part.weight.numel()
+        elif isinstance(part, nn.RNNBase):
+            found += sum(p.numel() for p in part.parameters() if p.dim() == 2)
+    return found
+
+
+def attention_widths(module: nn.Module) -> int:
+    """The sum of H (Q + V) over the layers that attend: each says its ``attention_width``."""
+    return sum(getattr(part, "attention_width", 0) for part in module.modules())

@@ -1,0 +1,115 @@
+"""A sweep: the small one that ships, from its file to its report; members that fail; what its files may not say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gr.errors import UserError
+from gr.train import cells
+from gr.train.sweep.plan import Dial, SweepConfig, members_of, read_sweep
+from gr.train.sweep.sweep import sweep
+from tests.programs import run_python
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch) -> list[list[str]]:
+    """Trainings are forked, which spares their imports; the commands are kept."""
+    commands: list[list[str]] = []
+
+    def start(command, log=None, begun=None):
+        commands.append(list(command))
+        done = run_python(command[1:])
+        log.write_text(done.stdout + done.stderr)
+        return done.returncode
+
+    monkeypatch.setattr(cells, "exit_status", start)
+    return commands
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+def test_the_small_sweep_runs_and_is_not_repeated(out, started, capsys):
+    assert sweep("scaling/small", out)
+    assert len(started) == 6
+    found = json.loads((out / "results.json").read_text())
+    assert len(found["members"]) == 6 and not any(m["why"] for m in found["members"])
+    for member in found["members"]:
+        assert member["flops"] == pytest.approx(member["values"]["flops"], rel=0.1)  # of steps as a whole
+        assert member["tokens"] == member["steps"] * 32 * 31
+        assert member["value"] > 1
+    (law,) = found["laws"]
+    assert set(law["compute"]) == {"without E", "with E"} and len(law["fitted"]) == 5
+    assert law["compute"]["without E"]["coefficients"]["alpha"] > 0 and len(law["held_out"]) == 1
+    page = (out / "report.html").read_text()
+    assert "<svg" in page and "hstu-width8-flops2e+08" in page and "http-equiv" not in page
+    assert (out / "scaling.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "[6/6]" in printed and "L(C) without E" in printed and "held out: predicted" in printed
+
+    # again, with something in the way of one member: it fails, and what is there stays
+    gone = out / "members" / "hstu-width8-flops2e+08"
+    shutil.rmtree(gone)
+    gone.mkdir()
+    (gone / "something").write_text("in the way")
+    started.clear()
+    assert not sweep("scaling/small", out, workers=2)
+    assert len(started) == 1 and f"run.dir={gone}" in started[0]
+    rows = json.loads((out / "results.json").read_text())["members"]
+    assert [bool(row["why"]) for row in rows] == [True] + 5 * [False]
+    assert f"failed: {rows[0]['why']}" in capsys.readouterr().out and rows[0]["value"] is None
+
+
+def test_members_are_every_width_budget_and_combination(tmp_path):
+    plan, file = read_sweep("scaling/small")
+    plan = plan.model_copy(update={"budgets": [], "grid": {"train.seed": [1, 2], "train.max_steps": [3]}})
+    found, left_out = members_of(plan, file, tmp_path, "data", ["train.threads=1"])
+    assert not left_out
+    assert [m.cell.name for m in found][:2] == [f"hstu-width8-seed{s}-max_steps3" for s in (1, 2)]
+    assert len(found) == 4 and all(
+        m.config.train.max_steps == 3 and m.config.train.threads == 1 for m in found
+    )
+    wide = found[-1].config
+    assert (wide.model.dim, wide.model.encoder.heads, wide.model.encoder.qk_dim) == (16, 2, 8)
+    assert wide.optimizer.lr == 0.004 and wide.log.every_steps == 1 and not wide.log.plots
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dial": None, "budgets": []}, "nothing differs between members"),
+        ({"grid": {"train.seed": [1]}, "members": [{}]}, "grid and members both say"),
+        ({"set": {"run.dir": "x"}}, r"run\.dir is the sweep's own"),
+        ({"dial": {"widths": [8, 8]}}, "stands in it twice"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(change, message):
+    raw = read_sweep("scaling/small")[0].model_dump(mode="json") | change
+    with pytest.raises(ValueError, match=message):
+        SweepConfig.model_validate(raw)
+
+
+def test_a_dial_and_budgets_that_cannot_be(out, tmp_path):
+    with pytest.raises(UserError, match=r"dial\.widths has 50, which 3 heads of about 16 cannot share"):
+        Dial(widths=[50], head=16).overrides(50, "hstu")
+    with pytest.raises(UserError, match=r"the dial doesn't know model\.encoder other"):
+        Dial(widths=[50]).overrides(50, "other")
+    plan, file = read_sweep("scaling/small")
+    plan = plan.model_copy(update={"budgets": [1e12]})
+    if not (out / "data").is_dir():
+        pytest.skip("the sweep above makes the data")
+    with pytest.raises(
+        UserError, match=r"would need [\d,]+ steps for 1e\+12 operations, and its data have 169"
+    ):
+        members_of(plan, file, tmp_path, str(out / "data"))
+
+
+def test_the_program_refuses_in_a_sentence(tmp_path):
+    done = run_python(["launch/sweep.py", "--config", "scaling/smal", "--out", tmp_path])
+    assert done.returncode == 2 and "did you mean 'scaling/small'?" in done.stderr
