@@ -11,7 +11,7 @@ import pytest
 from gr.errors import UserError
 from gr.train import cells
 from gr.train.sweep.plan import Dial, SweepConfig, members_of, read_sweep
-from gr.train.sweep.sweep import sweep
+from gr.train.sweep.sweep import _data, sweep
 from tests.programs import run_python
 
 
@@ -101,13 +101,15 @@ def test_a_dial_and_budgets_that_cannot_be(out, tmp_path):
     with pytest.raises(UserError, match=r"the dial doesn't know model\.encoder other"):
         Dial(widths=[50]).overrides(50, "other")
     plan, file = read_sweep("scaling/small")
-    plan = plan.model_copy(update={"budgets": [1e12]})
-    if not (out / "data").is_dir():
-        pytest.skip("the sweep above makes the data")
-    with pytest.raises(
-        UserError, match=r"would need [\d,]+ steps for 1e\+12 operations, and its data have 169"
-    ):
-        members_of(plan, file, tmp_path, str(out / "data"))
+    plan = plan.model_copy(update={"budgets": [1e9, 1e12]})
+    data = _data(plan, out)
+    found, left_out = members_of(plan, file, tmp_path, data)
+    assert [m.cell.name for m in found] == ["hstu-width16-flops1e+09"]
+    assert (
+        len(left_out) == 3 and "'hstu-width8-flops1e+09' is left out: 1e+09 operations are 191" in left_out[0]
+    )
+    with pytest.raises(UserError, match="no member of the sweep has data enough"):
+        members_of(plan.model_copy(update={"budgets": [1e12]}), file, tmp_path, data)
 
 
 def test_the_program_refuses_in_a_sentence(tmp_path):
