@@ -14,11 +14,8 @@ from pathlib import Path
 import pytest
 
 from gr.train.folder import RunFolder, read_rows
-from tests.distributed.hosts import Host, refusal, two_hosts
+from tests.distributed.hosts import Host, two_hosts
 from tests.end_to_end.tiny import ROOT, assert_same_run, make_dataset, train, write_config
-
-why_not = refusal()
-pytestmark = pytest.mark.skipif(why_not is not None, reason=why_not or "")
 
 STEPS = "train.max_steps=16"
 SHARDED = "model.table={name: torchrec, sharding: row_wise}"
