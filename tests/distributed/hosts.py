@@ -76,7 +76,9 @@ def _join(hosts: list[Host], bridge: str) -> None:
         _ip("-n", host.name, "link", "set", "lo", "up")
         _names(host, hosts)
     place = (hosts[0].address, 9)
-    listen = f"import socket; s = socket.create_server({place}); print(flush=True); s.settimeout(9); s.accept()"
+    listen = (
+        f"import socket; s = socket.create_server({place}); print(flush=True); s.settimeout(9); s.accept()"
+    )
     call = f"import socket; socket.create_connection({place}, timeout=5)"
     with subprocess.Popen(_on(hosts[0], listen), stdout=subprocess.PIPE) as listener:
         assert listener.stdout is not None
