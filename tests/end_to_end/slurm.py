@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,8 +81,17 @@ def _path() -> str:
 
 
 @contextmanager
-def slurm(folder: Path) -> Iterator[Slurm]:
+def slurm() -> Iterator[Slurm]:
     """Two nodes that wait for jobs."""
+    with tempfile.TemporaryDirectory(
+        prefix="gr-slurm-", dir="/tmp"
+    ) as folder:  # a socket's path has 107 bytes
+        with _started(Path(folder)) as cluster:
+            yield cluster
+
+
+@contextmanager
+def _started(folder: Path) -> Iterator[Slurm]:
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
     running: list[subprocess.Popen] = []
 

@@ -25,8 +25,7 @@ def test_a_job_that_is_put_back_into_the_queue_goes_on_and_ends_as_if_nothing_ha
         tmp_path / "run",
         tmp_path / "log",
     )
-    (tmp_path / "slurm").mkdir()
-    with slurm(tmp_path / "slurm") as cluster:
+    with slurm() as cluster:
         cluster.environment.update(GR_CHECKOUT=str(ROOT), GR_PYTHON=sys.executable, GLOO_SOCKET_IFNAME="eth0")
         settings = [
             "--parsable",
