@@ -32,7 +32,6 @@ def attention(
     """(T, H, V): gr_kernels' hstu_attention over the sequences of ``layout``, whose arguments the others are."""
     if layout.memory is not None:
         assert causal and not dropout, "a history is kept in evaluation, of causal encoders"
-        settings = {"position": position, "time": time, "buckets": buckets}
         return layout.memory.attend(
             q_THQ,
             k_THQ,
@@ -41,7 +40,9 @@ def attention(
             scale=scale,
             divisor=divisor,
             activation=activation,
-            **settings,  # type: ignore[arg-type]
+            position=position,
+            time=time,
+            buckets=buckets,
         )
     mask = AttentionMask(causal=causal)
     if layout.cut is not None:

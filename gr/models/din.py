@@ -24,10 +24,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gr import registry
-from gr.config import FRACTION, POSITIVE, ComponentConfig, InputSection, RunConfig, component
+from gr.config import POSITIVE, RunConfig
 from gr.embeddings.view import View
-from gr.labels import TASKS
 from gr.models import init
 from gr.models.dropout import Dropout
 from gr.models.features import vectors_of
@@ -44,25 +42,15 @@ EPS = 1e-8
 
 
 class DIN(OfHistories):
-    class Config(ComponentConfig):
+    class Config(OfHistories.Config):
         """attention, hidden: widths of the layers of the activation unit and of the last MLP.  activation: of both.
-        l2: of the items, see above.  table, table_std, input, tasks: as in ranking; of ``input`` the features alone."""
+        l2: of the items, see above."""
 
         name: Literal["din"] = "din"
-        dim: POSITIVE = 32
-        table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
-        table_std: Annotated[float, Field(ge=0)] = 0.02
-        input: InputSection = InputSection()
-        tasks: TASKS
         attention: Annotated[list[POSITIVE], Field(min_length=1)] = [36]
         hidden: Annotated[list[POSITIVE], Field(min_length=1)] = [200, 80]
-        hidden_dropout: FRACTION = 0.0
         activation: Literal["dice", "prelu"] = "dice"
         l2: Annotated[float, Field(ge=0)] = 0.0
-
-        def idle(self) -> dict[str, str]:
-            why = "a candidate's past has no order for this model"
-            return {**dict.fromkeys(("input.positions", "input.scale", "input.dropout"), why)}
 
     def __init__(
         self, config: Config, run: RunConfig, catalogue: Catalogue, processes: Processes | None = None

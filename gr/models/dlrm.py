@@ -19,10 +19,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr import registry
-from gr.config import FRACTION, POSITIVE, ComponentConfig, InputSection, RunConfig, component
+from gr.config import POSITIVE, RunConfig
 from gr.embeddings.view import View
-from gr.labels import TASKS
 from gr.models.din import MLP
 from gr.models.features import vectors_of
 from gr.models.histories import Histories, OfHistories
@@ -32,23 +30,12 @@ from gr.processes import Processes
 
 
 class DLRM(OfHistories):
-    class Config(ComponentConfig):
-        """bottom, hidden: widths of the inner layers of the MLP of numbers and of the last one.  table, table_std,
-        input, tasks: as in ranking; of ``input`` the features alone."""
+    class Config(OfHistories.Config):
+        """bottom, hidden: widths of the inner layers of the MLP of numbers and of the last one."""
 
         name: Literal["dlrm"] = "dlrm"
-        dim: POSITIVE = 32
-        table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
-        table_std: Annotated[float, Field(ge=0)] = 0.02
-        input: InputSection = InputSection()
-        tasks: TASKS
         bottom: Annotated[list[POSITIVE], Field(min_length=1)] = [64]
         hidden: Annotated[list[POSITIVE], Field(min_length=1)] = [128, 64]
-        hidden_dropout: FRACTION = 0.0
-
-        def idle(self) -> dict[str, str]:
-            why = "a candidate's past has no order for this model"
-            return {**dict.fromkeys(("input.positions", "input.scale", "input.dropout"), why)}
 
     def __init__(
         self, config: Config, run: RunConfig, catalogue: Catalogue, processes: Processes | None = None

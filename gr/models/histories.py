@@ -8,15 +8,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from gr import registry
 from gr.batch import TARGETS_FROM, UNKNOWN, SequenceBatch
+from gr.config import FRACTION, POSITIVE, ComponentConfig, InputSection, component
 from gr.embeddings.view import View
 from gr.errors import UserError
-from gr.labels import Labels
+from gr.labels import TASKS, Labels
 from gr.models.features import Features, sum_of
 from gr.models.layout import sequence_of_rows
 from gr.models.pointwise import Pointwise
@@ -97,6 +101,20 @@ def histories(
 
 class OfHistories(Pointwise):
     """A model of candidates with the actions before each."""
+
+    class Config(ComponentConfig):
+        """table, table_std, input, tasks: as in ranking; of ``input`` the features alone."""
+
+        dim: POSITIVE = 32
+        table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
+        table_std: Annotated[float, Field(ge=0)] = 0.02
+        input: InputSection = InputSection()
+        tasks: TASKS
+        hidden_dropout: FRACTION = 0.0
+
+        def idle(self) -> dict[str, str]:
+            why = "a candidate's past has no order for this model"
+            return dict.fromkeys(("input.positions", "input.scale", "input.dropout"), why)
 
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Histories:
         return histories(self.prepare(batch), self.features, self.labels, dropout_key)

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 
 import fsspec
 
+from gr.data.stores import is_url
 from gr.errors import UserError
 from gr.progress import Progress
 
@@ -33,6 +34,13 @@ class Published:
     checksum: str | None
     files: tuple[str, ...]
     site: str
+
+
+def downloads(cache: str | None, out: str) -> Path:
+    """The folder for downloads: ``cache``, or ``downloads`` beside ``out`` (in the current folder if that is a URL)."""
+    if cache:
+        return Path(cache)
+    return (Path() if is_url(out) else Path(out).parent) / "downloads"
 
 
 def obtain(source: str | None, published: Published, cache: Path, progress: Progress) -> Path:

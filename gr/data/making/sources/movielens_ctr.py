@@ -31,12 +31,12 @@ from pydantic import Field
 from gr.config import FRACTION, SEED, Section
 from gr.data.dataset import DatasetWriter, SequenceDataset, check_output
 from gr.data.hashing import derive, keyed
-from gr.data.making.download import Published, obtain
+from gr.data.making.download import Published, downloads, obtain
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.sources.base import QUIET, Source
 from gr.data.making.sources.movielens import ML1M
 from gr.data.sequences import Sequences
-from gr.data.stores import first_line, is_url
+from gr.data.stores import first_line
 from gr.errors import UserError
 from gr.progress import Progress
 
@@ -86,9 +86,7 @@ class ML1MCTR(Source):
             raise UserError(f"{NAME} is made by one process, not on {engine.name}: leave --engine out")
         check_output(out, overwrite)
         options = self.options
-        beside = Path(out).parent if not is_url(out) else Path()
-        cache = Path(options.cache) if options.cache else beside / "downloads"
-        folder = obtain(source, self.published, cache, progress)
+        folder = obtain(source, self.published, downloads(options.cache, out), progress)
         ratings = read_ratings(folder / "ratings.dat")
         users = read_users(folder / "users.dat")
         films = ML1M().films(folder / "movies.dat", True)

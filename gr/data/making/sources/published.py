@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from gr.data.dataset import SequenceDataset
-from gr.data.making.download import Published, obtain
+from gr.data.making.download import Published, downloads, obtain
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.prepare import Actions, Described, prepare
 from gr.data.making.schema import Preparation
 from gr.data.making.sources.base import QUIET, Source
-from gr.data.stores import is_url
 from gr.progress import Progress
 
 
@@ -35,8 +34,7 @@ class PublishedSource(Source):
         progress: Progress = QUIET,
         engine: Engine = IN_PROCESS,
     ) -> SequenceDataset:
-        beside = Path(out).parent if not is_url(out) else Path()
-        cache = Path(self.options.cache) if self.options.cache else beside / "downloads"
+        cache = downloads(self.options.cache, out)
         actions, described = self.read(obtain(source, self.published, cache, progress))
         return prepare(
             actions,
