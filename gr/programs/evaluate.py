@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from gr.errors import UserError, program
 from gr.programs._arguments import add_data_path, add_run, names, new_parser, settle_run
@@ -58,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from rich.console import Console
 
+    from gr.data.outputs import delivered
     from gr.eval.tables import buckets_tables, results_table
     from gr.train.comparison import compare, to_json
 
@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"{done.model}: {done.results[done.model].users_per_second:,.0f} users/s", highlight=False
         )
         if options.json:
-            Path(options.json).write_text(to_json(done))
+            with delivered(options.json) as scratch:
+                scratch.write_text(to_json(done))
     return 0
 
 

@@ -19,9 +19,9 @@ from gr import registry
 from gr.data.dataset import SequenceDataset
 from gr.data.describe_tables import preparation_tables
 from gr.data.making.engine import Engine
-from gr.data.making.files import output_folder
 from gr.data.making.sources.base import make_source
 from gr.data.making.sources.log import ActionLog
+from gr.data.outputs import output_folder
 from gr.data.stores import is_url
 from gr.errors import UserError, program
 from gr.programs._arguments import new_parser, refuse_torchrun

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     import pyarrow.parquet as pq
 
-    from gr.data.making.files import output_files
+    from gr.data.outputs import output_files
     from gr.progress import default_progress
     from gr.train import rank as library
     from gr.train.job import running

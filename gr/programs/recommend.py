@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     refuse_torchrun("recommend", "with a part of the users each if one isn't enough")
 
-    from gr.data.making.files import output_files
+    from gr.data.outputs import output_files
     from gr.data.requests import find_users
     from gr.progress import default_progress
     from gr.train import recommend as library

@@ -35,13 +35,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from gr.data.outputs import sync
 from gr.data.stores import StoreError
 from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Axis, Processes
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import Engine, of_vocabularies, parameters
-from gr.train.folder import sync
 from gr.train.place import LAST, AnyPath, StorePath, StoreReader, remove_tree
 from gr.train.slices import Slices, shared_out
 

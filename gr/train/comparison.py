@@ -9,7 +9,7 @@ from functools import partial
 
 from gr import config as configs
 from gr.config import RunConfig
-from gr.data.making.files import output_file
+from gr.data.outputs import output_file
 from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
 from gr.progress import Progress, default_progress

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 
 from gr.config import read_yaml, validate
 from gr.data.dataset import SequenceDataset
+from gr.data.outputs import ROWS_PER_GROUP, parquet_rows
 from gr.errors import UserError
 from gr.modality.reader import TextReader, TextSection
 from gr.modality.vectors import as_table
 from gr.processes import Processes
 from gr.shipped import find_config
-from gr.train.recommend import ROWS_PER_GROUP, parquet_rows
 
 
 def read_tower(path: str) -> TextSection:
@@ -24,7 +24,7 @@ def read_tower(path: str) -> TextSection:
 
 def encode(
     dataset: str, section: TextSection, out: str | None, processes: Processes, items: str | None = None
-) -> tuple[Path, int, int]:
+) -> tuple[str, int, int]:
     """Write item_id, vector of a dataset's catalogue, or of the ``items`` of a Parquet file with item_id and the
     columns that the encoder reads; the file (``vectors.parquet`` in the dataset's folder, where none is given), how
     many, and their width.  Every process of several calls this and encodes a part."""
@@ -32,11 +32,11 @@ def encode(
     reader = TextReader(section, processes)
     if items is None:
         if out is None and opened.folder.local is None:
-            raise UserError(f"'{dataset}' is in a store: say with --out which file of this machine to write")
-        target = Path(out) if out is not None else Path(dataset) / "vectors.parquet"
+            raise UserError(f"'{dataset}' is in a store: say with --out which file to write")
+        target = out if out is not None else str(Path(dataset, "vectors.parquet"))
         ids, found = opened.catalogue.ids, reader.vectors(opened.catalogue)
     else:
-        target = Path(out) if out is not None else Path(items).with_suffix(".vectors.parquet")
+        target = out if out is not None else str(Path(items).with_suffix(".vectors.parquet"))
         table = _read_items(items)
         ids, found = table["item_id"].combine_chunks(), reader.vectors_of(table)
     if processes.is_main:

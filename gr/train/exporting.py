@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,16 +22,15 @@ import gr
 from gr import config as configs
 from gr.config import RunConfig
 from gr.data.catalogue import Catalogue
-from gr.data.making.files import output_folder
+from gr.data.outputs import ROWS_PER_GROUP, delivered_folder, parquet_rows
 from gr.embeddings.vocabulary import MAPPING
 from gr.errors import UserError
 from gr.progress import Progress
 from gr.train import checkpoint
 from gr.train.exported import INDEX, ITEMS, MANIFEST, Fingerprint, Manifest, fingerprint, is_export, to_json
-from gr.train.folder import RunFolder, sync
+from gr.train.folder import RunFolder
 from gr.train.job import differences, within
 from gr.train.parts import open_data
-from gr.train.recommend import ROWS_PER_GROUP, parquet_rows
 from gr.train.runs import check_generation, config_of, find_checkpoint
 from gr.train.saved_weights import SavedWeights
 from gr.train.tensor_files import LARGEST, Part, layout, write
@@ -68,22 +66,16 @@ def export(
     overrides: dotted changes to the config, of the keys in ``CHANGEABLE``.  largest: bytes of parameters in a file.
     ``out`` appears when it is complete.  Raises UserError.
     """
-    folder, target = RunFolder(run), Path(out)
+    folder = RunFolder(run)
     if is_export(run):
         raise UserError(f"'{run}' is an export already: copy the folder")
-    if os.path.lexists(target):
-        raise UserError(f"'{out}' exists: choose another --out, or remove it")
-    output_folder(target)
     config = _changed(config_of(run), overrides)
     chosen = find_checkpoint(folder, checkpoint_name)
     cursor = checkpoint.read_state(chosen)["cursor"]
     data = open_data(config, cursor["generation"])
     check_generation(data, cursor["generation"], run)
     weights, config_yaml = SavedWeights(chosen), configs.to_yaml(config)
-    scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+    with delivered_folder(out, last=MANIFEST) as scratch:
         mappings = _mappings(weights)
         files = _files(weights, mappings, largest)
         _check_room(scratch, sum(part.bytes for parts in files.values() for part in parts))
@@ -103,16 +95,6 @@ def export(
             files={name: fingerprint(scratch / name) for name in (folder.config.name, ITEMS)} | written,
         )
         (scratch / MANIFEST).write_text(to_json(manifest))
-        for path in (*scratch.iterdir(), scratch):
-            sync(path)
-        os.rename(scratch, target)
-        sync(target.parent)
-    except OSError as error:  # a full disk, a folder that somebody made meanwhile
-        raise UserError(
-            f"cannot write '{out}' ({error.strerror}): make room, or choose another --out"
-        ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return manifest
 
 

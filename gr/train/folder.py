@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gr.config import RunConfig
+from gr.data.outputs import sync
 from gr.data.stores import first_line, remedy
 from gr.errors import UserError
 from gr.train.place import StorePath, place
@@ -230,15 +231,6 @@ def append_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     with file.open("a") as out:
         for row in rows:
             out.write(json.dumps(row) + "\n")
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _state(file: Path) -> tuple[int, int]:

@@ -8,7 +8,6 @@ Shapes: B users, H heads of a user, J of an item, I items, K width of a head.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from gr.batch import SequenceBatch
 from gr.data.catalogue import Catalogue
+from gr.data.outputs import delivered
 from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
 from gr.models.two_tower.model import TwoTower
@@ -52,10 +52,9 @@ class ItemHeads:
             "step": str(self.step),
             "generation": self.generation,
         }
-        aside = f"{path}.writing"
         try:
-            save_file({"heads": self.heads_JIK, "bias": self.bias}, aside, told)
-            os.replace(aside, path)
+            with delivered(path) as scratch:
+                save_file({"heads": self.heads_JIK, "bias": self.bias}, scratch, told)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot write the item heads to '{path}' ({error}): choose another --out"

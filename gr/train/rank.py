@@ -20,12 +20,12 @@ import torch
 from gr.batch import Jagged
 from gr.data.collate import collate
 from gr.data.dataset import SequenceDataset
+from gr.data.outputs import parquet_rows
 from gr.data.requests import FoundUsers, as_id, find_users
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
 from gr.data.stores import first_line
 from gr.errors import UserError
 from gr.models.pointwise import Pointwise
-from gr.train.recommend import parquet_rows
 from gr.train.runs import OpenRun
 
 REQUESTS = 1024

@@ -6,8 +6,8 @@ Shapes: B users of a batch, K items recommended, D model width (one more with an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.data.making.convert import is_number, is_text, to_ids
+from gr.data.outputs import ROWS_PER_GROUP, beside, delivered, parquet_rows, remove_output
 from gr.data.requests import (
     Exclude,
     FoundUsers,
@@ -34,7 +35,6 @@ from gr.modality.tower import Tower
 from gr.models.retrieval import Retrieval
 from gr.train.runs import OpenRun
 
-ROWS_PER_GROUP = 16_384
 AS_TEXT = pa.csv.ConvertOptions(column_types={"user_id": pa.string()}, strings_can_be_null=True)
 """Ids in CSV stay as they are written: 007 is not 7."""
 
@@ -128,20 +128,20 @@ def recommend(
     return count
 
 
-def unknown_users_file(out: str | os.PathLike) -> Path:
+def unknown_users_file(out: str | os.PathLike) -> str:
     """The file beside ``out`` that lists the users who were asked for and are unknown: recs.unknown-users.txt."""
-    path = Path(out)
-    return path.with_name(f"{path.stem}.unknown-users.txt")
+    return beside(out, ".unknown-users.txt")
 
 
-def write_unknown_users(found: FoundUsers, out: str | os.PathLike) -> Path | None:
+def write_unknown_users(found: FoundUsers, out: str | os.PathLike) -> str | None:
     """List the unknown users beside ``out``, an id a line as ``--users`` reads them; returns the file.  Where all are
     known there is none, nor one that an earlier call left."""
     file = unknown_users_file(out)
     if not found.unknown:
-        file.unlink(missing_ok=True)
+        remove_output(file)
         return None
-    file.write_text("".join(f"{user}\n" for user in found.unknown), encoding="utf-8")
+    with delivered(file) as scratch:
+        scratch.write_text("".join(f"{user}\n" for user in found.unknown), encoding="utf-8")
     return file
 
 
@@ -261,42 +261,6 @@ def read_user_ids(path: str | os.PathLike) -> list[str]:
     if None in ids:
         raise UserError(f"row {ids.index(None) + 1} of '{file}' has no user_id: remove it or fill it in")
     return ids
-
-
-@contextmanager
-def parquet_rows(out: str | os.PathLike) -> Iterator[Callable[[pa.Table], None]]:
-    """A function that appends tables to ``out``, in row groups of a readable size; visible when all went well."""
-    path = Path(out)
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder '{path.parent}' to write '{path.name}' in: make it")
-    scratch = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    pending: list[pa.Table] = []
-    writer: pq.ParquetWriter | None = None
-
-    def flush() -> None:
-        nonlocal writer
-        if pending:
-            table = pa.concat_tables(pending).combine_chunks()
-            pending.clear()
-            writer = writer or pq.ParquetWriter(scratch, table.schema, compression="zstd")
-            writer.write_table(table)
-
-    def write(table: pa.Table) -> None:
-        pending.append(table)
-        if sum(map(len, pending)) >= ROWS_PER_GROUP:
-            flush()
-
-    try:
-        yield write
-        flush()
-        if writer is None:
-            raise UserError(f"nothing to write to '{path}': the list of users is empty")
-        writer.close()
-        os.replace(scratch, path)
-    finally:
-        if writer is not None:
-            writer.close()
-        scratch.unlink(missing_ok=True)
 
 
 def vectors_table(key: str, ids: pa.Array, vectors: Tensor) -> pa.Table:

@@ -188,8 +188,8 @@ def test_unknown_users_are_listed_beside_the_known_ones(run, tmp_path):
     assert found.unknown == ["nobody", 5] and found.users == 1
     assert recommend(run, out, users=found) == 1
     assert list(read_lists(out)) == [104]
-    listed = write_unknown_users(found, out)
-    assert listed == tmp_path / "r.unknown-users.txt" == unknown_users_file(out)
+    listed = tmp_path / "r.unknown-users.txt"
+    assert write_unknown_users(found, out) == str(listed) == unknown_users_file(out)
     assert read_user_ids(listed) == ["nobody", "5"]
     assert write_unknown_users(find_users(run.data.dataset, [104]), out) is None and not listed.exists()
     with pytest.raises(UserError, match=r"2 of 3 users are not in the dataset .*, the first is 'nobody'"):

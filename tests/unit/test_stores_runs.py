@@ -81,6 +81,14 @@ def test_a_run_in_a_store_that_was_killed_goes_on_as_if_nothing_had_been(at, sto
     }
     manifest = export(url, tmp_path / "exported")
     assert manifest.step == 13 and open_run(tmp_path / "exported").step == 13
+    out = f"{url}-exported"
+    assert export(url, out) == manifest
+    exported = [a.key.rpartition("/")[2] for a in store.asked if a.method == "PUT" and "-exported/" in a.key]
+    assert exported[-1] == "export.json" and set(exported) == {"export.json", *manifest.files}
+    for file in (tmp_path / "exported").iterdir():
+        assert store.get(f"{out.removeprefix('s3://')}/{file.name}") == file.read_bytes()
+    with pytest.raises(UserError, match=rf"'{out}' exists: choose another --out"):
+        export(url, out)
     assert job.resume(url, ["train.max_steps=13"]).finished  # its end is its end
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -322,39 +321,6 @@ def require_column(file: str, column: str, names: Sequence[str], others: Iterabl
         raise UserError(f"'{file}' has no column '{column}': {nearest(column, [*names, *others])}")
     if list(names).count(column) > 1:
         raise UserError(f"'{file}' has more than one column '{column}': give each a name of its own")
-
-
-def output_file(path: str | os.PathLike) -> Path:
-    """``path``, if a file can be written there.  Asked before the work, not after it."""
-    file = Path(path)
-    if file.is_dir():
-        raise UserError(f"'{file}' is a folder: give the name of a file to write")
-    if not file.parent.is_dir():
-        raise UserError(f"there is no folder '{file.parent}' to write '{file.name}' in: make it")
-    return file
-
-
-def output_files(options: Mapping[str, str | None]) -> None:
-    """Refuse files to be written (option -> path; the first one is only read) of which one would overwrite another."""
-    (reading, read), *writing = options.items()
-    taken = {Path(str(read)).resolve(): reading}
-    for option, name in writing:
-        if name is None:
-            continue
-        file = output_file(name).resolve()
-        if file in taken:
-            raise UserError(f"{option} and {taken[file]} are both '{name}': give each a file of its own")
-        taken[file] = option
-
-
-def output_folder(path: str | os.PathLike) -> Path:
-    """``path``, if a folder can be made there, parents included."""
-    parent = next(p for p in Path(path).absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(
-            f"'{path}' cannot be made: '{parent}' is not a folder to write in; choose another place"
-        )
-    return Path(path)
 
 
 def _format_by_name(path: str) -> str:
