@@ -205,7 +205,8 @@ def window(plan: Plan, read: Callable[[int], Stretches], epoch: int, number: int
     """The samples of a window in the order of their positions, without its first ``skip``.  ``read``: block number ->
     the block's samples in this epoch."""
     blocks, ordinals = plan.window(epoch, number)
-    rows = Stretches.concatenate(read(block) for block in blocks.tolist()).ready()
+    some = blocks.tolist() or plan.order.blocks(epoch, number)[:1].tolist()  # what the rows of none look like
+    rows = Stretches.concatenate(read(block) for block in some).ready()
     # blocks are sorted, hence so are the ordinals of their rows, of which one may have several samples
     first = np.searchsorted(rows.ordinals_R, ordinals, "left")
     again = np.zeros(len(ordinals), np.int64)

@@ -32,7 +32,17 @@ import pyarrow as pa
 
 from gr.config import POSITIVE, ComponentConfig
 from gr.data import cluster
-from gr.data.batches import GlobalBatch, Plan, Shares, collated, parted, read_samples, shares, window
+from gr.data.batches import (
+    GlobalBatch,
+    Plan,
+    Shares,
+    collated,
+    parted,
+    read_samples,
+    shares,
+    window,
+    windows_from,
+)
 from gr.data.dataset import SequenceDataset
 from gr.data.folder import first_line
 from gr.data.loader import InProcess, pinned, read_ahead
@@ -148,16 +158,16 @@ def taken(found: Any, row: int | None) -> Any:
 class Tasks:
     """Windows made by Ray Core, a task each, ``ahead`` of the one that is asked for."""
 
-    def __init__(self, work: Work, ahead: int):
+    def __init__(self, work: Work, shared: Any, ahead: int):
         import ray
 
-        self.work, self.ahead = work, ahead
+        self.shared, self.ahead = shared, ahead
         self.task: Any = ray.remote(
             num_cpus=1, max_retries=3, num_returns=work.results, scheduling_strategy="SPREAD"
         )(_window)
 
     def start(self, unit: int) -> list[Place]:
-        return [(reference, None) for reference in self.task.remote(self.work, unit)]
+        return [(reference, None) for reference in self.task.remote(self.shared, unit)]
 
 
 class Pipeline:
@@ -212,7 +222,9 @@ class Windows:
         import ray
 
         self.work = work
-        self.maker: Tasks | Pipeline = Tasks(work, ahead) if executor == "core" else Pipeline(work, ahead)
+        self.shared = ray.put(work)  # a split's table of periods may be large: not with every task
+        core = executor == "core"
+        self.maker: Tasks | Pipeline = Tasks(work, self.shared, ahead) if core else Pipeline(work, ahead)
         self.join = ray.remote(num_cpus=1, max_retries=3, num_returns=work.ranks)(_seam)
         self.windows: dict[int, list[Place]] = {}
         self.seams: dict[int, list[Place]] = {}
@@ -247,7 +259,7 @@ class Windows:
         # of the window in which the batch began the piece at its end, of later ones that at their beginning
         pieces = [self._window(number)[-1 if number == units[0] else -2] for number in units]
         found = self.join.remote(
-            self.work, unit, [row for _, row in pieces], *(reference for reference, _ in pieces)
+            self.shared, unit, [row for _, row in pieces], *(reference for reference, _ in pieces)
         )
         self.seams[unit] = [(reference, None) for reference in (found if self.work.ranks > 1 else [found])]
 
@@ -278,11 +290,6 @@ class Ray(InProcess):
     @contextmanager
     def opened(self, processes: Processes) -> Iterator[None]:
         config, world = self.config, processes.world
-        if self.plan.epochs is not None:
-            raise UserError(
-                "data.ingest is ray, and under data.split chronological a period's windows are not known to a cluster: "
-                "use data.ingest=arrow"
-            )
         with cluster.shared(config.address, processes, cpus=config.cpus, store_mib=config.store_mib):
             name = processes.broadcast(f"windows-{uuid4().hex}")
             self._source = processes.together(lambda: self.source(name, world.rank, world.size))
@@ -318,10 +325,9 @@ class Ray(InProcess):
     ) -> Iterator[GlobalBatch]:
         if start >= self.in_epoch(epoch):
             return
-        order = self.plan.order
-        first = self.plan.window_of(epoch, start * self.plan.global_batch)
-        units = range(epoch * order.windows + first, (epoch + 1) * order.windows)
-        fetched = (source.shares(unit, left) for unit in units)
+        first = epoch * self.plan.order.windows
+        numbers = (number for number, _ in windows_from(self.plan, epoch, start * self.plan.global_batch))
+        fetched = (source.shares(first + number, left) for number in numbers)
         for found in read_ahead(fetched, 1):
             for given in found:
                 yield from collated(self.plan, given, start)

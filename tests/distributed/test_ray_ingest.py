@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from uuid import uuid4
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from gr.data import cluster
 from gr.data.batches import Plan
 from gr.data.dataset import SequenceDataset
 from gr.data.loader import Direct
+from gr.data.periods import Chronological
 from gr.data.remote import Ray
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
@@ -109,6 +111,19 @@ def test_every_rank_gets_the_batches_of_one_process(address, dataset, executor, 
         run.check()
         run.check(epoch=1, start=per_epoch // 2)
         run.check(epoch=1, start=per_epoch)
+
+
+@pytest.mark.parametrize("executor", ["core", "data"])
+def test_periods_too_with_windows_that_have_nothing_of_them(address, dataset, executor):
+    split = Chronological(Chronological.Config(period="3m", start=500)).on(dataset)
+    plan = plan_of(dataset, split=split, global_batch=20, columns=frozenset({"time"}))
+    assert plan.epochs is not None and plan.epochs > 5
+    empty = [int((np.diff(plan.edges(epoch)) == 0).sum()) for epoch in range(plan.epochs)]
+    assert any(empty) and len(set(empty)) > 1
+    with Run(dataset, plan, 2, executor=executor) as run:
+        for epoch in (0, 1, 4, plan.epochs - 1):
+            run.check(epoch)
+        run.check(epoch=3, start=1)
 
 
 @pytest.mark.parametrize("executor", ["core", "data"])
