@@ -224,7 +224,9 @@ class TrainSection(Section):
     have other sequences.
 
     activation_checkpointing: of each layer of the encoder only the input is kept, and the rest is formed again in the
-    backward pass: less memory, about a third more time, the same losses."""
+    backward pass: less memory, about a third more time, the same losses.
+
+    timeout: seconds that an exchange between processes may take: whoever waits longer ends, and says for whom."""
 
     epochs: POSITIVE = 1
     max_steps: POSITIVE | None = None
@@ -240,6 +242,7 @@ class TrainSection(Section):
     engine: component(registry.ENGINES, "train.engine", default="ddp")  # type: ignore[valid-type]
     context: POSITIVE = 1
     activation_checkpointing: bool = False
+    timeout: POSITIVE = 600
     early_stopping: EarlyStopping | None = None
 
 
