@@ -59,6 +59,17 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or not 0 <= int(port) < 1 << 16 or (":" in host and not host.startswith("[")):
+        raise ValueError("PORT or HOST:PORT is needed, a port below 65536")
+    return text
+
+
 class RunSection(Section):
     """Where the run is kept.  ``dir``: exactly this folder; without it ``runs/NAME``, numbered if it exists."""
 
@@ -248,11 +259,13 @@ class TrainSection(Section):
 
 class LogSection(Section):
     """``every_steps``: a train row in metrics.jsonl; ``tensorboard``: events too, when it is installed; ``plots``:
-    pictures of the run at its end."""
+    pictures of the run at its end; ``prometheus``: PORT (of loopback) or HOST:PORT at which the newest figures are
+    served as /metrics."""
 
     every_steps: POSITIVE = 50
     tensorboard: bool = True
     plots: bool = True
+    prometheus: Annotated[str, AfterValidator(_address), BeforeValidator(_as_text)] | None = None
 
 
 class EvalSection(Section):

@@ -93,7 +93,8 @@ def told(standings: Mapping[int, Standing], silent: Mapping[int, float], hosts: 
     waiting = sorted(set(standings) - set(behind))
     others = _spread(standings, waiting)
     if not behind:
-        return f"all ranks are there and wait for the network: {others}"
+        known = len(standings) == len(hosts)
+        return f"{'all ranks are there and wait for the network' if known else 'others have not told yet'}: {others}"
     rank = behind[0]
     doing = f"{standings[rank]}" if rank in standings else "unknown"
     more = f" (and {len(behind) - 1} more)" if len(behind) > 1 else ""

@@ -66,7 +66,11 @@ class Trainer:
         self.total_steps = sum(map(parts.batches.in_epoch, range(self.epochs)))
         if config.train.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train.max_steps)
-        self.metrics = MetricsLog(folder, config.log.tensorboard, processes.is_main, cursor.step)
+        self.metrics = processes.together(
+            lambda: MetricsLog(
+                *(folder, config.log.tensorboard, processes.is_main, cursor.step, config.log.prometheus)
+            )
+        )
         self.progress = StepProgress(self.total_steps, cursor.step, processes.is_main)
         self.writer = CheckpointWriter(folder, config, processes, self.progress.say)
         self.last_loss = float("nan")
@@ -292,6 +296,10 @@ class Trainer:
             row["grad_norm"] = norm.item()
         row |= self._vocabularies()
         cursor.metrics_rows += self.metrics.write(row)
+        if self.watch is not None:
+            self.watch.note(
+                f"step {cursor.step}: {seconds:.4f} s, {self.progress.waits.last:.4f} s of waiting for it"
+            )
         window = self.progress.window
         self.metrics.write_timing(
             {

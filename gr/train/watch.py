@@ -203,17 +203,19 @@ class Watch:
 
     def _speaks(self) -> bool:
         """One of those that wait speaks for all."""
-        assert self._others is not None
-        seen, silent = self._others.view()
+        seen, silent = self._view()
         behind = late(seen, silent)
-        return self.rank == min(
-            (rank for rank in seen if rank not in behind and rank not in silent), default=0
-        )
+        return self.rank == min((rank for rank in seen if rank not in behind), default=0)
 
     def everybody(self) -> str:
+        """Who is late, and where everybody is, in words."""
+        return told(*self._view(), self.hosts)
+
+    def _view(self) -> tuple[dict[int, Standing], dict[int, float]]:
+        """Where everybody is, as far as it is known, and of whom nothing was heard, for how long."""
         assert self._others is not None
         seen, silent = self._others.view()
-        return told({**seen, self.rank: self.standing()}, silent, self.hosts)
+        return {**seen, self.rank: self.standing()}, silent
 
     def _dump(self, why: str) -> None:
         if self._file is not None:

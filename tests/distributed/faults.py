@@ -32,7 +32,7 @@ from tests.end_to_end.tiny import assert_same_run, make_dataset, write_config
 
 TIMEOUT = 12
 LIMIT = 240  # seconds that a run may take from its fault: timeout, torchrun's 30 s for who doesn't leave, two starts
-PACE = 0.1
+PACE, WORK = 0.1, 0.3  # seconds of sleep in a step; of a processor's time, where a rank is slowed
 STEPS = 24
 CONFIGS = {
     "local tables": [],
@@ -224,7 +224,8 @@ KINDS: dict[str, Callable[[Scene], str]] = {
 }
 ENDINGS = re.compile(r"^(error: .*|stopped and saved.*|agent: .*)$", re.MULTILINE)
 WARNINGS = re.compile(
-    r"^(nothing has moved.*|step \d+ took.*|rank \d+ on .* works .*|skipping damaged.*)$", re.MULTILINE
+    r"^(?:WARNING:\S+?:)?(nothing has moved.*|step \d+ took.*|rank \d+ on .* works .*|skipping damaged.*)$",
+    re.MULTILINE,
 )
 
 
@@ -249,7 +250,8 @@ def disturbed(
     with _disk(place) if kind == "full disk" else contextlib.nullcontext():
         run = place / "run"
         config = write_config(folder, folder / "data", run)
-        job = Job(hosts, folder / f"{name}-job", ["--config", str(config), *overrides], PACE, name)
+        pace = -WORK if kind == "slow rank" else PACE
+        job = Job(hosts, folder / f"{name}-job", ["--config", str(config), *overrides], pace, name)
         scene = Scene(hosts, run, job, moment)
         by_itself = True
         try:
