@@ -222,7 +222,7 @@ KINDS: dict[str, Callable[[Scene], str]] = {
     "corrupt": corrupt_newest,
     "preempt": preempt,
 }
-ENDINGS = re.compile(r"^(error: .*|stopped and saved.*|agent: .*)$", re.MULTILINE)
+ENDINGS = re.compile(r"^(error: .*|stopped and saved.*|agent: \w+)", re.MULTILINE)
 WARNINGS = re.compile(
     r"^(?:WARNING:\S+?:)?(nothing has moved.*|step \d+ took.*|rank \d+ on .* works .*|skipping damaged.*)$",
     re.MULTILINE,
@@ -281,7 +281,8 @@ def disturbed(
                 again.kill(hosts)
         kept = folder / f"{name}-run"
         shutil.copytree(run, kept)
-    sentences = [*dict.fromkeys(WARNINGS.findall(said) + ENDINGS.findall(said))]
+    found = WARNINGS.findall(said) + ENDINGS.findall(said)
+    sentences = {sentence[:12]: sentence for sentence in reversed(found)}.values()  # the first of each kind
     return Outcome(
         what, reached, seconds, by_itself, [re.sub(re.escape(str(folder)), "...", s) for s in sentences]
     )

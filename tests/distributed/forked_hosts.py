@@ -39,6 +39,7 @@ class Job:
         folder.mkdir(parents=True)
         self.folder, address = folder, server()
         self.agents: list[BaseProcess] = []
+        self._told = False
         for number in range(len(hosts)):
             given = (number, hosts, str(folder), arguments, pace, identity, address)
             agent = get_context("forkserver").Process(target=_agent, args=given)
@@ -52,6 +53,11 @@ class Job:
         return pids[-1] if pids and _runs(pids[-1]) else None
 
     def ended(self) -> bool:
+        """Whether all agents have.  Where one has ended badly the others are told to leave, as launchers do it."""
+        if any(agent.exitcode for agent in self.agents) and not self._told:
+            self._told = True
+            for agent in self.agents:
+                agent.terminate()
         return all(agent.exitcode is not None for agent in self.agents)
 
     def statuses(self) -> list[int | None]:
