@@ -3,14 +3,14 @@
 #   sbatch launch/cluster/slurm.sh --config configs/ml-1m/hstu.yaml run.dir=/shared/runs/NAME model.table.name=torchrec
 # What follows the script's name goes to launch/train.py.  run.dir and data.path must be on storage that all nodes share.
 #
-# The job is told a minute before its time is up, saves, and is put back into the queue; it goes on with its own run when
+# The job is told two minutes before its time is up, saves, and is put back into the queue; it goes on with its own run when
 # it starts again, as it does after a node was lost (docs/cluster.md).
 #SBATCH --job-name=gr
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16
 #SBATCH --time=12:00:00
-#SBATCH --signal=B:USR1@60
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=gr-%j.log

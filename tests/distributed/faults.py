@@ -242,9 +242,15 @@ class Outcome:
 
 
 def disturbed(
-    folder: Path, name: str, hosts: list[Host], kind: str, overrides: list[str], moment: random.Random
+    folder: Path,
+    name: str,
+    hosts: list[Host],
+    kind: str,
+    overrides: list[str],
+    moment: random.Random,
+    steps: int = STEPS,
 ) -> Outcome:
-    """A run with one fault, to its end."""
+    """A run of so many ``steps`` with one fault, to its end; it is NAME-run in ``folder`` then."""
     place = folder / name
     place.mkdir()
     with _disk(place) if kind == "full disk" else contextlib.nullcontext():
@@ -255,7 +261,7 @@ def disturbed(
         scene = Scene(hosts, run, job, moment)
         by_itself = True
         try:
-            step = moment.randrange(1, STEPS - 8)
+            step = moment.randrange(1, steps - 8)
             _wait(lambda: scene.step >= step or job.ended(), 120, "the step of the fault", job)
             time.sleep(moment.uniform(0, 2 * PACE))
             reached, began = scene.step, time.monotonic()
@@ -264,7 +270,7 @@ def disturbed(
             _wait(job.ended, LIMIT, "its end", job)
             seconds = time.monotonic() - began
             said = job.said()
-            if any(job.statuses()) or lost_agent or not _finished(run):
+            if any(job.statuses()) or lost_agent or not _finished(run, steps):
                 by_itself = False
         finally:
             for action in scene.cleanups:
@@ -272,7 +278,11 @@ def disturbed(
             job.kill(hosts)
         if not by_itself:
             again = Job(
-                hosts, folder / f"{name}-again", ["--resume", str(run), *SETTINGS[1:]], 0.0, f"{name}-again"
+                hosts,
+                folder / f"{name}-again",
+                ["--resume", str(run), f"train.timeout={TIMEOUT}"],
+                0.0,
+                f"{name}-again",
             )
             try:
                 _wait(again.ended, LIMIT, "the end of the one that went on", again)
@@ -288,9 +298,9 @@ def disturbed(
     )
 
 
-def _finished(run: Path) -> bool:
+def _finished(run: Path, steps: int) -> bool:
     rows = RunFolder(run).read_metrics()
-    return any(row.get("split") == "test" and row["step"] == STEPS for row in rows)
+    return any(row.get("split") == "test" and row["step"] == steps for row in rows)
 
 
 def _wait(there: Callable[[], bool], seconds: float, what: str, job: Job) -> None:
