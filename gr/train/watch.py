@@ -331,7 +331,7 @@ class _Courier:
         self._size, self._rank, self._watch = processes.world.size, processes.world.rank, watch
         store: Any = dist.PrefixStore(f"watch {next(_WATCHES)}", _connection())
         store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
-        self._store = store
+        self._store: Any = store
         self._seen: dict[int, tuple[Standing, float]] = {}
         self._answered = time.monotonic()
         self._ended, self._wake, self._fresh = threading.Event(), threading.Event(), threading.Event()
@@ -345,6 +345,7 @@ class _Courier:
         self._ended.set()
         self._wake.set()
         self._thread.join(2)
+        self._store = None  # with it its end of the connection, and where it is kept
 
     def exchanges(self) -> int:
         """Begun so far by the group of all processes, on its backends."""

@@ -35,7 +35,7 @@ def test_a_job_that_is_put_back_into_the_queue_goes_on_and_ends_as_if_nothing_ha
         ]
         job = cluster.asked("sbatch", *settings, "--config", str(config), STEPS)
         deadline, requeued = time.monotonic() + 300, False
-        while cluster.state(job) not in ("", "COMPLETED"):
+        while not cluster.ended(job):
             step = max((row.get("step", 0) for row in read_rows(RunFolder(run).metrics)), default=0)
             if step >= 5 and not requeued:
                 cluster.asked("scancel", "--signal=USR1", "--batch", job)  # as before its time is up
