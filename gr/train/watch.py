@@ -40,7 +40,7 @@ LOOK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 HEART_SECONDS = 5.0  # between two heartbeat.json
 ANSWER_SECONDS = 4.0  # of the store
-WINDOW_SECONDS = 10.0  # of work, over which ranks are compared
+WINDOW_SECONDS, WINDOW_STEPS = 10.0, 3  # of work, at least, over which ranks are compared
 QUIET_SECONDS = 600.0  # before the same rank is called slow again
 SILENT_BEATS = 4
 STOOD_LOOKS = 20  # a look so late: the whole process stood still
@@ -195,7 +195,11 @@ class Watch:
                 self._judge_step(others)
 
     def _report(self, stalled: float) -> None:
-        """Where everybody is: in each stalled rank's file with its stacks, and once where people look."""
+        """Where everybody is: in each stalled rank's file with its stacks, and once where people look; nothing where
+        nobody waits for anybody."""
+        seen, silent = self._view()
+        if not silent and not any(standing.waits for standing in seen.values()):
+            return
         said = f"nothing has moved for {stalled:.0f} s: {self.everybody()}"
         self._dump(said)
         if self._speaks():
@@ -264,15 +268,13 @@ class Watch:
         if self._window is not None and now - self._window[0] < WINDOW_SECONDS:
             return
         seen, silent = others.view()
-        before, self._window = self._window, (now, seen)
-        if (
-            before is None
-            or silent
-            or self.rank not in before[1]
-            or self.phase not in ("training", "reading")
-        ):
+        if len(seen) < self.processes.world.size or silent or self.phase not in ("training", "reading"):
+            self._window = None
             return
-        if self.step - before[1][self.rank].step < STEPS_KNOWN:
+        if self._window is not None and seen[self.rank].step - self._window[1][self.rank].step < WINDOW_STEPS:
+            return
+        before, self._window = self._window, (now, seen)
+        if before is None:
             return
         found = slow(before[1], seen, now - before[0])
         if found is not None and now - self._named.get(found[0], -QUIET_SECONDS) >= QUIET_SECONDS:

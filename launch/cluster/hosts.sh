@@ -44,7 +44,7 @@ status=0
 while [ "${#running[@]}" -gt 0 ]; do
     ended='' code=0
     wait -n -p ended "${running[@]}" || code=$?
-    [ -n "$ended" ] || continue # a signal to this script
+    [ -n "${ended:-}" ] || continue # a signal to this script
     for number in "${!running[@]}"; do [ "${running[$number]}" != "$ended" ] || unset "running[$number]"; done
     if [ "$code" != 0 ] && [ "$status" = 0 ]; then # the others would wait for it for minutes: they save and leave
         status=$code
