@@ -59,6 +59,17 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or not 0 <= int(port) < 1 << 16 or (":" in host and not host.startswith("[")):
+        raise ValueError("PORT or HOST:PORT is needed, a port below 65536")
+    return text
+
+
 class RunSection(Section):
     """Where the run is kept.  ``dir``: exactly this folder; without it ``runs/NAME``, numbered if it exists."""
 
@@ -224,7 +235,9 @@ class TrainSection(Section):
     have other sequences.
 
     activation_checkpointing: of each layer of the encoder only the input is kept, and the rest is formed again in the
-    backward pass: less memory, about a third more time, the same losses."""
+    backward pass: less memory, about a third more time, the same losses.
+
+    timeout: seconds that an exchange between processes may take: whoever waits longer ends, and says for whom."""
 
     epochs: POSITIVE = 1
     max_steps: POSITIVE | None = None
@@ -240,16 +253,19 @@ class TrainSection(Section):
     engine: component(registry.ENGINES, "train.engine", default="ddp")  # type: ignore[valid-type]
     context: POSITIVE = 1
     activation_checkpointing: bool = False
+    timeout: POSITIVE = 600
     early_stopping: EarlyStopping | None = None
 
 
 class LogSection(Section):
     """``every_steps``: a train row in metrics.jsonl; ``tensorboard``: events too, when it is installed; ``plots``:
-    pictures of the run at its end."""
+    pictures of the run at its end; ``prometheus``: PORT (of loopback) or HOST:PORT at which the newest figures are
+    served as /metrics."""
 
     every_steps: POSITIVE = 50
     tensorboard: bool = True
     plots: bool = True
+    prometheus: Annotated[str, AfterValidator(_address), BeforeValidator(_as_text)] | None = None
 
 
 class EvalSection(Section):

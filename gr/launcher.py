@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -27,7 +28,8 @@ class Launched(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """torchrun's ``job`` (its --rdzv-id, a random one with --standalone), and how often it has started it again."""
+    """torchrun's ``job`` (its --rdzv-id, a random one with --standalone), and how often it, or the scheduler that
+    starts torchrun (GR_RESTART), has started it again."""
 
     job: str | None = None
     number: int = 0
@@ -38,8 +40,23 @@ def attempt(environment: Mapping[str, str] | None = None) -> Attempt:
 
     (On several machines a process may be told a smaller number than others: agents count for themselves.)"""
     given = os.environ if environment is None else environment
-    number = _count(given, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in given else 0
-    return Attempt(given.get("TORCHELASTIC_RUN_ID"), number)
+    counts = (name for name in ("TORCHELASTIC_RESTART_COUNT", "GR_RESTART") if name in given)
+    return Attempt(given.get("TORCHELASTIC_RUN_ID"), sum(_count(given, name) for name in counts))
+
+
+def host() -> str:
+    """What people know this machine by: its name, and the address under which the other processes reach it."""
+    name, meeting = socket.gethostname(), os.environ.get("MASTER_ADDR")
+    try:
+        found = socket.getaddrinfo(meeting, 9, type=socket.SOCK_DGRAM) if meeting else []
+        for family, kind, protocol, _, place in found:
+            with socket.socket(family, kind, protocol) as probe:  # of no consequence: nothing is sent
+                probe.connect(place)
+                address = probe.getsockname()[0]
+            return name if address in ("127.0.0.1", "::1") else f"{name} ({address})"
+    except OSError:
+        pass
+    return name
 
 
 def end_with_agent() -> None:

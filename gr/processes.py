@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.errors import UserError
-from gr.launcher import Launched, attempt, launched
+from gr.launcher import Launched, attempt, host, launched
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
@@ -98,13 +98,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of the run's.  ``nodes``: machines they are on; ``local``: its place on its own."""
+    """This process among all of the run's.  ``local``: its place on its machine.  ``timeout``: of an exchange, which
+    then raises on who waited."""
 
     device: torch.device
     world: Axis = field(default_factory=Axis)
     data: Axis = field(default_factory=Axis)
     context: Axis = field(default_factory=Axis)
     local: Axis = field(default_factory=Axis)
+    timeout: timedelta = TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -117,7 +119,7 @@ class Processes:
         if self.world.size == 1:
             yield self
             return
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=self.timeout)
         _end_threads_at_exit()
         try:
             yield replace(self, world=replace(self.world, group=group))
@@ -148,11 +150,6 @@ class Processes:
         dist.all_gather_object(values, value, group=self.world.group)
         return values
 
-    def all_equal(self, value: T) -> list[T]:
-        """Everybody's ``value``, by rank, if they differ; an empty list if they don't."""
-        values = self.everybodys(value)
-        return values if any(other != values[0] for other in values) else []
-
     def together(self, action: Callable[[], T]) -> T:
         """``action()`` on every process; where one refuses (UserError) all do, and none goes on alone."""
         if self.world.size == 1:
@@ -179,25 +176,27 @@ class Processes:
         if self.is_main:
             mark.touch()
         self.barrier()
-        seen = mark.exists()
-        blind = [rank for rank, sees in enumerate(self.all_equal(seen)) if not sees]
+        seen = self.everybodys((mark.exists(), host()))
+        blind = [f"{rank} ({where})" for rank, (sees, where) in enumerate(seen) if not sees]
         if self.is_main:
             mark.unlink()
         if blind:
             raise UserError(
-                f"{key} '{folder}' is not the same folder on rank {', '.join(map(str, blind))} as on rank 0: "
-                "put it on a file system that all machines share",
+                f"{key} '{folder}' is not the same folder on rank {', '.join(blind)} as on rank 0 "
+                f"({seen[0][1]}): put it on a file system that all machines share",
                 everywhere=True,
             )
 
 
 @contextlib.contextmanager
-def processes(device: str = "auto", threads: int | None = None, context: int = 1) -> Iterator[Processes]:
+def processes(
+    device: str = "auto", threads: int | None = None, context: int = 1, timeout: timedelta = TIMEOUT
+) -> Iterator[Processes]:
     """Join the processes of the run (or be the only one), with this one's device and threads.
 
     Who they are is known from torch.distributed where it is initialised, else from the launcher's variables (RANK,
-    WORLD_SIZE, ...).  ``context``: how many processes share a sequence.  The number of threads is as it was
-    afterwards, and a process group that was made here is gone.
+    WORLD_SIZE, ...).  ``context``: how many processes share a sequence.  ``timeout``: of an exchange, where the
+    group is made here.  The number of threads is as it was afterwards, and a process group that was made here is gone.
     """
     joined = dist.is_initialized()
     rank, ranks, local_rank, local_ranks = launched() if not joined else Launched()
@@ -212,13 +211,16 @@ def processes(device: str = "auto", threads: int | None = None, context: int = 1
             store=_store(rank, ranks),
             rank=rank,
             world_size=ranks,
-            timeout=TIMEOUT,
+            timeout=timeout,
         )
         _end_threads_at_exit()
     previous_threads = torch.get_num_threads()
+    held = contextlib.ExitStack()
     try:
+        if started:
+            held.enter_context(_of_all_groups(timeout))
         torch.set_num_threads(threads or max(_cores() // local_ranks, 1))
-        yield _on_mesh(chosen, rank, ranks, context, Axis(local_rank, local_ranks))
+        yield replace(_on_mesh(chosen, rank, ranks, context, Axis(local_rank, local_ranks)), timeout=timeout)
     except RuntimeError as error:
         if not started or not _LOST.search(str(error)):
             raise
@@ -227,9 +229,26 @@ def processes(device: str = "auto", threads: int | None = None, context: int = 1
         ) from error
     finally:
         torch.set_num_threads(previous_threads)
+        held.close()
         # made above, or for a table that can't do without one
         if not joined and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _of_all_groups(timeout: timedelta) -> Iterator[None]:
+    """Groups that others make (a mesh, TorchRec, DeepSpeed) without a word about time have this timeout too, not half
+    an hour."""
+    module: Any = dist.distributed_c10d
+    names = [name for name in ("default_pg_timeout", "default_pg_nccl_timeout") if hasattr(module, name)]
+    before = {name: getattr(module, name) for name in names}
+    try:
+        for name in names:
+            setattr(module, name, timeout)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 def with_group(device: torch.device) -> None:

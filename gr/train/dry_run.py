@@ -34,7 +34,9 @@ def dry_run(config: RunConfig) -> None:
         parts = processes.together(lambda: build(config, processes))
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(
-                config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})}),
+                config.model_copy(
+                    update={"log": config.log.model_copy(update={"tensorboard": False, "prometheus": None})}
+                ),
                 parts,
                 processes,
                 RunFolder(scratch),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from gr.train.parts import Parts, build
 from gr.train.place import AnyPath
 from gr.train.plans import plans_of, shown
 from gr.train.plots import plot_run
+from gr.train.preflight import check_agreement, digest_of, flat
 from gr.train.selection import best_of, best_validation, family_of, selection_metric, validations
 from gr.train.stopping import StopSignal
 from gr.train.trainer import Trainer
+from gr.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ CHANGEABLE = (
     *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest", "data.follow"),
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
-    *("train.context", "train.activation_checkpointing", "model.input.features.*.table"),
+    *("train.context", "train.timeout", "train.activation_checkpointing", "model.input.features.*.table"),
     *("model.user.fields.*.table", "model.item.fields.*.table"),
     "model.item_tower.recompute",
 )
@@ -83,9 +86,10 @@ class RunResult:
 def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
     """Train ``config`` in a new folder; where torchrun has started the job again, go on in the folder of its first
     attempt.  ``on_step``: called with the folder after each step."""
-    with running(config, config.train.context) as processes:
+    with running(config, config.train.context) as processes, Watch(processes) as watch:
+        check_agreement(config, processes)
         if (begun := _begun(config, processes)) is not None:
-            return _go_on(begun, config, processes, on_step)
+            return _go_on(begun, config, processes, watch, on_step)
         parts = processes.together(lambda: build(config, processes))
         folder = _new_folder(config, processes)
         try:
@@ -96,7 +100,7 @@ def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
             raise
         with _locked(folder, processes):
             cursor = Cursor(parts.data.dataset.manifest.generation)
-            return _train_and_follow(config, parts, folder, cursor, processes, on_step)
+            return _train_and_follow(config, parts, folder, cursor, processes, watch, on_step)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep = nothing) -> RunResult:
@@ -105,15 +109,18 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep =
     ``overrides``: dotted, of the keys that ``CHANGEABLE`` lists; others are refused.
     """
     folder, config = saved_run(path, overrides)
-    with running(config, config.train.context) as processes:
-        return _go_on(folder, config, processes, on_step)
+    with running(config, config.train.context) as processes, Watch(processes) as watch:
+        check_agreement(config, processes)
+        return _go_on(folder, config, processes, watch, on_step)
 
 
-def _go_on(folder: RunFolder, config: RunConfig, processes: Processes, on_step: OnStep) -> RunResult:
+def _go_on(
+    folder: RunFolder, config: RunConfig, processes: Processes, watch: Watch, on_step: OnStep
+) -> RunResult:
     processes.check_shared(folder.path, "the run's folder")
     with _locked(folder, processes):
         parts, cursor = _opened(folder, config, processes)
-        return _train_and_follow(config, parts, folder, cursor, processes, on_step)
+        return _train_and_follow(config, parts, folder, cursor, processes, watch, on_step)
 
 
 def _opened(folder: RunFolder, config: RunConfig, processes: Processes) -> tuple[Parts, Cursor]:
@@ -142,16 +149,19 @@ def _train_and_follow(
     folder: RunFolder,
     cursor: Cursor,
     processes: Processes,
+    watch: Watch,
     on_step: OnStep,
 ) -> RunResult:
     """Train on what there is; with ``data.follow`` also on what is appended to it meanwhile and afterwards."""
-    result = _train(config, parts, folder, cursor, processes, on_step)
+    watch.attach(folder, digest_of(config))
+    result = _train(config, parts, folder, cursor, processes, watch, on_step)
     while config.data.follow is not None and result.finished and cursor.step != config.train.max_steps:
+        watch.at("waiting for newer actions", cursor.step)
         if not _newer(config, parts.data.dataset, processes):
             break
         del parts
         parts, cursor = _opened(folder, config, processes)
-        result = _train(config, parts, folder, cursor, processes, on_step)
+        result = _train(config, parts, folder, cursor, processes, watch, on_step)
     return result
 
 
@@ -199,7 +209,9 @@ def running(config: RunConfig, context: int = 1) -> Iterator[Processes]:
     """The processes of a run, with the settings that its numbers hang on, and advice where memory runs out.
     ``context``: how many share a sequence, which is for training alone."""
     with (
-        processes(config.train.device, config.train.threads, context) as joined,
+        processes(
+            config.train.device, config.train.threads, context, timedelta(seconds=config.train.timeout)
+        ) as joined,
         advice_when_out_of_memory(config),
         numerics(config, joined.device),
     ):
@@ -236,7 +248,7 @@ def refuse_changes(saved: RunConfig, wanted: RunConfig) -> None:
 
 def differences(one: RunConfig, other: RunConfig) -> list[tuple[str, Any, Any]]:
     """(dotted key, value in one, value in the other) wherever two configs differ, sorted."""
-    old, new = _flat(configs.to_dict(one)), _flat(configs.to_dict(other))
+    old, new = flat(configs.to_dict(one)), flat(configs.to_dict(other))
     keys = sorted(old.keys() | new.keys())
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
@@ -290,14 +302,16 @@ def _train(
     folder: RunFolder,
     cursor: Cursor,
     processes: Processes,
+    watch: Watch,
     on_step: OnStep,
 ) -> RunResult:
     if processes.is_main and (said := missing_operators(processes.device.type)):
         log.warning(said)
     if processes.is_main and (plans := plans_of(parts.model.tables.values())):
         Console().print(shown(plans))
-    trainer = Trainer(config, parts, processes, folder, cursor, on_step)
+    trainer = Trainer(config, parts, processes, folder, cursor, on_step, watch)
     finished = trainer.train()
+    watch.at("ending", cursor.step)
     rows = folder.read_metrics() if processes.is_main else []
     if processes.is_main and config.log.plots:
         try:
@@ -373,13 +387,3 @@ def features_of(config: RunConfig) -> dict[str, FeatureSection]:
     if hasattr(model, "input"):
         return model.input.features
     return {**model.user.fields, **model.item.fields}
-
-
-def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -12,6 +12,7 @@ from typing import Any
 from gr.data.batches import GlobalBatch
 from gr.processes import Processes
 from gr.progress import Progress, default_progress
+from gr.train.exposition import Exposition
 from gr.train.folder import RunFolder, append_rows
 
 DATA_BOUND = 0.05
@@ -19,17 +20,28 @@ DATA_BOUND = 0.05
 
 
 class MetricsLog:
-    """metrics.jsonl (deterministic), timing.jsonl (not), TensorBoard if it is there.  Only the main rank writes."""
+    """metrics.jsonl (deterministic), timing.jsonl (not), TensorBoard if it is there, Prometheus if it is wanted.  Only
+    the main rank writes."""
 
-    def __init__(self, folder: RunFolder, tensorboard: bool, active: bool, done: int = 0):
-        """``done``: steps so far; TensorBoard forgets what it had of later ones."""
+    def __init__(
+        self,
+        folder: RunFolder,
+        tensorboard: bool,
+        active: bool,
+        done: int = 0,
+        prometheus: str | None = None,
+    ):
+        """``done``: steps so far; TensorBoard forgets what it had of later ones.  ``prometheus``: where to serve."""
         self.folder, self.active = folder, active
         self.events = _tensorboard(folder, done) if active and tensorboard else None
+        self.served = Exposition(prometheus) if active and prometheus is not None else None
 
     def write(self, row: dict[str, Any]) -> int:
         """Append a row to metrics.jsonl; returns 1, the rows written."""
         if self.active:
             append_rows(self.folder.metrics, [row])
+            if self.served is not None:
+                self.served.take(row["kind"], row)
             self._events(
                 {"eval": row.get("split"), "baseline": row.get("name")}.get(row["kind"]) or "train", row
             )
@@ -38,9 +50,13 @@ class MetricsLog:
     def write_timing(self, row: dict[str, Any]) -> None:
         if self.active:
             append_rows(self.folder.timing, [row])
+            if self.served is not None:
+                self.served.take("timing", row)
             self._events("timing", row)
 
     def close(self) -> None:
+        if self.served is not None:
+            self.served.close()
         if self.events is not None:
             self.events.close()
 

@@ -10,7 +10,8 @@ REPEATED_S = 1.0
 
 
 class StopSignal:
-    """Remembers SIGTERM (and SIGINT), so that the step in hand can finish and be saved.
+    """Remembers SIGTERM, SIGINT, and SIGHUP (a connection that is lost; not with nohup), so that the step in hand can
+    finish and be saved.
 
     Another SIGINT interrupts at once, unless it comes within a second of the first: torchrun sends a Ctrl-C on to
     processes that had it from the terminal already.
@@ -22,7 +23,9 @@ class StopSignal:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self._previous[number] = signal.signal(number, self._handle)
             except ValueError:  # not in the main thread (a notebook's worker): signals stay as they are

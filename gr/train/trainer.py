@@ -35,6 +35,7 @@ from gr.train.parts import Parts
 from gr.train.schedule import rate_factor
 from gr.train.selection import best_of, better, comparable, family_of, selection_metric
 from gr.train.stopping import StopSignal
+from gr.train.watch import Watch
 from gr.train.writer import CheckpointWriter
 from gr_kernels.counter_random import derive_key
 
@@ -52,19 +53,24 @@ class Trainer:
         folder: RunFolder,
         cursor: Cursor,
         on_step: Callable[[RunFolder], None] = lambda folder: None,
+        watch: Watch | None = None,
     ):
         self.config, self.processes, self.folder, self.cursor = config, processes, folder, cursor
         self.model, self.engine = parts.model, parts.engine
         self.batches, self.evaluation = parts.batches, parts.evaluation
         self.selection, self.shown = selection_metric(config), family_of(config).shown_of(config)
         self._noted: set[str] = set()
-        self.on_step = on_step
+        self.on_step, self.watch = on_step, watch
         self.one_pass = parts.batches.epochs is not None
         self.epochs = config.train.epochs if parts.batches.epochs is None else parts.batches.epochs
         self.total_steps = sum(map(parts.batches.in_epoch, range(self.epochs)))
         if config.train.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train.max_steps)
-        self.metrics = MetricsLog(folder, config.log.tensorboard, processes.is_main, cursor.step)
+        self.metrics = processes.together(
+            lambda: MetricsLog(
+                *(folder, config.log.tensorboard, processes.is_main, cursor.step, config.log.prometheus)
+            )
+        )
         self.progress = StepProgress(self.total_steps, cursor.step, processes.is_main)
         self.writer = CheckpointWriter(folder, config, processes, self.progress.say)
         self.last_loss = float("nan")
@@ -121,6 +127,7 @@ class Trainer:
         """One optimiser step on a global batch; True if any rank was asked to stop."""
         started = time.perf_counter()
         config, cursor = self.config.train, self.cursor
+        self._at("training", cursor.step + 1)
         key = derive_key(config.seed, "step", cursor.step)
         rank = self.processes.data.rank
         torch.manual_seed(derive_key(config.seed, "dropout", cursor.step, rank))
@@ -150,9 +157,11 @@ class Trainer:
             give_back_freed_memory()
         self.writer.poll()
         self.on_step(self.folder)
+        self._at("reading")
         return bool(stops)
 
     def run_evaluations(self) -> None:
+        self._at("evaluation")
         self._check_finite()
         evaluation = self.evaluation.at(self.cursor.epoch)
         watched, said = self.model.watched()
@@ -169,6 +178,7 @@ class Trainer:
 
     def run_baselines(self) -> None:
         """What needs no training, on the same requests: the figures to beat (and the oracle's, not to be beaten)."""
+        self._at("baselines")
         evaluation = self.evaluation.at(self.cursor.epoch)
         for split in self.config.eval.splits:
             for name, result in evaluation.baselines(split).items():
@@ -179,10 +189,16 @@ class Trainer:
 
     def save(self) -> None:
         """Publish a checkpoint of this moment."""
+        self._at("writing a checkpoint")
         self._check_finite()
         self.writer.save(self.engine, self.cursor)
 
     # ----------------------------------------------------------------------------------------------------------
+
+    def _at(self, phase: str, step: int | None = None) -> None:
+        """Tell who watches what is begun."""
+        if self.watch is not None:
+            self.watch.at(phase, self.cursor.step if step is None else step)
 
     def _remaining(self) -> Generator[GlobalBatch]:
         """The global batches from the cursor on."""
@@ -280,6 +296,10 @@ class Trainer:
             row["grad_norm"] = norm.item()
         row |= self._vocabularies()
         cursor.metrics_rows += self.metrics.write(row)
+        if self.watch is not None:
+            self.watch.note(
+                f"step {cursor.step}: {seconds:.4f} s, {self.progress.waits.last:.4f} s of waiting for it"
+            )
         window = self.progress.window
         self.metrics.write_timing(
             {

@@ -18,25 +18,38 @@ shift
 : "${GR_PORT:=29500}"   # free on the first host
 : "${GR_RESTARTS:=3}"
 : "${GR_SSH:=ssh -tt -o BatchMode=yes}"
+: "${RAY_AUTH_TOKEN_PATH:=}"  # where data.ingest is ray: a file with a secret, that all hosts have and nobody else reads
 
 mapfile -t hosts < <(grep -v '^[[:space:]]*\(#\|$\)' "$hosts_file")
 [ "${#hosts[@]}" -gt 0 ] || { echo "error: '$hosts_file' names no host: write one a line" >&2; exit 2; }
 job="gr-$(date +%s)-$$"
 arguments=$(printf '%q ' "$@")
 
-running=()
+running=() readers=()
 for number in "${!hosts[@]}"; do
     host=${hosts[$number]}
-    is_host=$([ "$number" = 0 ] && echo true || echo false)
-    command="cd $(printf %q "$GR_CHECKOUT") && TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 exec $(printf %q "$GR_PYTHON") \
--m torch.distributed.run --nnodes ${#hosts[@]} --nproc-per-node $GR_PROCESSES --max-restarts $GR_RESTARTS \
---rdzv-backend c10d --rdzv-endpoint ${hosts[0]}:$GR_PORT --rdzv-conf is_host=$is_host --rdzv-id $job \
---local-addr $host launch/train.py $arguments"
+    settings=(GR_NODES="${#hosts[@]}" GR_NODE="$number" GR_MEETING="${hosts[0]}:$GR_PORT" GR_ADDRESS="$host" GR_JOB="$job"
+        GR_CHECKOUT="$GR_CHECKOUT" GR_PYTHON="$GR_PYTHON" GR_PROCESSES="$GR_PROCESSES" GR_RESTARTS="$GR_RESTARTS"
+        RAY_AUTH_TOKEN_PATH="$RAY_AUTH_TOKEN_PATH")
+    command="exec env $(printf '%q ' "${settings[@]}")bash $(printf %q "$GR_CHECKOUT/launch/cluster/node.sh") $arguments"
+    exec {lines}> >(exec sed -u "s/^/[$host] /")
+    readers+=($!)
     # shellcheck disable=SC2086  # GR_SSH is a command and its options
-    $GR_SSH "$host" "$command" < /dev/null 2>&1 | sed -u "s/^/[$host] /" &
+    $GR_SSH "$host" "$command" < /dev/null >&"$lines" 2>&1 &
     running+=($!)
+    exec {lines}>&-
 done
-trap 'trap - INT TERM; kill -INT 0' INT TERM
+trap 'kill -TERM "${running[@]}" 2> /dev/null || true' INT TERM
 status=0
-for process in "${running[@]}"; do wait "$process" || status=$?; done
+while [ "${#running[@]}" -gt 0 ]; do
+    ended='' code=0
+    wait -n -p ended "${running[@]}" || code=$?
+    [ -n "${ended:-}" ] || continue # a signal to this script
+    for number in "${!running[@]}"; do [ "${running[$number]}" != "$ended" ] || unset "running[$number]"; done
+    if [ "$code" != 0 ] && [ "$status" = 0 ]; then # the others would wait for it for minutes: they save and leave
+        status=$code
+        kill -TERM "${running[@]}" 2> /dev/null || true
+    fi
+done
+wait "${readers[@]}" || true
 exit "$status"

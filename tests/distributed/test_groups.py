@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -179,11 +180,12 @@ def test_a_folder_that_processes_do_not_share_is_refused(folder, tmp_path):
         )
     said = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
+    here = socket.gethostname()
     assert said == [
         (
             "",
-            "error: run.dir 'run' is not the same folder on rank 1 as on rank 0: put it on a file system that all "
-            "machines share\n",
+            f"error: run.dir 'run' is not the same folder on rank 1 ({here}) as on rank 0 ({here}): put it on a file "
+            "system that all machines share\n",
         ),
         ("", ""),
     ]

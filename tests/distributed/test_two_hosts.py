@@ -1,9 +1,10 @@
 """A training on two hosts, started by launch/cluster/hosts.sh: that of one host, whatever happens to its link and its
-processes."""
+processes.  (tests/distributed/faults.py has many more faults.)"""
 
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gr.train.folder import RunFolder, read_rows
+from tests.distributed import faults
 from tests.distributed.hosts import Host, two_hosts
 from tests.end_to_end.tiny import ROOT, assert_same_run, make_dataset, train, write_config
 
@@ -97,3 +99,19 @@ def test_a_lost_process_and_a_link_that_was_down_change_nothing(folder, hosts, o
     assert {f"[{host.address}]" for host in hosts} == {line.split(" ")[0] for line in said.splitlines()}
     assert re.search(r"resuming '.+' at epoch 1, step (8|9|1\d)", said), said
     assert_same_run(folder / "two-hosts", on_one_host)
+
+
+def test_a_link_that_is_down_beyond_the_timeout_is_named_and_the_job_goes_on(
+    folder, hosts, on_one_host, monkeypatch
+):
+    monkeypatch.setattr(faults, "TIMEOUT", 6)
+    overrides = [STEPS, SHARDED, "train.timeout=6"]
+    found = faults.disturbed(
+        folder, "cut", hosts, "cut beyond the timeout", overrides, random.Random(1), steps=16
+    )
+    assert found.by_itself
+    (named,) = (said for said in found.said if said.startswith("error: an exchange took longer than"))
+    assert re.search(
+        r"train\.timeout, 6 s: nothing is heard of rank [01] on .+ \(10\.77\.\d+\.[12]\) since \d", named
+    )
+    assert_same_run(folder / "cut-run", on_one_host)

@@ -65,6 +65,14 @@ class Slurm:
         """The job's, in Slurm's words; "" when Slurm has forgotten it."""
         return self.told("squeue", "-h", "-j", job, "-o", "%T")
 
+    def ended(self, job: str) -> bool:
+        """Whether it has; on its way back into the queue it is nowhere for a moment."""
+        for _ in range(5):
+            if self.state(job) not in ("", "COMPLETED"):
+                return False
+            time.sleep(0.5)
+        return True
+
 
 def refusal() -> str | None:
     """Why there can be no Slurm here, or None."""

@@ -35,10 +35,10 @@ def test_a_job_that_is_put_back_into_the_queue_goes_on_and_ends_as_if_nothing_ha
         ]
         job = cluster.asked("sbatch", *settings, "--config", str(config), STEPS)
         deadline, requeued = time.monotonic() + 300, False
-        while cluster.state(job) not in ("", "COMPLETED"):
+        while not cluster.ended(job):
             step = max((row.get("step", 0) for row in read_rows(RunFolder(run).metrics)), default=0)
             if step >= 5 and not requeued:
-                cluster.asked("scontrol", "requeue", job)
+                cluster.asked("scancel", "--signal=USR1", "--batch", job)  # as before its time is up
                 requeued = True
             if requeued and cluster.state(job) == "PENDING":
                 cluster.told(
@@ -47,6 +47,7 @@ def test_a_job_that_is_put_back_into_the_queue_goes_on_and_ends_as_if_nothing_ha
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
     said = log.read_text()
+    assert "[slurm] the time is nearly up: saving" in said and "stopped and saved" in said, said
     assert requeued and re.search(r"resuming '.+' at epoch 1, step ([5-9]|1\d)", said), said
     train(["--config", write_config(tmp_path, tmp_path / "data", tmp_path / "one"), STEPS], 2)
     assert_same_run(run, tmp_path / "one")

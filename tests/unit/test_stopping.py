@@ -7,7 +7,7 @@ import pytest
 from gr.train import stopping
 from gr.train.stopping import REPEATED_S, StopSignal
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture
@@ -33,3 +33,13 @@ def test_the_first_signal_is_remembered_and_a_later_interrupt_ends_at_once(clock
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in NUMBERS] == before
+
+
+def test_a_program_under_nohup_stays_deaf_to_a_lost_connection():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

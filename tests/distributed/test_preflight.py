@@ -1,0 +1,84 @@
+"""Processes that look at each other before they train, and that name one that is late."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.group import in_group
+from tests.end_to_end.tiny import make_dataset, write_config
+
+
+def look(file: str) -> list:
+    """What the doctor says on this rank, then what a training with another rate on rank 1 does, and one in which rank 1
+    comes late to an exchange: [status, said, refusal, seconds of the check, refusal, whether another rank says it]."""
+    from gr import config as configs
+    from gr.errors import UserError
+    from gr.train import job, watch
+    from gr.train.cluster_report import examine_cluster
+    from gr.train.preflight import check_agreement
+
+    rank = int(os.environ["RANK"])
+    config = configs.load(file, ["train.timeout=3"])
+    found = []
+    try:
+        with job.running(config) as joined:  # the group of all that follows
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                status = examine_cluster(config)
+            found += [status, out.getvalue()]
+            try:
+                job.run(configs.load(file, [f"optimizer.lr={0.01 + rank}"]))
+            except UserError as error:
+                found += [str(error)]
+            started = time.perf_counter()
+            check_agreement(config, joined)
+            found += [time.perf_counter() - started]
+            with watch.Watch(joined):
+                if rank == 1:
+                    time.sleep(6)
+                joined.world.sum([1.0])
+    except UserError as error:
+        found += [str(error), error.everywhere]
+    return found
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preflight")
+    make_dataset(folder / "data")
+    file = write_config(folder, folder / "data", folder / "run")
+    return in_group(look, 2, folder / "group", str(file), by_hand=False), Path(folder / "run")
+
+
+def test_the_doctor_looks_at_all_processes(said):
+    ((status, text, *_), (other, nothing, *_)), _ = said
+    assert (status, other, nothing) == (0, 0, "")
+    kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "barrier")
+    assert all(f"{kind} " in text for kind in kinds) and "The processes fit together." in text
+
+
+def test_another_config_on_one_rank_is_refused_before_anything_is_made(said):
+    ranks, run = said
+    for _, _, refusal, *_ in ranks:
+        assert (
+            refusal.startswith("the config's optimizer.lr is 1.01 on rank 1 (")
+            and "0.01 on rank 0" in refusal
+        )
+    assert not run.exists()
+
+
+def test_who_is_late_is_named_by_one_that_waited(said):
+    ((*_, refusal, everywhere), (*_, other, _)), _ = said
+    assert refusal.startswith("an exchange took longer than train.timeout, 3 s: late is rank 1 on "), refusal
+    assert "rank 0: starting, in all_reduce" in refusal and not everywhere
+    assert other.startswith("rank 1 lost the other processes")
+
+
+def test_looking_at_each_other_costs_little(said):
+    ranks, _ = said
+    assert max(seconds for _, _, _, seconds, *_ in ranks) < 1.0
