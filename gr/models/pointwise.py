@@ -71,6 +71,11 @@ class Pointwise(Model):
         """The table of items."""
         return self.tables["items"]
 
+    @property
+    def columns_of_requests(self) -> list[str]:
+        """Columns of actions that must be known of a request, beside its time."""
+        return self.features.columns_of_requests
+
     def prepare(self, batch: SequenceBatch) -> SequenceBatch:
         return self.features.prepare(batch)
 

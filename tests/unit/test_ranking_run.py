@@ -123,11 +123,12 @@ def test_early_stopping_knows_that_a_lower_ne_is_better(config):
     "overrides",
     [
         ["model.actions=interleaved"],
+        ["model.actions=together"],
         [
             "model={name: din, dim: 8, tasks: {like: {column: value, at_least: 4}}, attention: [4], hidden: [4]}"
         ],
     ],
-    ids=["interleaved", "din"],
+    ids=["interleaved", "together", "din"],
 )
 def test_models_over_sequences_go_on_to_the_same_rows(config, tmp_path, overrides):
     short = [
