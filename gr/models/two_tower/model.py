@@ -132,6 +132,9 @@ class TwoTower(Model):
                 check_binary(name, batch.columns[name])
         return prepared
 
+    def unseen(self) -> dict[str, tuple[int, int]]:
+        return self.user.unseen | self.item.unseen
+
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Impressions:
         places_S = torch.arange(batch.actions, device=batch.items_T.device)
         labels_SK = self.labels.of(batch.columns)
