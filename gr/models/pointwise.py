@@ -83,6 +83,7 @@ class Pointwise(Model):
         return self.features.unseen
 
     def learn(self, batch: SequenceBatch, step: int) -> tuple[SequenceBatch, dict[str, Tensor]]:
+        self.labels.check(batch.columns)
         return self.features.learn(batch, step)
 
     # -- what a kind of model says -----------------------------------------------------------------------------------
