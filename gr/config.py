@@ -118,7 +118,10 @@ class FeatureSection(Section):
     of_request: whether such a column of actions is known when an action is predicted, as the page is on which its item
     is shown: then the action's own value is looked at, not the one before.
     rows: of the table, where the dataset doesn't say how many values there are; with a vocabulary, as many as it may
-    fill.  pooling: of the vectors of a list's values their mean (where nothing is said) or their sum; an empty list has
+    fill.  unseen: what becomes of a value without a row, which stops the run or has one in common with all others such.
+    number, in their place: the column's values are numbers, as they are (``plain``) or as sign(x) log(1 + |x|)
+    (``log``), each of which is so many times one learned vector; what is unknown (NaN) is another.
+    pooling: of the vectors of a list's values their mean (where nothing is said) or their sum; an empty list has
     zeros."""
 
     shorthand = "column"
@@ -127,6 +130,8 @@ class FeatureSection(Section):
     derived: Literal["user", "hour_of_day", "day_of_week", "hour_of_request", "day_of_request"] | None = None
     of_request: bool = False
     rows: POSITIVE | None = None
+    unseen: Literal["fail", "own_row"] = "fail"
+    number: Literal["plain", "log"] | None = None
     pooling: Literal["mean", "sum"] | None = None
     table: component(registry.TABLES, "model.input.features.NAME.table", default="local")  # type: ignore[valid-type]
 
@@ -140,6 +145,10 @@ class FeatureSection(Section):
             )
         if self.vocabulary is not None and (self.derived is not None or self.rows is None):
             raise ValueError("a vocabulary is for the ids of a column: give it that column, and rows to fill")
+        if self.number is not None and (self.derived is not None or self.vocabulary is not None):
+            raise ValueError(
+                "number is for columns of numbers: what is derived, and ids of a vocabulary, are none"
+            )
         if self.of_request and self.column is None:
             raise ValueError(
                 "of_request is said of a column of actions: a catalogue's, and what is derived, know it"
@@ -147,10 +156,22 @@ class FeatureSection(Section):
         return self
 
     def idle(self) -> dict[str, str]:
-        if self.derived is None:
-            return {}
-        why = f"derived is {self.derived}, which"
-        return {"rows": f"{why} says how many", "pooling": f"{why} is one value each"}
+        if self.derived is not None:
+            why = f"derived is {self.derived}, which"
+            nothing = {"unseen": f"{why} has a row for each value"}
+            return {"rows": f"{why} says how many", "pooling": f"{why} is one value each"} | nothing
+        if self.number is not None:
+            why = f"number is {self.number}: a number"
+            return {
+                "rows": f"{why} has no row",
+                "unseen": f"{why} has no row",
+                "pooling": f"{why} is one each",
+            }
+        return (
+            {}
+            if self.vocabulary is None
+            else {"unseen": "a vocabulary has rows for those that it doesn't know"}
+        )
 
 
 FEATURE = Annotated[

@@ -115,6 +115,23 @@ class Labels:
         """(A, K) float32 of columns of A values each: 1 where an action has the label, 0 where not, NaN unknown."""
         return torch.stack([rule.of(columns[rule.column]) for rule in self.rules], dim=1)
 
+    def check(self, columns: Mapping[str, Any]) -> None:
+        """Refuse values other than 0 and 1 (and NaN) in columns of which 1 alone is the label.  Waits for a device, if
+        they lie on one."""
+        for rule in self.rules:
+            if rule.any_of != (1,) or rule.column == TYPE:
+                continue
+            values = columns[rule.column]
+            wrong = ~((values == 0) | (values == 1))
+            if values.is_floating_point():
+                wrong &= ~values.isnan()
+            if wrong.any():
+                raise UserError(
+                    f"column '{rule.column}' holds {values[wrong][0].item():g}, and a label that is 1 or isn't "
+                    "(model.tasks, any_of: [1]) is 0 or 1: name the values that count in any_of, or a threshold in "
+                    "at_least, or prepare the dataset again"
+                )
+
 
 def _rule(key: str, task: LabelTask, dataset: Described) -> Rule:
     known: dict[str, ColumnLike] = {info.name: info for info in dataset.columns if info.of == "actions"}

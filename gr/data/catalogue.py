@@ -156,6 +156,17 @@ class Catalogue:
             return tensor(found)
         return tensor(Jagged(np.concatenate([[0], counts_I.cumsum()]), found))
 
+    def numbers(self, name: str) -> Tensor:
+        """(I,) float32 of a column of numbers, NaN where an item has none."""
+        import torch
+
+        array = self.column(name).combine_chunks()
+        if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+            raise UserError(
+                f"column '{name}' of '{self._file}' is of type {array.type}, and a number is wanted: choose another one"
+            )
+        return torch.from_numpy(array.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float32))
+
     def kept(self, kind: str, about: dict[str, Any]) -> pa.Table | None:
         """What :meth:`keep` was given for these items under the description ``about`` (JSON), if it is still whole."""
         file, said = self._kept_as(kind, about)

@@ -94,6 +94,7 @@ class PointwiseMetrics(MetricFamily):
         logits_BK = _logits(scorer, request, len(self.labels.names))
         last_B = request.batch.offsets_B1[1:] - 1
         columns = {name: request.batch.columns[name][last_B] for name in self.labels.columns}
+        self.labels.check(columns)
         labels_BK = self.labels.of(columns).cpu()
         values_B = {"history": request.history_lengths_B.cpu()} if "history" in self.groups.edges else {}
         if "popularity" in self.groups.edges and self.item_counts is not None:

@@ -31,7 +31,7 @@ def attention(
 ) -> Tensor:
     """(T, H, V): gr_kernels' hstu_attention over the sequences of ``layout``, whose arguments the others are."""
     if layout.memory is not None:
-        assert causal and not dropout, "a history is kept in evaluation, of causal encoders"
+        assert causal and not dropout, "a history is kept of causal encoders, whose attention drops nothing"
         return layout.memory.attend(
             q_THQ,
             k_THQ,

@@ -2,10 +2,11 @@
 vectors are added to the items' (as Zhai et al., arXiv 2402.17152, add those of action types).
 
 A batch is **prepared** before it goes to a device: columns become rows of tables, by themselves or by a vocabulary, and
-a value that has no row is refused.  Where an action, a user or an item has a list of values, their vectors are pooled.
-Of the action that is to be predicted no feature is looked at: neither of the next
-action, nor of one whose item is hidden.  What is known when a prediction is asked for (the user, the time of the
-request) is known everywhere.
+a value that has no row is refused, or has one in common with others.  Numbers have a table of two rows: a vector that
+is taken so many times, and that of what is unknown.  Where an action, a user or an item has a list of values, their
+vectors are pooled.  Of the action that is to be predicted no feature is looked at: neither of the next action, nor of
+one whose item is hidden.  What is known when a prediction is asked for (the user, the time of the request) is known
+everywhere.
 
 Shapes: A actions of the batch, B sequences, T input rows, F of them with a known value, I items, D model width.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ from gr.models.tasks import MASK, Known, Supervision, Task, sources, taken
 from gr.processes import Processes
 
 HOUR, DAY, DAYS = 3600, 86400, 7
+NUMBER_ROWS = 2
 THURSDAY = 3  # the day of 1970-01-01, where Monday is 0
 
 
@@ -39,7 +42,8 @@ class Feature:
     """name: the table's.  of: whose it is, "actions", "users" or "requests".  of_item: whether it is known of an
     action's item, whatever becomes of the action.  column: that a batch must carry, None where it needs none.  rows: of
     the table.  values: of a batch, int64, one (or a list) an action (a request's: one for the action that it asks for)
-    or a user: rows, or ids of a vocabulary.  pooling: of lists."""
+    or a user: rows, or ids of a vocabulary; float32 where they are numbers.  pooling: of lists.  number: what is made
+    of those.  shares_row: whether values without a row have the table's last."""
 
     name: str
     of: str
@@ -48,6 +52,8 @@ class Feature:
     values: Callable[[SequenceBatch], Tensor | Jagged]
     pooling: str = "mean"
     of_item: bool = False
+    number: str | None = None
+    shares_row: bool = False
 
     @property
     def key(self) -> str:
@@ -61,11 +67,37 @@ class Feature:
         users, whose sequences) they are by ``places_T``."""
         column = (batch.user_columns if self.of == "users" else batch.columns)[self.key]
         if shown_F is not None:
-            return Known(taken(column, places_T[shown_F]), shown_F, self.pooling)
+            return self.told(taken(column, places_T[shown_F]), shown_F)
         values = None
         if isinstance(column, Jagged) and column.host_offsets is not None:
             values = self._values_of_inputs(column.host_offsets, batch, layout)
-        return Known(taken(column, places_T, values), None, self.pooling)
+        return self.told(taken(column, places_T, values))
+
+    def told(self, values_F: Tensor | Jagged, places_F: Tensor | None = None) -> Known:
+        """What is known by values of a prepared batch's column."""
+        if self.number is None:
+            return Known(values_F, places_F, self.pooling)
+        assert isinstance(values_F, Tensor)
+        unknown_F = values_F.isnan()
+        return Known(unknown_F.long(), places_F, self.pooling, values_F.masked_fill(unknown_F, 1))
+
+    def placed(self, values_V: Tensor, under: str) -> tuple[Tensor, int]:
+        """A batch's values as a prepared batch has them, and how many of them nobody knows.  Waits for a device, if
+        they lie on one.  Raises UserError where that is refused; ``under``: the config's key of the features."""
+        if self.number is not None:
+            if values_V.isinf().any():
+                first = values_V[values_V.isinf()][0].item()
+                raise UserError(
+                    f"column '{self.column or self.name}' holds {first} ({under}.{self.name}), which no model can "
+                    "read: prepare the dataset with another number, or NaN where nobody knows"
+                )
+            return values_V, int(values_V.isnan().sum())
+        if not self.shares_row:
+            if self.column is not None:  # of others it is known that there is a row
+                check_rows(self.name, f"column '{self.column}'", values_V, self.rows, under)
+            return values_V, 0
+        outside_V = (values_V < 0) | (values_V >= self.rows - 1)
+        return values_V.masked_fill(outside_V, self.rows - 1), int(outside_V.sum())
 
     def _values_of_inputs(self, offsets: Tensor, batch: SequenceBatch, layout: JaggedLayout) -> int:
         """How many values the lists at all input rows hold: found on the host, so that no device is waited for."""
@@ -92,14 +124,15 @@ def check_rows(name: str, column: str, values: Tensor, rows: int, under: str = U
         mend = "map its values to 0, 1, 2, ..." if low < 0 else f"set it to {high + 1} or more"
         raise UserError(
             f"{column} holds {wrong}, and its table has rows for 0 to {rows - 1} "
-            f"({under}.{name}.rows): {mend}"
+            f"({under}.{name}.rows): {mend}, or say unseen: own_row"
         )
 
 
 class Features:
     """The features of a model and their ``tables``, made as ``like`` says but for names and numbers of rows.
-    ``needs``: the columns that a batch must carry.  ``vocabularies``: by name, of those that have one.  Raises
-    UserError where one doesn't fit the dataset."""
+    ``needs``: the columns that a batch must carry.  ``vocabularies``: by name, of those that have one.  ``unseen``: of
+    others whose values may have no row, or be unknown, how many such there were in the batch that was prepared last,
+    and how many in all.  Raises UserError where one doesn't fit the dataset."""
 
     def __init__(
         self,
@@ -116,6 +149,7 @@ class Features:
             sections[f.name].table.build(replace(like, name=f.name, rows=f.rows, bias=False), processes)
             for f in self.features
         ]
+        self.unseen = {f.name: (0, 0) for f in self.features if f.shares_row or f.number is not None}
         self.vocabularies: dict[str, OpenVocabulary] = {
             name: section.vocabulary.build(name, section.rows, processes)
             for name, section in sections.items()
@@ -153,8 +187,10 @@ class Features:
             rows = found.values if isinstance(found, Jagged) else found
             if feature.name in self.vocabularies:
                 rows = by_vocabulary(self.vocabularies[feature.name], rows)
-            elif feature.column is not None:  # of others it is known that there is one
-                check_rows(feature.name, f"column '{feature.column}'", rows, feature.rows)
+            else:
+                rows, unseen = feature.placed(rows, UNDER)
+                if feature.name in self.unseen:
+                    self.unseen[feature.name] = (unseen, rows.numel())
             rows = replace(found, values=rows) if isinstance(found, Jagged) else rows
             # as the other columns are, so that going to a device waits for nothing
             there[feature.key] = rows.pin_memory() if batch.offsets_B1.is_pinned() else rows
@@ -204,11 +240,7 @@ class Features:
     def known_of(self, batch: SequenceBatch, places_N: Tensor, of: str) -> dict[str, Known]:
         """What is known at these actions of a prepared batch: by the features ``of`` "items" alone."""
         assert of == "items"
-        return {
-            f.name: Known(taken(batch.columns[f.key], places_N), None, f.pooling)
-            for f in self.features
-            if f.of_item
-        }
+        return {f.name: f.told(taken(batch.columns[f.key], places_N)) for f in self.features if f.of_item}
 
     def known_of_items(self, items_N: Tensor) -> dict[str, Known]:
         """What is known of items (int64 rows), by feature."""
@@ -223,7 +255,11 @@ class Features:
                     values = replace(values, values=rows_of(values.values))
                 else:
                     values = rows_of(values)
-            found[f.name] = Known(values, None, f.pooling)
+            elif isinstance(values, Jagged):
+                values = replace(values, values=f.placed(values.values, UNDER)[0])
+            else:
+                values, _ = f.placed(values, UNDER)
+            found[f.name] = f.told(values)
         return found
 
     def known_at(self, batch: SequenceBatch, name: str, users_A: Tensor | None) -> Known:
@@ -231,9 +267,9 @@ class Features:
         ``users_A``, the user of each action, is not given."""
         (f,) = (f for f in self.features if f.name == name)
         if f.of != "users":
-            return Known(batch.columns[f.key], None, f.pooling)
+            return f.told(batch.columns[f.key])
         column = batch.user_columns[f.key]
-        return Known(column if users_A is None else taken(column, users_A), None, f.pooling)
+        return f.told(column if users_A is None else taken(column, users_A))
 
     def wanted(self, parts: Sequence[Supervision]) -> dict[str, list[Tensor]]:
         """The rows of each table that the inputs of ``parts`` look at."""
@@ -261,7 +297,8 @@ def vectors_of(known: Known, view: View) -> Tensor:
     """(F, D), of lists pooled."""
     if isinstance(known.rows_F, Jagged):
         return view.pooled(known.rows_V, known.rows_F.offsets, known.pooling)
-    return view.lookup(known.rows_F)
+    found_FD = view.lookup(known.rows_F)
+    return found_FD if known.numbers_F is None else found_FD * known.numbers_F[:, None].to(found_FD.dtype)
 
 
 def feature(name: str, section: FeatureSection, data: Catalogue, under: str = UNDER) -> Feature:
@@ -293,33 +330,50 @@ def feature(name: str, section: FeatureSection, data: Catalogue, under: str = UN
             f"config key '{key}.column' is 'item', which has a table already: leave the feature out"
         )
     info = columns[section.column]
+    if info.of == "users" and section.of_request:
+        raise UserError(
+            f"config key '{key}.of_request' is for columns of actions, and '{info.name}' is of users"
+        )
+    of = info.of if info.of == "users" else "requests" if section.of_request else "actions"
+
+    def of_column(batch: SequenceBatch) -> Tensor | Jagged:
+        return (batch.user_columns if of == "users" else batch.columns)[info.name]
+
+    if section.number is not None:
+        _check_numbers(f"{key}.column", info)
+        return Feature(
+            name,
+            of,
+            info.name,
+            NUMBER_ROWS,
+            lambda batch: _number(of_column(batch), section),
+            number=section.number,
+        )
     pooling, rows = _pooling(key, f"{key}.column", section, info), _rows(key, section, dataset)
-    if info.of == "users":
-        if section.of_request:
-            raise UserError(
-                f"config key '{key}.of_request' is for columns of actions, and '{info.name}' is of users"
-            )
-        return Feature(name, "users", info.name, rows, lambda batch: batch.user_columns[info.name], pooling)
-    of = "requests" if section.of_request else "actions"
-    return Feature(name, of, info.name, rows, lambda batch: batch.columns[info.name], pooling)
+    return Feature(name, of, info.name, rows, of_column, pooling, shares_row=section.unseen == "own_row")
 
 
 def _of_items(name: str, section: FeatureSection, data: Catalogue, under: str) -> Feature:
     """What the catalogue says of an action's item."""
-    key, column = f"{under}.{name}", section.catalogue
+    key, column, shares_row = f"{under}.{name}", section.catalogue, section.unseen == "own_row"
     assert column is not None
     if column not in data.column_names:
         raise UserError(
             f"config key '{key}.catalogue' is '{column}', which is no column of the dataset's catalogue: "
             f"{nearest(column, data.column_names)}"
         )
-    pooling = _pooling(key, f"{key}.catalogue", section, data.info(column))
-    codes_I = data.codes(column)
-    values = codes_I.values if isinstance(codes_I, Jagged) else codes_I
-    rows = section.rows or max(int(values.max()) + 1 if len(values) else 0, 1)
-    if section.vocabulary is None:
-        check_rows(name, f"column '{column}' of the catalogue", values, rows, under)
-    on_device = {values.device: codes_I}
+    codes_I: Tensor | Jagged
+    if section.number is not None:
+        pooling, rows, codes_I = "mean", NUMBER_ROWS, _number(data.numbers(column), section)
+    else:
+        pooling = _pooling(key, f"{key}.catalogue", section, data.info(column))
+        codes_I = data.codes(column)
+        codes = codes_I.values if isinstance(codes_I, Jagged) else codes_I
+        rows = section.rows or max(int(codes.max()) + 1 if len(codes) else 0, 1)
+        if section.vocabulary is None and not shares_row:
+            check_rows(name, f"column '{column}' of the catalogue", codes, rows, under)
+        rows += shares_row
+    on_device = {codes_I.values.device if isinstance(codes_I, Jagged) else codes_I.device: codes_I}
 
     def of_batch(batch: SequenceBatch) -> Tensor | Jagged:
         items_A = batch.items_T.clamp_min(0)  # of one that is asked for nothing is looked at
@@ -327,7 +381,24 @@ def _of_items(name: str, section: FeatureSection, data: Catalogue, under: str) -
             on_device[items_A.device] = codes_I.to(items_A.device)
         return taken(on_device[items_A.device], items_A)
 
-    return Feature(name, "actions", None, rows, of_batch, pooling, of_item=True)
+    return Feature(
+        name, "actions", None, rows, of_batch, pooling, True, number=section.number, shares_row=shares_row
+    )
+
+
+def _check_numbers(key: str, info: ColumnLike) -> None:
+    if info.multi or info.type == "string":
+        what = "text" if info.type == "string" else "lists, or nothing for some"
+        raise UserError(
+            f"config key '{key}' is '{info.name}', and that column holds {what}: choose one of numbers, one each (NaN "
+            "where nobody knows)"
+        )
+
+
+def _number(values: Any, section: FeatureSection) -> Tensor:
+    """float32, as the feature says."""
+    numbers: Tensor = values.float()
+    return numbers if section.number == "plain" else numbers.sign() * numbers.abs().log1p()
 
 
 def _pooling(key: str, named_by: str, section: FeatureSection, info: ColumnLike) -> str:
@@ -363,7 +434,7 @@ def _rows(key: str, section: FeatureSection, dataset: Described) -> int:
         raise UserError(
             f"config key '{key}.rows' is {section.rows}, and the dataset has {types} action types: leave it out"
         )
-    return section.rows or types
+    return (section.rows or types) + (section.unseen == "own_row")
 
 
 def _hours(batch: SequenceBatch) -> Tensor:

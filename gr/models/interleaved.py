@@ -79,7 +79,7 @@ class Interleaving:
     def supervise(self, batch: SequenceBatch, dropout_key: int = 0) -> Interleaved:
         """Every action but a sequence's first is a candidate or, where the batch says which actions are targets, those
         (for whose number the device is waited for once)."""
-        users_A, places_A = _where(batch)
+        users_A, places_A = places_of(batch)
         from_B = batch.user_columns.get(TARGETS_FROM)
         if from_B is None:
             targets = sum(max(n - 1, 0) for n in batch.lengths)
@@ -135,13 +135,7 @@ class Interleaving:
         times_A = batch.timestamps_T
         times_T = None if times_A is None else times_A[action_T]
         labels_AK = self.labels.of(batch.columns)
-        users_A, places_A = _where(batch)
-        known = {
-            feature.name: self.features.known_at(
-                batch, feature.name, None if feature.name in self.context else users_A
-            )
-            for feature in self.features.features
-        }
+        users_A, places_A = places_of(batch)
         return Interleaved(
             layout=JaggedLayout(
                 offsets_B1,
@@ -158,11 +152,20 @@ class Interleaving:
             queries_S=offsets_B1[users_A[targets_S]] + contexts + 2 * places_A[targets_S],
             targets_S_in_A=targets_S,
             labels_SK=labels_AK[targets_S] if supervised else labels_AK[:0],
-            known=known,
+            known=self._known(batch, users_A),
         )
 
+    def _known(self, batch: SequenceBatch, users_A: Tensor) -> dict[str, Known]:
+        """What features know of every action, and those of context of every user."""
+        return {
+            feature.name: self.features.known_at(
+                batch, feature.name, None if feature.name in self.context else users_A
+            )
+            for feature in self.features.features
+        }
 
-def _where(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+
+def places_of(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
     """(A,) each: the sequence of each action, and its place in that."""
     users_A = sequence_of_rows(batch.offsets_B1, batch.actions)
     return users_A, torch.arange(batch.actions, device=users_A.device) - batch.offsets_B1[users_A]

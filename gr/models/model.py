@@ -67,6 +67,10 @@ class Catalogue(Protocol):
         """Its values, on the CPU: int64, one or a list an item."""
         ...
 
+    def numbers(self, name: str) -> Tensor:
+        """Its values, on the CPU: float32, NaN where an item has none."""
+        ...
+
     def column(self, name: str) -> Any:
         """It as it was prepared (a pyarrow.ChunkedArray)."""
         ...
@@ -109,6 +113,11 @@ class Model(nn.Module):
         and by table the rows (int64, on the CPU, the same on every process) that stand for something else from now on.
         Every process of the run calls this together, once a step."""
         return self.prepare(batch), {}
+
+    def unseen(self) -> dict[str, tuple[int, int]]:
+        """Of the batch that was prepared last, by table: how many of its values nobody knows, and how many there were,
+        where such values are no error."""
+        return {}
 
     @abstractmethod
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Any:

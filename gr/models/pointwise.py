@@ -71,10 +71,19 @@ class Pointwise(Model):
         """The table of items."""
         return self.tables["items"]
 
+    @property
+    def columns_of_requests(self) -> list[str]:
+        """Columns of actions that must be known of a request, beside its time."""
+        return self.features.columns_of_requests
+
     def prepare(self, batch: SequenceBatch) -> SequenceBatch:
         return self.features.prepare(batch)
 
+    def unseen(self) -> dict[str, tuple[int, int]]:
+        return self.features.unseen
+
     def learn(self, batch: SequenceBatch, step: int) -> tuple[SequenceBatch, dict[str, Tensor]]:
+        self.labels.check(batch.columns)
         return self.features.learn(batch, step)
 
     # -- what a kind of model says -----------------------------------------------------------------------------------

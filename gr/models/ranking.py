@@ -11,6 +11,8 @@ is the candidate; it predicts that action's labels.  How items and actions becom
   meets the candidate in the head alone.
 - ``interleaved`` (the paper's Phi_0, a_0, Phi_1, a_1, ...): a row for each item and one for what was done with it
   (gr/models/interleaved.py); an item's own row answers for it, so that attention knows the candidate.
+- ``together``: a row an action as in ``summed``, and a row of its own for each candidate, which attention shows the
+  actions before its request and no other candidate (gr/models/together.py).
 
 Shapes: B sequences, A actions of the batch, T input rows, S candidates, K tasks, D model width.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -47,6 +49,7 @@ from gr.models.model import Catalogue
 from gr.models.pointwise import Pointwise
 from gr.models.step import StepContext
 from gr.models.tasks import Known, Supervision, sources
+from gr.models.together import Gathering, Together
 from gr.modes import evaluating
 from gr.processes import Axis, Processes
 from gr_kernels.counter_random import derive_key
@@ -89,7 +92,8 @@ class Ranking(Pointwise):
 
     class Config(ComponentConfig):
         """tasks: what is predicted (gr.labels).  hidden: widths of the head's layers.  table, table_std: as in
-        retrieval.  actions: how items and what was done with them become rows.  context: features of users that are a
+        retrieval.  actions: how items and what was done with them become rows.  request: of ``together``, the column
+        whose equal values say that consecutive actions were shown together.  context: features of users that are a
         row each in front of a user's actions, instead of being added to all.  interaction: what the head is given of
         query h and candidate e: h * e (``product``), or [h, e, h * e] (``all``)."""
 
@@ -100,7 +104,8 @@ class Ranking(Pointwise):
         input: InputSection = InputSection()
         encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
         tasks: TASKS
-        actions: Literal["summed", "interleaved"] = "summed"
+        actions: Literal["summed", "interleaved", "together"] = "summed"
+        request: str = "time"
         context: list[str] = []
         interaction: Literal["all", "product"] = "all"
         hidden: list[POSITIVE] = [64]
@@ -110,26 +115,34 @@ class Ranking(Pointwise):
             idle = {} if self.hidden else {"hidden_dropout": "hidden is empty"}
             if self.actions == "summed":
                 idle["context"] = "actions is summed, and features of users are added to every row"
+            if self.actions != "together":
+                idle["request"] = f"actions is {self.actions}, and each action is judged by itself"
             return idle
 
     def __init__(
         self, config: Config, run: RunConfig, catalogue: Catalogue, processes: Processes | None = None
     ) -> None:
         super().__init__(config, run, catalogue, processes)
-        self.interleaving = None
+        self.interleaving: Interleaving | None = None
+        places, rows = run.data.max_length, run.data.max_length
+        contexts = len(config.context) if config.actions != "summed" else 0
         if config.actions == "interleaved":
             self.interleaving = Interleaving(self.features, self.labels, config.context)
-        contexts = len(config.context) if self.interleaving else 0
-        places, rows = run.data.max_length, run.data.max_length
-        if self.interleaving is not None:
             # the candidate has a place of its own; and each action two rows
             places, rows = places + 1, contexts + 2 * places + 1
+        elif config.actions == "together":
+            columns = catalogue.manifest.columns
+            self.interleaving = Gathering(self.features, self.labels, config.context, config.request, columns)
+            places, rows = places + 1, contexts + places + 1
+            self.needs = self.needs | {config.request}
         self.input = ItemInput(config.input, config.dim, places, False, config.table_std)
         self.history = HistoryLabels(len(self.labels.names), config.dim, config.table_std)
         if contexts:
             self.contexts = Contexts(contexts, config.dim, config.table_std)
         self.encoder = config.encoder.build(config.dim, rows)
         check_causal(self.task, self.encoder, config.encoder.name, instead="")
+        if config.actions == "together":
+            _check_together(config, run, self.encoder)
         self.head = Head(
             config.dim, config.hidden, len(self.labels.names), config.hidden_dropout, config.interaction
         )
@@ -140,6 +153,13 @@ class Ranking(Pointwise):
     @property
     def cuttable(self) -> bool:  # type: ignore[override]
         return self.encoder.cuttable and self.interleaving is None
+
+    @property
+    def columns_of_requests(self) -> list[str]:
+        found = super().columns_of_requests
+        if isinstance(self.interleaving, Gathering) and self.interleaving.column not in ("time", *found):
+            found = [*found, self.interleaving.column]
+        return found
 
     # -- inputs and targets ------------------------------------------------------------------------------------------
 
@@ -184,9 +204,13 @@ class Ranking(Pointwise):
                 "set model.encoder.relative_time=false"
             )
         if isinstance(part, Interleaved):
-            x_TD, items_AD, _ = self.interleaved(part, views)
-            queries_SD = self.encoder(x_TD, layout).index_select(0, part.queries_S)
+            x_TD, items_AD, beside_AD = self.interleaved(part, views)
             candidates_SD = items_AD.index_select(0, part.targets_S_in_A)
+            if isinstance(part, Together):
+                shown_SD = candidates_SD + beside_AD.index_select(0, part.targets_S_in_A)
+                queries_SD = self._together(part, x_TD, shown_SD)
+            else:
+                queries_SD = self.encoder(x_TD, layout).index_select(0, part.queries_S)
         else:
             queries_SD = part.sequence.select(self.encoder(self.summed(part, views), layout))
             candidates_SD = self.candidates(part.targets_S, part.candidates, views)
@@ -243,6 +267,17 @@ class Ranking(Pointwise):
 
         return answer
 
+    def _together(self, part: Together, x_TD: Tensor, shown_SD: Tensor) -> Tensor:
+        """(S, D) queries of candidates in rows of their own, shown_SD, behind as much of the rows of histories as their
+        requests know."""
+        layout = part.layout
+        memory = Memory(layout.offsets_B1, layout.lengths, layout.key_times_T)
+        self.encoder(x_TD, replace(layout, memory=memory))
+        times_S = None if part.times_A is None else part.times_A[part.targets_S_in_A]
+        key = derive_key(layout.dropout_key, "candidates")
+        where = memory.layout_of(part.counts, times_S, part.seen, key)
+        return self.encoder(self.input.dropout(shown_SD, derive_key(key, "input")), where)
+
     def candidates(self, items_S: Tensor, known: Mapping[str, Known], views: Mapping[str, View]) -> Tensor:
         """(S, D) vectors of items, as large as where they are inputs."""
         vectors_SD = views["items"].lookup(items_S)
@@ -261,25 +296,51 @@ class Ranking(Pointwise):
         )
 
     def interleaved(self, part: Interleaved, views: Mapping[str, View]) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoder's input (T, D); the vectors (A, D) of the items alone, and what is beside them in an item's
-        row."""
+        """The encoder's input (T, D); the vectors (A, D) of the items alone, and what is beside them in the row of an
+        item that is asked about."""
         assert self.interleaving is not None
         known, count = self.interleaving.by_kind(part), part.items_A.shape[0]
         items_AD = self.candidates(part.items_A, known["items"], views)
-        beside_AD, done_AD = torch.zeros_like(items_AD), self.history(part.labels_AK)
+        shown_AD, done_AD = torch.zeros_like(items_AD), self.history(part.labels_AK)
         if (asked_AD := sum_of(known["shown"], views, count)) is not None:
-            beside_AD = asked_AD * self.input.scale
+            shown_AD = asked_AD * self.input.scale
         if (after_AD := sum_of(known["done"], views, count)) is not None:
             done_AD = done_AD + after_AD * self.input.scale
+        beside_AD = shown_AD
         if self.input.positions is not None:
             places_AD = F.embedding(part.places_A, self.input.positions)
-            beside_AD, done_AD = beside_AD + places_AD, done_AD + places_AD
-        rows = [items_AD + beside_AD, done_AD]
+            done_AD, beside_AD = done_AD + places_AD, shown_AD + places_AD
+            if isinstance(part, Together):
+                beside_AD = shown_AD + F.embedding(part.asked_A, self.input.positions)
+        if isinstance(part, Together):
+            rows = [items_AD + shown_AD + done_AD]
+        else:
+            rows = [items_AD + beside_AD, done_AD]
         if known["context"]:
             rows.append(self.contexts(known["context"], views, self.input.scale))
         x_TD = torch.cat(rows).index_select(0, part.rows_T)
         key = derive_key(part.layout.dropout_key, "input")
         return self.input.dropout(x_TD, key), items_AD, beside_AD
+
+
+def _check_together(config: Ranking.Config, run: RunConfig, encoder: Any) -> None:
+    """Refuse what has not both a history that is computed once and candidates behind it."""
+    name = config.encoder.name
+    if not encoder.cuttable:
+        raise UserError(
+            f"config key 'model.actions' is 'together', and model.encoder {name} reads row after row: candidates that "
+            "don't see each other need an encoder with attention (hstu, sasrec, transformer)"
+        )
+    if getattr(config.encoder, "attention_dropout", 0.0):
+        raise UserError(
+            "config key 'model.actions' is 'together', whose attention drops no weights: set "
+            "model.encoder.attention_dropout=0"
+        )
+    if run.train.activation_checkpointing:
+        raise UserError(
+            "train.activation_checkpointing forms layers again, which would keep their keys and values twice: leave it "
+            "out, or use model.actions=interleaved"
+        )
 
 
 def _rounds(candidates: Jagged, owners_C: Tensor, at_once: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:

@@ -121,6 +121,9 @@ class Retrieval(Model):
     def prepare(self, batch: SequenceBatch) -> SequenceBatch:
         return self.features.prepare(batch)
 
+    def unseen(self) -> dict[str, tuple[int, int]]:
+        return self.features.unseen
+
     def learn(self, batch: SequenceBatch, step: int) -> tuple[SequenceBatch, dict[str, Tensor]]:
         return self.features.learn(batch, step)
 

@@ -29,12 +29,13 @@ MASK = -1
 @dataclass(frozen=True)
 class Known:
     """What is known of a feature: rows_F, int64, of its table, or lists of them, whose vectors are pooled as
-    ``pooling`` says; at the input rows ``places_F``, int64 and ascending, or at all of them in order where that is
-    None."""
+    ``pooling`` says, or numbers_F, float32, how many times each is taken; at the input rows ``places_F``, int64 and
+    ascending, or at all of them in order where that is None."""
 
     rows_F: Tensor | Jagged
     places_F: Tensor | None = None
     pooling: str = "mean"
+    numbers_F: Tensor | None = None
 
     @property
     def rows_V(self) -> Tensor:
@@ -43,14 +44,15 @@ class Known:
 
     def at(self, places_N: Tensor) -> Known:
         """What is known at these of all rows."""
-        return Known(taken(self.rows_F, places_N), None, self.pooling)
+        numbers_N = None if self.numbers_F is None else self.numbers_F[places_N]
+        return Known(taken(self.rows_F, places_N), None, self.pooling, numbers_N)
 
     def part_of(self, cut: Cut) -> Known:
         """What is known at the rows of a cut."""
         if self.places_F is None:
-            return Known(taken(self.rows_F, cut.numbers_T), None, self.pooling)
+            return self.at(cut.numbers_T)
         chosen_F, places_F = cut.among(self.places_F)
-        return Known(taken(self.rows_F, chosen_F), places_F, self.pooling)
+        return replace(self.at(chosen_F), places_F=places_F)
 
 
 def taken(column: Any, places_N: Tensor, values: int | None = None) -> Any:

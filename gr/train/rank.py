@@ -106,7 +106,7 @@ def _opened(
             f"'{file}' cannot be read as Parquet ({first_line(error)}): write the requests again"
         ) from None
     there = source.schema_arrow.names
-    extra = model.features.columns_of_requests
+    extra = model.columns_of_requests
     for name in [USER_ID, "item_ids", *extra]:
         if name not in there:
             known = f"the run's model knows '{name}' of a request" if name in extra else "a request needs it"

@@ -324,8 +324,11 @@ class Trainer:
 
     def _vocabularies(self) -> dict[str, Any]:
         """Of each one the share of this step's ids that had no row of their own, and how many ids so far got a row and
-        lost theirs."""
+        lost theirs; of other tables that take any value, that share."""
         row: dict[str, Any] = {}
+        for name, shares in self.model.unseen().items():
+            unseen, asked = self._sum([*shares])
+            row[f"unseen/{name}"] = unseen / max(asked, 1)
         for name, vocabulary in self.model.vocabularies.items():
             counts = [vocabulary.unseen, vocabulary.asked, *vocabulary.totals()]
             unseen, asked, admitted, evicted = self._sum(counts)

@@ -95,6 +95,7 @@ def spread_times(users=200):
 SPLIT = "data.split={name: global_time, train_from: 2000, valid_from: 20000, test_from: 24000, held_out: all}"
 SEQUENCES = {
     "interleaved": ["model.actions=interleaved", "model.interaction=product"],
+    "together": ["model.actions=together", "model.interaction=product"],
     "din": [
         "model={name: din, dim: 16, tasks: {like: {column: value, at_least: 4}}, attention: [8], hidden: [8]}"
     ],

@@ -37,6 +37,7 @@ from tests.unit.models_common import (
 )
 
 ITEMS, DIM, DEVICES, AGES, TAGS, INTERESTS, GENRES, BRANDS = 40, 8, 5, 4, 6, 3, 7, 9
+KNOWN_TOWNS = 2
 USERS = 60
 ALONE = Processes(torch.device("cpu"))
 FEATURES = {
@@ -52,6 +53,10 @@ FEATURES = {
     "interest": {"column": "interests", "rows": INTERESTS},
     "genre": {"catalogue": "genres"},
     "brand": {"catalogue": "brand", "rows": BRANDS},
+    "town": {"column": "town", "rows": KNOWN_TOWNS, "unseen": "own_row"},
+    "paid": {"column": "paid", "number": "plain"},
+    "balance": {"column": "balance", "number": "log"},
+    "price": {"catalogue": "price", "number": "log"},
 }
 OF_ACTIONS, OF_USERS = ("kind", "device", "hour", "day"), ("age", "user")
 TYPES = ["buy", "click", "view"]
@@ -68,6 +73,10 @@ ROWS = {
     "interest": INTERESTS,
     "genre": GENRES,
     "brand": BRANDS,
+    "town": KNOWN_TOWNS + 1,
+    "paid": 2,
+    "balance": 2,
+    "price": 2,
 }
 # An encoder's ten sums of up to 32 terms before the scores; a loss adds up some 25 targets of logits up to 20 and more.
 LOSSES = {"terms": 32, "stages": 12, "size": 500.0}
@@ -94,6 +103,9 @@ class Described:
             ColumnInfo("city", "string"),
             ColumnInfo("tags", "int32", multi=True),
             ColumnInfo("labels", "string", multi=True),
+            ColumnInfo("town", "int64"),
+            ColumnInfo("paid", "float32"),
+            ColumnInfo("balance", "float32", "users"),
             ColumnInfo("age", "int32", "users"),
             ColumnInfo("interests", "int32", "users", multi=True),
         ]
@@ -124,6 +136,11 @@ class Catalogue:
 
     def codes(self, name):
         return lists(ITEMS, GENRES, 8) if name == "genres" else torch.arange(ITEMS) * 5 % BRANDS
+
+    def numbers(self, name):
+        assert name == "price"
+        prices = torch.randn(ITEMS, generator=generator(7)) * 3
+        return prices.masked_fill(torch.arange(ITEMS) % 6 == 0, torch.nan)
 
 
 def section(kind="hstu", features=None, table=None, task="next_item", **changes):
@@ -157,10 +174,13 @@ def asked(lengths=LENGTHS, seed=0) -> SequenceBatch:
         "value": torch.randint(1, 6, (actions,), generator=g).float(),
         "device": torch.randint(0, DEVICES, (actions,), generator=g),
         "tags": lists(actions, TAGS, seed),
+        "town": torch.randint(-1, KNOWN_TOWNS + 2, (actions,), generator=g),
+        "paid": torch.randn(actions, generator=g).masked_fill(torch.arange(actions) % 5 == 0, torch.nan),
     }
     users = {
         "age": torch.randint(0, AGES, (len(lengths),), generator=g),
         "interests": lists(len(lengths), INTERESTS, seed),
+        "balance": torch.randn(len(lengths), generator=g) * 2,
     }
     return replace(b.with_columns(**columns), user_columns=users)
 
@@ -179,13 +199,19 @@ def test_inputs_are_the_sums_of_the_items_and_the_features_vectors(kind):
     table = {name: values.weight.detach() for name, values in model.tables.items()}
     assert {name: len(values) for name, values in table.items()} == {"items": ITEMS, **ROWS}
     tags, interests, genres = b.columns["tags"], b.user_columns["interests"], Catalogue().codes("genres")
-    brands = Catalogue().codes("brand")
+    brands, prices = Catalogue().codes("brand"), Catalogue().numbers("price")
 
     def pooled(name, column, place, mean=True):
         """One by one; zeros of an empty list."""
         values = column.values[column.offsets[place] : column.offsets[place + 1]].tolist()
         total = sum((table[name][v] for v in values), torch.zeros(DIM, dtype=torch.float64))
         return total / max(len(values), 1) if mean else total
+
+    def times(name, number):
+        number = number.double()
+        if number.isnan():
+            return table[name][1]
+        return table[name][0] * (number if name == "paid" else number.sign() * (1 + number.abs()).log())
 
     scale, at, row = model.input.scale, 0, 0
     hidden = (part.tokens_T == MASK).tolist()
@@ -201,11 +227,18 @@ def test_inputs_are_the_sums_of_the_items_and_the_features_vectors(kind):
                 x = x + table["hour"][when.hour] + table["day"][when.weekday()]
                 x = x + pooled("tag", tags, place, mean=False) + pooled("genre", genres, b.items_T[place])
                 x = x + table["brand"][brands[b.items_T[place]]]
-            x = x + pooled("interest", interests, sample)
+                town = int(b.columns["town"][place])
+                x = x + table["town"][town if 0 <= town < KNOWN_TOWNS else KNOWN_TOWNS]
+                x = x + times("paid", b.columns["paid"][place]) + times("price", prices[b.items_T[place]])
+            x = (
+                x
+                + pooled("interest", interests, sample)
+                + times("balance", b.user_columns["balance"][sample])
+            )
             x = x + table["age"][b.user_columns["age"][sample]] + table["user"][b.ordinals_B[sample]]
             x = x + table["asked"][then.hour] + table["asked-day"][then.weekday()]
             expected = scale * x + model.input.positions.detach()[position]
-            torch.testing.assert_close(seen["x"][row].detach(), expected)
+            torch.testing.assert_close(seen["x"][row].detach(), expected, rtol=1e-6, atol=1e-6)
             row += 1
         at += length
     assert row == len(seen["x"]) > 10 and (kind != "bert4rec" or any(hidden))
@@ -341,8 +374,8 @@ def test_a_model_needs_its_columns_and_no_others():
     assert build("sasrec", features={"d": FEATURES["device"], "h": FEATURES["hour"]}).needs == {
         *("item", "device", "time")
     }
-    of_lists = {"tags", "interests"}
-    assert build("ranking").needs == {"item", "time", "value", "type", "device", "age"} | of_lists
+    others = {"tags", "interests", "town", "paid", "balance"}
+    assert build("ranking").needs == {"item", "time", "value", "type", "device", "age"} | others
 
 
 @pytest.mark.parametrize(
@@ -367,6 +400,8 @@ def test_a_model_needs_its_columns_and_no_others():
         ({"catalogue": "price"}, "that column holds numbers with decimals"),
         ({"catalogue": "genres", "rows": 3}, "column 'genres' of the catalogue holds 6, .* set it to 7"),
         ({"column": "item", "rows": 5}, "'item', which has a table already"),
+        ({"column": "city", "number": "log"}, "column' is 'city', and that column holds text: choose one of"),
+        ({"column": "tags", "number": "log"}, "column' is 'tags', and that column holds lists"),
     ],
 )
 def test_what_fits_no_column_is_refused_in_one_sentence(feature, said):
@@ -391,7 +426,12 @@ def test_times_are_needed_for_what_is_derived_from_them():
         ),
         ("device", [2, -3, 1], "column 'device' holds -3, .* map its values to 0, 1, 2"),
         ("tags", [0, 6], "column 'tags' holds 6, and its table has rows for 0 to 5"),
-        ("age", [4], r"column 'age' holds 4, .*\(model.input.features.age.rows\)"),
+        ("age", [4], r"column 'age' holds 4, .*\(model.input.features.age.rows\).* or say unseen: own_row"),
+        (
+            "paid",
+            [1.0, torch.inf, 2.0],
+            r"column 'paid' holds inf \(model.input.features.paid\), which no model",
+        ),
     ],
 )
 def test_a_value_without_a_row_is_named_before_anything_is_looked_up(column, values, said):
@@ -401,10 +441,23 @@ def test_a_value_without_a_row_is_named_before_anything_is_looked_up(column, val
     elif column == "tags":
         b = b.with_columns(tags=Jagged(torch.tensor([0, 0, 2, 2]), torch.tensor(values)))
     else:
-        b = b.with_columns(device=torch.tensor(values))
+        b = b.with_columns(**{column: torch.tensor(values)})
     for look in (model.prepare, model.encode, lambda b: model.supervise(b, 1)):
         with pytest.raises(UserError, match=said):
             look(b)
+
+
+def test_values_that_nobody_knows_are_counted_in_each_batch_and_share_a_row():
+    model, b = build(), asked((3, 2))
+    b = b.with_columns(
+        town=torch.tensor([0, 1, -1, 9, 1]), paid=torch.tensor([1.0, torch.nan, 2.0, 3.0, 4.0])
+    )
+    prepared = model.prepare(b)
+    assert prepared.columns[":town"].tolist() == [0, 1, 2, 2, 1]
+    assert model.unseen()["town"] == (2, 5) and model.unseen()["paid"] == (1, 5)
+    assert model.unseen()["balance"] == (0, 2) and "device" not in model.unseen()
+    model.prepare(prepared)
+    assert model.unseen()["town"] == (2, 5), "what is prepared isn't looked at again"
 
 
 def test_lists_are_counted_on_the_host_where_they_lie_on_a_device():

@@ -123,6 +123,14 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path, log, sentence):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_label_that_one_of_several_files_has_not_is_said_with_the_file(tmp_path):
+    folder = published(tmp_path / "raw")
+    pq.write_table(log_table().drop_columns("is_like"), f"{folder}/log_standard_2.parquet")
+    with pytest.raises(UserError, match=r"log_standard_2.parquet' has no column 'is_like'"):
+        make_source("kuairand-pure").prepare(folder, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_none_is_said(tmp_path):
     for source in (None, str(tmp_path / "nothing")):
         with pytest.raises(UserError, match=r"get (it|KuaiRand-Pure) from https://kuairand\.com"):

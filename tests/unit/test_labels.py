@@ -51,6 +51,18 @@ def test_integers_keep_their_digits():
     assert of({"column": "seconds", "any_of": [large, 2.0]}, seconds=seconds).tolist() == [0, 1, 0, 1]
 
 
+def test_a_label_that_is_1_or_is_not_is_0_or_1_or_unknown():
+    one, other = {"column": "value", "any_of": [1]}, {"column": "seconds", "any_of": [1]}
+    good = {"value": torch.tensor([0, 1, torch.nan]), "seconds": torch.tensor([0, 1, 1])}
+    labels(one=one, other=other).check(good)
+    for column, value in (("value", 0.5), ("seconds", 2), ("seconds", -1)):
+        bad = {**good, column: torch.tensor([0, value, 1])}
+        with pytest.raises(UserError, match=rf"column '{column}' holds {value:g}, and a label .* is 0 or 1"):
+            labels(one=one, other=other).check(bad)
+    labels(one={"column": "seconds", "any_of": [1, 2]}).check({"seconds": torch.tensor([5])})
+    labels(one={"column": "value", "at_least": 1}).check({"value": torch.tensor([5.0])})
+
+
 def test_action_types_go_by_their_names():
     types = torch.tensor([0, 1, 2, 1])
     assert of({"column": "type", "any_of": ["view"]}, type=types).tolist() == [0, 1, 0, 1]

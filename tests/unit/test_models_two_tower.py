@@ -341,6 +341,7 @@ def test_parts_alone():
     user, item = x[:, :4], x[:, 4:]
     best = torch.stack([sum(max(u @ v for v in item[s]) for u in user[s]) for s in range(5)])
     torch.testing.assert_close(max_similarity(user, item), best)
+    assert torch.autograd.gradcheck(max_similarity, (user.requires_grad_(), item.requires_grad_()), eps=1e-8)
 
 
 @pytest.mark.parametrize("network", SMALL)

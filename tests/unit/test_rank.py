@@ -20,6 +20,7 @@ INTERLEAVED = ["model.actions=interleaved", "model.interaction=product"]
 PAST = "{name: %s, dim: 16, tasks: {like: {column: value, at_least: 4}}%s}"
 MODELS = {
     "interleaved": INTERLEAVED,
+    "together": ["model.actions=together", "model.interaction=product"],
     "summed": [],
     "din": ["model=" + PAST % ("din", ", attention: [8], hidden: [8]")],
     "dlrm": ["model=" + PAST % ("dlrm", ", hidden: [8]")],

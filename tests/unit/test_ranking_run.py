@@ -123,11 +123,12 @@ def test_early_stopping_knows_that_a_lower_ne_is_better(config):
     "overrides",
     [
         ["model.actions=interleaved"],
+        ["model.actions=together"],
         [
             "model={name: din, dim: 8, tasks: {like: {column: value, at_least: 4}}, attention: [4], hidden: [4]}"
         ],
     ],
-    ids=["interleaved", "din"],
+    ids=["interleaved", "together", "din"],
 )
 def test_models_over_sequences_go_on_to_the_same_rows(config, tmp_path, overrides):
     short = [
@@ -230,6 +231,12 @@ def test_labels_that_are_all_the_same_are_said_and_only_early_stopping_minds(tmp
 
 def _actions(folder):
     return make_dataset(folder / "count").manifest.actions
+
+
+def test_a_label_that_is_neither_0_nor_1_stops_training_with_one_sentence(config):
+    task = ["model.tasks.like.at_least=null", "model.tasks.like.any_of=[1]"]  # where values are 2 and 5
+    with pytest.raises(UserError, match="column 'value' holds [25], and a label that is 1 or isn't"):
+        job.run(config(*task, "eval.splits=[]", "eval.baselines=[]"))
 
 
 def test_a_dataset_without_a_tasks_column_is_refused_before_training(tmp_path, config):

@@ -22,7 +22,7 @@ from gr.embeddings.table import Table, TableSpec
 from gr.embeddings.view import View
 from gr.errors import UserError, nearest
 from gr.labels import ColumnLike
-from gr.models.features import Feature, check_rows, feature
+from gr.models.features import Feature, feature
 from gr.models.model import Catalogue
 from gr.models.tasks import taken
 from gr.processes import Processes
@@ -32,6 +32,8 @@ def _closed(fields: dict[str, FeatureSection]) -> dict[str, FeatureSection]:
     for name, section in fields.items():
         if section.vocabulary is not None:
             raise ValueError(f"'{name}' has a vocabulary, which fields can't have: give it a column of rows")
+        if section.number is not None:
+            raise ValueError(f"'{name}' has numbers, which fields can't have: name their column in numbers")
     return fields
 
 
@@ -76,7 +78,8 @@ class Looked:
 
 class Side:
     """The fields and numbers of one side ("user" or "item"), and the fields' ``tables``.  ``needs``: the columns that a
-    batch must carry.  Raises UserError where one doesn't fit the dataset."""
+    batch must carry.  ``unseen``: of fields whose values may have no row, how many had none in the batch that was
+    prepared last, and how many there were.  Raises UserError where one doesn't fit the dataset."""
 
     def __init__(
         self, name: str, section: SideSection, data: Catalogue, like: TableSpec, processes: Processes
@@ -88,6 +91,7 @@ class Side:
             _check_number(f"model.{name}.numbers", number, columns)
         self.of_users = frozenset(n for n in section.numbers if columns[n].of == "users")
         self.numbers = list(section.numbers)
+        self.unseen = {f.name: (0, 0) for f in self.fields if f.shares_row}
         self.needs = frozenset({f.column for f in self.fields if f.column is not None} | set(self.numbers))
         self.tables: list[Table] = [
             section.fields[f.name].table.build(replace(like, name=f.name, rows=f.rows), processes)
@@ -103,8 +107,10 @@ class Side:
         for field in self.fields:
             found = field.values(batch)
             rows = found.values if isinstance(found, Jagged) else found
-            if field.column is not None:
-                check_rows(field.name, f"column '{field.column}'", rows, field.rows, self.under)
+            rows, unseen = field.placed(rows, self.under)
+            if field.shares_row:
+                self.unseen[field.name] = (unseen, rows.numel())
+            found = replace(found, values=rows) if isinstance(found, Jagged) else rows
             # as the other columns are, so that going to a device waits for nothing
             pinned = batch.offsets_B1.is_pinned()
             (user_columns if field.of == "users" else columns)[field.key] = (

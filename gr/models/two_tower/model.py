@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -120,7 +120,6 @@ class TwoTower(Model):
         self.labels, self.user, self.item, self.network, self.l2 = labels, user, item, network, config.l2
         self.needs = frozenset({"item"} | labels.columns | user.needs | item.needs)
         self.lockstep = network.exchanges and processes.data.size > 1
-        self._binary = [rule.column for rule in labels.rules if rule.any_of == (1,)]
         initialise(self, run.train.seed)
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -128,9 +127,11 @@ class TwoTower(Model):
     def prepare(self, batch: SequenceBatch) -> SequenceBatch:
         prepared = self.item.prepare(self.user.prepare(batch))
         if prepared is not batch:  # looked at once, on the CPU
-            for name in self._binary:
-                check_binary(name, batch.columns[name])
+            self.labels.check(batch.columns)
         return prepared
+
+    def unseen(self) -> dict[str, tuple[int, int]]:
+        return self.user.unseen | self.item.unseen
 
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Impressions:
         places_S = torch.arange(batch.actions, device=batch.items_T.device)
@@ -198,16 +199,3 @@ class TwoTower(Model):
         sequences_S = owner_T[places_S]
         user, item = (side.known(batch, places_S, sequences_S) for side in (self.user, self.item))
         return Impressions(user, item, batch.items_T[places_S], None)
-
-
-def check_binary(name: str, values: Any) -> None:
-    """Refuse labels that are neither 0 nor 1 (nor unknown)."""
-    wrong = ~((values == 0) | (values == 1))
-    if values.is_floating_point():
-        wrong &= ~values.isnan()
-    if wrong.any():
-        first = values[wrong][0].item()
-        raise UserError(
-            f"column '{name}' holds {first}, and a label that is 1 or isn't (model.tasks, any_of: [1]) is 0 or 1: name "
-            "the values that count in any_of, or a threshold in at_least, or prepare the dataset again"
-        )

@@ -211,9 +211,8 @@ class IntTower(Towers):
 
     def user_side(self, user: Looked, key: int = 0) -> tuple[Tensor, Tensor]:
         """(S, L H, K) the heads, the layers' one after another from the lowest used; and (S, W) the top."""
-        layers = self._layers("user", user, key)
-        heads = [heads(x) for heads, x in zip(self.user_heads, layers[-len(self.used) :], strict=True)]
-        return torch.cat(heads, dim=1).unflatten(1, (-1, self.config.head_dim)), layers[-1]
+        heads, top_SW = self._user_heads(user, key)
+        return torch.cat(heads, dim=1), top_SW
 
     def item_side(self, item: Looked, key: int = 0) -> tuple[Tensor, Tensor]:
         """(S, J, K) the heads, and (S, W) the top."""
@@ -221,9 +220,10 @@ class IntTower(Towers):
         return self.item_heads(top_SW).unflatten(1, (-1, self.config.head_dim)), top_SW
 
     def forward(self, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
-        user_SHK, user_SW = self.user_side(pairs.user, pairs.key)
+        heads, user_SW = self._user_heads(pairs.user, pairs.key)
         item_SJK, item_SW = self.item_side(pairs.item, pairs.key)
-        logits_S = self.bias(max_similarity(user_SHK, item_SJK))
+        each_S = [max_similarity(user_SHK, item_SJK) for user_SHK in heads]
+        logits_S = self.bias(torch.stack(each_S).sum(0))
         if pairs.labels_S is None or not self.config.cir:
             return logits_S, None
         users_S = pairs.rows[self.config.user_field]
@@ -231,6 +231,12 @@ class IntTower(Towers):
         liked_S = pairs.labels_S == 1
         loss = self._contrast(user_SW, item_SW, users_S, pairs.items_S, liked_S)
         return logits_S, self.config.cir * loss
+
+    def _user_heads(self, user: Looked, key: int) -> tuple[list[Tensor], Tensor]:
+        """(S, H, K) of each layer that is used, from the lowest; and (S, W) the top."""
+        layers = self._layers("user", user, key)
+        used = zip(self.user_heads, layers[-len(self.used) :], strict=True)
+        return [heads(x_SW).unflatten(1, (-1, self.config.head_dim)) for heads, x_SW in used], layers[-1]
 
     def _layers(self, side: str, looked: Looked, key: int) -> list[Tensor]:
         if self.config.light_se:
