@@ -42,6 +42,7 @@ HEART_SECONDS = 5.0  # between two heartbeat.json
 ANSWER_SECONDS = 4.0  # of the store
 WINDOW_SECONDS, WINDOW_STEPS = 10.0, 3  # of work, at least, over which ranks are compared
 QUIET_SECONDS = 600.0  # before the same rank is called slow again
+QUIET_STEP_SECONDS = 60.0  # before another step is
 SILENT_BEATS = 4
 STOOD_LOOKS = 20  # a look so late: the whole process stood still
 SLOW_STEP, SLOW_STEP_SECONDS = 5.0, 3.0  # times the median of the last steps, and at least so long
@@ -78,6 +79,7 @@ class Watch:
         self._steps: list[float] = []
         self._window: tuple[float, dict[int, Standing]] | None = None
         self._named: dict[int, float] = {}
+        self._told_slow = -QUIET_STEP_SECONDS
         self._slow_step: tuple[float, int, float, float, dict[int, Standing]] | None = None
 
     def __enter__(self) -> Watch:
@@ -237,11 +239,10 @@ class Watch:
         """Keep a step that took much longer than others, until everybody has told what it did meanwhile."""
         usual = median(self._steps) if len(self._steps) >= STEPS_KNOWN else None
         self._steps = [*self._steps, seconds][-STEPS_KEPT:]
-        if (
-            usual is not None
-            and seconds > max(SLOW_STEP * usual, SLOW_STEP_SECONDS)
-            and self._window is not None
-        ):
+        if usual is None or self._window is None or time.monotonic() - self._told_slow < QUIET_STEP_SECONDS:
+            return
+        if seconds > max(SLOW_STEP * usual, SLOW_STEP_SECONDS):
+            self._told_slow = time.monotonic()
             due = time.monotonic() + 3 * BEAT_SECONDS
             self._slow_step = (due, step, seconds, usual, self._window[1])
 

@@ -32,6 +32,7 @@ from tests.end_to_end.tiny import assert_same_run, make_dataset, write_config
 
 TIMEOUT = 12
 LIMIT = 240  # seconds that a run may take from its fault: timeout, torchrun's 30 s for who doesn't leave, two starts
+LONGEST = 240  # of a sentence in the table
 PACE, WORK = 0.1, 0.3  # seconds of sleep in a step; of a processor's time, where a rank is slowed
 STEPS = 24
 CONFIGS = {
@@ -293,9 +294,9 @@ def disturbed(
         shutil.copytree(run, kept)
     found = WARNINGS.findall(said) + ENDINGS.findall(said)
     sentences = {sentence[:12]: sentence for sentence in reversed(found)}.values()  # the first of each kind
-    return Outcome(
-        what, reached, seconds, by_itself, [re.sub(re.escape(str(folder)), "...", s) for s in sentences]
-    )
+    shown = [s.replace(str(folder), "...") for s in sentences]
+    shown = [s if len(s) <= LONGEST else f"{s[:LONGEST]} ..." for s in shown]
+    return Outcome(what, reached, seconds, by_itself, shown)
 
 
 def _finished(run: Path, steps: int) -> bool:

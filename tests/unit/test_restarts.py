@@ -54,6 +54,7 @@ def test_what_torchrun_says_of_a_job():
     assert attempt({}) == Attempt(None, 0)
     said = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2"}
     assert attempt(said) == Attempt("a", 2)
+    assert attempt({**said, "GR_RESTART": "3"}) == Attempt("a", 5), "a scheduler has started torchrun again"
     with pytest.raises(UserError, match="TORCHELASTIC_RESTART_COUNT is 'x', not a whole number"):
         attempt({**said, "TORCHELASTIC_RESTART_COUNT": "x"})
 
