@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.errors import UserError
-from gr.launcher import Launched, attempt, host, launched
+from gr.launcher import Launched, host, launched
 
 TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
@@ -285,9 +286,45 @@ def _store(rank: int, ranks: int) -> dist.Store | None:
         is_master=rank == 0 and not kept_by_agent,
         timeout=TIMEOUT,
     )
-    # where rank 0 has just made the store there is nothing to tell apart, and agents may count otherwise
-    number = attempt().number if kept_by_agent else 0
-    return dist.PrefixStore(f"attempt {number}, group {next(_GROUPS)}", store)
+    meeting = dist.PrefixStore(f"group {next(_GROUPS)}", store)
+    # where rank 0 has just made the store there is nothing to tell apart
+    return dist.PrefixStore(_agreed(meeting, rank, ranks), meeting) if kept_by_agent else meeting
+
+
+def _agreed(store: dist.Store, rank: int, ranks: int) -> str:
+    """A word for this attempt, the same on all processes and another one than in any attempt before, of which the store
+    knows all that was said.  (Agents count their attempts for themselves, and differ.)
+
+    The first process says a new word, the others answer it with a mark of their own, and it is agreed when the first
+    has all marks: whoever has read the word of an earlier attempt doesn't find its mark, and reads again.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("word", own)
+        marks = {other: f"{own}/{other}" for other in range(1, ranks)}
+        try:
+            store.wait([*marks.values()], TIMEOUT)
+        except dist.DistStoreError as error:
+            missing = [str(other) for other, mark in marks.items() if not store.check([mark])]
+            raise UserError(
+                f"rank {', '.join(missing[:8])}{' and more' * bool(missing[8:])} of {ranks} didn't come in "
+                f"{TIMEOUT.total_seconds():.0f} s: look at what they say, and start all again"
+            ) from error
+        store.set(f"{own}/all", " ".join(store.get(mark).decode() for mark in marks.values()))
+        return own
+    answered, pause, until = "", 0.02, time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < until:
+        word = store.get("word").decode()
+        if word != answered:
+            store.set(f"{word}/{rank}", own)
+            answered = word
+        if store.check([f"{word}/all"]) and own in store.get(f"{word}/all").decode().split():
+            return word
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+    raise UserError(
+        f"rank {rank} waited {TIMEOUT.total_seconds():.0f} s for all processes to come: start them again"
+    )
 
 
 def _on_mesh(device: torch.device, rank: int, ranks: int, context: int, local: Axis) -> Processes:

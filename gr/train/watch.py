@@ -254,12 +254,7 @@ class Watch:
         seen, _ = others.view()
         reason = "no rank worked longer than the others, so it was the network"
         if (found := slow(before, seen, seconds)) is not None:
-            rank = found[0]
-            stood = seen[rank].stood - before[rank].stood
-            how = (
-                f"stood still for {stood:.1f} s" if stood > seconds / 3 else "worked while the others waited"
-            )
-            reason = f"rank {rank} on {self.hosts[rank]} {how}"
+            reason = self._how(*found, before, seen, seconds)
         log.warning(
             "step %d took %.1f s, the median of those before %.2f s: %s", step, seconds, usual, reason
         )
@@ -279,12 +274,18 @@ class Watch:
             return
         found = slow(before[1], seen, now - before[0])
         if found is not None and now - self._named.get(found[0], -QUIET_SECONDS) >= QUIET_SECONDS:
-            rank, times = found
-            self._named[rank] = now
-            log.warning(
-                "rank %d on %s works %.1f times as long as the rank in the middle: the others wait for it",
-                *(rank, self.hosts[rank], times),
-            )
+            self._named[found[0]] = now
+            log.warning("%s: the others wait for it", self._how(*found, before[1], seen, now - before[0]))
+
+    def _how(
+        self, rank: int, times: float, before: dict[int, Standing], seen: dict[int, Standing], seconds: float
+    ) -> str:
+        """What a slow rank did in so many seconds."""
+        stood = seen[rank].stood - before[rank].stood
+        did = f"works {times:.1f} times as long as the rank in the middle"
+        if stood > seconds / 3:
+            did = f"stood still for {stood:.1f} s"
+        return f"rank {rank} on {self.hosts[rank]} {did}"
 
     def _heart(self, now: float) -> None:
         """heartbeat.json, new only where something has moved: an old one means a run that stands."""

@@ -225,7 +225,7 @@ KINDS: dict[str, Callable[[Scene], str]] = {
 }
 ENDINGS = re.compile(r"^(error: .*|stopped and saved.*|agent: \w+)", re.MULTILINE)
 WARNINGS = re.compile(
-    r"^(?:WARNING:\S+?:)?(nothing has moved.*|step \d+ took.*|rank \d+ on .* works .*|skipping damaged.*)$",
+    r"^(?:WARNING:\S+?:)?(nothing has moved.*|step \d+ took.*|rank \d+ on .* (?:works|stood) .*|skipping damaged.*)$",
     re.MULTILINE,
 )
 
