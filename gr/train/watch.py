@@ -28,10 +28,13 @@ from typing import Any, NoReturn, TextIO
 import torch
 import torch.distributed as dist
 
+import gr
 from gr.errors import UserError
 from gr.launcher import attempt, host
 from gr.processes import Processes
+from gr.train.environment import PACKAGES, installed_version
 from gr.train.folder import RunFolder
+from gr.train.preflight import code_digest
 from gr.train.standing import Standing, late, slow, told, where
 
 log = logging.getLogger(__name__)
@@ -131,9 +134,11 @@ class Watch:
             logger.addHandler(logging.lastResort)
         logger.addHandler(self._handler)
         job, number = attempt()
+        versions = {name: installed_version(name) for name in PACKAGES}
         self.note(
             f"rank {self.rank} of {self.processes.world.size} on {host()}, process {os.getpid()}, job {job or '-'}, "
-            f"attempt {number}, torch {torch.__version__}, device {self.processes.device}, config {config}"
+            f"attempt {number}, device {self.processes.device}, config {config}, gr {gr.__version__} {code_digest()}, "
+            + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
         )
 
     def note(self, text: str) -> None:
