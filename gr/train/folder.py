@@ -5,6 +5,8 @@ metrics.jsonl     one object a line; a pure function of config, data and seed: n
 timing.jsonl      speeds and memory, as they were
 checkpoints/      step-00001234/ ...           plots/            loss and metrics, PNG and SVG
 tensorboard/      events, when installed       trace.json        with --profile
+logs/             rank-00000.log, ...: a file a process, where there are several
+heartbeat.json    step and phase, new while the run moves
 .lock             held by the process that trains here
 
 A run's folder may be a URL.  Then checkpoints are written there as they are made, the other files here, in a folder for

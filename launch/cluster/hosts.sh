@@ -17,6 +17,7 @@ shift
 : "${GR_PROCESSES:=1}"  # of a host: its GPUs
 : "${GR_PORT:=29500}"   # free on the first host
 : "${GR_RESTARTS:=3}"
+: "${GR_PROGRAM:=launch/train.py}"
 : "${GR_SSH:=ssh -tt -o BatchMode=yes}"
 : "${RAY_AUTH_TOKEN_PATH:=}"  # where data.ingest is ray: a file with a secret, that all hosts have and nobody else reads
 
@@ -30,7 +31,7 @@ for number in "${!hosts[@]}"; do
     host=${hosts[$number]}
     settings=(GR_NODES="${#hosts[@]}" GR_NODE="$number" GR_MEETING="${hosts[0]}:$GR_PORT" GR_ADDRESS="$host" GR_JOB="$job"
         GR_CHECKOUT="$GR_CHECKOUT" GR_PYTHON="$GR_PYTHON" GR_PROCESSES="$GR_PROCESSES" GR_RESTARTS="$GR_RESTARTS"
-        RAY_AUTH_TOKEN_PATH="$RAY_AUTH_TOKEN_PATH")
+        GR_PROGRAM="$GR_PROGRAM" RAY_AUTH_TOKEN_PATH="$RAY_AUTH_TOKEN_PATH")
     command="exec env $(printf '%q ' "${settings[@]}")bash $(printf %q "$GR_CHECKOUT/launch/cluster/node.sh") $arguments"
     exec {lines}> >(exec sed -u "s/^/[$host] /")
     readers+=($!)

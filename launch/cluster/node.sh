@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One node's part of a training on several: torchrun, and Ray beside it where the config's data.ingest is ray and names
-# no cluster.  slurm.sh, hosts.sh and kubernetes/ start it on each node; what follows its name goes to launch/train.py.
+# no cluster.  slurm.sh, hosts.sh and kubernetes/ start it on each node; what follows its name goes to launch/train.py, or
+# to another program: GR_PROGRAM=launch/doctor.py ... --cluster --config FILE looks at all nodes.
 #   GR_NODES    how many nodes             GR_NODE     this one's number, from 0; all meet at the first
 #   GR_MEETING  HOST:PORT of the first     GR_ADDRESS  this node, as the others reach it (its host name)
 #   GR_JOB      one name for all           GR_RESTART  how often the job was started before (0): then it goes on
@@ -10,6 +11,7 @@
 set -euo pipefail
 : "${GR_NODES:?}" "${GR_NODE:?}" "${GR_MEETING:?}" "${GR_JOB:?}"
 : "${GR_ADDRESS:=$(hostname)}" "${GR_PROCESSES:=1}" "${GR_RESTARTS:=3}" "${GR_GRACE:=60}" "${GR_RAY_PORT:=6379}"
+: "${GR_PROGRAM:=launch/train.py}"
 : "${GR_CHECKOUT:=$(cd "$(dirname "$0")/../.." && pwd)}"
 : "${GR_PYTHON:=$GR_CHECKOUT/.venv/bin/python}"
 export GR_RESTART=${GR_RESTART:-0}
@@ -20,7 +22,10 @@ cd "$GR_CHECKOUT"
 is_host=$([ "$GR_NODE" = 0 ] && echo true || echo false)
 arguments=("$@")
 asked='import sys, yaml; i = yaml.safe_load(sys.stdin)["data"]["ingest"]; print(i["name"], i.get("address"))'
-ingest=$({ "$GR_PYTHON" launch/train.py "$@" --print-config | "$GR_PYTHON" -c "$asked"; } 2>/dev/null || true)
+ingest=
+if [ "$GR_PROGRAM" = launch/train.py ]; then
+    ingest=$({ "$GR_PYTHON" launch/train.py "$@" --print-config | "$GR_PYTHON" -c "$asked"; } 2>/dev/null || true)
+fi
 if [ "$ingest" = "ray None" ]; then
     if [ -z "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ]; then
         echo "error: data.ingest is ray, and its processes need a secret that all nodes have: set RAY_AUTH_TOKEN, or" \
@@ -52,4 +57,4 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GR_GRACE
 exec "$GR_PYTHON" -m torch.distributed.run --nnodes "$GR_NODES" --nproc-per-node "$GR_PROCESSES" \
     --max-restarts "$GR_RESTARTS" --rdzv-backend c10d --rdzv-endpoint "$GR_MEETING" --rdzv-conf "is_host=$is_host" \
-    --rdzv-id "$GR_JOB" --local-addr "$GR_ADDRESS" launch/train.py "${arguments[@]}"
+    --rdzv-id "$GR_JOB" --local-addr "$GR_ADDRESS" "$GR_PROGRAM" "${arguments[@]}"
