@@ -15,8 +15,6 @@ set -euo pipefail
 : "${GR_CHECKOUT:=$(cd "$(dirname "$0")/../.." && pwd)}"
 : "${GR_PYTHON:=$GR_CHECKOUT/.venv/bin/python}"
 export GR_RESTART=${GR_RESTART:-0}
-# One store for each attempt, so that an attempt never reads addresses of processes that died in an earlier one.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 cd "$GR_CHECKOUT"
 
 is_host=$([ "$GR_NODE" = 0 ] && echo true || echo false)
