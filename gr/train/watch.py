@@ -168,6 +168,9 @@ class Watch:
             passed, looked = now - looked, now
             stood = passed - period if passed > STOOD_LOOKS * period else 0.0
             self._stood += stood
+            if stood and self._others is not None:  # who couldn't listen has missed what others said
+                self._moved = now
+                self._others.forget()
             if not self._waits or stood:
                 self._worked += passed
             self._place, self._waits = where(sys._current_frames().get(self._main or 0))
@@ -378,6 +381,10 @@ class _Courier:
             }
         return {rank: standing for rank, (standing, _) in seen.items()}, silent
 
+    def forget(self) -> None:
+        """What was heard, as if nobody had been asked yet."""
+        self._seen, self._answered = {}, time.monotonic()
+
     def ask(self) -> None:
         """Have looked at everybody just now, if the store answers."""
         self.asked = True
@@ -392,7 +399,7 @@ class _Courier:
                 if self.asked:
                     self._read()
                 else:  # what was heard some time ago says nothing of now
-                    self._seen, self._answered = {}, time.monotonic()
+                    self.forget()
             except Exception:  # the store is gone, or doesn't answer: view() says so
                 if not self.asked:
                     return
