@@ -13,6 +13,7 @@ import gc
 import itertools
 import os
 import re
+import resource
 import socket
 import time
 import uuid
@@ -207,6 +208,7 @@ def processes(
     started = ranks > 1 and not joined
     chosen = _device(device, local_rank)
     if started:
+        _allow_connections(ranks)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
             store=_store(rank, ranks),
@@ -250,6 +252,15 @@ def _of_all_groups(timeout: timedelta) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+
+
+def _allow_connections(ranks: int) -> None:
+    """gloo connects each process with each other one, in every group; a thousand files are few for that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1024 + 8 * ranks if ranks > 64 else soft
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def with_group(device: torch.device) -> None:

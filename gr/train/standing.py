@@ -112,10 +112,11 @@ def _spread(standings: Mapping[int, Standing], ranks: Sequence[int]) -> str:
     places: dict[str, list[int]] = {}
     for rank in ranks:
         places.setdefault(str(standings[rank]), []).append(rank)
-    return "; ".join(
+    shown = [
         f"rank {', '.join(map(str, of[:4]))}{f' and {len(of) - 4} more' if len(of) > 4 else ''}: {place}"
-        for place, of in places.items()
-    )
+        for place, of in sorted(places.items(), key=lambda entry: -len(entry[1]))
+    ]
+    return "; ".join(shown[:3] + [f"others at {len(shown) - 3} more places"] * (len(shown) > 3))
 
 
 def slow(

@@ -15,6 +15,7 @@ set -euo pipefail
 : "${GR_CHECKOUT:=$(cd "$(dirname "$0")/../.." && pwd)}"
 : "${GR_PYTHON:=$GR_CHECKOUT/.venv/bin/python}"
 export GR_RESTART=${GR_RESTART:-0}
+ulimit -n "$(ulimit -Hn)" || true # every process of every node keeps connections to the first one, and to all others
 cd "$GR_CHECKOUT"
 
 is_host=$([ "$GR_NODE" = 0 ] && echo true || echo false)
