@@ -161,17 +161,11 @@ class FeatureSection(Section):
             nothing = {"unseen": f"{why} has a row for each value"}
             return {"rows": f"{why} says how many", "pooling": f"{why} is one value each"} | nothing
         if self.number is not None:
-            why = f"number is {self.number}: a number"
-            return {
-                "rows": f"{why} has no row",
-                "unseen": f"{why} has no row",
-                "pooling": f"{why} is one each",
-            }
-        return (
-            {}
-            if self.vocabulary is None
-            else {"unseen": "a vocabulary has rows for those that it doesn't know"}
-        )
+            why = f"number is {self.number}, and a number has no row of its own"
+            return dict.fromkeys(("rows", "unseen", "pooling"), why)
+        if self.vocabulary is not None:
+            return {"unseen": "a vocabulary has rows for those that it doesn't know"}
+        return {}
 
 
 FEATURE = Annotated[

@@ -44,10 +44,10 @@ KINDS = ("auc", "ne", "log_loss", "gauc", "gauc_mean")
 @dataclass(frozen=True)
 class Pairs:
     """What is found by comparing actions with each other: twice the pairs that are in order, by task and group, and the
-    users' areas by task."""
+    users' areas."""
 
     wins_KG: list[list[int]]
-    by_user_K: list[ByUser]
+    by_user_KG: list[list[ByUser]]
 
 
 class PointwiseMetrics(MetricFamily):
@@ -137,19 +137,15 @@ class PointwiseMetrics(MetricFamily):
         many users have both labels, and one class alone."""
         if not self.users:
             return {}
-        found = self._of_group(0)
-        for name, areas in zip(self.labels.names, self._compare().by_user_K, strict=True):
-            if areas.weighted is not None and areas.area is not None:
-                found |= {f"gauc/{name}": areas.weighted, f"gauc_mean/{name}": areas.area}
-                found |= {f"gauc_users/{name}": areas.users, f"one_class_users/{name}": areas.one_class}
-        return found
+        return self._of_group(0)
 
     def by_bucket(self) -> dict[str, list[dict[str, Any]]]:
         return self.groups.buckets(self._users_G, self._of_group)
 
     def notes(self) -> list[str]:
         notes = []
-        for task, (name, areas) in enumerate(zip(self.labels.names, self._compare().by_user_K, strict=True)):
+        for task, name in enumerate(self.labels.names):
+            areas = self._compare().by_user_KG[task][0]
             negatives, positives = self._labels_KG2[task, 0].tolist()
             if not negatives + positives:
                 notes.append(f"no metrics of {name}: no user's label is known")
@@ -173,7 +169,8 @@ class PointwiseMetrics(MetricFamily):
         breakdowns = 1 + len(self.groups.edges)
         places_EG = torch.cat(self._places) if self._places else torch.empty(0, breakdowns, dtype=torch.int8)
         owners_E = joined(self._owners)
-        wins_KG, by_user_K = [], []
+        wins_KG, by_user_KG = [], []
+        breakdown_G = [0, *(n for n, bounds in enumerate(self.groups.edges.values(), 1) for _ in bounds)]
         for keys, known in zip(self._keys, self._known, strict=True):
             keys_E, labels_E = joined(keys), joined(known)
             total_G = torch.zeros(self.groups.count, dtype=torch.int64)
@@ -189,8 +186,12 @@ class PointwiseMetrics(MetricFamily):
                 )
             wins_KG.append(total_G.tolist())
             there_E = labels_E >= 0
-            by_user_K.append(by_user(owners_E[there_E], keys_E[there_E], labels_E[there_E] == 1, axis))
-        return Pairs(wins_KG, by_user_K)
+            areas = []
+            for group, breakdown in enumerate(breakdown_G):
+                own_E = there_E & (places_EG[:, breakdown] == group)
+                areas.append(by_user(owners_E[own_E], keys_E[own_E], labels_E[own_E] == 1, axis))
+            by_user_KG.append(areas)
+        return Pairs(wins_KG, by_user_KG)
 
     def _of_group(self, group: int) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -209,6 +210,10 @@ class PointwiseMetrics(MetricFamily):
                     expected = self._probabilities_KG[task, group].item() / PROBABILITY_UNIT
                     found[f"calibration/{name}"] = expected / positives
             found[f"labels/{name}"] = known
+            areas = self._compare().by_user_KG[task][group]
+            if areas.weighted is not None and areas.area is not None:
+                found |= {f"gauc/{name}": areas.weighted, f"gauc_mean/{name}": areas.area}
+                found |= {f"gauc_users/{name}": areas.users, f"one_class_users/{name}": areas.one_class}
         return found
 
 

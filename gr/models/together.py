@@ -78,8 +78,10 @@ class Gathering(Interleaving):
         actions are targets, those.  Waits for a device, for the numbers of candidates and requests."""
         users_A, places_A = places_of(batch)
         from_B = batch.user_columns.get(TARGETS_FROM)
-        first_A = 1 if from_B is None else from_B[users_A]
-        judged_A = places_A >= first_A if from_B is not None else self._asked(batch, users_A, places_A) > 0
+        if from_B is None:
+            judged_A = self._asked(batch, users_A, places_A) > 0
+        else:
+            judged_A = places_A >= from_B[users_A]
         return self._made(batch, judged_A.nonzero().squeeze(1), dropout_key, supervised=True)
 
     def _asked(self, batch: SequenceBatch, users_A: Tensor, places_A: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_data_path(parser)
     asked = (
         "Parquet, a row a request: user_id, item_ids (a list), perhaps time (seconds), and what the model knows of a "
-        "request"
+        "request; for model two_tower item_ids, and what it knows of a user"
     )
     parser.add_argument("--requests", required=True, metavar="FILE", help=asked)
     parser.add_argument(

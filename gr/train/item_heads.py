@@ -241,23 +241,29 @@ def _inttower(run: OpenRun) -> tuple[TwoTower, IntTower]:
     return model, model.network
 
 
-def _items(model: TwoTower, catalogue: Catalogue) -> Iterator[SequenceBatch]:
-    """The items as batches of one action each, with what the catalogue knows in the place of actions' columns."""
+def item_columns(model: TwoTower, catalogue: Catalogue) -> dict[str, Tensor]:
+    """What a model reads of an item beside itself, (I,) each, of what the catalogue knows; refused where that isn't
+    all."""
     for field in model.item.fields:
         if field.column is not None:
             raise UserError(
-                f"model.item.fields.{field.name} is a column of actions, '{field.column}', and the heads of an item "
-                "are made of what the catalogue knows: give the field a column of the catalogue (catalogue: ...)"
+                f"model.item.fields.{field.name} is a column of actions, '{field.column}', and of an item that nobody "
+                "was shown yet the catalogue alone knows something: give the field a column of it (catalogue: ...)"
             )
     numbers: dict[str, Tensor] = {}
     for name in model.item.numbers:
         if name not in catalogue.column_names:
             raise UserError(
-                f"model.item.numbers has '{name}', and the catalogue of the dataset has no such column, of which the "
-                "heads of an item could be made: prepare the dataset with it"
+                f"model.item.numbers has '{name}', and the catalogue of the dataset has no such column, which alone "
+                "knows something of an item that nobody was shown yet: prepare the dataset with it"
             )
-        column = catalogue.column(name).to_numpy()
-        numbers[name] = torch.from_numpy(column.astype("float32"))
+        numbers[name] = catalogue.numbers(name)
+    return numbers
+
+
+def _items(model: TwoTower, catalogue: Catalogue) -> Iterator[SequenceBatch]:
+    """The items as batches of one action each, with what the catalogue knows in the place of actions' columns."""
+    numbers = item_columns(model, catalogue)
     for start in range(0, catalogue.rows, ITEMS_AT_ONCE):
         rows = torch.arange(start, min(start + ITEMS_AT_ONCE, catalogue.rows))
         columns = {name: values[rows] for name, values in numbers.items()}

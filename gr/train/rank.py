@@ -26,6 +26,8 @@ from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
 from gr.data.stores import first_line
 from gr.errors import UserError
 from gr.models.pointwise import Pointwise
+from gr.models.two_tower.model import TwoTower
+from gr.train import rank_fields
 from gr.train.runs import OpenRun
 
 REQUESTS = 1024
@@ -60,8 +62,9 @@ def rank(
 
     asked: Parquet with a row a request: ``user_id``, ``item_ids`` (a list of raw ids), perhaps ``time`` (seconds; what
     the user did before it is known, and without it all that the user did, at the time of the last of it), and each
-    column that the model knows of a request (of_request).  Columns of ``out``: those, and of each task a list of
-    float32, in the order of item_ids.  unknown: what to do about users and items that the dataset doesn't
+    column that the model knows of a request (of_request); for a two_tower model in the place of user_id and time the
+    columns that it knows of a user.  Columns of ``out``: those, and of each task a list of float32, in the order of
+    item_ids.  unknown: what to do about users and items that the dataset doesn't
     have.  at_once: candidates of a request that are computed together.  Memory: 1024 requests with their lists, and
     what is computed at a time."""
     model = ranking(run)
@@ -77,12 +80,12 @@ def rank(
     return done
 
 
-def ranking(run: OpenRun) -> Pointwise:
+def ranking(run: OpenRun) -> Pointwise | TwoTower:
     """The run's model, if it judges given items."""
-    if not isinstance(run.model, Pointwise):
+    if not isinstance(run.model, Pointwise | TwoTower):
         raise UserError(
             f"run '{run.folder.path}' trained a model '{run.config.model.name}', which ranks the catalogue: "
-            "use gr recommend, or a run whose model is ranking, din or dlrm"
+            "use gr recommend, or a run whose model is ranking, din, dlrm or two_tower"
         )
     return run.model
 
@@ -93,7 +96,7 @@ def check_requests(run: OpenRun, asked: str | os.PathLike) -> None:
 
 
 def _opened(
-    asked: str | os.PathLike, model: Pointwise, dataset: SequenceDataset
+    asked: str | os.PathLike, model: Pointwise | TwoTower, dataset: SequenceDataset
 ) -> tuple[pq.ParquetFile, list[str]]:
     """The file of requests, and its columns to read."""
     file = Path(asked)
@@ -106,8 +109,9 @@ def _opened(
             f"'{file}' cannot be read as Parquet ({first_line(error)}): write the requests again"
         ) from None
     there = source.schema_arrow.names
-    extra = model.columns_of_requests
-    for name in [USER_ID, "item_ids", *extra]:
+    fields = isinstance(model, TwoTower)
+    extra = [] if isinstance(model, TwoTower) else model.columns_of_requests
+    for name in ["item_ids"] if fields else [USER_ID, "item_ids", *extra]:
         if name not in there:
             known = f"the run's model knows '{name}' of a request" if name in extra else "a request needs it"
             raise UserError(
@@ -116,6 +120,11 @@ def _opened(
     kind = source.schema_arrow.field("item_ids").type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise UserError(f"column item_ids of '{file}' is of type {kind}: give a list of candidates a request")
+    if isinstance(model, TwoTower):
+        return source, [
+            "item_ids",
+            *rank_fields.check_columns(model, dataset, source.schema_arrow, str(file)),
+        ]
     if TIME in there and not dataset.has_timestamps:
         raise UserError(f"'{file}' has a column time, and the run's dataset has no times: leave it out")
     if TIME in there and not pa.types.is_integer(source.schema_arrow.field(TIME).type):
@@ -124,11 +133,18 @@ def _opened(
 
 
 def _scored(
-    run: OpenRun, model: Pointwise, table: pa.Table, name: str, unknown: Policy, at_once: int, done: Ranked
+    run: OpenRun,
+    model: Pointwise | TwoTower,
+    table: pa.Table,
+    name: str,
+    unknown: Policy,
+    at_once: int,
+    done: Ranked,
 ) -> pa.Table:
     """The table with scores beside its requests."""
-    dataset = run.data.dataset
-    rows, place_R = _histories(dataset, table, name, model.needs, unknown)
+    rows, place_R = None, np.zeros(table.num_rows, np.int64)  # who asks a two_tower model says who that is
+    if isinstance(model, Pointwise):
+        rows, place_R = _histories(run.data.dataset, table, name, model.needs, unknown)
     lists = table["item_ids"].combine_chunks()
     counts_R = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     items_C = _item_rows(lists.flatten(), run, name, unknown)
@@ -139,7 +155,9 @@ def _scored(
     done.unknown_users += int((place_R < 0).sum())
     done.unknown_items += int((items_C < 0).sum())
     scores_CK = np.zeros((len(items_C), len(model.labels.names)), np.float32)
-    if known_C.any():
+    if isinstance(model, TwoTower):
+        scores_CK[known_C] = rank_fields.scores(run, model, table, name, items_C[known_C], owners_C[known_C])
+    elif known_C.any():
         asking = _requests(rows, place_R, table, name, run.config.data.max_length)
         done.without_history += int(((asking.lengths_R <= 1) & (place_R >= 0)).sum())
         kept_R = np.bincount(owners_C[known_C], minlength=len(counts_R))

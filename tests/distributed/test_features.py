@@ -42,9 +42,11 @@ FEATURES = ", ".join(
         "city: {column: city, rows: 24, vocabulary: {name: open, buckets: 2}}",
         "tag: {column: tags, rows: 16, pooling: sum, vocabulary: {name: open, buckets: 2}}",
         "genre: {catalogue: genres}",
+        "amount: {column: amount, number: log}",
+        "model: {column: device, rows: 5, unseen: own_row}",
     ]
 )
-TABLES = ("kind", "device", "age", "user", "hour", "campaign", "city", "tag", "genre")
+TABLES = ("kind", "device", "age", "user", "hour", "campaign", "city", "tag", "genre", "amount", "model")
 SETTINGS = [
     *("model.input.dropout=0", "model.encoder.dropout=0", "data.window_blocks=1", "eval.splits=[valid]"),
     "eval.every_steps=5",
@@ -54,8 +56,8 @@ SETTINGS = [
 
 def dealt(sharded: str = ROWS, elsewhere: str = "mapped") -> list[str]:
     """Overrides that put the rows of tables of every kind elsewhere than into each process's own memory."""
-    where = dict.fromkeys(("device", "campaign", "genre"), sharded)
-    where |= dict.fromkeys(("user", "city", "tag"), elsewhere)
+    where = dict.fromkeys(("device", "campaign", "genre", "amount"), sharded)
+    where |= dict.fromkeys(("user", "city", "tag", "model"), elsewhere)
     return [f"model.table={sharded}", *(f"model.input.features.{n}.table={t}" for n, t in where.items())]
 
 
@@ -74,6 +76,7 @@ def make_dataset(path) -> None:
         time=1_000_000 + np.arange(actions) * 1800,
         type=rng.integers(0, 3, actions).astype(np.int32),
         device=(items % 7).astype(np.int64),
+        amount=np.where(items % 4 == 0, np.nan, items - 20).astype(np.float32),
         campaign=rng.geometric(0.03, actions) * 10**15 - 2**62,
         city=np.array([f"city {n}" for n in rng.geometric(0.1, actions)], object),
         tags=Jagged(

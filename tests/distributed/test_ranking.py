@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -105,9 +106,18 @@ SEQUENCES = {
 def test_models_over_sequences_train_alike_on_any_number_of_processes_and_are_measured_to_the_bit(folder):
     make_dataset(folder / "spread", time=spread_times())
     own = [f"data.path={folder / 'spread'}", SPLIT]
+    few = ["train.global_batch=3", "train.max_steps=3", "eval.splits=[]", "eval.baselines=[]"]
+    sharded = "model.table={name: torchrec, sharding: row_wise}"
+    cases = {
+        **SEQUENCES,
+        "few": [*SEQUENCES["together"], *few],
+    }  # of three samples four processes get, one gets none
     for processes in (1, 2, 4):
-        run(folder, processes, **{f"{name}{processes}": [*own, *keys] for name, keys in SEQUENCES.items()})
-    for name in SEQUENCES:
+        jobs = {f"{name}{processes}": [*own, *keys] for name, keys in cases.items()}
+        if processes == 2 and find_spec("torchrec"):
+            jobs["interleaved2"] += [sharded]
+        run(folder, processes, **jobs)
+    for name in cases:
         rows, baselines, tensors = trained(folder, f"{name}1")
         for processes in (2, 4):
             other_rows, other_baselines, other = trained(folder, f"{name}{processes}")

@@ -186,6 +186,28 @@ def test_buckets_are_the_metrics_of_their_users():
     assert measured(logits, values, lengths, buckets=False).by_bucket() == {}
 
 
+def test_buckets_have_the_users_own_areas_of_their_actions():
+    rng = np.random.default_rng(5)
+    logits, labels = rng.normal(size=(300, 2)), rng.integers(0, 2, 300)
+    values, lengths = np.where(labels, 5.0, 1.0), rng.choice([1, 7, 60], 300)
+    owners = torch.tensor(rng.integers(0, 40, 300))
+    metrics = measured(logits, values, lengths)
+    metrics._owners = [owners]  # an action each so far
+    for bucket in metrics.by_bucket()["history"]:
+        own = (lengths >= bucket["from"]) & (lengths <= (bucket["to"] or 10**9))
+        areas = by_user(
+            owners[own], ordered(torch.tensor(logits[own, 0])), torch.tensor(labels[own] == 1), Axis()
+        )
+        assert (bucket["gauc/like"], bucket["gauc_mean/like"]) == (areas.weighted, areas.area)
+        assert (bucket["gauc_users/like"], bucket["one_class_users/like"]) == (areas.users, areas.one_class)
+        assert {
+            "auc/like",
+            "ne/like",
+            "base_rate/like",
+            "calibration/like",
+        } <= bucket.keys() and areas.users > 9
+
+
 @pytest.mark.parametrize(
     ("values", "missing", "note"),
     [

@@ -235,7 +235,7 @@ def _actions(folder):
 
 def test_a_label_that_is_neither_0_nor_1_stops_training_with_one_sentence(config):
     task = ["model.tasks.like.at_least=null", "model.tasks.like.any_of=[1]"]  # where values are 2 and 5
-    with pytest.raises(UserError, match="column 'value' holds [25], and a label that is 1 or isn't"):
+    with pytest.raises(UserError, match=r"column 'value' holds [25], and a label that is 1 or isn't"):
         job.run(config(*task, "eval.splits=[]", "eval.baselines=[]"))
 
 

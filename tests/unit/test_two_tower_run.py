@@ -7,16 +7,19 @@ import signal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from gr import config as configs
+from gr.data.collate import collate
 from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
 from gr.errors import UserError
 from gr.train import job
 from gr.train.comparison import compare
 from gr.train.exporting import export
+from gr.train.rank import rank
 from gr.train.runs import open_run
 
 USERS, ITEMS = 40, 30
@@ -63,6 +66,12 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("impressions") / "data"
     make_dataset(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    short = ["train.max_steps=1", "eval.splits=[]", "log.plots=false"]
+    return open_run(job.run(load(tmp_path_factory.mktemp("trained"), data, *short)).path)
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +145,51 @@ def test_a_label_that_is_neither_0_nor_1_stops_training_with_one_sentence(tmp_pa
     make_dataset(tmp_path / "data", label=labels)
     with pytest.raises(UserError, match="column 'label' holds 3"):
         job.run(load(tmp_path, tmp_path / "data", "train.epochs=1"))
+
+
+def test_rank_gives_what_the_evaluation_gives(data, tmp_path):
+    network = "model.network={name: dat, tower: [16, 8], std: 0.1}"
+    path = job.run(load(tmp_path, data, network, "train.max_steps=3", "eval.splits=[test]")).path
+    run = open_run(path)
+    rows = run.data.dataset.read_block(0)
+    asked = {name: rows.columns[name][:20] for name in ("user", "group", "mean")}
+    items = [[int(item), 999, 4] for item in rows.items_A[:20]]
+    items[3] = []
+    pq.write_table(pa.table({**asked, "item_ids": pa.array(items, pa.list_(pa.int64()))}), tmp_path / "asked")
+    with pytest.raises(UserError, match=r"19 candidates of .* are not in the catalogue .*first is 999"):
+        rank(run, tmp_path / "asked", tmp_path / "out")
+    done = rank(run, tmp_path / "asked", tmp_path / "out", unknown="null")
+    assert (done.requests, done.candidates, done.unknown_items, done.unknown_users) == (20, 57, 19, 0)
+    found = pq.read_table(tmp_path / "out")["like"].to_pylist()
+    assert found[3] == [] and all(len(row) == 3 and row[1] is None for n, row in enumerate(found) if n != 3)
+    wanted = run.model.logits(collate(rows, run.model.needs)).sigmoid()[:20, 0].tolist()
+    for n, row in enumerate(found):
+        assert not row or row[0] == pytest.approx(wanted[n], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"mean": None}, r"has no column 'mean' .*the run's model knows 'mean' of a user: add it"),
+        ({"user": ["a"]}, "column 'user' of .* is of type string, and the dataset's holds int64"),
+        ({"user": [40]}, r"column 'user' holds 40, and its table has rows for 0 to 39 .*unseen: own_row"),
+        ({"group": pa.array([None], pa.int64())}, "a request without 'group': fill it in"),
+    ],
+)
+def test_bad_requests_are_said_in_a_sentence(trained, tmp_path, columns, sentence):
+    given = {"user": [1], "group": [1], "mean": [0.5], "item_ids": [[1]], **columns}
+    pq.write_table(pa.table({n: c for n, c in given.items() if c is not None}), tmp_path / "asked")
+    with pytest.raises(UserError, match=sentence):
+        rank(trained, tmp_path / "asked", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_categories_without_a_row_may_share_one_and_are_counted(data, tmp_path):
+    few = ["model.user.fields.user.rows=30", "model.user.fields.user.unseen=own_row", "train.max_steps=2"]
+    result = job.run(load(tmp_path, data, *few))
+    shares = [r["unseen/user"] for r in result.metrics if r["kind"] == "train"]
+    assert len(shares) == 2 and all(0 < share < 1 for share in shares)
+    assert open_run(result.path).model.tables["user"].weight.shape[0] == 31
 
 
 def test_what_reads_sequences_alone_is_refused(data, tmp_path):
