@@ -61,7 +61,7 @@ class PointwiseMetrics(MetricFamily):
         tasks = len(labels.names)
         self.names = _names(labels.names)
         self.shown = _shown(labels.names)
-        breakdowns: dict[str, Sequence[int]] = {"history": HISTORY_EDGES} if config.buckets else {}
+        breakdowns: dict[str, Sequence[int]] = {"history": (0, *HISTORY_EDGES)} if config.buckets else {}
         self.item_counts = None if item_counts is None else item_counts.cpu()
         if config.buckets and item_counts is not None:
             breakdowns["popularity"] = POPULARITY_EDGES

@@ -184,6 +184,8 @@ def test_buckets_are_the_metrics_of_their_users():
         alone = measured(logits[inside], values[inside], lengths[inside]).result()
         assert {k: v for k, v in bucket.items() if "/" in k} == alone and bucket["users"] == inside.sum()
     assert measured(logits, values, lengths, buckets=False).by_bucket() == {}
+    (nobody,) = measured(logits, values, np.zeros_like(lengths)).by_bucket()["history"]
+    assert (nobody["from"], nobody["to"], nobody["users"]) == (0, 0, len(values)), "requests without history"
 
 
 def test_buckets_have_the_users_own_areas_of_their_actions():
