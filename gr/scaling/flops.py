@@ -1,4 +1,5 @@
-"""Floating-point operations of a training step of a retrieval model, from the real lengths of its sequences.
+"""Floating-point operations of a training step, from the real lengths of its sequences: the rules, and a retrieval
+model's sum.  Other models: gr/scaling/families.py.
 
 A multiplication and an addition are two operations.  What is counted is the model's own work:
 
@@ -84,10 +85,11 @@ class Accounting:
         self.stack_widths = sum(map(attention_widths, stacks))
 
     def step(self, lengths_B: Sequence[int] | np.ndarray, targets: int | None = None) -> Flops:
-        """lengths_B: of the inputs.  targets: that are predicted, one for each input where nothing is said."""
+        """lengths_B: of the inputs.  targets: that are predicted; where nothing is said one for each input, or of a task
+        that hides inputs the share that it hides on average."""
         n_B = np.asarray(lengths_B, np.float64)
         T, squares = float(n_B.sum()), float((n_B**2).sum())
-        S = T if targets is None else float(targets)
+        S = T * predicted(self.config) if targets is None else float(targets)
         objective = self.config.objective
         assert objective is not None
         scored = objective.component().scored(objective, int(S), self.items)  # type: ignore[attr-defined]
@@ -105,6 +107,14 @@ class Accounting:
 
     def _attention(self, squares: float, widths: int) -> Part:
         return attention(squares, widths, causal=self.causal)
+
+
+def predicted(config: RunConfig) -> float:
+    """Targets an input, on average (a sequence of which none was drawn hides its last action, which isn't counted)."""
+    task = config.model.task
+    if not task.component().masks:
+        return 1.0
+    return (1 - task.last_probability) * task.mask_probability
 
 
 def attention(squares: float, widths: int, *, causal: bool) -> Part:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from gr.embeddings.topology import GB, GIB, GPUS, Cluster, Hardware
+from gr.embeddings.topology import GB, GIB, GPUS, Cluster, Hardware, cluster, host_memory, named
 from gr.errors import UserError, nearest
+from gr.processes import Processes
 
 TERA = 1e12
 PEAKS = {
@@ -23,6 +24,10 @@ PEAKS = {
     "h200": (989.5 * TERA, 67 * TERA),
     "b200": (2250 * TERA, 75 * TERA),
 }
+
+
+CPU_PRODUCTS, CPU_SPEED = 0.1 * TERA, 10.0 * GB
+"""Of a core: until they are measured (gr/scaling/calibration.py)."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,32 @@ class Machine:
             return sent / (min(self.link, self.network * self.per_machine) * self.exchanged)
         away = (processes - self.per_machine) / (processes - 1)
         return max(inside * (1 - away), sent * away / (self.network * self.exchanged))
+
+
+def here(processes: Processes) -> Machine:
+    """What the processes of a run are on: GPUs that are known by name, or CPUs with round figures."""
+    on = cluster("auto", processes)
+    if on.device == "cuda":
+        name = named(torch.cuda.get_device_name(processes.device))
+        return gpu(name, torch.cuda.get_device_properties(processes.device).total_memory / GIB, on.per_machine)
+    return cpu(on.per_machine)
+
+
+def cpu(per_machine: int) -> Machine:
+    """A machine like this one, shared by so many processes; its speeds are round figures of a core or two."""
+    return Machine(
+        "cpu",
+        memory=host_memory() / per_machine,
+        bf16=CPU_PRODUCTS,
+        fp32=CPU_PRODUCTS,
+        speed=CPU_SPEED,
+        link=CPU_SPEED / 4,
+        network=12.5 * GB,
+        per_machine=per_machine,
+        host_memory=host_memory(),
+        call=2e-5,
+        device="cpu",
+    )
 
 
 def gpu(name: str, hbm_gib: float | None = None, per_machine: int | None = None) -> Machine:

@@ -34,6 +34,12 @@ class Sharing:
         stage = 3 if engine.name == "fsdp" else getattr(engine, "zero", 0)
         return Sharing(engine.name, stage, processes)
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients of dense parameters stay where backward forms them: not where they go on to others' shares,
+        or into DDP's buckets."""
+        return self.stage < 2 and not (self.engine == "ddp" and self.processes > 1)
+
     def part(self, from_stage: int) -> float:
         """What a process keeps of something that is shared out from a ZeRO stage on."""
         return 1 / self.processes if self.stage >= from_stage else 1.0
@@ -77,6 +83,8 @@ def memory(paper: Paper, rehearsal: Rehearsal) -> Memory:
         "dense parameters": network * sharing.part(3),
         "dense moments": moments * network * sharing.part(1),
     }
+    if not sharing.keeps_gradients:
+        kept["dense gradients"] = network * sharing.part(2)
     held: dict[int, list[float]] = {0: [0.0, 0.0]}
     moved, rows = 0.0, 0.0
     for table in paper.model.tables.values():
@@ -100,14 +108,12 @@ def memory(paper: Paper, rehearsal: Rehearsal) -> Memory:
         kept["dense parameters"] += network / processes if sharing.stage < 3 else 0.0
         kept["dense buffers"] = 2 * min(4.0 * BUCKET, network)
     step = {"activations and gradients": float(rehearsal.working)}
-    if sharing.stage >= 2:
-        step["activations and gradients"] += network * sharing.part(2)
     if sharing.stage == 3:  # the layer at hand is whole, and the next one is fetched
         step["gathered parameters"] = 2 * network / max(_layers(paper), 1)
     step["views of rows"] = rows
     step["exchanged rows"] = rows if processes > 1 else 0.0  # what others ask for, on its way
     step["indices"] = float(rehearsal.indices)
-    gradients = of_tables + network * sharing.part(2)
+    gradients = of_tables + (network if sharing.keeps_gradients else 0.0)
     return Memory({k: v for k, v in kept.items() if v}, {k: v for k, v in step.items() if v}, gradients + moved)
 
 

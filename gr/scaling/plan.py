@@ -25,7 +25,7 @@ from gr.models.model import Catalogue
 from gr.scaling.flops import Accounting
 from gr.scaling.imagined import ImaginedCatalogue, batch, drawn_lengths, heaviest_share
 from gr.scaling.machine import Machine
-from gr.scaling.memory import Memory, memory
+from gr.scaling.memory import Memory, Sharing, memory
 from gr.scaling.rehearsal import Paper, Rehearsal
 from gr.scaling.timing import Exchange, StepTime, exchanges, step_time
 
@@ -195,7 +195,7 @@ class Planner:
 
     def _rehearsed(self, paper: Paper, processes: int) -> tuple[np.ndarray, Rehearsal]:
         config = paper.config
-        keep = getattr(config.train.engine, "zero", 0) < 2 and config.train.engine.name != "fsdp"
+        keep = Sharing.of(config, processes).keeps_gradients
         key = (id(paper), keep)
         if key not in self._rehearsals:
             lengths_G, share = self.source.batches(config, paper.model.needs, processes)

@@ -82,8 +82,8 @@ class Paper:
         return {name: parameter.numel() for name, parameter in self.model.named_dense()}
 
     def rehearse(self, share: SequenceBatch, keep_gradients: bool = True) -> Rehearsal:
-        """A step on a process's ``share`` of a global batch.  keep_gradients: whether it has all dense gradients when
-        the backward pass ends, or gives each away when it is there."""
+        """A step on a process's ``share`` of a global batch.  keep_gradients: whether those of the network stay where
+        they were formed until the step ends, or each is given away at once (whole tables' always stay)."""
         train, model = self.config.train, self.model
         cuts = share.split(train.micro_batch_actions)
         batch, _ = model.learn(share, 0)
@@ -100,7 +100,7 @@ class Paper:
         squares = float((np.asarray(cuts[largest].lengths, np.float64) ** 2).sum())
         indices = _bytes([p.__dict__ for p in parts]) + _bytes(list(context.drawn.values()))
         indices += _bytes([[n.rows_U, n.position_I] for n in numbered.values()])
-        left = {id(p): p for _, p in model.named_dense()} if keep_gradients else {}
+        left = {id(p): p for n, p in model.named_dense() if keep_gradients or n.startswith("tables.")}
         tally = self._step(parts[largest], context, numbered, squares, left, again=len(parts) > 1)
         return Rehearsal(
             rows={name: len(numbering.rows_U) for name, numbering in numbered.items()},
