@@ -54,6 +54,14 @@ class ModelAccounting:
         """actions_B: of each sequence, the predicted one included.  targets: that are predicted, where it is known."""
         return Flops(self.count(self, np.asarray(actions_B, np.float64), targets))
 
+    def tokens(self, actions_B: Sequence[int] | Array) -> int:
+        """Actions that the model reads as inputs: of a sequence all but the one that is predicted last."""
+        actions = np.asarray(actions_B, np.int64)
+        if isinstance(self.model, TwoTower):
+            return int(actions.sum())
+        task = getattr(self.model, "task", None)
+        return int(np.maximum(actions - 1 + (0 if task is None else task.extra_inputs), 0).sum())
+
     def encoded(self, rows_B: Array) -> dict[str, Part]:
         """The encoder on so many rows of each sequence, with what is formed again."""
         assert self.encoder is not None

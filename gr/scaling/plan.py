@@ -22,7 +22,7 @@ from gr.embeddings.planned import PlannedTable
 from gr.embeddings.torchrec_plan import NoRoom, TablePlan
 from gr.errors import UserError
 from gr.models.model import Catalogue
-from gr.scaling.flops import Accounting
+from gr.scaling.families import ModelAccounting
 from gr.scaling.imagined import ImaginedCatalogue, batch, drawn_lengths, heaviest_share
 from gr.scaling.machine import Machine
 from gr.scaling.memory import Memory, Sharing, memory
@@ -44,7 +44,7 @@ class Source(Protocol):
     def batches(
         self, config: RunConfig, needs: frozenset[str], processes: int
     ) -> tuple[np.ndarray, SequenceBatch]:
-        """(input lengths (G,) of a global batch, the share of the process with the most work)."""
+        """(actions (G,) of the sequences of a global batch, the share of the process with the most work)."""
         ...
 
 
@@ -74,7 +74,8 @@ class Imagined:
         extra = 0 if task is None else task.build().extra_inputs
         lengths_G = drawn_lengths(expected.lengths, config.train.global_batch, config.data.max_length + extra)
         share_B = heaviest_share(lengths_G, processes)
-        return lengths_G, batch(config, needs, expected, share_B, ahead=1 - extra)
+        ahead = 0 if config.model.name == "two_tower" else 1 - extra
+        return lengths_G + ahead, batch(config, needs, expected, share_B, ahead)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class Planner:
                 "it, or plan for fewer"
             )
         paper, no_room = self._paper(config, processes)
-        lengths_G, rehearsal = self._rehearsed(paper, processes)
+        actions_G, rehearsal = self._rehearsed(paper, processes)
+        account = ModelAccounting(paper.model, config)
         found = memory(paper, rehearsal)
         problem = no_room or self._problem(found)
         made = Plan(
@@ -152,8 +154,8 @@ class Planner:
             memory=found,
             exchanges=exchanges(paper, rehearsal),
             time=step_time(paper, rehearsal, self.machine),
-            flops=Accounting(config, self.source.catalogue.rows).step(lengths_G).total,
-            tokens=int(lengths_G.sum()),
+            flops=account.step(actions_G).total,
+            tokens=account.tokens(actions_G),
             problem=problem,
         )
         if problem and advise:
@@ -198,8 +200,8 @@ class Planner:
         keep = Sharing.of(config, processes).keeps_gradients
         key = (id(paper), keep)
         if key not in self._rehearsals:
-            lengths_G, share = self.source.batches(config, paper.model.needs, processes)
-            self._rehearsals[key] = lengths_G, paper.rehearse(share, keep)
+            actions_G, share = self.source.batches(config, paper.model.needs, processes)
+            self._rehearsals[key] = actions_G, paper.rehearse(share, keep)
         return self._rehearsals[key]
 
     def _problem(self, found: Memory) -> str:

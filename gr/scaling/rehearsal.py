@@ -20,7 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._pytree import tree_leaves
 
 from gr.batch import SequenceBatch
@@ -101,7 +105,14 @@ class Paper:
         indices = _bytes([p.__dict__ for p in parts]) + _bytes(list(context.drawn.values()))
         indices += _bytes([[n.rows_U, n.position_I] for n in numbered.values()])
         left = {id(p): p for n, p in model.named_dense() if keep_gradients or n.startswith("tables.")}
-        tally = self._step(parts[largest], context, numbered, squares, left, again=len(parts) > 1)
+        try:
+            tally = self._step(parts[largest], context, numbered, squares, left, again=len(parts) > 1)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            raise UserError(
+                f"what a step of model {self.config.model.name} does hangs on numbers that paper hasn't (a recurrent "
+                "encoder packs its rows by them, a loss may be of liked impressions alone): only runs can tell what "
+                "it takes"
+            ) from None
         return Rehearsal(
             rows={name: len(numbering.rows_U) for name, numbering in numbered.items()},
             micro_batches=len(parts),

@@ -1,7 +1,7 @@
 """What torch is asked to do: memory as it comes and goes, and of every operation its arithmetic and the bytes it moves.
 
 Real tensors and fake ones (torch's FakeTensorMode) are watched alike, below autograd: what it keeps for the backward
-pass is alive until then.  What an operator uses inside and gives back before it ends isn't seen.
+pass is alive until then.  What an operator uses inside and gives back before it ends isn't seen, but for what ``_inside`` says.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Tally(TorchDispatchMode):
         if name.startswith("gr_kernels::"):
             arguments = dict(zip((argument.name for argument in func._schema.arguments), args)) | dict(kwargs)
             flops, gathered = _of_kernel(arguments, self.squares, "_backward" in name)
+            self.peak = max(self.peak, self.live + _inside(name, arguments))
         elif (counted := flop_registry.get(func._overloadpacket)) is not None:
             flops = float(counted(*args, **kwargs, out_val=out))
         moved = gathered + sum({_key(t): t.numel() * t.element_size() for t in (*given, *made)}.values())
@@ -116,6 +117,21 @@ def _of_kernel(named: Mapping[str, Any], squares: float, backward: bool) -> tupl
         pairs = len(queries) * count
         return 2.0 * pairs * queries.shape[1] * twice, pairs * queries.shape[1] * 4 * twice if own else 0
     return 0.0, 0
+
+
+def _inside(name: str, named: Mapping[str, Any]) -> int:
+    """Bytes that the backward passes of gr_kernels.fused_layer make and give back: of norm_linear_silu the gradients of
+    the linear layer's result (and, in plain PyTorch, its parts side by side) and of its input; of gated_output the
+    gated rows and their gradient."""
+    if "_backward" not in name or "weight" not in named:
+        return 0
+    rows, weight = named["mean"].shape[0], named["weight"]
+    plain = name.endswith("_reference")
+    outputs, inputs = weight.shape
+    numbers = (2 * outputs + inputs) if "normed" in named else 2 * inputs
+    if not plain:
+        numbers = (outputs + inputs) if "normed" in named else inputs
+    return int(rows * numbers * weight.element_size())
 
 
 GATHERS = frozenset({"aten::embedding", "aten::index_select", "aten::gather", "aten::index"})

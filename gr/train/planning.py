@@ -40,7 +40,7 @@ class OfDataset:
     ) -> tuple[np.ndarray, SequenceBatch]:
         whole = self._first(config, frozenset({"item"}), 1)
         share = self._first(config, needs, processes) if processes > 1 or needs != {"item"} else whole
-        return input_lengths(config, whole.lengths), share
+        return np.asarray(whole.lengths, np.int64), share
 
     def _first(self, config: RunConfig, needs: frozenset[str], processes: int) -> SequenceBatch:
         """Rank 0's share among so many processes: dealt so that all have nearly as much."""
@@ -51,13 +51,6 @@ class OfDataset:
                 with batches.opened(cpu), closing(batches.epoch(epoch)) as reading:
                     return next(reading).share
         raise UserError("no period of the dataset is over yet: there is nothing to plan with")
-
-
-def input_lengths(config: RunConfig, lengths: tuple[int, ...]) -> np.ndarray:
-    """Rows that a sequence encoder is given of sequences of so many actions, the predicted one included."""
-    task = getattr(config.model, "task", None)
-    extra = 0 if task is None else task.build().extra_inputs
-    return np.maximum(np.asarray(lengths, np.int64) - 1 + extra, 0)
 
 
 def source(config: RunConfig, lengths: list[int] | None = None) -> tuple[RunConfig, Source]:

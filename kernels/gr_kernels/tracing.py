@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -54,6 +54,15 @@ def device_type(device: torch.device) -> str:
 def on_paper_now() -> bool:
     """Whether this thread is inside :func:`on_paper`."""
     return bool(_PAPER.device)
+
+
+def with_numbers() -> AbstractContextManager[object]:
+    """On paper, around what needs its tensors' numbers all the same and makes small ones; elsewhere nothing."""
+    if not on_paper_now():
+        return nullcontext()
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()  # type: ignore[no-any-return]
 
 
 def values_are_at_hand(x: Tensor) -> bool:
