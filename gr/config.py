@@ -86,8 +86,8 @@ class FollowSection(Section):
 
 
 class ExpectedSection(Section):
-    """What the dataset is going to hold, for plans of a run whose data aren't there yet (launch/plan.py): training reads
-    the dataset and looks at none of this.
+    """What the dataset is going to hold, for plans of a run whose data aren't there yet (launch/plan.py): training
+    reads the dataset and looks at none of this.
 
     lengths: of its users' sequences, the shortest, the longest and evenly spaced quantiles between (three of them are
     the least, the median and the most).  columns: of actions beside the item; user_columns: of users; both hold

@@ -139,7 +139,9 @@ def compare(name: str, data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", help=f"of {', '.join(RUNS)} (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()

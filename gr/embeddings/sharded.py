@@ -28,7 +28,6 @@ from gr.embeddings.ranks import Excluded, Excluding, best_rows, count_above, ran
 from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer, SparseGradient
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.table import Table, TableSpec, leaves, local_gradients
-from gr.embeddings.topology import imagined
 from gr.embeddings.torchrec_plan import Wanted, check_sharding, plan, shard
 from gr.embeddings.view import Numbering, View
 from gr.errors import UserError

@@ -1,16 +1,14 @@
 """Floating-point operations of a training step of any model, counted from the model itself and the real lengths of its
 sequences, by the rules of gr/scaling/flops.py.
 
-    retrieval             encoder on the inputs (of n + 1 actions n; all, of a task that hides some), loss on the targets
+    retrieval             encoder on the inputs (of n + 1 actions n; all, of a task that hides some), loss on targets
     ranking, summed       encoder on n rows, head on n candidates
     ranking, interleaved  encoder on C + 2 a - 1 rows of a sequence of a actions, head on a - 1 candidates
     din, dlrm             a candidate for each action but the first, with all actions before it: a (a - 1) / 2 pairs
     two_tower             the network on each action
-    item towers           the encoder's layers on the tokens of the distinct items of a step, forward, and backward where
-                          it is trained
 
-What is looked up, pooled or multiplied number by number is left out there as here.  A layer whose input has no gradient
-(it is labels, or counts) does half the backward work of another.
+What is looked up, pooled or multiplied number by number is left out there as here.  A layer whose input has no
+gradient (it is labels, or counts) does half the backward work of another.
 
 Shapes: B sequences of a actions each, T input rows, S candidates, P pairs, K tasks, D model width, U distinct items.
 """
@@ -33,7 +31,7 @@ from gr.models.retrieval import Retrieval
 from gr.models.two_tower.layers import CrossNet, Interacting
 from gr.models.two_tower.model import TwoTower
 from gr.models.two_tower.towers import IntTower
-from gr.scaling.flops import Flops, Part, attention, attention_widths, predicted, weights_of
+from gr.scaling.flops import Flops, Part, attention, attention_widths, entries, predicted, weights_of
 
 Array = np.ndarray
 
@@ -48,7 +46,10 @@ class ModelAccounting:
         if self.encoder is not None:
             stacks = [module for module in self.encoder.modules() if isinstance(module, Stack)]
             self.weights, self.widths = weights_of(self.encoder), attention_widths(self.encoder)
-            self.stack_weights, self.stack_widths = sum(map(weights_of, stacks)), sum(map(attention_widths, stacks))
+            self.stack_weights, self.stack_widths = (
+                sum(map(weights_of, stacks)),
+                sum(map(attention_widths, stacks)),
+            )
 
     def step(self, actions_B: Sequence[int] | Array, targets: int | None = None) -> Flops:
         """actions_B: of each sequence, the predicted one included.  targets: that are predicted, where it is known."""
@@ -61,6 +62,12 @@ class ModelAccounting:
             return int(actions.sum())
         task = getattr(self.model, "task", None)
         return int(np.maximum(actions - 1 + (0 if task is None else task.extra_inputs), 0).sum())
+
+    def loss(self, targets: int) -> float:
+        """Operations of the loss of a global batch's targets, whose candidates may be each other; 0 where it's none of
+        products."""
+        part = self.step([], targets).parts.get("loss")
+        return 0.0 if part is None else part.forward + part.backward
 
     def encoded(self, rows_B: Array) -> dict[str, Part]:
         """The encoder on so many rows of each sequence, with what is formed again."""
@@ -113,7 +120,7 @@ def _ranking(account: ModelAccounting, actions_B: Array, targets: int | None) ->
     T = float(rows_B.sum())
     found = account.encoded(rows_B)
     found["embedding"] = Part(2 * T * D, 2 * T * D)
-    found["labels"] = _products(labelled, model.history.weight.numel(), inputs_have_gradients=False)
+    found["labels"] = _products(labelled, entries(model.history.weight), inputs_have_gradients=False)
     found["head"] = _products(S, weights_of(model.head))
     return found
 
@@ -132,11 +139,13 @@ def _din(account: ModelAccounting, actions_B: Array, targets: int | None) -> dic
     A, S, P = _pairs(actions_B, targets)
     first, *others = model.unit.layers
     assert isinstance(first, Linear)
-    quarter = first.weight.numel() // 4  # of the past, of the candidate, of their difference (in both) and product
+    quarter = (
+        entries(first.weight) // 4
+    )  # of the past, of the candidate, of their difference (in both) and product
     behind = sum(weights_of(layer) for layer in others) + weights_of(model.unit.out)
     return {
         "linear": _sum(_products(A + S + P, quarter), _products(P, behind)),
-        "labels": _products(A, model.history.weight.numel(), inputs_have_gradients=False),
+        "labels": _products(A, entries(model.history.weight), inputs_have_gradients=False),
         "head": _products(S, weights_of(model.head)),
     }
 
@@ -169,13 +178,15 @@ def _two_tower(account: ModelAccounting, actions_B: Array, targets: int | None) 
             found = _sum(found, _products(S * (fields - 1), weights_of(module)))
             found = _sum(found, _products(S, 2 * fields * fields * dim))
         elif isinstance(module, CrossNet):
-            cross = _products(S, module.weight.numel())
+            cross = _products(S, entries(module.weight))
     if isinstance(network, IntTower):
         config = network.config
         heads = len(network.used) * config.heads
         found = _sum(found, _products(S, heads * config.item_heads * config.head_dim))
-        if config.cir:  # at most: each liked impression meets all items of the batch, and how many are liked is unknown
-            found = _sum(found, _products(S * S, network.towers["item"].linears[-1].weight.shape[0]))
+        if (
+            config.cir
+        ):  # at most: every liked impression meets all items, and how many are liked lengths don't tell
+            found = _sum(found, _products(S * S, config.tower[-1]))
     return {"linear": found} if cross is None else {"linear": found, "cross": cross}
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gr.config import RunConfig
 from gr.errors import UserError
@@ -59,6 +59,10 @@ class Flops:
     def total(self) -> float:
         return self.forward + self.backward
 
+    def without(self, name: str) -> float:
+        """All but a part."""
+        return sum(part.forward + part.backward for other, part in self.parts.items() if other != name)
+
 
 class Accounting:
     """What a step of ``config`` costs.  items: I, the rows of the catalogue.
@@ -85,8 +89,8 @@ class Accounting:
         self.stack_widths = sum(map(attention_widths, stacks))
 
     def step(self, lengths_B: Sequence[int] | np.ndarray, targets: int | None = None) -> Flops:
-        """lengths_B: of the inputs.  targets: that are predicted; where nothing is said one for each input, or of a task
-        that hides inputs the share that it hides on average."""
+        """lengths_B: of the inputs.  targets: that are predicted; where nothing is said one for each input, or of a
+        task that hides inputs the share that it hides on average."""
         n_B = np.asarray(lengths_B, np.float64)
         T, squares = float(n_B.sum()), float((n_B**2).sum())
         S = T * predicted(self.config) if targets is None else float(targets)
@@ -128,10 +132,15 @@ def weights_of(module: nn.Module) -> int:
     found = 0
     for part in module.modules():
         if isinstance(part, Linear | nn.Linear):
-            found += part.weight.numel()
+            found += entries(part.weight)
         elif isinstance(part, nn.RNNBase):
-            found += sum(p.numel() for p in part.parameters() if p.dim() == 2)
+            found += sum(entries(p) for name, p in part.named_parameters() if name.startswith("weight"))
     return found
+
+
+def entries(parameter: Tensor) -> int:
+    """Numbers of a parameter, all of them where DeepSpeed has left this process a part."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def attention_widths(module: nn.Module) -> int:

@@ -36,9 +36,9 @@ class Machine:
 
     memory: bytes.  bf16, fp32: the ceiling of products, operations a second.  speed, link, network: bytes a second, of
     its memory, to the devices of the same machine, and to other machines.  per_machine: devices.  host_memory: bytes of
-    a machine.  products, attention, moved, exchanged: what is counted on of the ceilings, as shares: by matrix products,
-    by attention, of the memory's speed, and of links and network.  call: seconds that starting an operation takes; on a
-    GPU while the one before runs.
+    a machine.  products, attention, moved, exchanged: what is counted on of the ceilings, as shares: by matrix
+    products, by attention, of the memory's speed, and of links and network.  call: seconds that starting an
+    operation takes; on a GPU while the one before runs.
     """
 
     name: str
@@ -82,7 +82,12 @@ class Machine:
     def cluster(self, processes: int) -> Cluster:
         """So many devices, and as many machines as they need."""
         hardware = Hardware(
-            int(self.memory), self.speed, self.link, self.network, self.link, self.per_machine  # type: ignore[arg-type]
+            int(self.memory),
+            self.speed,
+            self.link,
+            self.network,
+            self.link,
+            self.per_machine,  # type: ignore[arg-type]
         )
         local = min(processes, self.per_machine)
         return Cluster(processes, local, self.device, hardware, int(self.host_memory))
@@ -107,7 +112,9 @@ def here(processes: Processes) -> Machine:
     on = cluster("auto", processes)
     if on.device == "cuda":
         name = named(torch.cuda.get_device_name(processes.device))
-        return gpu(name, torch.cuda.get_device_properties(processes.device).total_memory / GIB, on.per_machine)
+        return gpu(
+            name, torch.cuda.get_device_properties(processes.device).total_memory / GIB, on.per_machine
+        )
     return cpu(on.per_machine)
 
 

@@ -114,7 +114,9 @@ def memory(paper: Paper, rehearsal: Rehearsal) -> Memory:
     step["exchanged rows"] = rows if processes > 1 else 0.0  # what others ask for, on its way
     step["indices"] = float(rehearsal.indices)
     gradients = of_tables + (network if sharing.keeps_gradients else 0.0)
-    return Memory({k: v for k, v in kept.items() if v}, {k: v for k, v in step.items() if v}, gradients + moved)
+    return Memory(
+        {k: v for k, v in kept.items() if v}, {k: v for k, v in step.items() if v}, gradients + moved
+    )
 
 
 def _view(table: Table, rows: int) -> float:

@@ -182,9 +182,7 @@ class Planner:
 
     def _paper(self, config: RunConfig, processes: int) -> tuple[Paper, str]:
         """The model, and a sentence where a table of it fits on no device."""
-        tables = (str(getattr(config.model, "table", "")), str(getattr(config.model, "input", "")))
-        key = (processes, *tables, config.optimizer.name, config.objective, config.train.engine, config.train.global_batch,
-               config.train.micro_batch_actions, config.train.activation_checkpointing)  # fmt: skip
+        key = (processes, config.model_dump_json())
         if key not in self._papers:
             on = self.machine.cluster(processes)
             try:
@@ -216,7 +214,8 @@ class Planner:
 
     def _remedies(self, config: RunConfig, processes: int) -> Iterator[str]:
         """Changes that would make it fit, each alone, the smallest of its kind."""
-        for kind in _changes(config, processes, self.machine.per_machine):
+        tables_fit = not self._paper(config, processes)[1]
+        for kind in _changes(config, processes, self.machine.per_machine, tables_fit):
             for change, (overrides, count) in kind:
                 try:
                     made = self.plan(configs.override(config, overrides), count, {}, advise=False)
@@ -230,9 +229,21 @@ class Planner:
 _Change = tuple[str, tuple[list[str], int]]
 
 
-def _changes(config: RunConfig, processes: int, per_machine: int) -> Iterator[Iterable[_Change]]:
-    """By kind, (what is changed, (overrides, processes)), the smallest change first."""
+def _changes(
+    config: RunConfig, processes: int, per_machine: int, tables_fit: bool
+) -> Iterator[Iterable[_Change]]:
+    """By kind, (what is changed, (overrides, processes)), the smallest change first; where tables don't fit, what helps
+    them."""
     train = config.train
+    if config.optimizer.name in ("adamw", "lazy_adam"):
+        yield [(o := "optimizer.name=rowwise_adagrad", ([o], processes))]
+    yield [
+        (f"{(count := processes << n) // per_machine} nodes", ([], count))
+        for n in range(1, DOUBLINGS + 1)
+        if processes % per_machine == 0 and processes << n <= train.global_batch
+    ]
+    if not tables_fit:
+        return
     if not train.activation_checkpointing:
         yield [("train.activation_checkpointing=true", (["train.activation_checkpointing=true"], processes))]
     smaller = [train.micro_batch_actions >> n for n in range(1, 7)]
@@ -242,13 +253,6 @@ def _changes(config: RunConfig, processes: int, per_machine: int) -> Iterator[It
     yield [
         (o := f"train.engine={{name: deepspeed, zero: {stage}}}", ([o], processes))
         for stage in range(zero + 1, 4)
-    ]
-    if config.optimizer.name in ("adamw", "lazy_adam"):
-        yield [(o := "optimizer.name=rowwise_adagrad", ([o], processes))]
-    yield [
-        (f"{(count := processes << n) // per_machine} nodes", ([], count))
-        for n in range(1, DOUBLINGS + 1)
-        if processes % per_machine == 0 and processes << n <= train.global_batch
     ]
 
 

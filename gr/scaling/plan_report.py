@@ -22,7 +22,7 @@ COLOURS = ("#1f5a99", "#9db7d5", "#d98032", "#f0c49a", "#3b7d4f", "#a9cdb4", "#7
 def shown(plans: Sequence[Plan], tokens: float | None, price: float | None) -> Group:
     """One plan in full; of several a line each, and the first in full."""
     first = plans[0]
-    parts = [_grid(plans, tokens, price)] if len(plans) > 1 else []
+    parts: list[Table | None] = [_grid(plans, tokens, price)] if len(plans) > 1 else []
     parts += [_tables(first), _memory(first), _exchanges(first), _step(first, tokens, price)]
     return Group(*[part for part in parts if part is not None])
 
@@ -39,7 +39,11 @@ def _grid(plans: Sequence[Plan], tokens: float | None, price: float | None) -> T
         table.add_column(heading, justify="left" if heading in ("fits", "bound") else "right")
     for plan in plans:
         row = [str(plan.settings[name]) for name in names]
-        row += [f"{plan.memory.peak / GIB:,.1f}", "yes" if plan.fits else "no", f"{1e3 * plan.time.seconds:,.1f}"]
+        row += [
+            f"{plan.memory.peak / GIB:,.1f}",
+            "yes" if plan.fits else "no",
+            f"{1e3 * plan.time.seconds:,.1f}",
+        ]
         row += [plan.time.bound, f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}"]
         if tokens:
             budget = plan.budget(tokens, price)
@@ -81,13 +85,17 @@ def _cut(cut: TablePlan) -> list[str]:
 
 def _memory(plan: Plan) -> Table:
     room = plan.machine.memory
-    table = Table(title=f"memory of the fullest process ({plan.parameters:,} parameters in all)", title_justify="left")
+    table = Table(
+        title=f"memory of the fullest process ({plan.parameters:,} parameters in all)", title_justify="left"
+    )
     table.add_column("of it")
     table.add_column("GiB", justify="right")
     table.add_column("share", justify="right")
     for name, size in plan.memory.parts.items():
         table.add_row(name, f"{size / GIB:,.2f}", f"{size / room:.1%}")
-    table.add_row("all, at the peak", f"{plan.memory.peak / GIB:,.2f}", f"{plan.memory.peak / room:.1%}", style="bold")
+    table.add_row(
+        "all, at the peak", f"{plan.memory.peak / GIB:,.2f}", f"{plan.memory.peak / room:.1%}", style="bold"
+    )
     table.add_row("there is", f"{room / GIB:,.2f}", "")
     if plan.problem:
         said = [f"it doesn't fit: {plan.problem}"]
@@ -118,7 +126,10 @@ def _step(plan: Plan, tokens: float | None, price: float | None) -> Table:
     time, machine = plan.time, plan.machine
     table = Table(title="a step", title_justify="left", show_header=False)
     table.add_row("real tokens", f"{plan.tokens:,}")
-    table.add_row("operations", f"{plan.flops / 1e15:,.3f} PFLOP ({plan.flops / max(plan.tokens, 1) / 1e9:,.3f} GFLOP a token)")
+    table.add_row(
+        "operations",
+        f"{plan.flops / 1e15:,.3f} PFLOP ({plan.flops / max(plan.tokens, 1) / 1e9:,.3f} GFLOP a token)",
+    )
     table.add_row("micro-batches of a process", str(plan.rehearsal.micro_batches))
     table.add_row("time", f"{1e3 * time.seconds:,.1f} ms, bound by {time.bound}")
     for name, seconds in (
@@ -171,7 +182,9 @@ def as_json(plan: Plan, tokens: float | None = None, price: float | None = None)
             "flops": plan.flops,
             "micro_batches": plan.rehearsal.micro_batches,
             "rows": plan.rehearsal.rows,
-            "exchanges": {e.name: {"sent": e.sent, "seconds": plan.time.exchanges[e.name]} for e in plan.exchanges},
+            "exchanges": {
+                e.name: {"sent": e.sent, "seconds": plan.time.exchanges[e.name]} for e in plan.exchanges
+            },
             "seconds": plan.time.seconds,
             "compute": plan.time.compute,
             "memory": plan.time.memory,
@@ -229,7 +242,13 @@ def draw(plans: Sequence[Plan], plot: Path) -> list[Path]:
     room = some[0].machine.memory / GIB
     memory_axes.axvline(room, color="#b02a2a", linestyle="--", linewidth=1)
     memory_axes.annotate(
-        f" {room:,.0f} GiB", (room, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", color="#b02a2a", size=8
+        f" {room:,.0f} GiB",
+        (room, 1),
+        xycoords=("data", "axes fraction"),
+        va="bottom",
+        ha="center",
+        color="#b02a2a",
+        size=8,
     )
     memory_axes.set(xlabel="GiB of the fullest process")
     time_axes.set(xlabel="milliseconds a step", yticklabels=[])
@@ -250,6 +269,12 @@ def _stack(axes: Any, names: Sequence[str], bars: Sequence[dict[str, float]]) ->
             axes.barh(range(len(bars)), sizes, left=left, color=colour, label=kind, height=0.62)
         left = [start + size for start, size in zip(left, sizes)]
     axes.set_yticks(range(len(bars)), names)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22 if len(bars) < 4 else -0.12), ncols=3, frameon=False, fontsize=8)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.22 if len(bars) < 4 else -0.12),
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)

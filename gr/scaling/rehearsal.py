@@ -97,7 +97,9 @@ class Paper:
         context = StepContext(KEY, self._candidates(parts, processes))
         wanted = model.wanted(parts, context)
         numbered = {
-            name: Numbering.of([rows.reshape(-1) for rows in wanted.get(name, [])], table.rows, torch.device("cpu"))
+            name: Numbering.of(
+                [rows.reshape(-1) for rows in wanted.get(name, [])], table.rows, torch.device("cpu")
+            )
             for name, table in model.tables.items()
             if not table.whole
         }
@@ -141,13 +143,13 @@ class Paper:
         """Forward and backward.  kept: the dense parameters whose gradients stay.  again: on those that an earlier
         micro-batch has left."""
         model, bf16 = self.model, self.config.train.precision == "bf16"
-        for parameter in model.parameters():
-            parameter.grad = None
+        for _, dense in model.named_dense():
+            dense.grad = None
         with ExitStack() as held:
             held.enter_context(on_paper(self.on.device))
             held.enter_context(self.fake)
             views = {name: _view(table, numbered.get(name)) for name, table in model.tables.items()}
-            given = [*model.parameters(), *(p for _, p in model.named_dense()), *_leaves(views)]
+            given: list[Tensor] = [*model.parameters(), *(p for _, p in model.named_dense()), *_leaves(views)]
             tally = held.enter_context(Tally(squares, given))
             leaves = {id(p): p for p in _leaves(views)}
             for parameter in {id(p): p for p in given if p.requires_grad}.values():

@@ -1,7 +1,8 @@
 """What torch is asked to do: memory as it comes and goes, and of every operation its arithmetic and the bytes it moves.
 
 Real tensors and fake ones (torch's FakeTensorMode) are watched alike, below autograd: what it keeps for the backward
-pass is alive until then.  What an operator uses inside and gives back before it ends isn't seen, but for what ``_inside`` says.
+pass is alive until then.  What an operator uses inside and gives back before it ends isn't seen, but for what
+``_inside`` says.
 """
 
 from __future__ import annotations
@@ -80,7 +81,13 @@ class Tally(TorchDispatchMode):
         self.live -= size
 
     def _count(
-        self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any, given: list[Tensor], made: list[Tensor]
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Mapping[str, Any],
+        out: Any,
+        given: list[Tensor],
+        made: list[Tensor],
     ) -> None:
         name = func._schema.name
         flops, gathered = 0.0, 0
@@ -96,7 +103,6 @@ class Tally(TorchDispatchMode):
         kinds = [t.dtype for t in (*given, *made) if t.is_floating_point()]
         dtype = min(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
         self.operations.append(Operation(name, flops, moved, dtype))
-
 
 
 def _of_kernel(named: Mapping[str, Any], squares: float, backward: bool) -> tuple[float, int]:

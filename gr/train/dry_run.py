@@ -96,7 +96,9 @@ def _planned(config: RunConfig, parts: Parts, processes: Processes) -> str:
         return ""
     try:
         machine = here(processes)
-        plan = Planner(config, OfDataset(parts.data), machine).plan(config, processes.world.size, {}, advise=False)
+        plan = Planner(config, OfDataset(parts.data), machine).plan(
+            config, processes.world.size, {}, advise=False
+        )
     except UserError as error:
         return f"not known: {error}"
     named = sorted(plan.memory.parts.items(), key=lambda part: -part[1])

@@ -39,7 +39,9 @@ def plain(monkeypatch):
     monkeypatch.setattr(
         hstu,
         "norm_linear_silu_parts",
-        lambda x, w, widths, **unused: F.silu(F.linear(F.layer_norm(x, x.shape[-1:]), w)).split(widths, dim=-1),
+        lambda x, w, widths, **unused: F.silu(F.linear(F.layer_norm(x, x.shape[-1:]), w)).split(
+            widths, dim=-1
+        ),
     )
     # which CPU kernels are that torch's counter doesn't know
     monkeypatch.setattr(
@@ -172,6 +174,8 @@ def test_two_towers(name):
     given = two_tower.batch(64)
     given = given.with_columns(label=torch.ones_like(given.columns["label"]))
     if name == "lr":
-        assert ModelAccounting(model, config).step(given.lengths).forward == 2 * 64  # a weight for the one number
+        assert (
+            ModelAccounting(model, config).step(given.lengths).forward == 2 * 64
+        )  # a weight for the one number
         return
     check(model, config, given)

@@ -9,7 +9,6 @@ import torch
 
 from benchmarks.training.planned_memory import measured_peak
 from gr import config as configs
-from gr.errors import UserError
 from gr.processes import Processes
 from gr.programs import plan as program
 from gr.scaling.imagined import drawn_lengths, heaviest_share
@@ -24,7 +23,11 @@ pytest.importorskip("torchrec")
 
 KINDS = {
     "adamw": [],
-    "recompute, lazy": ["train.activation_checkpointing=true", "optimizer.name=lazy_adam", "model.encoder.layers=4"],
+    "recompute, lazy": [
+        "train.activation_checkpointing=true",
+        "optimizer.name=lazy_adam",
+        "model.encoder.layers=4",
+    ],
     "micro-batches": ["train.micro_batch_actions=96", "objective=full_softmax"],
 }
 
@@ -84,12 +87,13 @@ def test_what_is_shared_out_is_kept_once_and_what_does_not_fit_is_said_with_what
     assert kept[1]["dense moments"] == kept[0]["dense moments"] / 8
     assert kept[2]["dense gradients"] == kept[0]["dense gradients"] / 8
     assert kept[3]["dense parameters"] == kept[0]["dense parameters"] / 8
-    small = expected(global_batch=2048)
-    tight = Planner(small, Imagined(small), gpu("h100", 0.1)).grid([1], {})[0]
-    assert not tight.fits and "a process needs" in tight.problem
+    large = configs.override(expected(global_batch=2048), ["data.expected.items=10000"])
+    room = 0.9 * Planner(large, Imagined(large), gpu("h100")).grid([1], {})[0].memory.peak / 2**30
+    tight = Planner(large, Imagined(large), gpu("h100", room)).grid([1], {})[0]
+    assert not tight.fits and "most are activations and gradients" in tight.problem
     assert any(remedy.startswith("train.activation_checkpointing=true") for remedy in tight.remedies)
-    without = Planner(small, Imagined(small), gpu("h100", 0.01)).grid([1], {})[0]
-    assert "no plan puts table 'items'" in without.problem and not without.remedies
+    without = Planner(run, Imagined(run), gpu("h100", 0.25)).grid([1], {})[0]
+    assert "no plan puts table 'items'" in without.problem and without.remedies[0].startswith("2 nodes")
 
 
 def test_a_step_on_more_rows_takes_more():
@@ -135,5 +139,3 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, asked, says):
     assert program.main(["--config", str(file), *asked]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
-
-
