@@ -11,28 +11,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from gr import config as configs
-from gr.config import RunConfig
-from gr.data.dataset import DatasetWriter
-from gr.data.sequences import Sequences
-from gr.models.step import StepContext
-from gr.processes import Processes
-from gr.scaling.machine import cpu
-from gr.scaling.plan import Planner
-from gr.train.parts import Parts, build
-from gr.train.planning import OfDataset
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces itself otherwise
+
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+from gr import config as configs  # noqa: E402
+from gr.config import RunConfig  # noqa: E402
+from gr.data.dataset import DatasetWriter  # noqa: E402
+from gr.data.sequences import Sequences  # noqa: E402
+from gr.models.step import StepContext  # noqa: E402
+from gr.processes import Processes  # noqa: E402
+from gr.scaling.machine import cpu  # noqa: E402
+from gr.scaling.plan import Planner  # noqa: E402
+from gr.train.parts import Parts, build  # noqa: E402
+from gr.train.planning import OfDataset  # noqa: E402
 
 USERS, ITEMS, LONGEST = 256, 3000, 100
 

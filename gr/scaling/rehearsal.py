@@ -69,7 +69,7 @@ class Paper:
     def __init__(self, config: RunConfig, catalogue: Catalogue, on: Cluster) -> None:
         self.config, self.on = config, on
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        _refuse_mapped(config)
+        _refuse_what_paper_lacks(config)
         with on_paper(on.device), planning_for(on), self.fake:
             self.model: Model = config.model.build(config, catalogue, Processes(torch.device("cpu")))
             if config.optimizer.build().by_rows:
@@ -200,8 +200,13 @@ def _bytes(tree: Any) -> int:
     return sum(found.values())
 
 
-def _refuse_mapped(config: RunConfig) -> None:
+def _refuse_what_paper_lacks(config: RunConfig) -> None:
     model: Any = config.model
+    if getattr(getattr(model, "item_tower", None), "name", "id") != "id":
+        raise UserError(
+            f"model.item_tower {model.item_tower.name} forms rows with an encoder's real weights, which no plan on "
+            "paper has: plan the model with model.item_tower=id (gr.scaling.towers counts what an encoder adds)"
+        )
     if getattr(getattr(model, "table", None), "name", "") == "mapped":
         raise UserError(
             "a mapped table lies in files of one machine, which no plan on paper counts: use model.table=torchrec"

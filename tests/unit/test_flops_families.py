@@ -10,11 +10,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gr import config as configs
+from gr.modality.head import Head, HeadSection
 from gr.models import encoder as encoders, hstu
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.scaling.families import ModelAccounting
 from gr.scaling.flops import ATTENTION_BACKWARD
+from gr.scaling.towers import item_tower
 from tests.unit import (
     test_models_histories as histories,
     test_models_interleaved as interleaved,
@@ -179,3 +181,27 @@ def test_two_towers(name):
         )  # a weight for the one number
         return
     check(model, config, given)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_item_towers(trained):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        attn_implementation="eager",
+    )
+    encoder = transformers.BertModel(config, add_pooling_layer=False).requires_grad_(trained)
+    head = Head(HeadSection(layers=2), 32, 16)
+    ids_nL = torch.randint(0, 20, (5, 12))
+    with FlopCounterMode(display=False) as counter:
+        loss = head(encoder(ids_nL).last_hidden_state.mean(1)).sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+    found = item_tower(encoder, [head], [12] * 5, trained=trained)
+    again = (ATTENTION_BACKWARD - 2) * found.parts["encoder attention"].forward * trained
+    assert forward == pytest.approx(found.forward, rel=0.02)
+    assert counter.get_total_flops() - forward == pytest.approx(found.backward - again, rel=0.02)
