@@ -28,7 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key.key=value", help="changes to the config")
     add("--nodes", default="1", metavar="N,N", help="machines (default: 1)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="devices of a machine (default: 8)")
-    add("--gpu", default="h200", metavar="NAME", help="a100, h100, h200 (default) or b200")
+    add("--gpu", default="h200", metavar="NAME", help="a100, h100, h200 (default), b200; cpu")
     add("--hbm-gib", type=float, metavar="GIB", help="memory of a device (default: its data sheet's)")
     add("--machine", action="append", default=[], metavar="KEY=VALUE", help="another figure of the machine")
     add("--lengths", metavar="N,N", help="sequences' lengths: evenly spaced quantiles, shortest to longest")
@@ -70,11 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from gr.scaling.machine import gpu
+    from gr.scaling.machine import cpu, gpu
     from gr.scaling.plan_report import report
     from gr.train.planning import plan_run
 
-    machine = gpu(options.gpu, options.hbm_gib, options.gpus_per_node).changed(options.machine)
+    if options.gpu == "cpu":  # machines like this one, so many processes on each
+        machine = cpu(options.gpus_per_node)
+    else:
+        machine = gpu(options.gpu, options.hbm_gib, options.gpus_per_node)
+    machine = machine.changed(options.machine)
     given = {"sharding": options.sharding and names(options.sharding), "zero": zero, "batch": batch}
     varied = {name: values for name, values in given.items() if values}
     plans = plan_run(config, machine, nodes, varied, lengths)

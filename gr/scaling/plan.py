@@ -182,7 +182,8 @@ class Planner:
 
     def _paper(self, config: RunConfig, processes: int) -> tuple[Paper, str]:
         """The model, and a sentence where a table of it fits on no device."""
-        key = (processes, config.model_dump_json())
+        named = configs.to_dict(config)
+        key = (processes, *(str(named[part]) for part in ("model", "objective", "optimizer")))
         if key not in self._papers:
             on = self.machine.cluster(processes)
             try:
@@ -191,12 +192,23 @@ class Planner:
                 roomy = replace(on, hardware=replace(on.hardware, memory=UNBOUNDED), host_memory=UNBOUNDED)
                 rows = _by_rows(config)
                 self._papers[key] = Paper(rows, self.source.catalogue, roomy), str(error)
-        return self._papers[key]
+        paper, no_room = self._papers[key]
+        return paper.under(config), no_room
 
     def _rehearsed(self, paper: Paper, processes: int) -> tuple[np.ndarray, Rehearsal]:
         config = paper.config
         keep = Sharing.of(config, processes).keeps_gradients
-        key = (id(paper), keep)
+        named = configs.to_dict(config)
+        key = (
+            id(paper.model),
+            keep,
+            processes,
+            str(named["data"]),
+            *(
+                getattr(config.train, part)
+                for part in ("global_batch", "micro_batch_actions", "activation_checkpointing", "precision")
+            ),
+        )
         if key not in self._rehearsals:
             actions_G, share = self.source.batches(config, paper.model.needs, processes)
             self._rehearsals[key] = actions_G, paper.rehearse(share, keep)

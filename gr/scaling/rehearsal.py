@@ -12,6 +12,7 @@ Shapes: U rows of a view, D width, G targets of the global batch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -77,8 +78,12 @@ class Paper:
                     if isinstance(table, LocalTable):
                         table.keep_rows()
         self.model.train()
-        for stack in self.model.stacks():
-            stack.recompute = config.train.activation_checkpointing
+
+    def under(self, config: RunConfig) -> Paper:
+        """The same model where steps are taken as ``config`` says (its ``train``)."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     @property
     def dense(self) -> dict[str, int]:
@@ -89,6 +94,8 @@ class Paper:
         """A step on a process's ``share`` of a global batch.  keep_gradients: whether those of the network stay where
         they were formed until the step ends, or each is given away at once (whole tables' always stay)."""
         train, model = self.config.train, self.model
+        for stack in model.stacks():
+            stack.recompute = train.activation_checkpointing
         cuts = share.split(train.micro_batch_actions)
         batch, _ = model.learn(share, 0)
         parts = [model.supervise(part, KEY, KEY) for part in batch.split(train.micro_batch_actions)]

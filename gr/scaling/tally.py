@@ -121,6 +121,9 @@ def _of_kernel(named: Mapping[str, Any], squares: float, backward: bool) -> tupl
         own = rows is not None and rows.dim() == 2
         count = table.shape[0] if rows is None else rows.numel() // (len(queries) if own else 1)
         pairs = len(queries) * count
+        if "want_queries" in named:  # values, and gradients formed beside them
+            products = 1 + bool(named["want_queries"]) + bool(named["want_table"])
+            return 2.0 * pairs * queries.shape[1] * products, 0
         return 2.0 * pairs * queries.shape[1] * twice, pairs * queries.shape[1] * 4 * twice if own else 0
     return 0.0, 0
 

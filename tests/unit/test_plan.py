@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gr.scaling.machine import cpu, gpu
 from gr.scaling.memory import memory
 from gr.scaling.plan import Imagined, Planner
 from gr.scaling.rehearsal import Paper
+from gr.train.dry_run import dry_run
 from gr.train.parts import build
 from gr.train.planning import OfDataset
 
@@ -39,6 +41,17 @@ def test_the_memory_of_a_step_is_what_it_takes(config, kind):
     parts = build(run, processes)
     planned = Planner(run, OfDataset(parts.data), cpu(1)).plan(run, 1, {})
     assert measured_peak(run, parts, processes) == pytest.approx(planned.memory.peak, rel=0.1)
+
+
+def test_a_rehearsal_and_a_plan_agree(config, tmp_path, capsys):
+    dry_run(run := config("model.dim=32"))
+    said = re.search(r"memory as planned\W+([\d.]+) MiB", capsys.readouterr().out)
+    file, plans = tmp_path / "same.yaml", tmp_path / "plans.json"
+    file.write_text(configs.to_yaml(run))
+    asked = ["--config", str(file), "--gpu", "cpu", "--gpus-per-node", "1", "--json", str(plans)]
+    assert program.main(asked) == 0
+    (plan,) = json.loads(plans.read_text())
+    assert float(said[1]) == pytest.approx(plan["memory"]["peak"] / 2**20, rel=0.1)
 
 
 def expected(**more):
