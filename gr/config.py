@@ -85,6 +85,28 @@ class FollowSection(Section):
     give_up: POSITIVE = 7200
 
 
+class ExpectedSection(Section):
+    """What the dataset is going to hold, for plans of a run whose data aren't there yet (launch/plan.py): training
+    reads the dataset and looks at none of this.
+
+    lengths: of its users' sequences, the shortest, the longest and evenly spaced quantiles between (three of them are
+    the least, the median and the most).  columns: of actions beside the item; user_columns: of users; both hold
+    integers.  types: how many kinds of actions there are."""
+
+    items: POSITIVE
+    users: POSITIVE
+    lengths: Annotated[list[POSITIVE], Field(min_length=1)]
+    columns: list[str] = ["time"]
+    user_columns: list[str] = []
+    types: COUNT = 0
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ExpectedSection:
+        if sorted(self.lengths) != self.lengths:
+            raise ValueError("lengths are quantiles: give them from the shortest to the longest")
+        return self
+
+
 class DataSection(Section):
     """What is read.  ``max_length``: inputs kept of each sequence, the latest; its targets are as many.  transforms:
     which actions there are (filters), then what makes a training example of a sequence (samplers), in this order."""
@@ -98,6 +120,7 @@ class DataSection(Section):
     tail: Literal["keep", "drop"] = "keep"
     prefetch: POSITIVE = 4
     follow: FollowSection | None = None
+    expected: ExpectedSection | None = None
     ingest: component(registry.INGEST, "data.ingest") = Field(  # type: ignore[valid-type]
         default_factory=lambda: {"name": "arrow"}, validate_default=True
     )

@@ -23,12 +23,11 @@ from gr.embeddings import softmax
 from gr.embeddings.exchange import Exchange, Shard
 from gr.embeddings.fused import FusedRows, why_not
 from gr.embeddings.local import LocalTable
-from gr.embeddings.planned import PlannedTable, planned_processes
+from gr.embeddings.planned import PlannedTable, planned_cluster
 from gr.embeddings.ranks import Excluded, Excluding, best_rows, count_above, ranks_from, target_scores
 from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer, SparseGradient
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.table import Table, TableSpec, leaves, local_gradients
-from gr.embeddings.topology import imagined
 from gr.embeddings.torchrec_plan import Wanted, check_sharding, plan, shard
 from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
@@ -79,9 +78,8 @@ class TorchRecTable(Table):
         def build(self, spec: TableSpec, processes: Processes, **runtime: Any) -> Table:
             if self.sharding == "data_parallel":
                 return LocalTable(LocalTable.Config(), spec, processes)
-            if (count := planned_processes()) is not None:
-                on = imagined(self.topology, count, processes.local.size)
-                return PlannedTable(spec, plan(spec, _width(spec, self, count), self.wanted, on)[1])
+            if (on := planned_cluster(self.topology, processes.local.size)) is not None:
+                return PlannedTable(spec, plan(spec, _width(spec, self, on.processes), self.wanted, on)[1])
             return TorchRecTable(self, spec, processes)
 
         @property

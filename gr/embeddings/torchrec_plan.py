@@ -65,6 +65,10 @@ def import_torchrec() -> Any:
     return torchrec
 
 
+class NoRoom(UserError):
+    """No plan puts a table into the memory that there is."""
+
+
 # -- a plan --------------------------------------------------------------------------------------------------------
 
 
@@ -105,11 +109,11 @@ class TablePlan:
 def plan(spec: TableSpec, width: int, wanted: Wanted, on: Cluster) -> tuple[Any, TablePlan]:
     """TorchRec's plan of the one table, and what it says.  Needs no process group and no GPU, whatever ``on`` has.
 
-    Raises UserError where the table doesn't fit, with the nearest changes that would make it fit.
+    Raises NoRoom where the table doesn't fit, with the nearest changes that would make it fit.
     """
     found = _plan(spec, width, wanted, on)
     if found is None:
-        raise UserError(_no_room(spec, width, wanted, on), everywhere=True)
+        raise NoRoom(_no_room(spec, width, wanted, on), everywhere=True)
     return found
 
 

@@ -23,6 +23,7 @@ from gr.models.cut import Cut
 from gr_kernels.dispatch import Implementation, preferred
 from gr_kernels.jagged import jagged_dropout
 from gr_kernels.jagged.dropout.op import IMPLEMENTATIONS
+from gr_kernels.tracing import device_type
 
 _LEVELS = 1 << 16
 _DRAWN = 1 << 20  # numbers at a time, where most of them are for other processes
@@ -31,7 +32,7 @@ _DRAWN = 1 << 20  # numbers at a time, where most of them are for other processe
 def from_generator(device: torch.device, implementations: Sequence[Implementation]) -> bool:
     """Whether dropout on a device takes torch's generator: on the CPU, unless one of the operator's
     ``implementations`` is preferred."""
-    return device.type == "cpu" and preferred() not in {known.name for known in implementations}
+    return device_type(device) == "cpu" and preferred() not in {known.name for known in implementations}
 
 
 class Dropout(nn.Module):

@@ -34,6 +34,7 @@ from gr_kernels.fused_layer import gated_output, norm_linear_silu_parts
 from gr_kernels.fused_layer.op import IMPLEMENTATIONS as FUSED
 from gr_kernels.fused_layer.reference import keep_factors
 from gr_kernels.hstu_attention import TimeBuckets
+from gr_kernels.tracing import device_type
 
 EPS = 1e-6
 INIT_STD = 0.02
@@ -125,7 +126,7 @@ class Projection(Linear):
             self.widths,
             eps=EPS,
             # on GPUs memory is short: there LN(x) and its product with W are formed again in the backward pass
-            recompute=x_TD.device.type != "cpu",
+            recompute=device_type(x_TD.device) != "cpu",
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gr_kernels.counter_random import derive_key
+from gr_kernels.tracing import on_paper_now
 
 Initialiser = Callable[[Tensor, torch.Generator], object]
 
@@ -51,7 +52,10 @@ def initialise(model: nn.Module, seed: int) -> None:
 
     A module says how in ``initialisers() -> {own parameter name: Initialiser}``; torch's LayerNorm and GRU are
     known; modules with ``initialises_itself`` (tables) are left alone.  Raises TypeError for any other parameter.
+    On paper (gr_kernels.tracing) there is nothing to fill.
     """
+    if on_paper_now():
+        return
     for module_name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not own or getattr(module, "initialises_itself", False):

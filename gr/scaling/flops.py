@@ -1,4 +1,5 @@
-"""Floating-point operations of a training step of a retrieval model, from the real lengths of its sequences.
+"""Floating-point operations of a training step, from the real lengths of its sequences: the rules, and a retrieval
+model's sum.  Other models: gr/scaling/families.py.
 
 A multiplication and an addition are two operations.  What is counted is the model's own work:
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gr.config import RunConfig
 from gr.errors import UserError
@@ -58,6 +59,10 @@ class Flops:
     def total(self) -> float:
         return self.forward + self.backward
 
+    def without(self, name: str) -> float:
+        """All but a part."""
+        return sum(part.forward + part.backward for other, part in self.parts.items() if other != name)
+
 
 class Accounting:
     """What a step of ``config`` costs.  items: I, the rows of the catalogue.
@@ -84,10 +89,11 @@ class Accounting:
         self.stack_widths = sum(map(attention_widths, stacks))
 
     def step(self, lengths_B: Sequence[int] | np.ndarray, targets: int | None = None) -> Flops:
-        """lengths_B: of the inputs.  targets: that are predicted, one for each input where nothing is said."""
+        """lengths_B: of the inputs.  targets: that are predicted; where nothing is said one for each input, or of a
+        task that hides inputs the share that it hides on average."""
         n_B = np.asarray(lengths_B, np.float64)
         T, squares = float(n_B.sum()), float((n_B**2).sum())
-        S = T if targets is None else float(targets)
+        S = T * predicted(self.config) if targets is None else float(targets)
         objective = self.config.objective
         assert objective is not None
         scored = objective.component().scored(objective, int(S), self.items)  # type: ignore[attr-defined]
@@ -107,6 +113,14 @@ class Accounting:
         return attention(squares, widths, causal=self.causal)
 
 
+def predicted(config: RunConfig) -> float:
+    """Targets an input, on average (a sequence of which none was drawn hides its last action, which isn't counted)."""
+    task = config.model.task
+    if not task.component().masks:
+        return 1.0
+    return (1 - task.last_probability) * task.mask_probability
+
+
 def attention(squares: float, widths: int, *, causal: bool) -> Part:
     """squares: the sum of n^2 over sequences.  widths: the sum of H (Q + V) over layers."""
     forward = 2 * widths * squares / (2 if causal else 1)
@@ -118,10 +132,15 @@ def weights_of(module: nn.Module) -> int:
     found = 0
     for part in module.modules():
         if isinstance(part, Linear | nn.Linear):
-            found += part.weight.numel()
+            found += entries(part.weight)
         elif isinstance(part, nn.RNNBase):
-            found += sum(p.numel() for p in part.parameters() if p.dim() == 2)
+            found += sum(entries(p) for name, p in part.named_parameters() if name.startswith("weight"))
     return found
+
+
+def entries(parameter: Tensor) -> int:
+    """Numbers of a parameter, all of them where DeepSpeed has left this process a part."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def attention_widths(module: nn.Module) -> int:

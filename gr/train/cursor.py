@@ -13,7 +13,7 @@ class Cursor:
     """``generation``: the dataset's.  ``epoch``, ``batch``: the next global batch.  ``step``: optimiser steps done.
     ``data_digest``: chained over all global batches so far, the same for any number of processes.
     ``metrics_rows``: rows of metrics.jsonl so far.  ``best``: the best validation so far (gr.train.selection.best_of).
-    ``stale``: validations since."""
+    ``stale``: validations since.  ``flops``, ``tokens``: the model's operations, and real tokens, of all steps."""
 
     generation: str
     epoch: int = 0
@@ -24,6 +24,8 @@ class Cursor:
     best: dict[str, Any] = field(default_factory=dict)
     stale: int = 0
     finished: bool = False
+    flops: int = 0
+    tokens: int = 0
 
     def advance(self, batch_digest: str) -> None:
         self.batch += 1

@@ -14,14 +14,18 @@ from rich.table import Table
 from gr.config import RunConfig
 from gr.embeddings.planned import planning_for
 from gr.errors import UserError
+from gr.processes import Processes
 from gr.progress import clock
+from gr.scaling.machine import here
+from gr.scaling.plan import Planner
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import parameters
 from gr.train.folder import RunFolder
 from gr.train.job import running
 from gr.train.log import StepProgress
 from gr.train.memory import peak_bytes
-from gr.train.parts import build, build_model, open_data
+from gr.train.parts import Parts, build, build_model, open_data
+from gr.train.planning import OfDataset
 from gr.train.plans import plans_of, shown
 from gr.train.trainer import Trainer
 
@@ -45,6 +49,7 @@ def dry_run(config: RunConfig) -> None:
             trainer.progress.close()
             trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
             first_epoch = _first_epoch(trainer)
+            planned = _planned(config, parts, processes)
             seconds, losses, shapes = [], [], []
             with parts.batches.opened(processes), closing(parts.batches.epoch(first_epoch)) as batches:
                 for batch in islice(batches, TIMED_STEPS):
@@ -74,6 +79,7 @@ def dry_run(config: RunConfig) -> None:
         for name, values in named.items():
             table.add_row(f"  {name.removeprefix('model/')}", " x ".join(map(str, values.shape)))
         table.add_row("peak memory", f"{peak_bytes(processes.device) / 2**20:,.0f} MiB")
+        table.add_row("memory as planned", planned)
         table.add_row("loss of the first step", f"{losses[0]:.4f}")
         table.add_row("seconds a step", f"{per_step:.3f} (first {seconds[0]:.3f})")
         table.add_row("steps", f"{steps:,} ({first:,} in the first epoch)")
@@ -81,6 +87,23 @@ def dry_run(config: RunConfig) -> None:
         Console().print(table)
         if plans := plans_of(parts.model.tables.values()):
             Console().print(shown(plans))
+
+
+def _planned(config: RunConfig, parts: Parts, processes: Processes) -> str:
+    """What launch/plan.py would say: what a step's tensors take on the fullest process, without interpreter and
+    libraries."""
+    if not processes.is_main:
+        return ""
+    try:
+        machine = here(processes)
+        plan = Planner(config, OfDataset(parts.data), machine).plan(
+            config, processes.world.size, {}, advise=False
+        )
+    except UserError as error:
+        return f"not known: {error}"
+    named = sorted(plan.memory.parts.items(), key=lambda part: -part[1])
+    largest = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in named[:4])
+    return f"{plan.memory.peak / 2**20:,.1f} MiB of tensors: {largest}"
 
 
 def _first_epoch(trainer: Trainer) -> int:

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 CHANGEABLE = (
     *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest", "data.follow"),
+    "data.expected",
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
     *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
     *("train.context", "train.timeout", "train.activation_checkpointing", "model.input.features.*.table"),

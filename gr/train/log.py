@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from gr.processes import Processes
 from gr.progress import Progress, default_progress
 from gr.train.exposition import Exposition
 from gr.train.folder import RunFolder, append_rows
+from gr.train.work import Done
 
 DATA_BOUND = 0.05
 """A run that waits for data longer than this share of its time is bound by it: batches read ahead cost no wait."""
@@ -87,20 +88,32 @@ class StepProgress:
     def __init__(self, total_steps: int, done: int, active: bool):
         self.window = Window()
         self.waits = Waits()
-        self._step = done
+        self._step, self._active = done, active
         self._held = ExitStack()
         progress = default_progress(sys.stdout) if active else Progress()
         self._stage = self._held.enter_context(progress.stage("training", total_steps, "steps", done))
 
-    def update(self, epoch: int, epochs: int, step: int, loss: float, samples: int, actions: int) -> None:
-        """After step number ``step`` with the global batch's ``samples`` sequences and ``actions`` targets; loss: the
-        last one that was read."""
-        self.window.add(samples, actions)
+    def update(
+        self,
+        epoch: int,
+        epochs: int,
+        step: int,
+        loss: float,
+        samples: int,
+        actions: int,
+        *,
+        done: Done = Done(),
+        status: Callable[[], str] | None = None,
+    ) -> None:
+        """After step number ``step`` with the global batch's ``samples`` sequences and ``actions`` targets, and the
+        work that was ``done``; loss: the last one that was read; status: says more of the rates."""
+        self.window.add(samples, actions, done.flops, done.padded)
         shown = "-" if math.isnan(loss) else f"{loss:.4f}"  # none was read since a resume
-        self._stage.show(
+        text = (
             f"epoch {epoch + 1}/{epochs}, loss {shown}, "
             f"{self.window.samples_per_s:,.0f} samples/s, {self.window.actions_per_s:,.0f} tokens/s"
         )
+        self._stage.show(text if status is None or not self._active else f"{text}, {status()}")
         self._stage.advance(step - self._step)
         self._step = step
 
@@ -160,7 +173,7 @@ class Window:
 
     def __init__(self) -> None:
         self._paused = 0.0
-        self._marks = [(self._now(), 0, 0)]
+        self._marks = [(self._now(), 0, 0, 0, 0)]
 
     def _now(self) -> float:
         """A clock that stands still in pauses."""
@@ -174,9 +187,9 @@ class Window:
         finally:
             self._paused += time.perf_counter() - start
 
-    def add(self, samples: int, actions: int) -> None:
-        _, s, a = self._marks[-1]
-        self._marks.append((self._now(), s + samples, a + actions))
+    def add(self, samples: int, actions: int, flops: int = 0, padded: int = 0) -> None:
+        _, s, a, f, p = self._marks[-1]
+        self._marks.append((self._now(), s + samples, a + actions, f + flops, p + padded))
         while len(self._marks) > 2 and self._marks[-1][0] - self._marks[1][0] > 10:
             self._marks.pop(0)
 
@@ -186,3 +199,5 @@ class Window:
 
     samples_per_s = property(lambda self: self._rate(1))
     actions_per_s = property(lambda self: self._rate(2))
+    flops_per_s = property(lambda self: self._rate(3))
+    padded_per_s = property(lambda self: self._rate(4))

@@ -36,6 +36,7 @@ from gr.train.schedule import rate_factor
 from gr.train.selection import best_of, better, comparable, family_of, selection_metric
 from gr.train.stopping import StopSignal
 from gr.train.watch import Watch
+from gr.train.work import PFLOP_DAY, Done, Work, said
 from gr.train.writer import CheckpointWriter
 from gr_kernels.counter_random import derive_key
 
@@ -72,6 +73,7 @@ class Trainer:
             )
         )
         self.progress = StepProgress(self.total_steps, cursor.step, processes.is_main)
+        self.work = Work(parts.model, config, processes)
         self.writer = CheckpointWriter(folder, config, processes, self.progress.say)
         self.last_loss = float("nan")
         self._unchecked: tuple[HostCopy, GlobalBatch] | None = None
@@ -141,18 +143,25 @@ class Trainer:
             )
             for number, part in enumerate(self._micro_batches(share))
         ]
-        targets, stops = self._agree([sum(part.count for part in parts), int(stop)])
+        own = sum(part.count for part in parts)
+        targets, stops, *sums = self._agree([own, int(stop), *self.work.own(share.lengths, own)])
+        done = self.work.done(sums, targets)
         loss = self.engine.forward_backward(parts, StepContext(key, self._candidates(parts)), targets)
         norm = self.engine.step(rate_factor(self.config.schedule, cursor.step, self.total_steps))
         self._unchecked = (loss, batch)
         cursor.advance(batch.digest)
+        cursor.flops, cursor.tokens = cursor.flops + done.flops, cursor.tokens + done.tokens
         if self.engine.skipped:  # everybody's did
             self._stop_broken("update")
 
         if self._due(self.config.log.every_steps) or cursor.step == 1:
-            self._log(loss, norm, batch, targets, time.perf_counter() - started)
+            self._log(loss, norm, batch, targets, done, time.perf_counter() - started)
         self.progress.waits.spent += time.perf_counter() - started
-        self.progress.update(cursor.epoch, self.epochs, cursor.step, self.last_loss, batch.samples, targets)
+        self.progress.update(
+            *(cursor.epoch, self.epochs, cursor.step, self.last_loss, batch.samples, targets),
+            done=done,
+            status=self._rates_said,
+        )
         if self._due(TRIM_STEPS):
             give_back_freed_memory()
         self.writer.poll()
@@ -253,16 +262,16 @@ class Trainer:
             parts += [share.slice(0, 0)] * (most - len(parts))
         return parts
 
-    def _agree(self, values: list[int]) -> tuple[int, int]:
-        """Targets of the global batch and stop requests over ranks; raises if any rank's previous loss was broken, or
-        a checkpoint could not be written."""
+    def _agree(self, values: list[int]) -> list[int]:
+        """Sums over ranks (targets, stop requests, work); raises if any rank's previous loss was broken, or a
+        checkpoint could not be written."""
         unwritten = int(self.writer.failed)
-        targets, stops, broken, unwritten = self._sum([*values, int(self._is_broken()), unwritten])
+        *sums, broken, unwritten = self._sum([*values, int(self._is_broken()), unwritten])
         if broken:
             self._stop_broken("loss")
         if unwritten:
             self.writer.wait()
-        return targets, stops
+        return sums
 
     def _candidates(self, parts: list[Supervised]) -> Tensor | None:
         if not self.model.needs_global_targets:
@@ -275,6 +284,7 @@ class Trainer:
         norm: Tensor | None,
         batch: GlobalBatch,
         targets: int,
+        done: Done,
         seconds: float,
     ):
         (total,) = self.processes.world.sum([loss.item()])
@@ -290,6 +300,9 @@ class Trainer:
             "lr": self.engine.rate,
             "samples": batch.samples,
             "targets": targets,
+            "tokens": done.tokens,
+            "flops": done.flops,
+            "pflop_days": cursor.flops / PFLOP_DAY,
             "data_digest": cursor.data_digest,
         }
         if norm is not None:
@@ -308,8 +321,13 @@ class Trainer:
                 "wait_s": round(self.progress.waits.last, 5),
                 "samples_per_s": round(window.samples_per_s, 1),
                 "tokens_per_s": round(window.actions_per_s, 1),
+                **self.work.rates(window.flops_per_s, window.padded_per_s),
             }
         )
+
+    def _rates_said(self) -> str:
+        window = self.progress.window
+        return said(self.work.rates(window.flops_per_s, window.padded_per_s), self.cursor.flops)
 
     def _log_epoch(self) -> None:
         """The digest of all global batches up to an epoch's end: equal where two runs saw the same in one order."""

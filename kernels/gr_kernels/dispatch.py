@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from gr_kernels.tracing import device_type
+
 # What preferring() takes: names that several operators use for the same kind of implementation.
 PREFERENCES = ("auto", "cuda", "triton", "cpp", "reference")
 
@@ -145,7 +147,7 @@ def choose(
     for candidate in implementations:
         if name not in ("auto", candidate.name):
             continue
-        if name == "auto" and candidate.device not in ("", device.type):
+        if name == "auto" and candidate.device not in ("", device_type(device)):
             obstacle = f"it is for {candidate.device} and the tensors are on {device}"
         else:
             obstacle = candidate.obstacle(*arguments)

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "gr.scaling": KNOWN_TO_ALL | LOWER | {"gr.data", "gr.models", "gr.eval"},
     "gr.train": KNOWN_TO_ALL | LOWER | {"gr.data", "gr.models", "gr.eval", "gr.scaling"},
     "gr.doctor": BOTTOM,
-    "gr.programs": KNOWN_TO_ALL | {"gr.data", "gr.eval", "gr.train", "gr.doctor"},
+    "gr.programs": KNOWN_TO_ALL | {"gr.data", "gr.eval", "gr.scaling", "gr.train", "gr.doctor"},
     "gr.__main__": {"gr.errors", "gr.programs"},
 }
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "ray", "deepspeed", "transformers", "triton")

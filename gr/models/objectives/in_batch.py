@@ -24,6 +24,7 @@ from gr.models.objectives.objective import Objective
 from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.models.tasks import Supervision
+from gr_kernels.tracing import with_numbers
 
 
 class InBatchDebiased(Objective):
@@ -47,7 +48,10 @@ class InBatchDebiased(Objective):
     def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
         super().__init__(similarity)
         self.items = catalogue.rows
-        log_p_I = popularity(catalogue.training_counts)[1].log() if config.logq else torch.zeros(self.items)
+        with with_numbers():
+            log_p_I = (
+                popularity(catalogue.training_counts)[1].log() if config.logq else torch.zeros(self.items)
+            )
         self.register_buffer("log_p_I", log_p_I, persistent=False)
 
     def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:

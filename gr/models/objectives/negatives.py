@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gr.models.model import Catalogue
 from gr.models.tasks import Supervision
 from gr_kernels.counter_random import derive_key, uniform_integers
+from gr_kernels.tracing import with_numbers
 
 Sampling = Literal["uniform", "popularity"]
 _MAX_HIGH = (1 << 31) - 1  # draws are int32
@@ -29,11 +30,12 @@ class NegativeSampler(nn.Module):
         super().__init__()
         self.items = catalogue.rows
         self.popularity = sampling == "popularity"
-        ends_I, shares_I = popularity(catalogue.training_counts) if self.popularity else (None, None)
-        self.register_buffer("ends_I", ends_I, persistent=False)
-        self.register_buffer("log_q_I", None if shares_I is None else shares_I.log(), persistent=False)
-        if ends_I is not None:
-            self.tickets = int(ends_I[-1])
+        with with_numbers():  # draws hang on them
+            ends_I, shares_I = popularity(catalogue.training_counts) if self.popularity else (None, None)
+            self.register_buffer("ends_I", ends_I, persistent=False)
+            self.register_buffer("log_q_I", None if shares_I is None else shares_I.log(), persistent=False)
+            if ends_I is not None:
+                self.tickets = int(ends_I[-1])
 
     def own(self, key: int, supervision: Supervision, negatives: int) -> Tensor:
         """(S, 1 + K) int32: each target, then negatives drawn for it alone."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr_kernels.tracing import constant_when_traced
+from gr_kernels.tracing import constant_when_traced, device_type, on_paper_now
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_SHARED = 166_912  # bytes a block: an A100's
@@ -80,6 +80,8 @@ def why_unavailable(device: torch.device) -> str:
     They can on NVIDIA GPUs of compute capability 8.0 and later with an A100's shared memory, where Triton finds a C
     compiler to build its launcher with, and in Triton's interpreter, which is for tests.
     """
+    if on_paper_now() and device_type(device) == "cuda":
+        return ""
     if not _installed():
         return "triton isn't installed"
     if interpreting():

@@ -1,0 +1,154 @@
+"""Plans on paper: what they say of small runs is what these take, and of a cluster what can be told by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks.training.planned_memory import measured_peak
+from gr import config as configs
+from gr.processes import Processes
+from gr.programs import plan as program
+from gr.scaling.imagined import drawn_lengths, heaviest_share
+from gr.scaling.machine import cpu, gpu
+from gr.scaling.memory import memory
+from gr.scaling.plan import Imagined, Planner
+from gr.scaling.rehearsal import Paper
+from gr.train.dry_run import dry_run
+from gr.train.parts import build
+from gr.train.planning import OfDataset
+
+pytest.importorskip("torchrec")
+
+KINDS = {
+    "adamw": [],
+    "recompute, lazy": [
+        "train.activation_checkpointing=true",
+        "optimizer.name=lazy_adam",
+        "model.encoder.layers=4",
+    ],
+    "micro-batches": ["train.micro_batch_actions=96", "objective=full_softmax"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_of_a_step_is_what_it_takes(config, kind):
+    run = config("model.dim=64", "train.global_batch=64", "model.encoder.qk_dim=32", *KINDS[kind])
+    processes = Processes(torch.device("cpu"))
+    parts = build(run, processes)
+    planned = Planner(run, OfDataset(parts.data), cpu(1)).plan(run, 1, {})
+    assert measured_peak(run, parts, processes) == pytest.approx(planned.memory.peak, rel=0.1)
+
+
+def test_a_rehearsal_and_a_plan_agree(config, tmp_path, capsys):
+    dry_run(run := config("model.dim=32"))
+    said = re.search(r"memory as planned\W+([\d.]+) MiB", capsys.readouterr().out)
+    file, plans = tmp_path / "same.yaml", tmp_path / "plans.json"
+    file.write_text(configs.to_yaml(run))
+    asked = ["--config", str(file), "--gpu", "cpu", "--gpus-per-node", "1", "--json", str(plans)]
+    assert program.main(asked) == 0
+    (plan,) = json.loads(plans.read_text())
+    assert float(said[1]) == pytest.approx(plan["memory"]["peak"] / 2**20, rel=0.1)
+
+
+def expected(**more):
+    data = {"path": "nowhere", "max_length": 64}
+    data["expected"] = {"items": 10_000_000, "users": 1000, "lengths": [8, 32, 64]}
+    return configs.from_dict(
+        {
+            "data": data,
+            "model": {
+                "dim": 64,
+                "table": {"name": "torchrec", "sharding": "row_wise"},
+                "encoder": {"name": "hstu", "layers": 3, "heads": 2, "qk_dim": 32, "v_dim": 32},
+            },
+            "objective": {"name": "sampled_softmax", "negatives": 16},
+            "optimizer": {"name": "rowwise_adagrad"},
+            "train": {"global_batch": 256, "precision": "bf16", **more},
+        }
+    )
+
+
+def test_a_plan_for_a_cluster_adds_up_as_by_hand():
+    run = expected()
+    plan = Planner(run, Imagined(run), gpu("h100", 80)).grid([2], {})[0]
+    (table,) = plan.tables
+    assert plan.fits and len({part.rank for part in table.held}) == 16
+    rows, dense = 10_000_000 / 16, plan.parameters - 64 * 10_000_000
+    kept = plan.memory.kept
+    assert (kept["table rows"], kept["table moments"]) == (4 * rows * 64, 4 * rows)
+    assert kept["dense parameters"] == kept["dense gradients"] == kept["dense moments"] / 2 == 4 * dense
+    sent = {exchange.name: exchange.sent for exchange in plan.exchanges}
+    assert sent["dense gradients"] == 2 * 4 * dense * 15 / 16
+    assert sent["rows of items"] == 4 * 64 * plan.rehearsal.rows["items"] * 15 / 16
+    lengths = drawn_lengths([8, 32, 64], 256, 64)
+    assert plan.tokens == lengths.sum() and abs(lengths.mean() - 34) < 0.5
+    assert plan.time.seconds > 0 and 0 < plan.mfu < 1
+    hours = plan.budget(1e9, 2.0)
+    assert hours["cost"] == pytest.approx(hours["days"] * 24 * 16 * 2.0)
+
+
+def test_what_is_shared_out_is_kept_once_and_what_does_not_fit_is_said_with_what_would():
+    run = expected()
+    planner = Planner(run, Imagined(run), gpu("h100", 80))
+    kept = {}
+    for stage in range(4):
+        kept[stage] = planner.grid([1], {"zero": [stage]})[0].memory.kept
+    assert kept[1]["dense moments"] == kept[0]["dense moments"] / 8
+    assert kept[2]["dense gradients"] == kept[0]["dense gradients"] / 8
+    assert kept[3]["dense parameters"] == kept[0]["dense parameters"] / 8
+    large = configs.override(expected(global_batch=2048), ["data.expected.items=10000"])
+    room = 0.9 * Planner(large, Imagined(large), gpu("h100")).grid([1], {})[0].memory.peak / 2**30
+    tight = Planner(large, Imagined(large), gpu("h100", room)).grid([1], {})[0]
+    assert not tight.fits and "most are activations and gradients" in tight.problem
+    assert any(remedy.startswith("train.activation_checkpointing=true") for remedy in tight.remedies)
+    without = Planner(run, Imagined(run), gpu("h100", 0.25)).grid([1], {})[0]
+    assert "no plan puts table 'items'" in without.problem and without.remedies[0].startswith("2 nodes")
+
+
+def test_a_step_on_more_rows_takes_more():
+    run = expected()
+    paper = Paper(run, Imagined(run).catalogue, gpu("h100").cluster(8))
+    source = Imagined(run)
+    found = [paper.rehearse(source.batches(run, paper.model.needs, n)[1]) for n in (16, 8)]
+    assert found[0].working < found[1].working and found[0].rows["items"] < found[1].rows["items"]
+    assert memory(paper, found[0]).peak < memory(paper, found[1]).peak
+    assert heaviest_share(drawn_lengths([4], 7, 9), 3).tolist() == [4, 4, 4]
+    assert heaviest_share(drawn_lengths([1, 9], 4, 9), 2).tolist() == [8, 2]
+
+
+def test_the_program_prints_tables_and_writes_files(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(configs.to_yaml(expected()))
+    asked = ["--config", str(file), "--nodes", "1,2", "--zero", "0,1", "--tokens", "1e9", "--price", "2"]
+    asked += ["--json", str(tmp_path / "plans.json"), "--plot", str(tmp_path / "plans")]
+    assert program.main(asked) == 0
+    plans = json.loads((tmp_path / "plans.json").read_text())
+    speeds = [plan["tokens_per_second"] / plan["processes"] for plan in plans]
+    assert len(plans) == 4 and speeds == sorted(speeds, reverse=True)
+    assert (tmp_path / "plans.png").stat().st_size > 10_000 and (tmp_path / "plans.svg").exists()
+    out = capsys.readouterr().out
+    assert "4 plans, best first" in out and "by TorchRec's planner" in out and "all to all" in out
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (["--nodes", "x"], "--nodes x: give whole numbers"),
+        (["--gpu", "v100"], "nothing is known of a GPU 'v100'"),
+        (["--machine", "sped=1"], "a machine has no 'sped': did you mean 'speed'?"),
+        (["--zero", "4"], "stages are 0 to 3"),
+        (["--nodes", "64"], "fewer sequences than 512 processes"),
+        (["data.expected=null"], "there is no dataset at 'nowhere'"),
+        (["model.table=mapped"], "use model.table=torchrec"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, asked, says):
+    file = tmp_path / "run.yaml"
+    file.write_text(configs.to_yaml(expected()))
+    assert program.main(["--config", str(file), *asked]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
