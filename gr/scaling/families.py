@@ -182,10 +182,11 @@ def _two_tower(account: ModelAccounting, actions_B: Array, targets: int | None) 
     if isinstance(network, IntTower):
         config = network.config
         heads = len(network.used) * config.heads
-        found = _sum(found, _products(S, heads * config.item_heads * config.head_dim))
+        # of MaxSim forward alone: backward a head gets the one that it met, which is looked up
+        found = _sum(found, Part(2 * S * heads * config.item_heads * config.head_dim, 0.0))
         if (
             config.cir
-        ):  # at most: every liked impression meets all items, and how many are liked lengths don't tell
+        ):  # at most: each liked impression meets all items, and how many are liked lengths don't tell
             found = _sum(found, _products(S * S, config.tower[-1]))
     return {"linear": found} if cross is None else {"linear": found, "cross": cross}
 
