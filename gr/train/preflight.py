@@ -90,7 +90,8 @@ def _differing(everybodys: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]
 
 
 def facts(config: RunConfig | None, device: torch.device) -> dict[str, Any]:
-    """Of this process.  Numbers are what may differ."""
+    """Of this process: what must be the same everywhere, and what may differ.  Without a ``config`` nothing is known of
+    the data and of the run's folder."""
     found: dict[str, Any] = {"host": host(), "gr": gr.__version__, "code of gr": code_digest()}
     found["Python"] = platform.python_version()
     found |= {name: installed_version(name) for name in PACKAGES}

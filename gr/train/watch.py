@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from statistics import median
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
@@ -66,14 +66,13 @@ class Watch:
         self.patience = min(30.0, self.timeout / 3)
         self.phase, self.step = "starting", 0
         self.hosts = [host()]
-        self.seen: dict[int, Standing] = {}
         self._others = _Courier(processes, self) if processes.world.size > 1 else None
         self._main = threading.main_thread().ident
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._folder: RunFolder | None = None
         self._file: TextIO | None = None
-        self._handler: logging.Handler | None = None
+        self._handlers: list[logging.Handler] = []  # of the logger, as long as this
         self._beat, self._worked, self._stood = 0, 0.0, 0.0
         self._place, self._waits = "", False
         self._waited = Standing()  # the last one that did
@@ -108,12 +107,14 @@ class Watch:
                 self._others.end()
                 if kind is None:  # nobody asks the store any more, which may end with the first process
                     self.processes.barrier()
-            if self._handler is not None:
-                logging.getLogger("gr").removeHandler(self._handler)
+            for handler in self._handlers:
+                logging.getLogger("gr").removeHandler(handler)
             if self._file is not None:
-                self._file.close()
+                with contextlib.suppress(OSError):
+                    self._file.close()
 
     def at(self, phase: str, step: int) -> None:
+        """What is begun, in or after which step."""
         self.phase, self.step = phase, step
 
     def attach(self, folder: RunFolder, config: str) -> None:
@@ -125,14 +126,14 @@ class Watch:
         logs = folder.here / "logs"
         logs.mkdir(exist_ok=True)
         self._file = (logs / f"rank-{self.rank:05d}.log").open("a", buffering=1)
-        self._handler = logging.StreamHandler(self._file)
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger = logging.getLogger("gr")
-        if (
-            not logger.hasHandlers() and logging.lastResort is not None
-        ):  # which a handler of one's own puts aside
-            logger.addHandler(logging.lastResort)
-        logger.addHandler(self._handler)
+        own, logger = logging.StreamHandler(self._file), logging.getLogger("gr")
+        own.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        own.handleError = lambda record: None  # type: ignore[method-assign]  # a logger can never kill a run
+        if not logger.hasHandlers() and logging.lastResort is not None:  # it steps aside for any other
+            self._handlers.append(logging.lastResort)
+        self._handlers.append(own)
+        for handler in self._handlers:
+            logger.addHandler(handler)
         job, number = attempt()
         versions = {name: installed_version(name) for name in PACKAGES}
         self.note(
@@ -142,13 +143,13 @@ class Watch:
         )
 
     def note(self, text: str) -> None:
-        """A line for this rank's own file."""
+        """A line for this rank's own file, as far as there is room."""
         if self._file is not None:
-            self._file.write(
-                f"{time.strftime('%Y-%m-%d %H:%M:%S')},{time.time() % 1:.3f} {text}\n".replace(",0.", ",")
-            )
+            with contextlib.suppress(OSError):
+                self._file.write(f"{datetime.now().isoformat(' ', 'milliseconds')} {text}\n")
 
     def standing(self) -> Standing:
+        """Of this rank, as it was last looked at."""
         if self._last is not None:
             return self._last
         exchanges = self._others.exchanges() if self._others is not None else 0
@@ -324,12 +325,9 @@ class Watch:
         if _LOST.search(text):
             peer = _PEER.search(text)
             named = [name for name in dict.fromkeys(self.hosts) if peer and f"({peer[1]})" in name]
-            whom = (
-                f"the processes on {named[0]}"
-                if named and len(set(self.hosts)) > 1
-                else "the other processes"
-            )
-            self.note(f"{text.splitlines()[0]}")
+            several = named and len(set(self.hosts)) > 1
+            whom = f"the processes on {named[0]}" if several else "the other processes"
+            self.note(text.splitlines()[0])
             raise UserError(
                 f"rank {self.rank} lost {whom}: one of them ended and said why; then go on with --resume"
             ) from error
