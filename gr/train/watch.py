@@ -103,6 +103,8 @@ class Watch:
             self._ended.set()
             if self._thread is not None:
                 self._thread.join(2)
+            self.phase = "ended" if kind is None else "ended in an error"
+            self._write_heart()
             if self._others is not None:
                 self._others.end()
                 if kind is None:  # nobody asks the store any more, which may end with the first process
@@ -298,11 +300,13 @@ class Watch:
 
     def _heart(self, now: float) -> None:
         """heartbeat.json, new only where something has moved: an old one means a run that stands."""
-        if self._folder is None or not self.processes.is_main or now - self._hearts < HEART_SECONDS:
+        if now - self._hearts >= HEART_SECONDS and self._moved >= self._hearts:
+            self._hearts = now
+            self._write_heart()
+
+    def _write_heart(self) -> None:
+        if self._folder is None or not self.processes.is_main:
             return
-        if self._moved < self._hearts:
-            return
-        self._hearts = now
         file = self._folder.here / "heartbeat.json"
         scratch = file.with_name(".heartbeat.json.writing")
         content = {"time": round(time.time(), 1), "step": self.step, "phase": self.phase, "pid": os.getpid()}
