@@ -182,7 +182,8 @@ def _two_tower(account: ModelAccounting, actions_B: Array, targets: int | None) 
     if isinstance(network, IntTower):
         config = network.config
         heads = len(network.used) * config.heads
-        found = _sum(found, _products(S, heads * config.item_heads * config.head_dim))
+        # its gradient is a matter of rows (gr.models.two_tower.layers.max_similarity)
+        found = _sum(found, Part(2 * S * heads * config.item_heads * config.head_dim, 0.0))
         if (
             config.cir
         ):  # at most: every liked impression meets all items, and how many are liked lengths don't tell

@@ -68,6 +68,9 @@ class ImaginedCatalogue:
     def codes(self, name: str) -> Tensor:
         raise UserError(self._nothing(name))
 
+    def numbers(self, name: str) -> Tensor:
+        raise UserError(self._nothing(name))
+
     def column(self, name: str) -> Any:
         raise UserError(self._nothing(name))
 
