@@ -45,7 +45,7 @@ RUNS: list[tuple[str, str, int, list[str]]] = [
     ("HSTU, DDP", "hstu", 2, []),
     ("HSTU, rows dealt out", "hstu, sharded, adagrad", 4, []),
 ]
-WARM_UP, STEPS = 2, 7
+WARM_UP, STEPS, COLLECTIVES = 2, 7, 50
 
 
 def run_config(base: str, data: Path, overrides: list[str]) -> RunConfig:
@@ -74,11 +74,22 @@ def member(options: argparse.Namespace) -> None:
     config = run_config(options.base, options.data, options.overrides)
     with processes("cpu", 1) as joined:
         medians = joined.everybodys(statistics.median(seconds_of_steps(config, joined)))
+        collectives = joined.everybodys(seconds_of_a_collective(joined))
         if joined.is_main:
-            print(json.dumps({"seconds": statistics.mean(medians)}), flush=True)
+            found = {"seconds": statistics.mean(medians), "collective": statistics.mean(collectives)}
+            print(json.dumps(found), flush=True)
 
 
-def measured(base: str, data: Path, count: int, overrides: list[str]) -> float:
+def seconds_of_a_collective(joined: Processes) -> float:
+    """CPU seconds that an exchange of next to nothing takes."""
+    joined.barrier()
+    started = time.process_time()
+    for _ in range(COLLECTIVES):
+        joined.world.add_up(torch.ones(256))
+    return (time.process_time() - started) / COLLECTIVES
+
+
+def measured(base: str, data: Path, count: int, overrides: list[str]) -> dict[str, float]:
     command = [sys.executable, __file__, "--base", base, "--data", str(data), *overrides]
     if count > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
@@ -87,15 +98,16 @@ def measured(base: str, data: Path, count: int, overrides: list[str]) -> float:
     )
     if done.returncode:
         raise SystemExit(done.stderr)
-    return float(
-        json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))["seconds"]
-    )
+    found: dict[str, float] = json.loads(next(x for x in done.stdout.splitlines() if x.startswith("{")))
+    return found
 
 
-def planned(base: str, data: Path, count: int, overrides: list[str]) -> dict[str, float]:
+def planned(base: str, data: Path, count: int, overrides: list[str], collective: float) -> dict[str, float]:
     config = run_config(base, data, overrides)
     parts = build(config, Processes(torch.device("cpu")))
-    plan = Planner(config, OfDataset(parts.data), calibrated(count)).plan(config, count, {})
+    machine = calibrated(count)
+    machine = machine.changed([f"collective={collective!r}"]) if count > 1 else machine
+    plan = Planner(config, OfDataset(parts.data), machine).plan(config, count, {})
     parts_of = {name: getattr(plan.time, name) for name in ("compute", "memory", "calls", "network")}
     return {"planned": plan.time.seconds, **parts_of, "flops": plan.flops}
 
@@ -121,8 +133,9 @@ def main() -> None:
             if options.only and name not in options.only:
                 continue
             taken = measured(base, data, count, overrides)
-            on_paper = planned(base, data, count, overrides)
-            found.append({"run": name, "processes": count, "measured": taken, **on_paper})
+            on_paper = planned(base, data, count, overrides, taken["collective"])
+            found.append({"run": name, "processes": count, "measured": taken["seconds"], **on_paper})
+            found[-1]["collective"] = taken["collective"]
             print(found[-1], flush=True)
     table = Table(title="CPU seconds of a step, one thread a process (ms)", title_justify="left")
     for heading in ("run", "processes", "planned", "measured", "off"):

@@ -19,7 +19,7 @@ from gr_kernels.hstu_attention import hstu_attention
 
 SECONDS = 0.1
 """Of each measurement."""
-T, D, E = 4096, 64, 256
+T, D, E = 8192, 64, 256
 N, H, Q = 100, 2, 32
 TINY = 16
 
@@ -37,8 +37,8 @@ def seconds_of(step: Callable[[], object], budget: float = SECONDS) -> float:
 
 def calibrated(per_machine: int = 1) -> Machine:
     """This machine, with one thread a process: products of the shapes that models have and attention, forward and
-    backward; what goes through a tensor number by number (a sum, a product, a norm, an exponential, a draw); and what
-    starting an operation takes."""
+    backward; what goes through a tensor number by number (a sum, a product, an activation, a norm and an exponential
+    with their gradients, a draw); and what starting an operation takes."""
     x_TD, w_ED = torch.randn(T, D, requires_grad=True), torch.randn(E, D, requires_grad=True)
     d_TE = torch.ones(T, E)
     products = 3 * 2 * T * D * E / seconds_of(lambda: F.linear(x_TD, w_ED).backward(d_TE))
@@ -51,15 +51,16 @@ def calibrated(per_machine: int = 1) -> Machine:
         out_THQ.backward(d_THQ)
 
     attention = (1 + ATTENTION_BACKWARD) * attending / seconds_of(attend)
-    y_TE, words_T = torch.randn(T, E), torch.empty(T * E // 8, dtype=torch.int64)
+    y_TE, z_TE = torch.randn(T, E), torch.randn(T, E, requires_grad=True)
+    words = torch.empty(T * E // 4, dtype=torch.int64)
     size = 4 * y_TE.numel()
     mixed = [
         (3 * size, lambda: y_TE + y_TE),
-        (3 * size, lambda: y_TE * y_TE),
-        (2 * size, lambda: F.silu(y_TE)),
-        (2 * size, lambda: F.layer_norm(y_TE, (E,))),
-        (2 * size, lambda: F.log_softmax(y_TE, 1)),
-        (size, lambda: words_T.random_(-(1 << 63), None)),
+        (3 * size, lambda: y_TE * d_TE),
+        (5 * size, lambda: F.silu(z_TE).backward(d_TE)),
+        (5 * size, lambda: F.layer_norm(z_TE, (E,)).backward(d_TE)),
+        (5 * size, lambda: F.log_softmax(z_TE, 1).backward(d_TE)),
+        (2 * T * E, lambda: words.random_(-(1 << 63), None)),
     ]
     moved = sum(moved for moved, _ in mixed) / sum(seconds_of(step, SECONDS / 4) for _, step in mixed)
     tiny = torch.randn(TINY, requires_grad=True)

@@ -182,7 +182,7 @@ def _two_tower(account: ModelAccounting, actions_B: Array, targets: int | None) 
     if isinstance(network, IntTower):
         config = network.config
         heads = len(network.used) * config.heads
-        # of MaxSim forward alone: backward a head gets the one that it met, which is looked up
+        # its gradient is a matter of rows (gr.models.two_tower.layers.max_similarity)
         found = _sum(found, Part(2 * S * heads * config.item_heads * config.head_dim, 0.0))
         if (
             config.cir

@@ -38,7 +38,7 @@ class Machine:
     its memory, to the devices of the same machine, and to other machines.  per_machine: devices.  host_memory: bytes of
     a machine.  products, attention, moved, exchanged: what is counted on of the ceilings, as shares: by matrix
     products, by attention, of the memory's speed, and of links and network.  call: seconds that starting an
-    operation takes; on a GPU while the one before runs.
+    operation takes; on a GPU while the one before runs.  collective: that an exchange takes beside its bytes.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Machine:
     moved: float = 0.8
     exchanged: float = 0.8
     call: float = 5e-6
+    collective: float = 3e-5
     device: str = "cuda"
 
     def peak(self, dtype: torch.dtype) -> float:
@@ -100,11 +101,12 @@ class Machine:
             return 0.0
         inside = sent / (self.link * self.exchanged)
         if processes <= self.per_machine:
-            return inside
+            return self.collective + inside
         if not all_to_all:
-            return sent / (min(self.link, self.network * self.per_machine) * self.exchanged)
+            return self.collective + sent / (min(self.link, self.network * self.per_machine) * self.exchanged)
         away = (processes - self.per_machine) / (processes - 1)
-        return max(inside * (1 - away), sent * away / (self.network * self.exchanged))
+        outside = sent * away / (self.network * self.exchanged)
+        return self.collective + max(inside * (1 - away), outside)
 
 
 def here(processes: Processes) -> Machine:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gr import config as configs
 from gr.batch import SequenceBatch
 from gr.config import ExpectedSection, RunConfig
 from gr.data.folder import Folder
@@ -45,6 +46,7 @@ class OfDataset:
     def _first(self, config: RunConfig, needs: frozenset[str], processes: int) -> SequenceBatch:
         """Rank 0's share among so many processes: dealt so that all have nearly as much."""
         cpu = Processes(torch.device("cpu"), data=Axis(0, processes))
+        config = configs.override(config, ["data.ingest=arrow"])  # the same batches, and no cluster is asked
         batches = build_batches(config, self.data, needs, cpu)
         for epoch in range(batches.epochs or config.train.epochs):
             if batches.in_epoch(epoch):
