@@ -14,7 +14,7 @@ from gr.batch import SequenceBatch
 from gr.config import EvalSection
 from gr.embeddings.ranks import ranks_in
 from gr.errors import UserError
-from gr.eval.catalogue import CatalogueMetrics, ranks_of
+from gr.eval.catalogue import CatalogueMetrics, judged
 from gr.eval.evaluator import evaluate
 from gr.eval.metrics import RankMetrics
 from tests.precision import UNIT, growth
@@ -108,7 +108,8 @@ def test_ranks_are_exact_with_ties_and_exclusions(seed):
 def test_ranks_do_not_depend_on_the_chunk(max_scores):
     scores, exclude, asked = random_case(7)
     scorer = Fixed(torch.from_numpy(scores))
-    assert ranks_of(scorer, asked, 53, max_scores).tolist() == brute_force(
+    ranks, losses = judged(scorer, asked, 53, max_scores)
+    assert losses is None and ranks.tolist() == brute_force(
         scores, asked.targets_B.tolist(), exclude
     )
     assert scorer.most <= max(max_scores, 53)
@@ -129,13 +130,13 @@ def test_a_nan_score_is_one_clear_sentence(max_scores):
     with pytest.raises(
         UserError, match="scored items as NaN for 1 users, the first is 1005: the model has diverged"
     ):
-        ranks_of(Fixed(torch.from_numpy(scores)), asked, 53, max_scores)
+        judged(Fixed(torch.from_numpy(scores)), asked, 53, max_scores)
 
 
 def test_a_scorer_of_another_catalogue_is_refused():
     scores, _, asked = random_case(1)
     with pytest.raises(ValueError, match=r"gave \(37, 53\), not \(37, 54\)"):
-        ranks_of(Fixed(torch.from_numpy(scores)), asked, 54)
+        judged(Fixed(torch.from_numpy(scores)), asked, 54)
 
 
 def test_metrics_have_their_hand_values():
