@@ -2,7 +2,7 @@
 
     python -m gr sweep --config scaling/small --out runs/small
     python -m gr sweep --config my-sweep.yaml --out runs/mine --workers 4 train.seed=2
-    python -m gr sweep --config my-sweep.yaml --out runs/mine --workers 32 --backend slurm --gpus 1 --sbatch --time=4:00:00
+    python -m gr sweep --config my-sweep.yaml --out runs/mine --workers 32 --backend slurm --gpus 1 --sbatch=--time=60
 
 Run the same command again after an interruption: what is finished stays, what isn't goes on.
 """
@@ -14,9 +14,7 @@ import sys
 
 from gr.errors import program
 from gr.programs._arguments import new_parser, refuse_torchrun
-
-
-BACKENDS = ("local", "slurm", "ray")
+from gr.train.sweep.backends.base import BACKENDS, Resources
 
 
 @program
@@ -38,23 +36,25 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs of a member (default: 0)")
     parser.add_argument(
-        "--sbatch", default="", metavar="WORDS", help="slurm: more for sbatch, as '--partition=gpu --time=4:00:00'"
+        "--sbatch",
+        default="",
+        metavar="WORDS",
+        help="slurm: more for sbatch, as --sbatch='-p gpu -t 60'",
     )
     parser.add_argument(
-        "--ray", metavar="ADDRESS", help="ray: a cluster that runs, auto or HOST:PORT (default: start one here)"
+        "--ray",
+        metavar="ADDRESS",
+        help="ray: a cluster that runs, auto or HOST:PORT (default: start one here)",
     )
     options = parser.parse_intermixed_args(arguments)
     refuse_torchrun(
         "sweep, which starts its members' processes,", "and with --workers N for several at a time"
     )
 
-    from gr.train.sweep.backends.base import Resources
     from gr.train.sweep.sweep import sweep
 
     resources = Resources(options.cpus, options.gpus, tuple(shlex.split(options.sbatch)), options.ray)
-    done = sweep(
-        options.config, options.out, options.workers, options.overrides, options.backend, resources
-    )
+    done = sweep(options.config, options.out, options.workers, options.overrides, options.backend, resources)
     return 0 if done else 1
 
 

@@ -1,5 +1,5 @@
-"""Curves of equal compute: at one budget the loss falls with a model's size while it is too small, and rises again where
-too little of the budget is left for data (Hoffmann et al., arXiv 2203.15556, approach 2).
+"""Curves of equal compute: at one budget the loss falls with a model's size while it is too small, and rises again
+where too little of the budget is left for data (Hoffmann et al., arXiv 2203.15556, approach 2).
 
     log L = log L* + c (log N - log N*)^2       at each budget
     N*    = k C^a                               over the budgets
@@ -17,8 +17,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Valley:
-    """A budget's parabola.  parameters, loss: N* and L*, its lowest point.  sizes: the least and the largest N that were
-    trained."""
+    """A budget's parabola.  parameters, loss: N* and L*, its lowest point.  sizes: the least and the largest N that
+    were trained."""
 
     compute: float
     parameters: float

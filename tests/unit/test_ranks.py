@@ -19,7 +19,7 @@ from gr.embeddings.ranks import (
     target_scores,
     target_standing,
 )
-from tests.precision.bound import UNIT, growth
+from tests.precision import UNIT, growth
 from tests.unit.test_eval_ranking import brute_force, random_case
 
 CUTS = [1, 7, 26, 52, 53, 1000]

@@ -45,8 +45,10 @@ def test_the_small_sweep_runs_and_is_not_repeated(out, started, capsys):
         assert member["tokens"] == member["steps"] * 32 * 31
         assert member["measured"]["training_loss"] > 1 and "loss" in member["measured"]
         assert member["objective"] == "sampled softmax, 32 negatives"
-    law, rank = found["laws"]
-    assert law["of"]["metric"] == "training_loss" and rank["of"]["metric"] == "loss"
+    law, above, training = found["laws"]
+    assert [x["of"]["metric"] for x in found["laws"]] == ["loss", "loss", "training_loss"]
+    assert 0 < above["of"]["floor"] < min(m["measured"]["loss"] for m in found["members"])
+    assert set(above["compute"]) == {"without E"} and training["held_out"]
     assert set(law["compute"]) == {"without E", "with E"} and len(law["fitted"]) == 5
     assert law["compute"]["without E"]["coefficients"]["alpha"] > 0 and len(law["held_out"]) == 1
     page = (out / "report.html").read_text()

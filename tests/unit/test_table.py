@@ -89,7 +89,9 @@ def test_a_scoring_scales_and_adds_the_bias_to_every_answer_alike():
     torch.testing.assert_close(
         standing.losses_B.sum(), similarity.cross_entropy(table, queries(), targets).double(), **LOSS
     )
-    assert standing.ranks_B.tolist() == (1.0 + (expected > expected.gather(1, targets[:, None])).sum(1)).tolist()
+    assert (
+        standing.ranks_B.tolist() == (1.0 + (expected > expected.gather(1, targets[:, None])).sum(1)).tolist()
+    )
     torch.testing.assert_close(
         similarity.topk(table, queries(), 5)[0], expected.topk(5, dim=1).values, **SCORES
     )

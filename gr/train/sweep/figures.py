@@ -60,13 +60,16 @@ def draw(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws], folder: 
             axes.set_title(law.family, fontsize=10)
         found.append(_save(figure, folder, "equal-compute"))
 
-    fitted = [law for law in of[quantities[0]] if law.chosen is not None]
+    # what is above a known floor, where there is one: that is the law that predicts best
+    last = [quantity for quantity in quantities if quantity.metric == sweep.fit.of][-1]
+    fitted = [law for law in of[last] if law.chosen is not None]
     if fitted:
         figure, panels = _figure(1, height=3.2)
         for law in fitted:
             _residuals(panels[0], law, colours[law.family])
         panels[0].axhline(0, color="#888", linewidth=0.8, zorder=1)
         panels[0].set(xscale="log", xlabel=COMPUTE, ylabel="measured over the law, %")
+        panels[0].set_title(words[last], fontsize=10)
         _tidy(panels[0])
         found.append(_save(figure, folder, "residuals"))
     return found

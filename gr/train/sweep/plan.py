@@ -145,7 +145,9 @@ class SweepConfig(Section):
         own = self.families[family].dial
         if self.dial is None:
             if own:
-                raise ValueError(f"families.{family}.dial changes a dial that isn't there: add one to the sweep")
+                raise ValueError(
+                    f"families.{family}.dial changes a dial that isn't there: add one to the sweep"
+                )
             return None
         return validate(Dial, self.dial.model_dump() | own, f"families.{family}.dial")
 
@@ -229,10 +231,11 @@ def _variations(
 
 def _sizes(sweep: SweepConfig, dial: Dial | None) -> Iterator[tuple[int | None, float | None]]:
     """(width, budget) of each size."""
-    widths: list[int | None] = [*dial.widths] if dial else [None]
-    for budget in sweep.budgets or [None]:
-        chosen = widths if budget is None or budget.widths is None else budget.widths
-        yield from ((width, budget and budget.flops) for width in chosen)
+    every: list[int | None] = [*dial.widths] if dial else [None]
+    if not sweep.budgets:
+        yield from ((width, None) for width in every)
+    for budget in sweep.budgets:
+        yield from ((width, budget.flops) for width in budget.widths or every)
 
 
 def _steps_of(config: RunConfig, budget: float) -> tuple[int, int]:

@@ -225,11 +225,11 @@ def _points(
         )
         for name, same in alike.items()
     ]
-    points.sort(key=lambda point: point.pflop_days)
     if fit.points == "frontier":
-        best = frontier([p.pflop_days for p in points], [p.value for p in points])
-        points = [points[i] for i in best]
-    return points
+        # what members of one budget cost differs by less than a step: that makes none of them cheaper
+        costs = [same[0].values.get("flops", point.pflop_days) for same, point in zip(alike.values(), points)]
+        points = [points[i] for i in frontier(costs, [point.value for point in points])]
+    return sorted(points, key=lambda point: point.pflop_days)
 
 
 def valleys_of(quantity: Quantity, rows: Sequence[Row]) -> list[Valley]:

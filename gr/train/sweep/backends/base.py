@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from gr.errors import UserError
-
 LOST = -9
 """The exit status of a command that has ended without leaving one: its node failed, its time was up."""
 
@@ -54,8 +52,6 @@ BACKENDS = {
 @contextmanager
 def opened(name: str, resources: Resources) -> Iterator[Backend]:
     """The backend ``name``.  Raises UserError where it can't be had."""
-    if name not in BACKENDS:
-        raise UserError(f"there is no backend '{name}': choose one of {', '.join(BACKENDS)}")
     with import_module(BACKENDS[name]).opened(resources) as backend:
         yield backend
 

@@ -67,7 +67,9 @@ class Slurm(Backend):
             ["sbatch", "--parsable", *where, *self.words], input=script, capture_output=True, text=True
         )
         if done.returncode:
-            raise UserError(f"sbatch refuses '{name}': {done.stderr.strip().splitlines()[-1:] or done.returncode}")
+            raise UserError(
+                f"sbatch refuses '{name}': {done.stderr.strip().splitlines()[-1:] or done.returncode}"
+            )
         return done.stdout.strip().partition(";")[0]
 
     def _is_queued(self, job: str) -> bool:
