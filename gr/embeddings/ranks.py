@@ -3,14 +3,19 @@
 Shapes: B queries, C rows of a chunk, K best rows, E excluded rows of all queries.
 
 rank = 1 + rows scored strictly higher + half of the other rows with exactly the target's score.  The half makes
-a constant scorer's rank the middle of the table instead of the first, so that ties do not look good.  A chunk is a
-pair (first row, scores of shape (B, C)); chunks may be of any size and, over shards, on different processes: both
-passes below only take maxima and sums.
+a constant scorer's rank the middle of the table instead of the first, so that ties do not look good.
+
+loss = log sum_i exp s_i - s_y, over all rows whatever is excluded from ranking: the negative log-likelihood of the
+target under the softmax of the scores.
+
+A chunk is a pair (first row, scores of shape (B, C)); chunks may be of any size and, over shards, on different
+processes: both passes below only take maxima and sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,10 +45,47 @@ class Excluding:
         return self.queries[here], self.rows[here] - start
 
 
-def target_scores(chunks: Chunks, targets_B: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Standing:
+    """Of targets among all rows: their ranks_B and losses_B, float64, NaN for a query with a NaN score."""
+
+    ranks_B: Tensor
+    losses_B: Tensor
+
+
+class LogSums:
+    """log sum_i exp s_i of each query over chunks of scores.
+
+    most_B: the highest score so far.  sum_B: of exp(s_i - most), float64; chunks are summed in their own precision.
+    """
+
+    def __init__(self, queries: int, device: torch.device) -> None:
+        self.most_B = torch.full((queries,), -torch.inf, dtype=torch.float64, device=device)
+        self.sum_B = torch.zeros_like(self.most_B)
+
+    def add(self, scores_BC: Tensor, most_B: Tensor) -> None:
+        """most_B: the highest score of the chunk."""
+        self.raise_to(torch.maximum(self.most_B, most_B.double()))
+        from_B = self.most_B.masked_fill(self.most_B == -torch.inf, 0.0)  # nothing but -inf so far
+        lowered_BC = scores_BC - from_B[:, None].to(scores_BC.dtype)
+        self.sum_B += lowered_BC.exp_().sum(1)
+
+    def raise_to(self, most_B: Tensor) -> None:
+        """Count from a score that is no lower, so that sums of several processes can be added up."""
+        # nothing has been added where the highest is -inf
+        self.sum_B = torch.where(self.sum_B == 0, 0.0, self.sum_B * (self.most_B - most_B).exp())
+        self.most_B = most_B
+
+    def losses(self, own_B: Tensor) -> Tensor:
+        """(B,) float64 losses of targets by their own scores."""
+        return self.most_B + self.sum_B.log() - own_B
+
+
+def target_scores(chunks: Chunks, targets_B: Tensor, sums: LogSums | None = None) -> Tensor:
     """(B,) the target's own score: -inf where no chunk holds it, NaN where any score of the query is NaN.
 
     It is read out of the chunk's scores: a product of its own could differ in the last bit, and break ties.
+    sums: take the chunks in as they pass.
     """
     found_B = torch.full(targets_B.shape, -torch.inf, device=targets_B.device)
     broken_B = torch.zeros_like(targets_B, dtype=torch.bool)
@@ -52,8 +94,10 @@ def target_scores(chunks: Chunks, targets_B: Tensor) -> Tensor:
         here_B = (column_B >= 0) & (column_B < scores_BC.shape[1])
         own_B = scores_BC.gather(1, column_B.clamp(0, scores_BC.shape[1] - 1)[:, None])[:, 0]
         found_B = torch.where(here_B, own_B.to(found_B.dtype), found_B)
-        # max hands NaN on, without a mask of the scores' size
-        broken_B |= scores_BC.amax(1).isnan()
+        most_B = scores_BC.amax(1)
+        broken_B |= most_B.isnan()  # max hands NaN on, without a mask of the scores' size
+        if sums is not None:
+            sums.add(scores_BC, most_B)
     return found_B.masked_fill(broken_B, torch.nan)
 
 
@@ -80,17 +124,35 @@ def ranks_from(higher_B: Tensor, equal_B: Tensor, bars_B: Tensor) -> Tensor:
     return torch.where(bars_B.isnan(), torch.nan, ranks_B)
 
 
-def target_ranks(
+def target_standing(
     chunks: Callable[[], Iterator[tuple[int, Tensor]]],
     targets_B: Tensor,
     rows: int,
     exclude: Excluded | None = None,
-) -> Tensor:
-    """(B,) float64 ranks of the targets among ``rows`` rows; NaN for a query with a NaN score.
+) -> Standing:
+    """Where the targets stand among ``rows`` rows.
 
     chunks: makes the chunks of all rows, once or twice (a single chunk is kept).  exclude: rows that count neither
     as higher nor as ties; the target itself stays in, repeats count once.
     """
+    sums = LogSums(len(targets_B), targets_B.device)
+    ranks_B, bars_B = _ranks_and_bars(chunks, targets_B, rows, exclude, sums)
+    return Standing(ranks_B, sums.losses(bars_B))
+
+
+def ranks_in(scores_BI: Tensor, targets_B: Tensor, exclude: Excluded | None = None) -> Tensor:
+    """(B,) float64 ranks of the targets in scores that are all there: :func:`target_standing`'s of one chunk."""
+    return _ranks_and_bars(lambda: iter([(0, scores_BI)]), targets_B, scores_BI.shape[1], exclude, None)[0]
+
+
+def _ranks_and_bars(
+    chunks: Callable[[], Iterator[tuple[int, Tensor]]],
+    targets_B: Tensor,
+    rows: int,
+    exclude: Excluded | None,
+    sums: LogSums | None,
+) -> tuple[Tensor, Tensor]:
+    """(ranks, the targets' own scores), both (B,)."""
     excluding = None
     if exclude is not None and exclude[1].numel():
         excluding = Excluding(exclude, rows, keep=targets_B)
@@ -98,16 +160,11 @@ def target_ranks(
     one = next(first)
     again: Callable[[], Chunks] = chunks
     if one[1].shape[1] == rows:
-        bars_B = target_scores([one], targets_B)
+        bars_B = target_scores([one], targets_B, sums)
         again = lambda: [one]  # noqa: E731
     else:
-        bars_B = target_scores(_chain(one, first), targets_B)
-    return ranks_from(*count_above(again(), bars_B, targets_B, excluding), bars_B)
-
-
-def ranks_in(scores_BI: Tensor, targets_B: Tensor, exclude: Excluded | None = None) -> Tensor:
-    """(B,) float64 ranks of the targets in scores that are all there: :func:`target_ranks` of one chunk."""
-    return target_ranks(lambda: iter([(0, scores_BI)]), targets_B, scores_BI.shape[1], exclude)
+        bars_B = target_scores(_chain(one, first), targets_B, sums)
+    return ranks_from(*count_above(again(), bars_B, targets_B, excluding), bars_B), bars_B
 
 
 def best_rows(

@@ -24,7 +24,16 @@ from gr.embeddings.exchange import Exchange, Shard
 from gr.embeddings.fused import FusedRows, why_not
 from gr.embeddings.local import LocalTable
 from gr.embeddings.planned import PlannedTable, planned_cluster
-from gr.embeddings.ranks import Excluded, Excluding, best_rows, count_above, ranks_from, target_scores
+from gr.embeddings.ranks import (
+    Excluded,
+    Excluding,
+    LogSums,
+    Standing,
+    best_rows,
+    count_above,
+    ranks_from,
+    target_scores,
+)
 from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer, SparseGradient
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.table import Table, TableSpec, leaves, local_gradients
@@ -271,17 +280,21 @@ class TorchRecTable(Table):
         return best, rows.movedim(0, 1).flatten(1).gather(1, place)
 
     @torch.no_grad()
-    def ranks(
+    def standing(
         self, queries_BD: Tensor, targets_B: Tensor, scoring: Scoring, exclude: Excluded | None = None
-    ) -> Tensor:
+    ) -> Standing:
         world, mine = self.processes.world, len(targets_B)
         queries_GD, exclude_G, first = self._of_all(queries_BD, exclude)
         targets_G = world.gather(targets_B)
         excluding = None if exclude_G is None else Excluding(exclude_G, self.rows, keep=targets_G)
-        bars_G = world.maximum_of(target_scores(self._own_chunks(queries_GD, scoring), targets_G))
+        sums = LogSums(len(targets_G), targets_G.device)
+        bars_G = world.maximum_of(target_scores(self._own_chunks(queries_GD, scoring), targets_G, sums))
+        sums.raise_to(world.maximum_of(sums.most_B.clone()))
+        sums.sum_B = world.add_up(sums.sum_B)
         higher_G, equal_G = count_above(self._own_chunks(queries_GD, scoring), bars_G, targets_G, excluding)
         both = world.add_up(torch.stack([higher_G, equal_G]))
-        return ranks_from(both[0], both[1], bars_G)[first : first + mine]
+        mine_B = slice(first, first + mine)
+        return Standing(ranks_from(both[0], both[1], bars_G)[mine_B], sums.losses(bars_G)[mine_B])
 
     @torch.no_grad()
     def scores(self, queries_BD: Tensor, scoring: Scoring) -> Tensor:

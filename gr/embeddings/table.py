@@ -2,7 +2,7 @@
 
 A table is named, has I rows of width D, and perhaps a bias column: a number a row.  Models and losses never see its
 rows but through two doors: the **view** of the rows that a step needs (:class:`gr.embeddings.view.View`), and the
-answers for all rows (``topk``, ``ranks``, ``cross_entropy``), which are formed where the rows are, chunk by chunk.
+answers for all rows (``topk``, ``standing``, ``cross_entropy``), which are formed where the rows are, chunk by chunk.
 Tables stand outside the module that an engine wraps.  ``gr.registry.TABLES`` has the kinds.
 
 Shapes: B, T queries, C rows of a chunk, I rows, D width, U rows of a view.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr.embeddings.ranks import Excluded, best_rows, target_ranks
+from gr.embeddings.ranks import Excluded, Standing, best_rows, target_standing
 from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.view import Numbering, View, gradient_of
@@ -187,11 +187,11 @@ class Table(ABC):
         return best_rows(chunks, queries_BD.shape[0], k, self.rows, exclude, queries_BD)
 
     @torch.no_grad()
-    def ranks(
+    def standing(
         self, queries_BD: Tensor, targets_B: Tensor, scoring: Scoring, exclude: Excluded | None = None
-    ) -> Tensor:
-        """(B,) float64 exact ranks of the targets (gr.embeddings.ranks); NaN for a query with a NaN score."""
-        return target_ranks(lambda: self._chunks(queries_BD, scoring), targets_B, self.rows, exclude)
+    ) -> Standing:
+        """Exact ranks of the targets, and their losses against all rows (gr.embeddings.ranks)."""
+        return target_standing(lambda: self._chunks(queries_BD, scoring), targets_B, self.rows, exclude)
 
     def chunk_rows(self, queries: int) -> int:
         """Rows of a chunk while all are gone through for so many queries."""

@@ -1,4 +1,9 @@
-"""The metrics of retrieval: the target's exact rank in the whole catalogue, as HR@k, NDCG@k and MRR.
+"""The metrics of retrieval: the target's exact rank in the whole catalogue, as HR@k, NDCG@k and MRR, and its loss.
+
+A model's loss is of the softmax over its own scores of the whole catalogue.  Full softmax trains just that; sampled
+softmax something near it, the nearer the more negatives (uniform ones, or any with logq); the objectives of pairs
+(bce, bpr) leave the scores' level free, so that there it compares a model with itself.  The loss that is trained on,
+of a sample or not, is in the training's rows.
 
 Shapes: B sequences, I catalogue size.
 """
@@ -13,10 +18,10 @@ from torch import Tensor
 
 from gr.batch import SequenceBatch
 from gr.config import EvalSection, RunConfig
-from gr.embeddings.ranks import Excluded, ranks_in
+from gr.embeddings.ranks import Excluded, Standing, ranks_in
 from gr.errors import UserError
 from gr.eval.family import Catalogue, MetricFamily
-from gr.eval.metrics import HISTORY_EDGES, POPULARITY_EDGES, RankMetrics, rank_metric_names
+from gr.eval.metrics import HISTORY_EDGES, LOSS, POPULARITY_EDGES, RankMetrics, rank_metric_names
 from gr.eval.protocols import Request
 from gr.processes import Axis
 
@@ -35,7 +40,7 @@ class CatalogueMetrics(MetricFamily):
         if config.buckets and item_counts is not None:
             self.breakdowns["popularity"] = POPULARITY_EDGES
         self.ranks = RankMetrics(config.ks, self.breakdowns)
-        self.names = self.ranks.names
+        self.names = [*self.ranks.names, LOSS]
         self.shown = _shown(self.names)
 
     @classmethod
@@ -45,7 +50,7 @@ class CatalogueMetrics(MetricFamily):
 
     @staticmethod
     def names_of(config: RunConfig) -> list[str]:
-        return rank_metric_names(config.eval.ks)
+        return [*rank_metric_names(config.eval.ks), LOSS]
 
     @staticmethod
     def shown_of(config: RunConfig) -> list[str]:
@@ -61,7 +66,8 @@ class CatalogueMetrics(MetricFamily):
             values["history"] = request.history_lengths_B.cpu()
         if "popularity" in self.breakdowns and self.item_counts is not None:
             values["popularity"] = self.item_counts[request.targets_B.cpu()]
-        self.ranks.add(ranks_of(scorer, request, self.items, self.max_scores), **values)
+        ranks_B, losses_B = judged(scorer, request, self.items, self.max_scores)
+        self.ranks.add(ranks_B, losses_B, **values)
 
     def all_reduce(self, axis: Axis) -> None:
         self.ranks.all_reduce(axis)
@@ -79,42 +85,60 @@ class CatalogueMetrics(MetricFamily):
 
 def _shown(names: Sequence[str]) -> list[str]:
     """Those that are read most, as far as eval.ks has them."""
-    return [name for name in ("hr@10", "ndcg@10", "hr@50", "hr@200") if name in names] + ["mrr"]
+    return [name for name in ("hr@10", "ndcg@10", "hr@50", "hr@200") if name in names] + ["mrr", LOSS]
 
 
-def ranks_of(scorer: Any, request: Request, items: int, max_scores: int = 2**24) -> Tensor:
-    """(B,) float64 CPU ranks of the request's targets; at most ``max_scores`` scores (one row at least) at once.
+def judged(
+    scorer: Any, request: Request, items: int, max_scores: int = 2**24
+) -> tuple[Tensor, Tensor | None]:
+    """(B,) float64 CPU ranks of the request's targets, and their losses where the scores of ``scorer`` are a model's or
+    probabilities; at most ``max_scores`` scores (one row at least) at once.
 
-    scorer: a model, which ranks where its table is, or a :class:`gr.eval.protocols.Scorer`.  Raises UserError when a
-    score is NaN, ValueError when a scorer's catalogue is not of ``items`` items.
+    scorer: a model, which judges where its table is, or a :class:`gr.eval.protocols.Scorer`.  Raises UserError when a
+    score is NaN or a loss not finite, ValueError when a scorer's catalogue is not of ``items`` items.
     """
-    parts = []
+    ranks, losses = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.float64)]
     together = getattr(scorer, "collective", False)  # then its table minds the number of scores
     slices = [(0, request.batch)] if together else _slices(request.batch, max(max_scores // items, 1))
+    told = True
     for start, batch in slices:
         stop = start + batch.sequences
         offsets = request.exclude_offsets[start : stop + 1]
         exclude = (offsets - offsets[0], request.exclude_items[offsets[0] : offsets[-1]])
-        ranks_B = _ranks(scorer, batch, request.targets_B[start:stop], items, exclude).cpu()
-        if ranks_B.isnan().any():
-            user = request.users.tolist()[start + int(ranks_B.isnan().nonzero()[0])]
+        ranks_B, losses_B = _judged(scorer, batch, request.targets_B[start:stop], items, exclude)
+        ranks_B = ranks_B.cpu()
+        broken_B = ranks_B.isnan()
+        if losses_B is not None:
+            losses_B = losses_B.cpu()
+            broken_B |= ~losses_B.isfinite()
+            losses.append(losses_B)
+        if broken_B.any():
+            user = request.users.tolist()[start + int(broken_B.nonzero()[0])]
             raise UserError(
-                f"{type(scorer).__name__} scored items as NaN for {int(ranks_B.isnan().sum())} users, the first is "
+                f"{type(scorer).__name__} scored items as NaN for {int(broken_B.sum())} users, the first is "
                 f"{user!r}: the model has diverged; evaluate an earlier checkpoint, or train with a lower learning rate"
             )
-        parts.append(ranks_B)
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+        ranks.append(ranks_B)
+        told = told and losses_B is not None
+    return torch.cat(ranks), torch.cat(losses) if told else None
 
 
-def _ranks(scorer: Any, batch: SequenceBatch, targets_B: Tensor, items: int, exclude: Excluded) -> Tensor:
-    if hasattr(scorer, "ranks"):
-        return scorer.ranks(batch, targets_B, exclude)
+def _judged(
+    scorer: Any, batch: SequenceBatch, targets_B: Tensor, items: int, exclude: Excluded
+) -> tuple[Tensor, Tensor | None]:
+    if hasattr(scorer, "standing"):
+        standing: Standing = scorer.standing(batch, targets_B, exclude)
+        return standing.ranks_B, standing.losses_B
     scores_BI = scorer.scores(batch)
     if scores_BI.shape != (batch.sequences, items):
         raise ValueError(
             f"{type(scorer).__name__}.scores gave {tuple(scores_BI.shape)}, not {(batch.sequences, items)}"
         )
-    return ranks_in(scores_BI, targets_B, exclude)
+    losses_B = None
+    if getattr(scorer, "gives_probabilities", False):
+        own_B = scores_BI.gather(1, targets_B[:, None])[:, 0].double()
+        losses_B = scores_BI.sum(1, dtype=torch.float64).log() - own_B.log()
+    return ranks_in(scores_BI, targets_B, exclude), losses_B
 
 
 def _slices(batch: SequenceBatch, rows: int) -> Iterator[tuple[int, SequenceBatch]]:

@@ -1,10 +1,14 @@
-"""HR@k, NDCG@k and MRR from ranks, over all users and by bucket.
+"""HR@k, NDCG@k and MRR from ranks, and the loss, over all users and by bucket.
 
 Shapes: B users, M metrics, G groups (all users, then the buckets).
 
 With one relevant item a user and its rank r: HR@k = [r <= k]; NDCG@k = [r <= k] / log2(r + 1) (Järvelin and
 Kekäläinen 2002; the ideal gain is 1); MRR = 1 / r.  Gains are added up as int64 in units of 2**-32: such sums do not
 depend on their order, so that batches, processes and their number change no bit of a result.
+
+loss is the mean negative log-likelihood of the target in the softmax over the whole catalogue, nothing left out,
+in nats.  It is added up in units of 2**-24, less than a loss of float32 scores is sure of; these scores may differ in
+their last bits with the sizes of the batches that they are formed in, and so may the loss.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from torch import Tensor
 from gr.processes import Axis
 
 UNIT = 2.0**32
+LOSS_UNIT = 2.0**24
+LOSS = "loss"
 
 HISTORY_EDGES = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 """Lower bounds of the buckets by actions in the user's history; the last bucket is open."""
@@ -80,18 +86,24 @@ class RankMetrics:
         self.groups = Groups(buckets or {})
         self._sums_GM = torch.zeros(self.groups.count, len(self.names), dtype=torch.int64)
         self._users_G = torch.zeros(self.groups.count, dtype=torch.int64)
+        self._losses_G, self._judged_G = torch.zeros_like(self._users_G), torch.zeros_like(self._users_G)
 
-    def add(self, ranks_B: Tensor, **values_B: Tensor) -> None:
-        """Count users by their ranks; ``values_B``: for each breakdown, the value that puts a user in a bucket."""
+    def add(self, ranks_B: Tensor, losses_B: Tensor | None = None, **values_B: Tensor) -> None:
+        """Count users by their ranks, and their losses where the scorer has some; ``values_B``: for each breakdown, the
+        value that puts a user in a bucket."""
         gains_BM = (self._gains(ranks_B.double()) * UNIT).round().long()
+        units_B = None if losses_B is None else (losses_B.double() * LOSS_UNIT).round().long()
         for users_U, group_U in self.groups.of(len(ranks_B), **values_B):
             self._sums_GM.index_add_(0, group_U, gains_BM[users_U])
             self._users_G.index_add_(0, group_U, torch.ones_like(group_U))
+            if units_B is not None:
+                self._losses_G.index_add_(0, group_U, units_B[users_U])
+                self._judged_G.index_add_(0, group_U, torch.ones_like(group_U))
 
     def all_reduce(self, axis: Axis) -> None:
         """Add up over the processes."""
-        axis.add_up(self._sums_GM)
-        axis.add_up(self._users_G)
+        for sums in (self._sums_GM, self._users_G, self._losses_G, self._judged_G):
+            axis.add_up(sums)
 
     @property
     def users(self) -> int:
@@ -110,10 +122,11 @@ class RankMetrics:
         return torch.cat([hits_BK, hits_BK / torch.log2(ranks_B + 1)[:, None], 1 / ranks_B[:, None]], dim=1)
 
     def _means(self, group: int) -> dict[str, float]:
-        users = int(self._users_G[group])
+        users, judged = int(self._users_G[group]), int(self._judged_G[group])
+        if not users:
+            return {}
         sums = self._sums_GM[group].tolist()
-        return (
-            {name: total / UNIT / users for name, total in zip(self.names, sums, strict=True)}
-            if users
-            else {}
-        )
+        means = {name: total / UNIT / users for name, total in zip(self.names, sums, strict=True)}
+        if judged == users:
+            means[LOSS] = int(self._losses_G[group]) / LOSS_UNIT / users
+        return means

@@ -13,7 +13,9 @@ from gr.batch import SequenceBatch
 
 
 class Scorer(Protocol):
-    """Anything that scores the whole catalogue for the last action of each sequence."""
+    """Anything that scores the whole catalogue for the last action of each sequence.
+
+    One whose scores are probabilities says so (``gives_probabilities``), and has a loss then."""
 
     def scores(self, batch: SequenceBatch) -> Tensor:
         """(B, I) float32, higher is better; must not look at the last action's item (its time is known)."""

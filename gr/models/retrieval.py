@@ -18,7 +18,7 @@ from torch import Tensor
 from gr import registry
 from gr.batch import SequenceBatch
 from gr.config import POSITIVE, ComponentConfig, InputSection, RunConfig, SimilaritySection, component
-from gr.embeddings.ranks import Excluded
+from gr.embeddings.ranks import Excluded, Standing
 from gr.embeddings.table import TableSpec
 from gr.errors import UserError
 from gr.modality.collapse import advice
@@ -167,9 +167,10 @@ class Retrieval(Model):
         return; where too few rows are left, the rest have the score -inf."""
         return self.similarity.topk(self.items, self.encode(batch), k, exclude)
 
-    def ranks(self, batch: SequenceBatch, targets_B: Tensor, exclude: Excluded | None = None) -> Tensor:
-        """(B,) float64 exact ranks of the targets in the whole catalogue; NaN where the model has diverged."""
-        return self.similarity.ranks(self.items, self.encode(batch), targets_B, exclude)
+    def standing(self, batch: SequenceBatch, targets_B: Tensor, exclude: Excluded | None = None) -> Standing:
+        """Exact ranks of the targets in the whole catalogue and their losses, -log of their shares in the softmax over
+        it; NaN where the model has diverged."""
+        return self.similarity.standing(self.items, self.encode(batch), targets_B, exclude)
 
     def _encode(self, part: Supervision, context: StepContext) -> Tensor:
         layout = part.layout

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.config import SimilaritySection
-from gr.embeddings.ranks import Excluded
+from gr.embeddings.ranks import Excluded, Standing
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.table import Table
 from gr.embeddings.view import View
@@ -97,11 +97,13 @@ class Similarity:
         """(scores, rows), both (B, min(k, I)), best first, over the whole catalogue."""
         return self._search(lambda q_BD, scoring: table.topk(q_BD, k, scoring, exclude), queries_BD)
 
-    def ranks(
+    def standing(
         self, table: Table, queries_BD: Tensor, targets_B: Tensor, exclude: Excluded | None = None
-    ) -> Tensor:
-        """(B,) float64 ranks of the targets in the whole catalogue; NaN where a score is."""
-        return self._search(lambda q_BD, scoring: table.ranks(q_BD, targets_B, scoring, exclude), queries_BD)
+    ) -> Standing:
+        """Ranks and losses of the targets in the whole catalogue; NaN where a score is."""
+        return self._search(
+            lambda q_BD, scoring: table.standing(q_BD, targets_B, scoring, exclude), queries_BD
+        )
 
     def queries(self, queries_TD: Tensor) -> Tensor:
         """Queries as scores take them: float32 (float64 stays), normalised where the similarity is."""

@@ -35,6 +35,8 @@ NOT_THE_RESULT = (
 """Keys in which a run that is there may differ from the one asked for."""
 
 Begun = Callable[["subprocess.Popen[bytes]"], None]
+Start = Callable[[Sequence[str], Path | None], int]
+"""Starts a program, hands what it prints on to a file, waits for its end: the exit status, as :func:`exit_status`."""
 
 
 def unwatched(process: subprocess.Popen[bytes]) -> None:
@@ -117,9 +119,10 @@ def _refuse_another_run(cell: Cell) -> None:
         )
 
 
-def train_cell(cell: Cell, log: Path | None = None, begun: Begun = unwatched) -> Trained:
+def train_cell(cell: Cell, log: Path | None = None, start: Start | None = None) -> Trained:
     """Train a checked cell unless it is finished.  log: a file for what the training prints, behind what is there.
-    begun: called with the training's process.  Raises UserError where the training fails or is stopped."""
+    start: what runs the training, on this machine without it.  Raises UserError where the training fails or is
+    stopped."""
     run = RunFolder(cell.folder)
     if not is_finished(cell):
         if log is None:
@@ -128,7 +131,7 @@ def train_cell(cell: Cell, log: Path | None = None, begun: Begun = unwatched) ->
         if run.config.is_file():
             arguments = ["--resume", cell.folder]
         program = TRAIN if cell.processes == 1 else (*TORCHRUN, str(cell.processes), *TRAIN[1:])
-        status = exit_status([*program, *arguments], log, begun)
+        status = (start or exit_status)([*program, *arguments], log)
         if status > 0:
             where = "above" if log is None else f"'{log}'"
             raise UserError(
@@ -140,7 +143,8 @@ def train_cell(cell: Cell, log: Path | None = None, begun: Begun = unwatched) ->
 
 
 def exit_status(command: Sequence[str], log: Path | None = None, begun: Begun = unwatched) -> int:
-    """The exit status of a program of ours, or less than 0 where a signal ended it.  log, begun: as train_cell's.
+    """The exit status of a program of ours, or less than 0 where a signal ended it.  log: as train_cell's.  begun:
+    called with the process.
 
     A request to stop is handed on, so that a training saves and leaves; however it ends then, it was stopped."""
     asked = 0

@@ -13,7 +13,7 @@ from gr.eval.family import MetricFamily
 PROTOCOL = ("exclude", "of_users")
 """Keys of an evaluation's row beside which its figures mean something: others are not compared with it."""
 
-LOWER_IS_BETTER = ("log_loss", "ne")
+LOWER_IS_BETTER = ("loss", "log_loss", "ne")
 
 
 def judged_by(config: RunConfig) -> str:
@@ -58,7 +58,12 @@ def check_selection(config: RunConfig) -> None:
 
 def better(metric: str, one: float, other: float) -> bool:
     """Whether the value ``one`` of a metric is better than ``other``."""
-    return one < other if metric.split("/")[0] in LOWER_IS_BETTER else one > other
+    return one < other if falls(metric) else one > other
+
+
+def falls(metric: str) -> bool:
+    """Whether a metric is the better the lower."""
+    return metric.split("/")[0] in LOWER_IS_BETTER
 
 
 def validations(metrics: Iterable[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:

@@ -203,7 +203,7 @@ def train(joined: Processes, model, engine, steps: range) -> list[float]:
         (targets,) = joined.world.sum([sum(part.count for part in parts)])
         loss = engine.forward_backward(parts, StepContext(step), int(targets))
         losses.append(joined.world.sum([loss.item()])[0] / targets)
-        model.ranks(every, torch.arange(4, device=joined.device))  # a look-up that is no step
+        model.standing(every, torch.arange(4, device=joined.device))  # a look-up that is no step
         engine.step(1 / (1 + step))
     return losses
 

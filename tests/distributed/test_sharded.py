@@ -97,7 +97,8 @@ def answers(joined: Processes, model) -> dict[str, torch.Tensor]:
     )
     asked = batch((4,) * QUERIES, ITEMS, seed=8).slice(mine.start, mine.stop)
     scores, rows = model.topk(asked, BEST, exclude)
-    return {"ranks": model.ranks(asked, targets[mine], exclude), "scores": scores, "rows": rows}
+    standing = model.standing(asked, targets[mine], exclude)
+    return {"ranks": standing.ranks_B, "losses": standing.losses_B, "scores": scores, "rows": rows}
 
 
 def everything(folder: str) -> dict:
@@ -198,6 +199,8 @@ def test_losses_rows_moments_and_ranks_are_a_local_tables(found, case, sharding,
         assert torch.equal(here["ranks"], reference["ranks"][mine])
         assert torch.equal(here["rows"], reference["rows"][mine])
         torch.testing.assert_close(here["scores"], reference["scores"][mine], rtol=0, atol=LOSS * SCORE)
+        # a loss moves by at most twice what scores do, and by the rounding of its own sum
+        torch.testing.assert_close(here["losses"], reference["losses"][mine], rtol=0, atol=3 * LOSS * SCORE)
 
 
 def loaded(folder: str) -> dict:

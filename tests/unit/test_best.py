@@ -144,6 +144,7 @@ def _best(result, metric):
 
 def test_losses_are_better_when_lower_and_figures_of_another_kind_are_no_figures():
     assert better("log_loss/click", 0.1, 0.2) and not better("log_loss", 0.2, 0.2)
+    assert better("loss", 0.1, 0.2) and not better("loss", 0.3, 0.2)
     assert better("auc", 0.2, 0.1) and not better("ndcg@10", 0.1, 0.1)
     row = {"epoch": 1, "step": 9, "ndcg@10": 0.5, "mrr": 0.4, "exclude": "kept"}
     best = best_of(row, "ndcg@10")

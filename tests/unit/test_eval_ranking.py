@@ -14,7 +14,7 @@ from gr.batch import SequenceBatch
 from gr.config import EvalSection
 from gr.embeddings.ranks import ranks_in
 from gr.errors import UserError
-from gr.eval.catalogue import CatalogueMetrics, ranks_of
+from gr.eval.catalogue import CatalogueMetrics, judged
 from gr.eval.evaluator import evaluate
 from gr.eval.metrics import RankMetrics
 from tests.precision import UNIT, growth
@@ -108,9 +108,8 @@ def test_ranks_are_exact_with_ties_and_exclusions(seed):
 def test_ranks_do_not_depend_on_the_chunk(max_scores):
     scores, exclude, asked = random_case(7)
     scorer = Fixed(torch.from_numpy(scores))
-    assert ranks_of(scorer, asked, 53, max_scores).tolist() == brute_force(
-        scores, asked.targets_B.tolist(), exclude
-    )
+    ranks, losses = judged(scorer, asked, 53, max_scores)
+    assert losses is None and ranks.tolist() == brute_force(scores, asked.targets_B.tolist(), exclude)
     assert scorer.most <= max(max_scores, 53)
 
 
@@ -129,13 +128,13 @@ def test_a_nan_score_is_one_clear_sentence(max_scores):
     with pytest.raises(
         UserError, match="scored items as NaN for 1 users, the first is 1005: the model has diverged"
     ):
-        ranks_of(Fixed(torch.from_numpy(scores)), asked, 53, max_scores)
+        judged(Fixed(torch.from_numpy(scores)), asked, 53, max_scores)
 
 
 def test_a_scorer_of_another_catalogue_is_refused():
     scores, _, asked = random_case(1)
     with pytest.raises(ValueError, match=r"gave \(37, 53\), not \(37, 54\)"):
-        ranks_of(Fixed(torch.from_numpy(scores)), asked, 54)
+        judged(Fixed(torch.from_numpy(scores)), asked, 54)
 
 
 def test_metrics_have_their_hand_values():
@@ -149,6 +148,34 @@ def test_metrics_have_their_hand_values():
     assert result["ndcg@1"] == 1 / 5
     assert result["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3) + 1 / 2) / 5, **rounding(5))
     assert result["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 10.5 + 1 / 3 + 1 / 700) / 5, **rounding(5))
+
+
+def test_losses_have_their_hand_values_where_every_user_has_one():
+    metrics = RankMetrics([1], {"history": (1, 5)})
+    metrics.add(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 1.25]), history=torch.tensor([4, 9]))
+    metrics.add(torch.tensor([3.0]), torch.tensor([2.0]), history=torch.tensor([5]))
+    assert metrics.result()["loss"] == 1.25  # sums of binary fractions: exact
+    assert [bucket["loss"] for bucket in metrics.by_bucket()["history"]] == [0.5, 1.625]
+    metrics.add(torch.tensor([1.0]), history=torch.tensor([2]))  # of a scorer that has none
+    assert "loss" not in metrics.result()
+    assert ["loss" in bucket for bucket in metrics.by_bucket()["history"]] == [False, True]
+
+
+@pytest.mark.parametrize("max_scores", [53, 200, 10**6])
+def test_a_scorer_of_probabilities_has_a_loss(max_scores):
+    """It is of the shares: what is no probability for want of a factor does no harm."""
+    scores, _, asked = random_case(2)
+    shares = torch.from_numpy(scores).softmax(1)
+    scorer = Fixed(shares * 0.5)
+    assert judged(scorer, asked, 53, max_scores)[1] is None
+    scorer.gives_probabilities = True
+    asked.targets_B[:] = asked.targets_B.clamp(min=3)  # the first ones have no probability
+    losses = judged(scorer, asked, 53, max_scores)[1]
+    expected = -shares.double().gather(1, asked.targets_B[:, None])[:, 0].log()
+    torch.testing.assert_close(losses, expected, rtol=0, atol=(53 + 3) * UNIT[torch.float32])
+    asked.targets_B[4] = 0
+    with pytest.raises(UserError, match="for 1 users, the first is 1004"):
+        judged(scorer, asked, 53, max_scores)
 
 
 def test_buckets_hold_their_users_and_only_those():

@@ -58,7 +58,7 @@ def step_and_search(table, monkeypatch) -> Largest:
         parts = [model.supervise(part, 3) for part in asked.split(9)]
         engine.forward_backward(parts, StepContext(5), 20)
         engine.step(1.0)
-        model.ranks(asked, torch.arange(asked.sequences))
+        model.standing(asked, torch.arange(asked.sequences))
         model.topk(asked, 5)
     return seen
 

@@ -11,13 +11,15 @@ import torch
 
 from gr.embeddings.ranks import (
     Excluding,
+    LogSums,
     best_rows,
     count_above,
     ranks_from,
     ranks_in,
-    target_ranks,
     target_scores,
+    target_standing,
 )
+from tests.precision import UNIT, growth
 from tests.unit.test_eval_ranking import brute_force, random_case
 
 CUTS = [1, 7, 26, 52, 53, 1000]
@@ -57,7 +59,7 @@ def test_chunks_in_two_passes_rank_as_one_chunk_and_as_counting_does(cut, seed):
 
     for given, gone in ((exclude, lists), (None, [np.array([], np.int64)] * len(lists))):
         made.clear()
-        ranks = target_ranks(chunks, targets, ITEMS, given)
+        ranks = target_standing(chunks, targets, ITEMS, given).ranks_B
         assert len(made) == (1 if cut >= ITEMS else 2), "a single chunk is kept"
         assert ranks.dtype == torch.float64
         expected = brute_force(scores.numpy(), targets.tolist(), gone)
@@ -71,7 +73,9 @@ def test_a_nan_anywhere_makes_that_querys_rank_nan_and_no_others(cut):
     broken = [(4, int(targets[4])), (9, (int(targets[9]) + 1) % ITEMS), (20, ITEMS - 1)]
     broken.append((30, int(lists[30][0])))  # an excluded row: the model is no better for that
     scores, targets, exclude, lists = case(5, broken)
-    ranks = target_ranks(lambda: chunks_of(scores, cut), targets, ITEMS, exclude)
+    standing = target_standing(lambda: chunks_of(scores, cut), targets, ITEMS, exclude)
+    ranks = standing.ranks_B
+    assert torch.equal(standing.losses_B.isnan(), ranks.isnan())
     assert ranks.isnan().nonzero()[:, 0].tolist() == [4, 9, 20, 30]
     expected = torch.tensor(brute_force(scores.numpy(), targets.tolist(), lists), dtype=torch.float64)
     whole = ~ranks.isnan()
@@ -91,6 +95,49 @@ def test_shards_add_up(shards):
     ranks = ranks_from(higher, equal, bars)
     assert torch.equal(ranks.nan_to_num(-1), ranks_in(scores, targets, exclude).nan_to_num(-1))
     assert ranks.isnan().sum() == 2
+
+
+def losses_of(scores_BI, targets_B):
+    """In float64, and how far float32 sums of exponentials may be off: an argument is rounded once (to half a unit of
+    its size), an exponential by a unit or two more, a sum as growth says; a logarithm makes relative errors absolute.
+    """
+    log_sums_B = scores_BI.double().logsumexp(1)
+    losses_B = log_sums_B - scores_BI.double().gather(1, targets_B[:, None])[:, 0]
+    finite_BI = scores_BI.masked_fill(scores_BI.isinf(), 0.0)
+    span = float((finite_BI.amax(1) - finite_BI.amin(1)).max())
+    return losses_B, (float(growth(scores_BI.shape[1])) + span + 3) * UNIT[torch.float32]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("scale", [0.01, 1.0, 60.0])
+def test_losses_are_those_of_the_softmax_over_everything(cut, scale):
+    """However high the scores are, and whatever is left out of the ranking; a row scored -inf has no share."""
+    scores, targets, exclude, _ = case(3)
+    scores = scores * scale + 100 * scale
+    losses = target_standing(lambda: chunks_of(scores, cut), targets, ITEMS, exclude).losses_B
+    expected, bound = losses_of(scores, targets)
+    finite = expected.isfinite()
+    assert losses.dtype == torch.float64 and torch.equal(losses.isposinf(), ~finite)
+    assert (losses - expected)[finite].abs().max() <= bound and 0 < finite.sum() < len(finite)
+
+
+@pytest.mark.parametrize("shards", [2, 7])
+def test_log_sums_of_shards_add_up(shards):
+    """One of them may have nothing, or nothing but -inf, for a query."""
+    scores, targets, _, _ = case(4)
+    found = []
+    for shard in range(shards + 1):
+        sums = LogSums(len(targets), targets.device)
+        target_scores(list(chunks_of(scores, 2))[shard::shards] if shard < shards else [], targets, sums)
+        found.append(sums)
+    most = torch.stack([sums.most_B for sums in found]).amax(0)
+    for sums in found:
+        sums.raise_to(most)
+    found[0].sum_B = torch.stack([sums.sum_B for sums in found]).sum(0)
+    own = scores.gather(1, targets[:, None])[:, 0]
+    expected, bound = losses_of(scores, targets)
+    finite = expected.isfinite()
+    assert (found[0].losses(own) - expected)[finite].abs().max() <= bound
 
 
 def test_a_target_in_no_chunk_has_no_score():

@@ -10,7 +10,7 @@ import pytest
 
 from gr.errors import UserError
 from gr.train import cells
-from gr.train.sweep.plan import Dial, SweepConfig, members_of, read_sweep
+from gr.train.sweep.plan import Budget, Dial, SweepConfig, members_of, read_sweep
 from gr.train.sweep.sweep import _data, sweep
 from tests.programs import run_python
 
@@ -43,15 +43,19 @@ def test_the_small_sweep_runs_and_is_not_repeated(out, started, capsys):
     for member in found["members"]:
         assert member["flops"] == pytest.approx(member["values"]["flops"], rel=0.1)  # of steps as a whole
         assert member["tokens"] == member["steps"] * 32 * 31
-        assert member["value"] > 1
-    (law,) = found["laws"]
+        assert member["measured"]["training_loss"] > 1 and "loss" in member["measured"]
+        assert member["objective"] == "sampled softmax, 32 negatives"
+    law, above, training = found["laws"]
+    assert [x["of"]["metric"] for x in found["laws"]] == ["loss", "loss", "training_loss"]
+    assert 0 < above["of"]["floor"] < min(m["measured"]["loss"] for m in found["members"])
+    assert set(above["compute"]) == {"without E"} and training["held_out"]
     assert set(law["compute"]) == {"without E", "with E"} and len(law["fitted"]) == 5
     assert law["compute"]["without E"]["coefficients"]["alpha"] > 0 and len(law["held_out"]) == 1
     page = (out / "report.html").read_text()
-    assert "<svg" in page and "hstu-width8-flops2e+08" in page and "http-equiv" not in page
+    assert page.count("<svg") == 2 and "hstu-width8-flops2e+08" in page and "http-equiv" not in page
     assert (out / "scaling.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "[6/6]" in printed and "L(C) without E" in printed and "held out: predicted" in printed
+    assert "[6/6]" in printed and "L(C) without E" in printed and "held out" in printed
 
     # again, with something in the way of one member: it fails, and what is there stays
     gone = out / "members" / "hstu-width8-flops2e+08"
@@ -63,7 +67,7 @@ def test_the_small_sweep_runs_and_is_not_repeated(out, started, capsys):
     assert len(started) == 1 and f"run.dir={gone}" in started[0]
     rows = json.loads((out / "results.json").read_text())["members"]
     assert [bool(row["why"]) for row in rows] == [True] + 5 * [False]
-    assert f"failed: {rows[0]['why']}" in capsys.readouterr().out and rows[0]["value"] is None
+    assert f"failed: {rows[0]['why']}" in capsys.readouterr().out and not rows[0]["measured"]
 
 
 def test_members_are_every_width_budget_and_combination(tmp_path):
@@ -101,7 +105,7 @@ def test_a_dial_and_budgets_that_cannot_be(out, tmp_path):
     with pytest.raises(UserError, match=r"the dial doesn't know model\.encoder other"):
         Dial(widths=[50]).overrides(50, "other")
     plan, file = read_sweep("scaling/small")
-    plan = plan.model_copy(update={"budgets": [1e9, 1e12]})
+    plan = plan.model_copy(update={"budgets": [Budget(flops=1e9), Budget(flops=1e12)]})
     data = _data(plan, out)
     found, left_out = members_of(plan, file, tmp_path, data)
     assert [m.cell.name for m in found] == ["hstu-width16-flops1e+09"]
@@ -109,7 +113,7 @@ def test_a_dial_and_budgets_that_cannot_be(out, tmp_path):
         len(left_out) == 3 and "'hstu-width8-flops1e+09' is left out: 1e+09 operations are 191" in left_out[0]
     )
     with pytest.raises(UserError, match="no member of the sweep has data enough"):
-        members_of(plan.model_copy(update={"budgets": [1e12]}), file, tmp_path, data)
+        members_of(plan.model_copy(update={"budgets": [Budget(flops=1e12)]}), file, tmp_path, data)
 
 
 def test_the_program_refuses_in_a_sentence(tmp_path):

@@ -124,6 +124,24 @@ def test_without_repeats_a_category_is_dealt_out_before_an_item_returns():
                 assert len(set(deal)) == len(deal)
 
 
+def test_categories_may_be_unequal():
+    """A record's first category is drawn in proportion to (c + 1)^-exponent, the others among those that are left."""
+    options = Options(records=20_000, length=2, items=400, categories=8, seed=3, category_exponent=1.0)
+    state = Generator(options).make(np.arange(options.records), 2)
+    ordered_SR = np.sort(state.categories_SR, axis=0)
+    assert (np.diff(ordered_SR, axis=0) > 0).all()
+    share_C = (np.arange(8) + 1.0) ** -1
+    share_C /= share_C.sum()
+    counts_C = np.bincount(state.categories_SR[0], minlength=8)
+    deviation_C = np.sqrt(options.records * share_C * (1 - share_C))
+    assert (np.abs(counts_C - options.records * share_C) < 5 * deviation_C).all()
+    second_C = sum(
+        share_C[c] * np.where(np.arange(8) == c, 0.0, share_C) / (1 - share_C[c]) for c in range(8)
+    )
+    counts_C = np.bincount(state.categories_SR[1], minlength=8)
+    assert (np.abs(counts_C - options.records * second_C) < 5 * np.sqrt(options.records * second_C)).all()
+
+
 @pytest.mark.parametrize("repeats", [True, False])
 def test_oracle_against_monte_carlo_of_one_step(repeats):
     # The next action of a few records, drawn 40,000 times from the definition given their true history.

@@ -85,8 +85,13 @@ def test_a_scoring_scales_and_adds_the_bias_to_every_answer_alike():
         similarity.candidates(table.view(), queries(), every).detach(), expected, **SCORES
     )
     targets = torch.tensor([0, 56, 3, 3, 9])
-    ranks = similarity.ranks(table, queries(), targets)
-    assert ranks.tolist() == (1.0 + (expected > expected.gather(1, targets[:, None])).sum(1)).tolist()
+    standing = similarity.standing(table, queries(), targets)
+    torch.testing.assert_close(
+        standing.losses_B.sum(), similarity.cross_entropy(table, queries(), targets).double(), **LOSS
+    )
+    assert (
+        standing.ranks_B.tolist() == (1.0 + (expected > expected.gather(1, targets[:, None])).sum(1)).tolist()
+    )
     torch.testing.assert_close(
         similarity.topk(table, queries(), 5)[0], expected.topk(5, dim=1).values, **SCORES
     )

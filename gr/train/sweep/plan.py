@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from gr.config import DISTINCT, FRACTION, POSITIVE, RunConfig, Section, load, read_yaml, validate
+from gr.config import COUNT, DISTINCT, FRACTION, POSITIVE, RunConfig, Section, load, read_yaml, validate
 from gr.errors import UserError
 from gr.scaling.flops import Accounting
 from gr.shipped import find_sweep
@@ -21,16 +21,31 @@ from gr.train.sweep.lengths import batch_lengths
 
 ALWAYS = ("log.every_steps=1", "log.plots=false", "log.tensorboard=false", "checkpoint.keep=1")
 """Of every member, before what the sweep's file says: the loss of each step, and little on the disk."""
+TRAINING = "training_loss"
 PROBED = 4
 """Batches that tell what a step costs, where budgets say how many steps there are."""
 
 
+class Budget(Section):
+    """Floating-point operations of a training, and the widths that are trained with them: all of the dial's where none
+    are named."""
+
+    flops: Annotated[float, Field(gt=0)]
+    widths: Annotated[list[POSITIVE], DISTINCT, Field(min_length=1)] | None = None
+
+
+BUDGET = Annotated[
+    Budget, BeforeValidator(lambda value: value if isinstance(value, dict | Budget) else {"flops": value})
+]
+
+
 class Family(Section):
     """Models that one law is fitted to.  config: a run's config (a file beside the sweep's, or the name of one that
-    ships); set: dotted keys over it."""
+    ships); set: dotted keys over it; dial: keys of the dial that are others for this family."""
 
     config: str
     set: dict[str, Any] = {}
+    dial: dict[str, Any] = {}
 
 
 class Dial(Section):
@@ -38,7 +53,8 @@ class Dial(Section):
 
     model.dim is the width; heads are ``head`` wide (one head where the width is less), layers one for each ``aspect``
     of the width, a feed-forward layer four times as wide inside; the learning rate is ``rate`` at width ``reference``
-    and falls with width^-power (1: what keeps Adam's updates of hidden layers alike, arXiv 2203.03466)."""
+    and falls with width^-power (1: what keeps Adam's updates of hidden layers alike, arXiv 2203.03466).  warmup: the
+    share of a member's steps that it warms up in, where budgets say how many these are."""
 
     widths: Annotated[list[POSITIVE], DISTINCT, Field(min_length=1)]
     head: POSITIVE = 32
@@ -46,6 +62,7 @@ class Dial(Section):
     rate: Annotated[float, Field(gt=0)] = 1e-3
     reference: POSITIVE = 64
     power: Annotated[float, Field(ge=0)] = 1.0
+    warmup: FRACTION | None = None
 
     def overrides(self, width: int, encoder: str) -> dict[str, Any]:
         heads = max(1, width // self.head)
@@ -71,15 +88,21 @@ class Dial(Section):
 
 
 class FitSection(Section):
-    """of: what the law is of, ``loss`` (of training, the mean over the last ``share`` of the steps: of new actions, as
-    long as nothing is seen twice) or a metric of the test split, fitted as 1 - metric.  points: ``frontier``, the
-    members than which no cheaper one is better, or ``all``.  held_out: members of the most compute in each family
-    that the law is not fitted to but has to predict."""
+    """of: what the law is of, ``training_loss`` (the objective's own, the mean over the last ``share`` of the steps: of
+    new actions, as long as nothing is seen twice) or a metric of the test split: ``loss`` and others that fall as they
+    are, those that rise as 1 - metric.  also: others of these, with laws of their own.
 
-    of: str = "loss"
+    points: ``frontier``, the members than which no cheaper one is better; ``valleys``, the lowest points of the curves
+    of equal compute; or ``all``.  held_out: points of the most compute in each family that the law is not fitted to
+    but has to predict.  floor: what of the loss is known to be irreducible, a number or ``oracle``, the loss of the
+    generated dataset's best scorer: what lies above it has laws too."""
+
+    of: str = TRAINING
+    also: Annotated[list[str], DISTINCT] = []
     share: Annotated[FRACTION, Field(gt=0)] = 0.1
-    points: Literal["frontier", "all"] = "frontier"
-    held_out: Annotated[int, Field(ge=0)] = 1
+    points: Literal["frontier", "valleys", "all"] = "frontier"
+    held_out: COUNT = 1
+    floor: Annotated[float, Field(gt=0)] | Literal["oracle"] | None = None
     replicates: POSITIVE = 400
 
 
@@ -96,7 +119,7 @@ class SweepConfig(Section):
     options: dict[str, Any] = {}
     set: dict[str, Any] = {}
     dial: Dial | None = None
-    budgets: list[Annotated[float, Field(gt=0)]] = []
+    budgets: list[BUDGET] = []
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     members: list[dict[str, Any]] = []
     fit: FitSection = FitSection()
@@ -107,10 +130,26 @@ class SweepConfig(Section):
             raise ValueError("grid and members both say what differs: give one of them")
         if not (self.dial or self.budgets or self.grid or self.members):
             raise ValueError("nothing differs between members: give a dial, budgets, a grid or members")
+        known = self.dial.widths if self.dial else []
+        if strange := [w for budget in self.budgets for w in budget.widths or [] if w not in known]:
+            raise ValueError(f"budgets name the width {strange[0]}, which dial.widths doesn't have")
+        for name in self.families:
+            self.dial_of(name)
         for key in ("run.dir", "run.name"):
             if key in {*self.set, *self.grid, *itertools.chain(*self.members)}:
                 raise ValueError(f"{key} is the sweep's own: it names the members' folders")
         return self
+
+    def dial_of(self, family: str) -> Dial | None:
+        """The dial as a family has it."""
+        own = self.families[family].dial
+        if self.dial is None:
+            if own:
+                raise ValueError(
+                    f"families.{family}.dial changes a dial that isn't there: add one to the sweep"
+                )
+            return None
+        return validate(Dial, self.dial.model_dump() | own, f"families.{family}.dial")
 
 
 @dataclass(frozen=True)
@@ -144,7 +183,8 @@ def members_of(
         common = {**({} if data is None else {"data.path": data}), **sweep.set, **family.set}
         base = (*ALWAYS, *map(_override, common.items()))
         encoder = load(config, (*base, *overrides)).model.encoder.name
-        for values, changes in _variations(sweep, encoder):
+        dial = sweep.dial_of(name)
+        for values, changes in _variations(sweep, dial, encoder):
             member = (*base, *map(_override, changes.items()), *overrides)
             label = "-".join([_word(name), *(_word(f"{k}{_short(v)}") for k, v in values.items())])
             if (budget := values.get("flops")) is not None:
@@ -156,6 +196,8 @@ def members_of(
                     )
                     continue
                 member = (*member, f"train.max_steps={steps}")
+                if dial is not None and dial.warmup is not None:
+                    member = (*member, f"schedule.warmup_steps={round(dial.warmup * steps)}")
             cell = Cell(label, config, str(out / "members" / label), member)
             found.append(Member(name, cell, load(config, member), values))
     names = [member.cell.name for member in found]
@@ -168,24 +210,32 @@ def members_of(
     return found, left_out
 
 
-def _variations(sweep: SweepConfig, encoder: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _variations(
+    sweep: SweepConfig, dial: Dial | None, encoder: str
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """(shown values, dotted keys) of each member of a family."""
     rows = sweep.members or [
         dict(zip(sweep.grid, values)) for values in itertools.product(*sweep.grid.values())
     ]
-    widths: list[int | None] = [*sweep.dial.widths] if sweep.dial else [None]
-    budgets: list[float | None] = [*sweep.budgets] or [None]
-    for width in widths:
-        for budget in budgets:
-            for row in rows:
-                shown: dict[str, Any] = {}
-                changes = dict(row)
-                if width is not None and sweep.dial is not None:
-                    shown["width"] = width
-                    changes = {**sweep.dial.overrides(width, encoder), **row}
-                if budget is not None:
-                    shown["flops"] = budget
-                yield shown | {key.rpartition(".")[2]: value for key, value in row.items()}, changes
+    for width, budget in _sizes(sweep, dial):
+        for row in rows:
+            shown: dict[str, Any] = {}
+            changes = dict(row)
+            if width is not None and dial is not None:
+                shown["width"] = width
+                changes = {**dial.overrides(width, encoder), **row}
+            if budget is not None:
+                shown["flops"] = budget
+            yield shown | {key.rpartition(".")[2]: value for key, value in row.items()}, changes
+
+
+def _sizes(sweep: SweepConfig, dial: Dial | None) -> Iterator[tuple[int | None, float | None]]:
+    """(width, budget) of each size."""
+    every: list[int | None] = [*dial.widths] if dial else [None]
+    if not sweep.budgets:
+        yield from ((width, None) for width in every)
+    for budget in sweep.budgets:
+        yield from ((width, budget.flops) for width in budget.widths or every)
 
 
 def _steps_of(config: RunConfig, budget: float) -> tuple[int, int]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gr.config import RunConfig
 from gr.errors import UserError
 from gr.scaling.flops import Accounting
+from gr.scaling.isoflop import Valley, best_size, valley
 from gr.scaling.laws import Fit, Optimum, Prediction, fit_compute, fit_size_and_data, frontier, optimal
 from gr.train.cells import Trained
+from gr.train.selection import falls
 from gr.train.sweep.lengths import batch_lengths
-from gr.train.sweep.plan import FitSection, SweepConfig
+from gr.train.sweep.plan import TRAINING, FitSection, SweepConfig
 from gr.train.sweep.run import Outcome
 
 PFLOP_DAY = 1e15 * 86_400
@@ -22,8 +28,8 @@ PFLOP_DAY = 1e15 * 86_400
 
 @dataclass(frozen=True)
 class Row:
-    """A member.  parameters: of the encoder.  tokens: targets trained on.  flops: of the whole training.  value: what
-    the law is fitted to.  Numbers are None where it failed, and ``why`` says so."""
+    """A member.  parameters: of the encoder.  tokens: targets trained on.  flops: of the whole training.  measured: the
+    metrics of the test split, and the training loss.  Numbers are None where it failed, and ``why`` says so."""
 
     name: str
     family: str
@@ -34,8 +40,8 @@ class Row:
     steps: int | None = None
     tokens: int | None = None
     flops: float | None = None
-    value: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    objective: str = ""
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def pflop_days(self) -> float:
@@ -43,13 +49,36 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Quantity:
+    """What a law is of: a metric, or 1 - metric where it rises, less what is known to be irreducible."""
+
+    metric: str
+    floor: float = 0.0
+
+    def of(self, row: Row) -> float:
+        value = row.measured[self.metric]
+        return (value if falls(self.metric) or self.metric == TRAINING else 1 - value) - self.floor
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a law of compute is fitted to: a member, the mean (of logarithms) of those that differ in their seed alone,
+    or the lowest point of a curve of equal compute."""
+
+    name: str
+    pflop_days: float
+    value: float
+
+
+@dataclass(frozen=True)
 class HeldOut:
-    """A member that the law had to predict."""
+    """A point that the law had to predict.  percent: half of the interval's width, of the loss."""
 
     name: str
     pflop_days: float
     predicted: Prediction
     measured: float
+    percent: float
 
     @property
     def inside(self) -> bool:
@@ -58,15 +87,19 @@ class HeldOut:
 
 @dataclass
 class Laws:
-    """Of a family: with and without an irreducible term, of compute in PFLOP-days; of size and data.  ``why``: what
-    could not be fitted.  fitted: the names of the members that the laws of compute are fitted to."""
+    """Of a family and a quantity: with and without an irreducible term, of compute in PFLOP-days; of size and data;
+    curves of equal compute, and how the best size grows with it (k, a: of operations).  ``why``: what could not be
+    fitted.  fitted: the points that the laws of compute are fitted to."""
 
     family: str
-    fitted: list[str] = field(default_factory=list)
+    quantity: Quantity
+    fitted: list[Point] = field(default_factory=list)
     compute: dict[str, Fit] = field(default_factory=dict)
     size_and_data: Fit | None = None
     optima: list[Optimum] = field(default_factory=list)
     held_out: list[HeldOut] = field(default_factory=list)
+    valleys: list[Valley] = field(default_factory=list)
+    best_size: tuple[float, float] | None = None
     why: list[str] = field(default_factory=list)
 
     @property
@@ -75,13 +108,13 @@ class Laws:
         return min(self.compute.values(), key=lambda law: law.aicc, default=None)
 
 
-def row_of(outcome: Outcome, fit: FitSection) -> Row:
+def row_of(outcome: Outcome, sweep: SweepConfig) -> Row:
     member = outcome.member
     known = (member.cell.name, member.family, member.values, member.cell.folder)
     if outcome.trained is None:
         return Row(*known, why=outcome.why)
     try:
-        return Row(*known, **_measured(outcome.trained, fit))
+        return Row(*known, **_measured(outcome.trained, sweep.fit))
     except UserError as error:
         return Row(*known, why=str(error))
 
@@ -90,6 +123,14 @@ def _measured(trained: Trained, fit: FitSection) -> dict[str, Any]:
     train = [row for row in trained.metrics if row["kind"] == "train"]
     tests = [row for row in trained.metrics if row["kind"] == "eval" and row["split"] == "test"]
     metrics = {k: v for k, v in (tests[-1] if tests else {}).items() if isinstance(v, float)}
+    last = train[-max(1, round(len(train) * fit.share)) :]
+    loss = sum(row["loss"] * row["targets"] for row in last) / sum(row["targets"] for row in last)
+    for name in (fit.of, *fit.also):
+        if name not in {TRAINING, *metrics}:
+            raise UserError(
+                f"fit names {name}, and the test split was evaluated by {', '.join(metrics) or 'nothing'}: choose "
+                f"one of these, or {TRAINING}"
+            )
     steps = train[-1]["step"]
     lengths, _ = batch_lengths(trained.config, steps)
     account = Accounting(trained.config, lengths.items)
@@ -98,67 +139,108 @@ def _measured(trained: Trained, fit: FitSection) -> dict[str, Any]:
         "steps": steps,
         "tokens": sum(row["targets"] for row in train),
         "flops": sum(account.step(*batch).total for batch in lengths.batches),
-        "value": _value(fit, train, metrics),
-        "metrics": metrics,
+        "objective": objective_of(trained.config),
+        "measured": {TRAINING: loss, **metrics},
     }
 
 
-def _value(fit: FitSection, train: Sequence[dict[str, Any]], metrics: dict[str, float]) -> float:
-    if fit.of != "loss":
-        if fit.of not in metrics:
-            raise UserError(
-                f"fit.of is {fit.of}, and the test split was evaluated by {', '.join(metrics) or 'nothing'}: choose "
-                "one of these, or loss"
-            )
-        return 1 - metrics[fit.of]
-    last = train[-max(1, round(len(train) * fit.share)) :]
-    return sum(row["loss"] * row["targets"] for row in last) / sum(row["targets"] for row in last)
+def objective_of(config: RunConfig) -> str:
+    """What a training loss is of, in words: over the catalogue, or over a sample of it."""
+    objective = config.objective
+    assert objective is not None
+    negatives = getattr(objective, "negatives", None)
+    return objective.name.replace("_", " ") + (f", {negatives} negatives" if negatives else "")
 
 
-def laws_of(sweep: SweepConfig, rows: Sequence[Row]) -> list[Laws]:
-    """The laws of every family, as far as its members tell them."""
+def laws_of(sweep: SweepConfig, rows: Sequence[Row], floor: float | None = None) -> list[Laws]:
+    """The laws of every quantity and family, as far as its members tell them.  floor: what is known to be irreducible
+    of fit.of; then what is above it has laws too."""
+    first = Quantity(sweep.fit.of)
+    above = [] if floor is None else [Quantity(sweep.fit.of, floor)]
     return [
-        _laws(name, sweep.fit, [r for r in rows if r.family == name and not r.why]) for name in sweep.families
+        _laws(name, quantity, sweep.fit, [r for r in rows if r.family == name and not r.why])
+        for quantity in (first, *above, *map(Quantity, sweep.fit.also))
+        for name in sweep.families
     ]
 
 
-def _laws(family: str, fit: FitSection, rows: list[Row]) -> Laws:
-    found = Laws(family)
-    rows = sorted(rows, key=lambda row: row.pflop_days)
-    if fit.points == "frontier":
-        best = frontier([r.pflop_days for r in rows], [r.value or 0.0 for r in rows])
-        front = [rows[i] for i in best]
-    else:
-        front = rows
-    known = front[: len(front) - fit.held_out] if fit.held_out else front
-    found.fitted = [row.name for row in known]
-    for kind, floor in (("without E", False), ("with E", True)):
+def _laws(family: str, quantity: Quantity, fit: FitSection, rows: list[Row]) -> Laws:
+    found = Laws(family, quantity)
+    if below := [row.name for row in rows if quantity.of(row) <= 0]:
+        found.why.append(f"{below[0]} lies at or below what is said to be irreducible ({quantity.floor:g})")
+        return found
+    found.valleys = valleys_of(quantity, rows)
+    found.best_size = best_size(found.valleys)
+    points = _points(quantity, fit, rows, found.valleys)
+    known = points[: len(points) - fit.held_out]
+    found.fitted = known
+    for kind, free in (("without E", False), ("with E", True)):
+        if free and quantity.floor:  # it has been taken away
+            continue
         try:
             found.compute[kind] = fit_compute(
-                [r.pflop_days for r in known],
-                [r.value or 0.0 for r in known],
-                floor=floor,
+                [p.pflop_days for p in known],
+                [p.value for p in known],
+                floor=free,
                 replicates=fit.replicates,
             )
         except UserError as error:
             found.why.append(f"L(C) {kind}: {error}")
     if (law := found.chosen) is not None:
-        for row in front[len(known) :]:
-            found.held_out.append(
-                HeldOut(row.name, row.pflop_days, law.predict(row.pflop_days), row.value or 0.0)
-            )
+        for point in points[len(known) :]:
+            predicted = law.predict(point.pflop_days)
+            percent = 50 * (predicted.high - predicted.low) / (predicted.value + quantity.floor)
+            found.held_out.append(HeldOut(point.name, point.pflop_days, predicted, point.value, percent))
+    if quantity.floor:
+        return found
     try:
         found.size_and_data = fit_size_and_data(
             [r.parameters or 0 for r in rows],
             [r.tokens or 0 for r in rows],
-            [r.value or 0.0 for r in rows],
+            [quantity.of(r) for r in rows],
             replicates=fit.replicates,
         )
         # operations for each parameter and token, of this family: six and what attention and the loss add
         each = sum((r.flops or 0) / ((r.parameters or 1) * (r.tokens or 1)) for r in rows) / len(rows)
-        found.optima = [optimal(found.size_and_data, row.flops or 0.0, each) for row in front]
+        found.optima = [optimal(found.size_and_data, p.pflop_days * PFLOP_DAY, each) for p in points]
     except UserError as error:
         found.why.append(f"L(N, D): {error}")
+    return found
+
+
+def _points(
+    quantity: Quantity, fit: FitSection, rows: Sequence[Row], valleys: Sequence[Valley]
+) -> list[Point]:
+    """From the cheapest on."""
+    if fit.points == "valleys":
+        return [Point(f"{v.compute:.3g} operations", v.compute / PFLOP_DAY, v.loss) for v in valleys]
+    alike: dict[str, list[Row]] = {}
+    for row in rows:
+        alike.setdefault(re.sub(r"-seed\d+", "", row.name), []).append(row)
+    points = [
+        Point(
+            name,
+            float(np.mean([row.pflop_days for row in same])),
+            float(np.exp(np.mean([np.log(quantity.of(row)) for row in same]))),
+        )
+        for name, same in alike.items()
+    ]
+    if fit.points == "frontier":
+        # what members of one budget cost differs by less than a step: that makes none of them cheaper
+        costs = [same[0].values.get("flops", point.pflop_days) for same, point in zip(alike.values(), points)]
+        points = [points[i] for i in frontier(costs, [point.value for point in points])]
+    return sorted(points, key=lambda point: point.pflop_days)
+
+
+def valleys_of(quantity: Quantity, rows: Sequence[Row]) -> list[Valley]:
+    """Of each budget that three sizes or more were trained with, from the smallest on."""
+    budgets = sorted({row.values["flops"] for row in rows if "flops" in row.values})
+    found = []
+    for budget in budgets:
+        same = [row for row in rows if row.values["flops"] == budget]
+        curve = valley(budget, [r.parameters or 0 for r in same], [quantity.of(r) for r in same])
+        if curve is not None:
+            found.append(curve)
     return found
 
 
@@ -173,11 +255,14 @@ def save(
         "laws": [
             {
                 "family": law.family,
-                "fitted": law.fitted,
+                "of": asdict(law.quantity),
+                "fitted": [asdict(point) for point in law.fitted],
                 "compute": {kind: fit.to_dict() for kind, fit in law.compute.items()},
                 "size_and_data": law.size_and_data.to_dict() if law.size_and_data else None,
                 "optima": [asdict(optimum) for optimum in law.optima],
                 "held_out": [{**asdict(held), "inside": held.inside} for held in law.held_out],
+                "equal_compute": [{**asdict(v), "inside": v.inside} for v in law.valleys],
+                "best_size": None if law.best_size is None else dict(zip("ka", law.best_size)),
                 "why": law.why,
             }
             for law in laws

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,9 +13,9 @@ from types import FrameType
 
 from gr.errors import UserError
 from gr.train.cells import Trained, check_cells, is_finished, train_cell
+from gr.train.sweep.backends.base import Backend
 from gr.train.sweep.plan import Member
-
-Ended = Callable[[str], None]
+from gr.train.sweep.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -29,29 +27,8 @@ class Outcome:
     why: str = ""
 
 
-class _Running:
-    """The trainings that are under way, so that a request to stop reaches each."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._lock = threading.Lock()
-
-    def begun(self, process: subprocess.Popen[bytes]) -> None:
-        with self._lock:
-            self._processes.append(process)
-        if self.stopped:  # asked for while it was being started
-            process.terminate()
-
-    def stop(self) -> None:
-        self.stopped = True
-        for process in list(self._processes):
-            with suppress(ProcessLookupError):
-                process.terminate()
-
-
-def train_members(members: Sequence[Member], out: Path, workers: int, say: Ended = print) -> list[Outcome]:
-    """Train what isn't finished, ``workers`` at a time, each with its share of the cores; in the order given.
+def train_members(members: Sequence[Member], out: Path, workers: int, backend: Backend) -> list[Outcome]:
+    """Train what isn't finished, ``workers`` at a time; in the order given.
 
     What a training prints goes to out/logs/NAME.txt.  SIGTERM and an interrupt are handed on, so that each saves.
     Raises UserError before anything is trained where a member's folder holds another run, and after a request to stop.
@@ -59,50 +36,70 @@ def train_members(members: Sequence[Member], out: Path, workers: int, say: Ended
     check_cells([member.cell for member in members])
     (out / "logs").mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    running = _Running()
+    watch, stopped = Watch(members), _Stopped(backend)
 
     def train(member: Member) -> Outcome:
         cell, log = member.cell, out / "logs" / f"{member.cell.name}.txt"
-        if member.config.train.threads is None and workers > 1:
+        if member.config.train.threads is None and workers > 1 and backend.shares_cores:
             cell = replace(cell, overrides=(*cell.overrides, f"train.threads={threads}"))
-        if running.stopped and not is_finished(cell):
+        if stopped.asked and not is_finished(cell):
             return Outcome(member, None, "not begun")
         before = log.stat().st_size if log.is_file() else 0
+        watch.begin(member)
         try:
-            return Outcome(member, train_cell(cell, log, running.begun))
+            trained = train_cell(
+                cell, log, lambda command, log: backend.run(cell.name, command, Path(log or ""))
+            )
+            return Outcome(member, trained)
         except UserError as error:
-            return Outcome(member, None, ("" if running.stopped else _reason(log, before)) or str(error))
+            return Outcome(member, None, ("" if stopped.asked else _reason(log, before)) or str(error))
 
-    with _handing_on(running), ThreadPoolExecutor(workers) as pool:
+    with stopped.handing_on(), watch.shown(), ThreadPoolExecutor(workers) as pool:
         futures: list[Future[Outcome]] = [pool.submit(train, member) for member in members]
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 outcome = future.result()
-                failed = "stopped" if running.stopped else f"failed: {outcome.why}"
+                watch.end(outcome.member, outcome.trained is None)
+                failed = "stopped" if stopped.asked else f"failed: {outcome.why}"
                 ended = "finished" if outcome.trained else failed
-                say(f"[{number}/{len(members)}] {outcome.member.cell.name} {ended}")
+                watch.console.print(
+                    f"[{number}/{len(members)}] {outcome.member.cell.name} {ended}",
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,
+                )
         except KeyboardInterrupt:
-            running.stop()
+            stopped.stop()
             raise
-    if running.stopped:
+    if stopped.asked:
         raise UserError("the sweep was stopped; run the same command again to go on")
     return [future.result() for future in futures]
 
 
-@contextmanager
-def _handing_on(running: _Running) -> Iterator[None]:
-    def stop(number: int, frame: FrameType | None) -> None:
-        running.stop()
+class _Stopped:
+    """Whether somebody has asked for the end; the backend is told."""
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.asked = backend, False
+
+    def stop(self) -> None:
+        self.asked = True
+        self.backend.stop()
+
+    @contextmanager
+    def handing_on(self) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stop()
+
+        try:
+            before = signal.signal(signal.SIGTERM, stop)
+        except ValueError:  # not in the main thread: signals are somebody else's
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _reason(log: Path, before: int) -> str:

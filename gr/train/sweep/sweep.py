@@ -8,15 +8,26 @@ from pathlib import Path
 from gr.data.dataset import SequenceDataset
 from gr.errors import UserError
 from gr.progress import default_progress
+from gr.train.evaluation import Evaluation
+from gr.train.parts import open_data
 from gr.train.sweep import report
+from gr.train.sweep.backends.base import Resources, opened
+from gr.train.sweep.figures import draw
 from gr.train.sweep.plan import SweepConfig, members_of, read_sweep
 from gr.train.sweep.results import laws_of, row_of, save
-from gr.train.sweep.run import train_members
+from gr.train.sweep.run import Outcome, train_members
 
 
-def sweep(config: str | Path, out: str | Path, workers: int = 1, overrides: Sequence[str] = ()) -> bool:
+def sweep(
+    config: str | Path,
+    out: str | Path,
+    workers: int = 1,
+    overrides: Sequence[str] = (),
+    backend: str = "local",
+    resources: Resources = Resources(),
+) -> bool:
     """Train the members of the sweep ``config``, fit its laws, write the report into the folder ``out``; whether every
-    member finished.  Started again, it does what is left."""
+    member finished.  Started again, it does what is left.  backend, resources: gr.train.sweep.backends."""
     if workers < 1:
         raise UserError(f"{workers} members at a time: one is the least")
     plan, file = read_sweep(config)
@@ -25,15 +36,29 @@ def sweep(config: str | Path, out: str | Path, workers: int = 1, overrides: Sequ
     for sentence in left_out:
         print(sentence, flush=True)
     print(f"{len(members)} members in {out / 'members'}, {workers} at a time", flush=True)
-    outcomes = train_members(members, out, workers, lambda text: print(text, flush=True))
-    rows = [row_of(outcome, plan.fit) for outcome in outcomes]
-    laws = laws_of(plan, rows)
+    with opened(backend, resources) as at:
+        outcomes = train_members(members, out, workers, at)
+    rows = [row_of(outcome, plan) for outcome in outcomes]
+    laws = laws_of(plan, rows, _floor(plan, outcomes))
     report.show(plan, rows, laws)
     save(plan, rows, laws, left_out, out / "results.json")
-    picture = report.plot(plan, rows, laws, out)
-    page = report.page(plan, rows, laws, out, file.stem)
-    print(f"report {page}; picture {picture or 'none'}; numbers {out / 'results.json'}")
+    pictures = draw(plan, rows, laws, out)
+    page = report.page(plan, rows, laws, pictures, out, file.stem)
+    print(f"report {page}; numbers {out / 'results.json'}")
     return not any(row.why for row in rows)
+
+
+def _floor(plan: SweepConfig, outcomes: Sequence[Outcome]) -> float | None:
+    """What of the loss is known to be irreducible: a number of the file's, or the loss of the best possible scorer on
+    the test split that the members were judged by."""
+    if plan.fit.floor != "oracle":
+        return plan.fit.floor
+    trained = next((outcome.trained for outcome in outcomes if outcome.trained), None)
+    if trained is None:
+        return None
+    data = open_data(trained.config)
+    evaluation = Evaluation(data.dataset, data.split, trained.config, data.catalogue)
+    return evaluation.run("test", evaluation.baseline("oracle")).metrics["loss"]
 
 
 def _data(plan: SweepConfig, out: Path) -> str | None:

@@ -57,7 +57,9 @@ class StreamOptions(Source.Options):
     """The stream's parameters; the defaults are the paper's.
 
     ``alpha_max``: alpha is uniform on (1, alpha_max).  ``start_fraction``: share of the catalogue available to the
-    first record.  ``repeats``: whether a record may hold an item twice by chance.
+    first record.  ``repeats``: whether a record may hold an item twice by chance.  ``category_exponent``: a record's
+    categories are drawn in proportion to (c + 1)^-exponent, c being the category's number; 0, the paper's, makes all
+    alike.
     """
 
     records: POSITIVE = 1_000_000
@@ -68,6 +70,7 @@ class StreamOptions(Source.Options):
     alpha_max: Annotated[float, Field(ge=1)] = 500.0
     start_fraction: Annotated[float, Field(gt=0, le=1)] = 0.4
     repeats: bool = True
+    category_exponent: Annotated[float, Field(ge=0)] = 0.0
     seed: SEED = 1
 
 
@@ -108,6 +111,7 @@ class Generator:
         self.members_I = np.argsort(self.category_I, kind="stable")
         self._group_keys_I = self.category_I[self.members_I] * options.items + self.members_I
         self.first_C = np.searchsorted(self._group_keys_I, np.arange(options.categories) * options.items)
+        self.weights_C = (np.arange(options.categories) + 1.0) ** -options.category_exponent
         at_start = self._available(np.arange(options.categories), np.zeros(1, dtype=np.int64))
         if (at_start == 0).any():
             raise UserError(
@@ -145,7 +149,10 @@ class Generator:
         picks_SR, prior_draws_SR = uniform_WR[2 : 2 + slots], uniform_WR[2 + slots : 2 + 2 * slots]
         draws = uniform_WR[2 + 2 * slots :]
 
-        categories_SR = _distinct(picks_SR, self.options.categories)
+        if self.options.category_exponent:
+            categories_SR = _distinct_weighted(picks_SR, self.weights_C)
+        else:
+            categories_SR = _distinct(picks_SR, self.options.categories)
         # normalised exponentials are Dirichlet(1, ..., 1)
         weights_SR = np.where(np.arange(slots)[:, None] < used_R, -np.log1p(-prior_draws_SR), 0.0)
         prior_SR = weights_SR / weights_SR.sum(axis=0)
@@ -271,6 +278,7 @@ class Oracle:
     """
 
     judged_by = "catalogue"
+    gives_probabilities = True
 
     def __init__(self, dataset: SequenceDataset):
         provenance = dataset.manifest.provenance
@@ -331,6 +339,21 @@ def _distinct(uniform_SR: np.ndarray, count: int) -> np.ndarray:
         other_R = slot + np.floor(uniform_SR[slot] * (count - slot)).astype(np.int64)
         deck_RC[row_R, slot], deck_RC[row_R, other_R] = deck_RC[row_R, other_R], deck_RC[row_R, slot]
     return np.ascontiguousarray(deck_RC[:, :slots].T)
+
+
+def _distinct_weighted(uniform_SR: np.ndarray, weights_C: np.ndarray) -> np.ndarray:
+    """S distinct numbers below C for each record, one after the other, each in proportion to the weights of those that
+    are left."""
+    records = np.arange(uniform_SR.shape[1])
+    left_RC = np.tile(weights_C, (len(records), 1))
+    picked_SR = np.empty(uniform_SR.shape, dtype=np.int64)
+    for slot, uniform_R in enumerate(uniform_SR):
+        cumulative_RC = left_RC.cumsum(axis=1)
+        # the last sum is never reached by a number below one but for rounding, and what is gone has no width
+        reached_R = (uniform_R * cumulative_RC[:, -1])[:, None] >= cumulative_RC
+        picked_SR[slot] = np.minimum(reached_R.sum(axis=1), len(weights_C) - 1)
+        left_RC[records, picked_SR[slot]] = 0.0
+    return picked_SR
 
 
 def _deal(
