@@ -265,6 +265,22 @@ class EarlyStopping(Section):
     patience: POSITIVE = 10
 
 
+class StartFrom(Section):
+    """Another run, or its export, whose weights a new run starts from, by name: all that this model has too but for
+    tables with a row for each item, user or value, which are of that run's data.  checkpoint: last, best or a step."""
+
+    shorthand = "run"
+    run: str
+    checkpoint: Annotated[str, BeforeValidator(lambda step: str(step) if type(step) is int else step)] = (
+        "last"
+    )
+
+
+START_FROM = Annotated[
+    StartFrom, BeforeValidator(lambda value: {"run": value} if isinstance(value, str) else value)
+]
+
+
 class TrainSection(Section):
     """``global_batch`` sequences a step over all processes; a process cuts its share into micro-batches of at most
     ``micro_batch_actions`` actions and accumulates: neither changes the loss but by rounding.
@@ -293,6 +309,7 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     timeout: POSITIVE = 600
     early_stopping: EarlyStopping | None = None
+    start_from: START_FROM | None = None
 
 
 class LogSection(Section):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gr.embeddings.ranks import Excluded, best_rows, target_ranks
 from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer
@@ -110,6 +110,11 @@ class Table(ABC):
         """The sum over t of the cross-entropy of target t against all rows: a float32 scalar, differentiable in the
         queries and in the table.  Only of tables that say so (``has_cross_entropy``)."""
         raise TypeError(f"{type(self).__name__} has no gradient for every row")
+
+    def named_shared(self, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that form rows and belong to none of them, those that don't train too; a table that keeps its
+        rows has none."""
+        return iter(())
 
     @abstractmethod
     def pieces(self) -> list[Piece]:

@@ -90,6 +90,10 @@ class Tower(Table, nn.Module):
         named = nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
         return ((name, parameter) for name, parameter in named if parameter.requires_grad)
 
+    def named_shared(self, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+        named = nn.Module.named_parameters(self)
+        return ((prefix + name, parameter) for name, parameter in named if parameter is not self.ids)
+
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def view(self, wanted: Sequence[Tensor] = ()) -> View:

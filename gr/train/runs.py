@@ -14,9 +14,11 @@ from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Processes
 from gr.train import checkpoint, exported
+from gr.train.checkpoint import find_checkpoint
 from gr.train.folder import RunFolder
 from gr.train.parts import Data, build_model, open_data
 from gr.train.place import AnyPath
+from gr.train.starting import start
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def open_run(
     chosen = None if exported.is_export(path) else find_checkpoint(folder, checkpoint_name)
     data = open_data(config, trained_on(path, chosen))
     model = build_model(config, data, processes)
+    start(model, config, processes, begun=True)
     if chosen is None:
         cursor = exported.load(Path(path), model, checkpoint_name, processes.world)
     else:
@@ -80,35 +83,3 @@ def check_generation(data: Data, generation: str, path: str | Path) -> None:
             f"'{data.dataset.path}' is not the dataset that run '{path}' was trained on (its generation differs): "
             "prepare the same data again"
         )
-
-
-def find_checkpoint(folder: RunFolder, name: str) -> AnyPath:
-    """The path of a checkpoint: ``last``, ``best`` or a step number."""
-    last = checkpoint.newest(folder.checkpoints)
-    if last is None:
-        raise UserError(f"run '{folder.path}' has no complete checkpoint yet: let it train, or --resume it")
-    if name == "last":
-        return last
-    steps = dict(checkpoint.listed(folder.checkpoints))
-    if name == "best":
-        best = checkpoint.read_state(last)["cursor"]["best"]
-        if not best:
-            raise UserError(
-                f"run '{folder.path}' has no best checkpoint: it evaluated no validation split "
-                "(data.split.holdout=2 and eval.splits=[valid, test])"
-            )
-        name = str(int(best["step"]))
-        if int(name) not in steps:  # another metric chose then, and the checkpoint was pruned
-            raise UserError(
-                f"run '{folder.path}' is best at step {name} (by {best['metric']}), of which no checkpoint was kept: "
-                f"choose one of {', '.join(map(str, steps))}"
-            )
-    if not name.isdigit() or int(name) not in steps:
-        raise UserError(
-            f"run '{folder.path}' has no checkpoint '{name}': it has last, best and the steps "
-            f"{', '.join(map(str, steps))}"
-        )
-    chosen = steps[int(name)]
-    if (damage := checkpoint.damaged(chosen)) is not None:
-        raise UserError(f"checkpoint '{chosen}' is damaged ({damage}): choose another one")
-    return chosen
