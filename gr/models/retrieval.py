@@ -16,6 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from gr import registry
+from gr.adapters.insert import insert
+from gr.adapters.section import ADAPTERS, AdapterSection
 from gr.batch import SequenceBatch
 from gr.config import POSITIVE, ComponentConfig, InputSection, RunConfig, SimilaritySection, component
 from gr.embeddings.ranks import Excluded
@@ -44,7 +46,8 @@ class Retrieval(Model):
 
     class Config(ComponentConfig):
         """table_std: the spread of a table's first rows.  table: where the rows are (gr.registry.TABLES).  item_tower:
-        what stands for the items: rows by their ids, or formed from what they are."""
+        what stands for the items: rows by their ids, or formed from what they are.  adapters: what of the sequence
+        encoder, and of what feeds it, trains."""
 
         name: Literal["retrieval"] = "retrieval"
         dim: POSITIVE = 50
@@ -54,6 +57,7 @@ class Retrieval(Model):
         task: component(registry.TASKS, "model.task", default="next_item")  # type: ignore[valid-type]
         input: InputSection = InputSection()
         encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
+        adapters: ADAPTERS = AdapterSection(name="full")
         similarity: SimilaritySection = SimilaritySection()
 
     judged_by = "catalogue"
@@ -102,6 +106,9 @@ class Retrieval(Model):
         times = {"time"} if self.encoder.uses_times else set()
         self.needs = frozenset({"item"} | times | features.needs)
         initialise(self, run.train.seed)
+        if config.adapters.name != "full":
+            self.requires_grad_(False)
+            insert(self.encoder, config.adapters, run.train.seed)
 
     @property
     def items(self):
