@@ -223,12 +223,14 @@ class InputSection(Section):
 
 
 class SimilaritySection(Section):
-    """score = <q, e> / temperature, both L2-normalised (eps as the divisor's floor) if asked for."""
+    """score = <q, e> / temperature, both L2-normalised (eps as the divisor's floor) if asked for.  matryoshka: of how
+    many first numbers of q and e the loss is formed as well as of all: vectors can be cut to these afterwards."""
 
     normalize: bool = True
     eps: Annotated[float, Field(gt=0)] = 1e-6
     temperature: Annotated[float, Field(gt=0)] = 0.05
     item_bias: bool = False
+    matryoshka: Annotated[list[POSITIVE], DISTINCT] = []
 
     def idle(self) -> dict[str, str]:
         return {} if self.normalize else {"eps": "normalize is false"}

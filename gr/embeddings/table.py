@@ -169,7 +169,7 @@ class Table(ABC):
         """(B, stop - start) float32 scores of a range of rows."""
         scores_BC = candidate_scores(
             queries_BD * scoring.scale,
-            self.vectors(start, stop),
+            scoring.columns(self.vectors(start, stop)),
             range(stop - start),
             normalize_eps=scoring.normalize_eps,
         )

@@ -137,7 +137,11 @@ class Tower(Table, nn.Module):
     def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
         assert self._leaf_ID is not None, "a view of all rows comes first"
         return cross_entropy(
-            queries_TD, self._leaf_ID, targets_T, scale=scoring.scale, normalize_eps=scoring.normalize_eps
+            queries_TD,
+            scoring.columns(self._leaf_ID),
+            targets_T,
+            scale=scoring.scale,
+            normalize_eps=scoring.normalize_eps,
         )
 
     def _fused(self, rows_U: Tensor | None, content_UE: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ class Retrieval(Model):
         check_causal(self.task, self.encoder, config.encoder.name)
         self.similarity = Similarity(config.similarity)
         self.objective = run.objective.build(self.similarity, catalogue)
+        self._check_prefixes(config)
         if self.objective.needs_every_row and not self.items.has_cross_entropy:
             raise UserError(
                 f"objective {run.objective.name} needs the gradient of every row in every step, and model.table "
@@ -109,6 +110,37 @@ class Retrieval(Model):
         if config.adapters.name != "full":
             self.requires_grad_(False)
             insert(self.encoder, config.adapters, run.train.seed)
+
+    def _check_prefixes(self, config: Config) -> None:
+        prefixes = config.similarity.matryoshka
+        if prefixes and max(prefixes) >= config.dim:
+            raise UserError(
+                f"model.similarity.matryoshka has {max(prefixes)}, and vectors have {config.dim} numbers (model.dim): "
+                "name fewer than those, which train anyway",
+                everywhere=True,
+            )
+        if prefixes and self.objective.needs_every_row and not self.items.dense:
+            raise UserError(
+                "model.similarity.matryoshka and a softmax over the whole catalogue go together with model.table=local "
+                "alone: use that, or objective=sampled_softmax",
+                everywhere=True,
+            )
+
+    def cut_to(self, dim: int) -> None:
+        """Score by the first ``dim`` numbers of vectors, for which the model must have trained."""
+        prefixes, whole = self.similarity.config.matryoshka, self.items.dim
+        if dim not in (*prefixes, whole):
+            trained = (
+                f"of {', '.join(map(str, sorted([*prefixes, whole])))}"
+                if prefixes
+                else "of that length alone"
+            )
+            raise UserError(
+                f"vectors of {dim} numbers were asked for, and the run's have {whole} and were trained {trained}: "
+                "choose one of these, or train with model.similarity.matryoshka",
+                everywhere=True,
+            )
+        self.similarity = Similarity(self.similarity.config, None if dim == whole else dim)
 
     @property
     def items(self):

@@ -26,14 +26,17 @@ T = TypeVar("T")
 class Similarity:
     """The only way from queries to items' scores, for objectives and for evaluation alike.
 
-    With ``normalize`` both sides are divided by max(their L2 norm, eps): a cosine.
+    With ``normalize`` both sides are divided by max(their L2 norm, eps): a cosine.  dim: of both only the first so
+    many numbers count; ``nested``: the similarities of the prefixes that train beside the whole (Matryoshka
+    representation learning, Kusupati et al., arXiv 2205.13147).
     """
 
-    def __init__(self, config: SimilaritySection) -> None:
+    def __init__(self, config: SimilaritySection, dim: int | None = None) -> None:
         self.config = config
         self.scoring = Scoring(
-            1 / config.temperature, config.eps if config.normalize else None, config.item_bias
+            1 / config.temperature, config.eps if config.normalize else None, config.item_bias, dim
         )
+        self.nested = [] if dim is not None else [Similarity(config, prefix) for prefix in config.matryoshka]
 
     # -- a step, on the rows of a view ------------------------------------------------------------------------------
 
@@ -44,7 +47,7 @@ class Similarity:
             # the temperature divides the queries, S x D numbers, rather than the S x K scores
             scores_SK = candidate_scores(
                 self.queries(queries_SD) * scoring.scale,
-                items.weight_UD,
+                scoring.columns(items.weight_UD),
                 items.place(rows_SK),
                 normalize_eps=scoring.normalize_eps,
             )
@@ -71,7 +74,7 @@ class Similarity:
         with _full_precision(queries_SD):
             return sampled_softmax(
                 self.queries(queries_SD),
-                items.weight_UD,
+                self.scoring.columns(items.weight_UD),
                 items.place(targets_S),
                 items.place(negatives),
                 counts_K=counts_K,
@@ -104,7 +107,9 @@ class Similarity:
         return self._search(lambda q_BD, scoring: table.ranks(q_BD, targets_B, scoring, exclude), queries_BD)
 
     def queries(self, queries_TD: Tensor) -> Tensor:
-        """Queries as scores take them: float32 (float64 stays), normalised where the similarity is."""
+        """Queries as scores take them: float32 (float64 stays), what counts of them, normalised where the similarity
+        is."""
+        queries_TD = queries_TD[..., : self.scoring.dim]
         queries_TD = queries_TD if queries_TD.dtype == torch.float64 else queries_TD.float()
         return F.normalize(queries_TD, dim=-1, eps=self.config.eps) if self.config.normalize else queries_TD
 

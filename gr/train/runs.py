@@ -12,6 +12,7 @@ from gr import config as configs
 from gr.config import RunConfig
 from gr.errors import UserError
 from gr.models.model import Model
+from gr.models.retrieval import Retrieval
 from gr.processes import Processes
 from gr.train import checkpoint, exported
 from gr.train.checkpoint import find_checkpoint
@@ -38,9 +39,11 @@ def open_run(
     checkpoint_name: str = "last",
     processes: Processes | None = None,
     data_path: str | None = None,
+    dim: int | None = None,
 ) -> OpenRun:
     """The run in ``path`` as of a checkpoint: ``last``, ``best`` (by the validation split) or a step number; or the
     export there, which is of one.  ``data_path``: where the run's dataset is, if not where the config says.
+    dim: score by so many first numbers of vectors.
 
     Several processes open it together (``Processes.together``).
     """
@@ -54,10 +57,20 @@ def open_run(
         cursor = exported.load(Path(path), model, checkpoint_name, processes.world)
     else:
         cursor = checkpoint.load(chosen, model)
+    if dim is not None:
+        _cut(model, dim, path)
     check_generation(data, cursor.generation, path)
     begun = cursor.epoch + (cursor.batch > 0)
     data = replace(data, split=data.split.on(data.dataset).at(begun))
     return OpenRun(folder, config, data, model.eval(), cursor.step, cursor.epoch)
+
+
+def _cut(model: Model, dim: int, path: str | Path) -> None:
+    if not isinstance(model, Retrieval):
+        raise UserError(
+            f"run '{path}' scores given items and has no vectors to cut: leave --dim out", everywhere=True
+        )
+    model.cut_to(dim)
 
 
 def config_of(path: str | Path, data_path: str | None = None) -> RunConfig:

@@ -84,7 +84,7 @@ def test_all_is_taken_but_rows_of_the_other_catalogue(folder, config, source, ca
     numbers = sum(values.numel() for values in given.values())
     assert f"starting from run '{source}', step 3: {len(given)} tensors, {numbers:,} numbers" in said
     ids = config("target", "ids", f"train.start_from={source}", tower={"mode": "frozen", "name": "fused"})
-    assert "tables.items.ids" in dict(build(ids, CPU).model.items.named_parameters())
+    assert "ids" in dict(build(ids, CPU).model.items.named_parameters())
     said = capsys.readouterr().out
     assert "left there" in said and "tables.items.encoder" in said
 
@@ -171,7 +171,7 @@ def test_what_was_trained_onto_other_weights_is_not_loaded(folder, config, sourc
         (["train.start_from=nowhere"], "nowhere"),
         (["model.adapters=houlsby"], "is frozen, and nothing has trained it: set train.start_from"),
         (["train.start_from=SOURCE", "train.start_from.checkpoint=77"], "has no checkpoint '77'"),
-        (["train.start_from=SOURCE", "data.max_length=30"], r"is \[20\] in run .* and \[30\] in this model"),
+        (["train.start_from=SOURCE", "data.max_length=30"], r"is \[20, 16\] in run .* and \[30, 16\] in this model"),
         (["train.start_from=SOURCE", "model.encoder=sasrec", "model.adapters=lora"], "hasn't trained it"),
         (["train.start_from=SOURCE", "model.adapters=prompt"], "adapters prompt stand before the tokens"),
     ],

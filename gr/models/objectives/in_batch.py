@@ -54,14 +54,21 @@ class InBatchDebiased(Objective):
             )
         self.register_buffer("log_p_I", log_p_I, persistent=False)
 
-    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
+    def summed(
+        self,
+        similarity: Similarity,
+        queries_SD: Tensor,
+        part: Supervision,
+        step: StepContext,
+        items: Table,
+    ) -> Tensor:
         candidates, counts = self._candidates(step), None
         if len(candidates) > self.items:
             # each item stands once, with its occurrences: the same sum in fewer scores
             counts = torch.zeros(self.items, dtype=torch.int64, device=candidates.device)
             counts.index_add_(0, candidates, torch.ones_like(candidates))
             candidates = torch.arange(self.items, device=candidates.device)
-        return self.similarity.sampled_softmax(
+        return similarity.sampled_softmax(
             step.views["items"], queries_SD, part.targets_S, candidates, -self.log_p_I, counts
         )
 

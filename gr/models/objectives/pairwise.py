@@ -37,9 +37,16 @@ class _Pairwise(Objective):
         self.config = config
         self.sampler = NegativeSampler(config.sampling, catalogue)
 
-    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
+    def summed(
+        self,
+        similarity: Similarity,
+        queries_SD: Tensor,
+        part: Supervision,
+        step: StepContext,
+        items: Table,
+    ) -> Tensor:
         rows = step.taken(part, lambda: self._rows(part, step))
-        scores = self.similarity.candidates(step.views["items"], queries_SD, rows)
+        scores = similarity.candidates(step.views["items"], queries_SD, rows)
         return self.loss(scores[:, :1], scores[:, 1:], rows[:, 1:] != rows[:, :1])
 
     def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
