@@ -53,6 +53,16 @@ class Similarity:
             )
             return scores_SK if items.bias_U is None else scores_SK + items.bias_U[items.place(rows_SK)]
 
+    def shared(self, items: View, queries_SD: Tensor, rows_C: Tensor) -> Tensor:
+        """(S, C) float32 scores of candidate rows that all queries share."""
+        scoring = self.scoring
+        with _full_precision(queries_SD):
+            rows_CD = scoring.columns(items.lookup(rows_C))
+            if scoring.normalize_eps is not None:
+                rows_CD = F.normalize(rows_CD, dim=1, eps=scoring.normalize_eps)
+            scores_SC = (self.queries(queries_SD) * scoring.scale) @ rows_CD.T
+            return scores_SC if items.bias_U is None else scores_SC + items.bias_U[items.place(rows_C)]
+
     def sampled_softmax(
         self,
         items: View,

@@ -138,6 +138,13 @@ def _check_context(model: Model, config: RunConfig) -> None:
     context, rows = config.train.context, config.data.max_length
     if context == 1:
         return
+    objective = config.objective
+    if objective is not None and objective.component().reads_sequences(objective):  # type: ignore[attr-defined]
+        raise UserError(
+            f"train.context is {context}, and objective {objective.name} with outside=sequence looks at whole "
+            "sequences: use train.context=1, or outside=target",
+            everywhere=True,
+        )
     if not model.cuttable:
         encoder = getattr(config.model, "encoder", None)
         if encoder is None:

@@ -171,7 +171,10 @@ def test_what_was_trained_onto_other_weights_is_not_loaded(folder, config, sourc
         (["train.start_from=nowhere"], "nowhere"),
         (["model.adapters=houlsby"], "is frozen, and nothing has trained it: set train.start_from"),
         (["train.start_from=SOURCE", "train.start_from.checkpoint=77"], "has no checkpoint '77'"),
-        (["train.start_from=SOURCE", "data.max_length=30"], r"is \[20, 16\] in run .* and \[30, 16\] in this model"),
+        (
+            ["train.start_from=SOURCE", "data.max_length=30"],
+            r"is \[20, 16\] in run .* and \[30, 16\] in this model",
+        ),
         (["train.start_from=SOURCE", "model.encoder=sasrec", "model.adapters=lora"], "hasn't trained it"),
         (["train.start_from=SOURCE", "model.adapters=prompt"], "adapters prompt stand before the tokens"),
     ],

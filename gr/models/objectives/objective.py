@@ -31,6 +31,11 @@ class Objective(nn.Module):
         return getattr(config, "sampling", "uniform") == "popularity"
 
     @staticmethod
+    def reads_sequences(config: Any) -> bool:
+        """Whether a target's loss depends on what else stands in its sequence, which then has to be there whole."""
+        return getattr(config, "outside", "target") == "sequence"
+
+    @staticmethod
     def scored(config: Any, targets: int, items: int) -> int:
         """How many items a query is scored against in a step of so many targets, the catalogue being ``items``: what
         the loss costs (gr.scaling.flops)."""
