@@ -97,6 +97,7 @@ class Model(nn.Module):
     cuttable = False
     entrances: tuple[str, ...] = ()
     lockstep = False
+    _placed = torch.device("cpu")
 
     def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__()
@@ -164,6 +165,7 @@ class Model(nn.Module):
         for table in self.tables.values():
             if isinstance(table, nn.Module):
                 table.to(device)
+        self._placed = device
         return self.to(device)
 
     @property
@@ -184,4 +186,5 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        first = next(self.parameters(), None)
+        return self._placed if first is None else first.device

@@ -95,6 +95,13 @@ class Retrieval(Model):
         self.input = ItemInput(config.input, config.dim, max_length, self.task.masks, config.table_std)
         self.encoder = config.encoder.build(config.dim, max_length)
         check_causal(self.task, self.encoder, config.encoder.name)
+        self.reads_items = getattr(self.encoder, "reads_items", True)
+        if not self.reads_items and (self.task.masks or not config.input.features):
+            raise UserError(
+                f"model.encoder {config.encoder.name} sees model.input.features and no items: name some, as "
+                "{user: {derived: user}}, with model.task=next_item",
+                everywhere=True,
+            )
         self.similarity = Similarity(config.similarity)
         self.objective = run.objective.build(self.similarity, catalogue)
         self._check_prefixes(config)
@@ -170,7 +177,7 @@ class Retrieval(Model):
         return self.features.of_inputs(self.prepare(batch), self.task.supervise(batch, key, dropout_key))
 
     def wanted(self, parts: Sequence[Supervision], context: StepContext) -> dict[str, list[Tensor]]:
-        rows = [part.rows_T(self.task.masks) for part in parts]
+        rows = [part.rows_T(self.task.masks) for part in parts] if self.reads_items else []
         rows += [r for part in parts for r in self.objective.wanted(part, context)]
         return {"items": rows, **self.features.wanted(parts)}
 
@@ -194,7 +201,7 @@ class Retrieval(Model):
         """
         with evaluating(self):
             part = self.features.of_inputs(self.prepare(batch), self.task.request(batch))
-            views = self.fetch({"items": [part.rows_T(self.task.masks)], **self.features.wanted([part])})
+            views = self.fetch(self._seen(part))
             return part.select(self._encode(part, StepContext(0, views=views)))
 
     def scores(self, batch: SequenceBatch) -> Tensor:
@@ -210,6 +217,11 @@ class Retrieval(Model):
         """(B,) float64 exact ranks of the targets in the whole catalogue; NaN where the model has diverged."""
         return self.similarity.ranks(self.items, self.encode(batch), targets_B, exclude)
 
+    def _seen(self, part: Supervision) -> dict[str, list[Tensor]]:
+        """Rows that the encoder's input is made of."""
+        items = [part.rows_T(self.task.masks)] if self.reads_items else []
+        return {"items": items, **self.features.wanted([part])}
+
     def _encode(self, part: Supervision, context: StepContext) -> Tensor:
         layout = part.layout
         if self.encoder.uses_times and layout.key_times_T is None:
@@ -218,5 +230,8 @@ class Retrieval(Model):
                 "set model.encoder.relative_time=false"
             )
         features_TD = vectors(part, context.views)
-        items_TD = context.views["items"].lookup(part.rows_T(self.task.masks))
+        if self.reads_items:
+            items_TD = context.views["items"].lookup(part.rows_T(self.task.masks))
+        else:
+            items_TD = torch.zeros(layout.rows, self.items.dim, device=part.tokens_T.device)
         return self.encoder(self.input(part.tokens_T, layout, items_TD, features_TD), layout)
