@@ -223,12 +223,14 @@ class InputSection(Section):
 
 
 class SimilaritySection(Section):
-    """score = <q, e> / temperature, both L2-normalised (eps as the divisor's floor) if asked for."""
+    """score = <q, e> / temperature, both L2-normalised (eps as the divisor's floor) if asked for.  matryoshka: of how
+    many first numbers of q and e the loss is formed as well as of all: vectors can be cut to these afterwards."""
 
     normalize: bool = True
     eps: Annotated[float, Field(gt=0)] = 1e-6
     temperature: Annotated[float, Field(gt=0)] = 0.05
     item_bias: bool = False
+    matryoshka: Annotated[list[POSITIVE], DISTINCT] = []
 
     def idle(self) -> dict[str, str]:
         return {} if self.normalize else {"eps": "normalize is false"}
@@ -265,6 +267,22 @@ class EarlyStopping(Section):
     patience: POSITIVE = 10
 
 
+class StartFrom(Section):
+    """Another run, or its export, whose weights a new run starts from, by name: all that this model has too but for
+    tables with a row for each item, user or value, which are of that run's data.  checkpoint: last, best or a step."""
+
+    shorthand = "run"
+    run: str
+    checkpoint: Annotated[str, BeforeValidator(lambda step: str(step) if type(step) is int else step)] = (
+        "last"
+    )
+
+
+START_FROM = Annotated[
+    StartFrom, BeforeValidator(lambda value: {"run": value} if isinstance(value, str) else value)
+]
+
+
 class TrainSection(Section):
     """``global_batch`` sequences a step over all processes; a process cuts its share into micro-batches of at most
     ``micro_batch_actions`` actions and accumulates: neither changes the loss but by rounding.
@@ -293,6 +311,7 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     timeout: POSITIVE = 600
     early_stopping: EarlyStopping | None = None
+    start_from: START_FROM | None = None
 
 
 class LogSection(Section):

@@ -16,6 +16,7 @@ ENCODERS = {
     "sasrec": "gr.models.sasrec:SASRec",
     "transformer": "gr.models.transformer:Transformer",
     "gru4rec": "gr.models.gru4rec:GRU4Rec",
+    "dssm": "gr.models.dssm:DSSM",
 }
 
 MODELS = {

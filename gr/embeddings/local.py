@@ -73,7 +73,7 @@ class LocalTable(Table, nn.Module):
         # the logits exist a chunk at a time (gr_kernels.log_partition)
         return cross_entropy(
             queries_TD,
-            self.weight,
+            scoring.columns(self.weight),
             targets_T,
             scale=scoring.scale,
             normalize_eps=scoring.normalize_eps,
@@ -88,6 +88,8 @@ class LocalTable(Table, nn.Module):
         return self.bias.detach()[start:stop]
 
     def chunk_scores(self, queries_BD: Tensor, start: int, stop: int, scoring: Scoring) -> Tensor:
+        if scoring.dim is not None:
+            return super().chunk_scores(queries_BD, start, stop, scoring)
         scores_BC = candidate_scores(  # all of the table: a range of it needs no look-up
             queries_BD * scoring.scale, self.weight, range(start, stop), normalize_eps=scoring.normalize_eps
         )

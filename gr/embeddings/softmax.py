@@ -169,7 +169,7 @@ class StoredGradient(Gradient):
 
 def scores_of(queries_GD: Tensor, rows_CW: Tensor, dim: int, scoring: Scoring) -> Tensor:
     """(G, C) float32 scores of some rows, stored whole."""
-    unit_CD, _ = normalised(rows_CW[:, :dim], scoring)
+    unit_CD, _ = normalised(scoring.columns(rows_CW[:, :dim]), scoring)
     scores_GC = (queries_GD * scoring.scale) @ unit_CD.T
     return scores_GC + rows_CW[:, dim] if scoring.bias else scores_GC
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gr.embeddings.ranks import Excluded, Standing, best_rows, target_standing
 from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer
@@ -111,6 +111,11 @@ class Table(ABC):
         queries and in the table.  Only of tables that say so (``has_cross_entropy``)."""
         raise TypeError(f"{type(self).__name__} has no gradient for every row")
 
+    def named_shared(self, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that form rows and belong to none of them, those that don't train too; a table that keeps its
+        rows has none."""
+        return iter(())
+
     @abstractmethod
     def pieces(self) -> list[Piece]:
         """What this process owns of the table: its own memory, to be moved, saved or filled."""
@@ -164,7 +169,7 @@ class Table(ABC):
         """(B, stop - start) float32 scores of a range of rows."""
         scores_BC = candidate_scores(
             queries_BD * scoring.scale,
-            self.vectors(start, stop),
+            scoring.columns(self.vectors(start, stop)),
             range(stop - start),
             normalize_eps=scoring.normalize_eps,
         )

@@ -36,9 +36,11 @@ class Items(Protocol):
 
 
 class Content(ABC):
-    """``width``: E.  ``collective``: whether :meth:`of_step` and :meth:`all` are exchanges."""
+    """``width``: E.  ``collective``: whether :meth:`of_step` and :meth:`all` are exchanges.  ``encoder``: what forms
+    vectors, where its weights belong to the model."""
 
     width: int
+    encoder: Encoder | None = None
     collective = False
 
     @abstractmethod
@@ -62,7 +64,7 @@ class Content(ABC):
 
 class Fixed(Content):
     """Vectors that nothing moves, (I, E), made when they are first asked for.  other: makes those of items that aren't
-    in the catalogue."""
+    in the catalogue.  encoder: what makes them, where its weights may be another run's."""
 
     def __init__(
         self,
@@ -71,7 +73,9 @@ class Fixed(Content):
         other: Callable[[pa.Table], Tensor],
         device: torch.device,
         collective: bool = False,
+        encoder: Encoder | None = None,
     ) -> None:
+        self.encoder = encoder
         self.width, self._make, self._other, self.device = width, make, other, device
         self.collective = collective
         self._vectors_IE: Tensor | None = None
@@ -98,6 +102,7 @@ class Encoded(Content):
     """
 
     learns = True
+    encoder: Encoder
 
     def __init__(
         self,

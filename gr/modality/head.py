@@ -20,13 +20,15 @@ from gr_kernels.counter_random import derive_key
 
 class HeadSection(Section):
     """y = act(W x + b), then ``layers`` times act(W dropout(y) + b), of width D (IDvs.MoRec, SIGIR 2023: GELU; its
-    two-stage variant has 8 such layers).  unit: content is L2-normalised first, times ``scale``."""
+    two-stage variant has 8 such layers).  unit: content is L2-normalised first, times ``scale``.  frozen: it stays as
+    the run of ``train.start_from`` left it."""
 
     activation: Literal["gelu", "none"] = "gelu"
     layers: COUNT = 0
     dropout: FRACTION = 0.0
     unit: bool = True
     scale: Annotated[float, Field(gt=0)] = 1.0
+    frozen: bool = False
 
     def idle(self) -> dict[str, str]:
         idle = {} if self.layers else {"dropout": "layers is 0"}
@@ -41,6 +43,7 @@ class Head(nn.Module):
         self.config = config
         self.first = nn.Linear(width, dim)
         self.more = nn.ModuleList(nn.Linear(dim, dim) for _ in range(config.layers))
+        self.requires_grad_(not config.frozen)
 
     def forward(self, content_UE: Tensor) -> Tensor:
         config = self.config

@@ -52,6 +52,8 @@ class ImageEncoder(Encoder):
         hidden = self.model(pixel_values=pixels_n3SS, **settings).last_hidden_state
         if hidden.dim() == 4:
             return hidden.mean((2, 3)).float()
+        if (prompt := getattr(self.model, "prompt", None)) is not None:
+            hidden = hidden[:, : -len(prompt.vectors)]
         return (hidden[:, 0] if self.pooling == "cls" else hidden.mean(1)).float()
 
 

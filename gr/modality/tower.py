@@ -21,7 +21,7 @@ from gr.embeddings.table import Table, TableSpec, leaves
 from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
 from gr.modality.collapse import effective_rank, mean_cosine, sample
-from gr.modality.content import Content, Encoded
+from gr.modality.content import Content
 from gr.modality.head import Fusion, Head, initialise
 from gr.modes import evaluating
 from gr.processes import Processes
@@ -77,7 +77,7 @@ class Tower(Table, nn.Module):
         if fusion is not None:
             initialise(fusion, spec.seed, f"tables.{spec.name}.fusion")
             self.ids = nn.Parameter(spec.first_rows(0, spec.rows))
-        if isinstance(content, Encoded):
+        if content.encoder is not None:
             self.encoder = content.encoder
         self._formed_UD: Tensor | None = None
         self._content_UE: Tensor | None = None
@@ -89,6 +89,10 @@ class Tower(Table, nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         named = nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
         return ((name, parameter) for name, parameter in named if parameter.requires_grad)
+
+    def named_shared(self, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+        named = nn.Module.named_parameters(self)
+        return ((prefix + name, parameter) for name, parameter in named if parameter is not self.ids)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -105,9 +109,12 @@ class Tower(Table, nn.Module):
             rows_U = numbering.rows_U.to(device)
         self._content_UE = self.content.of_step(rows_U).detach().requires_grad_(self.content.learns)
         self._formed_UD = self._fused(rows_U, self._content_UE)
+        learns = self._formed_UD.requires_grad
         if numbering is None:
-            self._leaf_ID = self._formed_UD.detach().requires_grad_()
+            self._leaf_ID = self._formed_UD.detach().requires_grad_(learns)
             return View(self._leaf_ID)
+        if not learns:
+            return View(self._formed_UD, None, numbering)
         return leaves(self._formed_UD, None, numbering)
 
     def take_back(self, view: View) -> None:
@@ -130,7 +137,11 @@ class Tower(Table, nn.Module):
     def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
         assert self._leaf_ID is not None, "a view of all rows comes first"
         return cross_entropy(
-            queries_TD, self._leaf_ID, targets_T, scale=scoring.scale, normalize_eps=scoring.normalize_eps
+            queries_TD,
+            scoring.columns(self._leaf_ID),
+            targets_T,
+            scale=scoring.scale,
+            normalize_eps=scoring.normalize_eps,
         )
 
     def _fused(self, rows_U: Tensor | None, content_UE: Tensor) -> Tensor:

@@ -12,29 +12,26 @@ read from a file), ``tuned`` all of it, ``adapters`` small modules inside it.
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import pyarrow as pa
 import torch
-from pydantic import BeforeValidator, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
+from gr.adapters.insert import freeze_layers, insert
+from gr.adapters.section import ADAPTERS, AdapterSection
 from gr.config import COUNT, FRACTION, ComponentConfig, Section
 from gr.embeddings.table import Table, TableSpec
 from gr.errors import UserError
 from gr.modality import vectors
-from gr.modality.adapters import AdapterSection, freeze_layers, insert
-from gr.modality.content import Content, Encoded, Fixed
+from gr.modality.content import Content, Encoded, Fixed, encoded
 from gr.modality.head import Fusion, Head, HeadSection
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.modality.reader import Reader, TextReader, TextSection
 from gr.modality.surroundings import Surroundings
 from gr.modality.tower import Tower
 from gr.processes import Processes
-
-ADAPTERS = Annotated[
-    AdapterSection, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
-]
 
 
 class StartSection(Section):
@@ -219,6 +216,16 @@ def content_of(config: ContentConfig, around: Surroundings) -> Content:
         _check_places(config, reader, int(items.lengths_n.max()))
         insert(encoder.model, config.adapters, around.spec.seed)
         encoder.to(processes.device)
+        if config.adapters.name == "frozen":  # as another run has tuned it: its vectors are formed once
+            most = reader.section.batch
+            return Fixed(
+                encoder.width,
+                lambda: encoded(encoder, items, processes, most),
+                lambda others: encoded(encoder, reader.items_in(others), processes, most),
+                processes.device,
+                collective=processes.world.size > 1,
+                encoder=encoder,
+            )
     elif config.freeze:
         freeze_layers(encoder.model, config.freeze)
     return Encoded(
@@ -233,11 +240,9 @@ def content_of(config: ContentConfig, around: Surroundings) -> Content:
 
 
 def _check_places(config: ContentConfig, reader: Reader, longest: int) -> None:
-    """Refuse a prompt that an encoder has no places for, and one before pictures."""
-    if config.adapters.name != "prompt":
+    """Refuse a prompt that an encoder has no places for."""
+    if config.adapters.name != "prompt" or config.text is None:
         return
-    if config.text is None:
-        raise UserError("adapters prompt stand before a text, and the tower reads pictures: choose others")
     places = getattr(reader.config, "max_position_embeddings", None)
     if places is not None and config.adapters.size + longest > places:
         raise UserError(

@@ -20,7 +20,7 @@ class Encoder(Protocol):
 
     ``uses_times``: whether the layout must carry times.  ``causal``: whether a row's output depends on that row and
     earlier ones alone.  ``cuttable``: whether processes may share a sequence's rows (gr/models/cut.py): rows meet in
-    attention alone.
+    attention alone.  One whose ``reads_items`` is False sees what else is known of actions and users alone.
     """
 
     uses_times: bool

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gr.adapters.slot import Slot
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
 from gr.models.attention import attention
@@ -85,6 +86,8 @@ class HSTULayer(nn.Module):
         widths = (values, values, keys, keys)
         self.uvqk = Projection(dim, widths)
         self.output = GatedOutput(values, dim, config.dropout)
+        # the gated output takes the place of a feed-forward layer, and has the residual in it
+        self.after_attention, self.after_output = Slot(values), Slot(dim, dim, residual=True)
         self.position_bias = nn.Parameter(torch.empty(max_length)) if config.relative_position else None
         self.time_bias = nn.Parameter(torch.empty(BUCKETS.count)) if config.relative_time else None
 
@@ -109,20 +112,23 @@ class HSTULayer(nn.Module):
             dropout_key=derive_key(layout.dropout_key, self.layer),
         )
         key = derive_key(layout.dropout_key, self.layer, "output")
-        return self.output(attended_THV.flatten(1), u, x_TD, key, layout.cut)
+        attended_TV = self.after_attention(attended_THV.flatten(1), x_TD)
+        return self.after_output(self.output(attended_TV, u, x_TD, key, layout.cut), x_TD)
 
 
 class Projection(Linear):
     """x -> SiLU(LN(x) W), cut into u, v, q and k of the given widths."""
 
     def __init__(self, dim: int, widths: tuple[int, ...]) -> None:
-        super().__init__(dim, sum(widths), init.normal(INIT_STD), None)
+        u, v, q, _ = widths
+        rows = {"value": range(u, u + v), "query": range(u + v, u + v + q)}
+        super().__init__(dim, sum(widths), init.normal(INIT_STD), None, rows)
         self.widths = widths
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # a Linear by its parameters alone
         return norm_linear_silu_parts(
             x_TD,
-            self.weight,
+            self.adapted,
             self.widths,
             eps=EPS,
             # on GPUs memory is short: there LN(x) and its product with W are formed again in the backward pass

@@ -5,13 +5,14 @@ Shapes: T actions in the batch, D model width, F inner width of a feed-forward l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gr.adapters.modules import Side
 from gr.models import init
 from gr.models.cut import Cut
 from gr.models.dropout import Dropout
@@ -25,15 +26,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 class Stack(nn.ModuleList):
     """Layers (x, layout) -> x that follow one another.
 
-    ``recompute``: keep of each layer its input alone for the backward pass, and form the rest again there.
+    ``recompute``: keep of each layer its input alone for the backward pass, and form the rest again there.  ``side``:
+    an adapter beside the layers (:class:`gr.adapters.modules.Side`), a part of the module above.
     """
 
     recompute = False
+    side: Side | None = None
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
-        for layer in self:
+        state_TD = None
+        for number, layer in enumerate(self):
             x_TD = _again(layer, x_TD, layout) if self.recompute and self.training else layer(x_TD, layout)
-        return x_TD
+            if self.side is not None:
+                state_TD = self.side(number, x_TD, state_TD)
+        return x_TD if state_TD is None else x_TD + state_TD
 
 
 def _again(layer: nn.Module, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
@@ -49,7 +55,11 @@ def _again(layer: nn.Module, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with W (out, in), and b unless ``bias`` is None; both initialised as told."""
+    """y = x W^T + b, with W (out, in), and b unless ``bias`` is None; both initialised as told.
+
+    query_value: which rows of W make an attention's queries and values, for adapters that change those; ``adapter``:
+    what one has put there, called for what it adds to W.
+    """
 
     def __init__(
         self,
@@ -57,8 +67,11 @@ class Linear(nn.Module):
         outputs: int,
         weight: init.Initialiser,
         bias: init.Initialiser | None = init.zeros,
+        query_value: Mapping[str, range] = {},
     ) -> None:
         super().__init__()
+        self.query_value = query_value
+        self.adapter: nn.Module | None = None
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = None if bias is None else nn.Parameter(torch.empty(outputs))
         self._initialisers = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -67,7 +80,12 @@ class Linear(nn.Module):
         return self._initialisers
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.adapted, self.bias)
+
+    @property
+    def adapted(self) -> Tensor:
+        """W, with what an adapter adds to it."""
+        return self.weight if self.adapter is None else self.weight + self.adapter()
 
 
 class FeedForward(nn.Module):

@@ -97,6 +97,7 @@ class Model(nn.Module):
     cuttable = False
     entrances: tuple[str, ...] = ()
     lockstep = False
+    _placed = torch.device("cpu")
 
     def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__()
@@ -146,10 +147,17 @@ class Model(nn.Module):
         return {name: table.view(wanted.get(name, [])) for name, table in self.tables.items()}
 
     def named_dense(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters with dense gradients, by name: tables that have such, then the module's own."""
+        """All parameters with dense gradients, by name: tables that have such, then the module's own.  What doesn't
+        train has none."""
         for name, table in self.tables.items():
             if table.dense and isinstance(table, nn.Module):
                 yield from table.named_parameters(prefix=f"tables.{name}")
+        yield from ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def named_whole(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters, by name, that don't stand for rows of the data: those that train and those that don't."""
+        for name, table in self.tables.items():
+            yield from table.named_shared(f"tables.{name}.")
         yield from self.named_parameters()
 
     def place(self, device: torch.device) -> Model:
@@ -157,6 +165,7 @@ class Model(nn.Module):
         for table in self.tables.values():
             if isinstance(table, nn.Module):
                 table.to(device)
+        self._placed = device
         return self.to(device)
 
     @property
@@ -177,4 +186,5 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        first = next(self.parameters(), None)
+        return self._placed if first is None else first.device

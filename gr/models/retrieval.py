@@ -16,6 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from gr import registry
+from gr.adapters.insert import insert
+from gr.adapters.section import ADAPTERS, AdapterSection
 from gr.batch import SequenceBatch
 from gr.config import POSITIVE, ComponentConfig, InputSection, RunConfig, SimilaritySection, component
 from gr.embeddings.ranks import Excluded, Standing
@@ -44,7 +46,8 @@ class Retrieval(Model):
 
     class Config(ComponentConfig):
         """table_std: the spread of a table's first rows.  table: where the rows are (gr.registry.TABLES).  item_tower:
-        what stands for the items: rows by their ids, or formed from what they are."""
+        what stands for the items: rows by their ids, or formed from what they are.  adapters: what of the sequence
+        encoder, and of what feeds it, trains."""
 
         name: Literal["retrieval"] = "retrieval"
         dim: POSITIVE = 50
@@ -54,6 +57,7 @@ class Retrieval(Model):
         task: component(registry.TASKS, "model.task", default="next_item")  # type: ignore[valid-type]
         input: InputSection = InputSection()
         encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
+        adapters: ADAPTERS = AdapterSection(name="full")
         similarity: SimilaritySection = SimilaritySection()
 
     judged_by = "catalogue"
@@ -91,8 +95,16 @@ class Retrieval(Model):
         self.input = ItemInput(config.input, config.dim, max_length, self.task.masks, config.table_std)
         self.encoder = config.encoder.build(config.dim, max_length)
         check_causal(self.task, self.encoder, config.encoder.name)
+        self.reads_items = getattr(self.encoder, "reads_items", True)
+        if not self.reads_items and (self.task.masks or not config.input.features):
+            raise UserError(
+                f"model.encoder {config.encoder.name} sees model.input.features and no items: name some, as "
+                "{user: {derived: user}}, with model.task=next_item",
+                everywhere=True,
+            )
         self.similarity = Similarity(config.similarity)
         self.objective = run.objective.build(self.similarity, catalogue)
+        self._check_prefixes(config)
         if self.objective.needs_every_row and not self.items.has_cross_entropy:
             raise UserError(
                 f"objective {run.objective.name} needs the gradient of every row in every step, and model.table "
@@ -102,6 +114,40 @@ class Retrieval(Model):
         times = {"time"} if self.encoder.uses_times else set()
         self.needs = frozenset({"item"} | times | features.needs)
         initialise(self, run.train.seed)
+        if config.adapters.name != "full":
+            self.requires_grad_(False)
+            insert(self.encoder, config.adapters, run.train.seed)
+
+    def _check_prefixes(self, config: Config) -> None:
+        prefixes = config.similarity.matryoshka
+        if prefixes and max(prefixes) >= config.dim:
+            raise UserError(
+                f"model.similarity.matryoshka has {max(prefixes)}, and vectors have {config.dim} numbers (model.dim): "
+                "name fewer than those, which train anyway",
+                everywhere=True,
+            )
+        if prefixes and self.objective.needs_every_row and not self.items.dense:
+            raise UserError(
+                "model.similarity.matryoshka and a softmax over the whole catalogue go together with model.table=local "
+                "alone: use that, or objective=sampled_softmax",
+                everywhere=True,
+            )
+
+    def cut_to(self, dim: int) -> None:
+        """Score by the first ``dim`` numbers of vectors, for which the model must have trained."""
+        prefixes, whole = self.similarity.config.matryoshka, self.items.dim
+        if dim not in (*prefixes, whole):
+            trained = (
+                f"of {', '.join(map(str, sorted([*prefixes, whole])))}"
+                if prefixes
+                else "of that length alone"
+            )
+            raise UserError(
+                f"vectors of {dim} numbers were asked for, and the run's have {whole} and were trained {trained}: "
+                "choose one of these, or train with model.similarity.matryoshka",
+                everywhere=True,
+            )
+        self.similarity = Similarity(self.similarity.config, None if dim == whole else dim)
 
     @property
     def items(self):
@@ -131,7 +177,7 @@ class Retrieval(Model):
         return self.features.of_inputs(self.prepare(batch), self.task.supervise(batch, key, dropout_key))
 
     def wanted(self, parts: Sequence[Supervision], context: StepContext) -> dict[str, list[Tensor]]:
-        rows = [part.rows_T(self.task.masks) for part in parts]
+        rows = [part.rows_T(self.task.masks) for part in parts] if self.reads_items else []
         rows += [r for part in parts for r in self.objective.wanted(part, context)]
         return {"items": rows, **self.features.wanted(parts)}
 
@@ -155,7 +201,7 @@ class Retrieval(Model):
         """
         with evaluating(self):
             part = self.features.of_inputs(self.prepare(batch), self.task.request(batch))
-            views = self.fetch({"items": [part.rows_T(self.task.masks)], **self.features.wanted([part])})
+            views = self.fetch(self._seen(part))
             return part.select(self._encode(part, StepContext(0, views=views)))
 
     def scores(self, batch: SequenceBatch) -> Tensor:
@@ -172,6 +218,11 @@ class Retrieval(Model):
         it; NaN where the model has diverged."""
         return self.similarity.standing(self.items, self.encode(batch), targets_B, exclude)
 
+    def _seen(self, part: Supervision) -> dict[str, list[Tensor]]:
+        """Rows that the encoder's input is made of."""
+        items = [part.rows_T(self.task.masks)] if self.reads_items else []
+        return {"items": items, **self.features.wanted([part])}
+
     def _encode(self, part: Supervision, context: StepContext) -> Tensor:
         layout = part.layout
         if self.encoder.uses_times and layout.key_times_T is None:
@@ -180,5 +231,8 @@ class Retrieval(Model):
                 "set model.encoder.relative_time=false"
             )
         features_TD = vectors(part, context.views)
-        items_TD = context.views["items"].lookup(part.rows_T(self.task.masks))
+        if self.reads_items:
+            items_TD = context.views["items"].lookup(part.rows_T(self.task.masks))
+        else:
+            items_TD = torch.zeros(layout.rows, self.items.dim, device=part.tokens_T.device)
         return self.encoder(self.input(part.tokens_T, layout, items_TD, features_TD), layout)

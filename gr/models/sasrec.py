@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from gr.adapters.slot import Slot
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
 from gr.models.encoder import head_width, softmax_attention
@@ -69,8 +70,8 @@ class SASRecBlock(nn.Module):
         self.attention_norm, self.ffn_norm = _norm(config, dim), _norm(config, dim)
         # queries, keys and values are one (3D, D) matrix in the public codes; its xavier spread is kept
         projection = init.normal(math.sqrt(2 / (dim + 3 * dim)))
-        self.query = Linear(dim, dim, projection)
-        self.key_value = Linear(dim, 2 * dim, projection)
+        self.query = Linear(dim, dim, projection, query_value={"query": range(dim)})
+        self.key_value = Linear(dim, 2 * dim, projection, query_value={"value": range(dim, 2 * dim)})
         if config.linear_std is None:
             weight: init.Initialiser = init.xavier_normal
             biases = (init.uniform(1 / math.sqrt(dim)), init.uniform(1 / math.sqrt(config.ffn)))
@@ -79,6 +80,7 @@ class SASRecBlock(nn.Module):
             biases = (init.zeros, init.zeros)
         self.output = Linear(dim, dim, weight)
         self.ffn = FeedForward(dim, config.ffn, "relu", config.dropout, weight, biases)
+        self.after_attention, self.after_ffn = Slot(dim, dim), Slot(dim, dim)
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         heads = (self.config.heads, self.head_width)
@@ -93,8 +95,10 @@ class SASRecBlock(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             dropout_key=derive_key(layout.dropout_key, self.layer),
         )
-        z_TD = self.ffn_norm(normed_TD + self.output(attended_THQ.flatten(1)))
-        return z_TD + self.ffn(z_TD, derive_key(layout.dropout_key, self.layer, "ffn"), layout.cut)
+        found_TD = self.after_attention(self.output(attended_THQ.flatten(1)), normed_TD)
+        z_TD = self.ffn_norm(normed_TD + found_TD)
+        key = derive_key(layout.dropout_key, self.layer, "ffn")
+        return z_TD + self.after_ffn(self.ffn(z_TD, key, layout.cut), z_TD)
 
 
 def _norm(config: SASRec.Config, dim: int) -> nn.LayerNorm:

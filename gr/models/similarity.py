@@ -26,14 +26,17 @@ T = TypeVar("T")
 class Similarity:
     """The only way from queries to items' scores, for objectives and for evaluation alike.
 
-    With ``normalize`` both sides are divided by max(their L2 norm, eps): a cosine.
+    With ``normalize`` both sides are divided by max(their L2 norm, eps): a cosine.  dim: of both only the first so
+    many numbers count; ``nested``: the similarities of the prefixes that train beside the whole (Matryoshka
+    representation learning, Kusupati et al., arXiv 2205.13147).
     """
 
-    def __init__(self, config: SimilaritySection) -> None:
+    def __init__(self, config: SimilaritySection, dim: int | None = None) -> None:
         self.config = config
         self.scoring = Scoring(
-            1 / config.temperature, config.eps if config.normalize else None, config.item_bias
+            1 / config.temperature, config.eps if config.normalize else None, config.item_bias, dim
         )
+        self.nested = [] if dim is not None else [Similarity(config, prefix) for prefix in config.matryoshka]
 
     # -- a step, on the rows of a view ------------------------------------------------------------------------------
 
@@ -44,11 +47,21 @@ class Similarity:
             # the temperature divides the queries, S x D numbers, rather than the S x K scores
             scores_SK = candidate_scores(
                 self.queries(queries_SD) * scoring.scale,
-                items.weight_UD,
+                scoring.columns(items.weight_UD),
                 items.place(rows_SK),
                 normalize_eps=scoring.normalize_eps,
             )
             return scores_SK if items.bias_U is None else scores_SK + items.bias_U[items.place(rows_SK)]
+
+    def shared(self, items: View, queries_SD: Tensor, rows_C: Tensor) -> Tensor:
+        """(S, C) float32 scores of candidate rows that all queries share."""
+        scoring = self.scoring
+        with _full_precision(queries_SD):
+            rows_CD = scoring.columns(items.lookup(rows_C))
+            if scoring.normalize_eps is not None:
+                rows_CD = F.normalize(rows_CD, dim=1, eps=scoring.normalize_eps)
+            scores_SC = (self.queries(queries_SD) * scoring.scale) @ rows_CD.T
+            return scores_SC if items.bias_U is None else scores_SC + items.bias_U[items.place(rows_C)]
 
     def sampled_softmax(
         self,
@@ -71,7 +84,7 @@ class Similarity:
         with _full_precision(queries_SD):
             return sampled_softmax(
                 self.queries(queries_SD),
-                items.weight_UD,
+                self.scoring.columns(items.weight_UD),
                 items.place(targets_S),
                 items.place(negatives),
                 counts_K=counts_K,
@@ -106,7 +119,9 @@ class Similarity:
         )
 
     def queries(self, queries_TD: Tensor) -> Tensor:
-        """Queries as scores take them: float32 (float64 stays), normalised where the similarity is."""
+        """Queries as scores take them: float32 (float64 stays), what counts of them, normalised where the similarity
+        is."""
+        queries_TD = queries_TD[..., : self.scoring.dim]
         queries_TD = queries_TD if queries_TD.dtype == torch.float64 else queries_TD.float()
         return F.normalize(queries_TD, dim=-1, eps=self.config.eps) if self.config.normalize else queries_TD
 

@@ -133,10 +133,13 @@ class Supervision:
 
 class NextItem:
     """Predict action i + 1 from actions 0 .. i: every action but the last is an input, every one but the first a
-    target."""
+    target; or only the last one is."""
 
     class Config(ComponentConfig):
+        """targets: all, or of each sequence the last alone (what Adapter4Rec, WSDM 2024, calls CPC)."""
+
         name: Literal["next_item"] = "next_item"
+        targets: Literal["all", "last"] = "all"
 
     extra_inputs = 0
     ahead = 1  # an input row predicts the action so many places behind its own
@@ -147,8 +150,8 @@ class NextItem:
         self.config = config
 
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Supervision:
-        """Every input row is a query, or where the batch says which actions are targets, those before one (for whose
-        number the device is waited for once).  Keys: this step's, and the layout's for dropout."""
+        """Every input row is a query, or those before a target where the batch says which actions are, or the last one
+        alone is (for whose number the device is waited for once).  Keys: this step's, and the layout's for dropout."""
         layout, source_T = _all_but_last(batch, dropout_key)
         whole = Supervision(
             tokens_T=batch.items_T[source_T],
@@ -159,9 +162,14 @@ class NextItem:
             positions_S=layout.positions_T,
         )
         from_B = batch.user_columns.get(TARGETS_FROM)
-        if from_B is None:
+        if from_B is None and self.config.targets == "all":
             return whole
-        queries_S = (layout.positions_T + 1 >= from_B[layout.sequences_T]).nonzero().squeeze(1)
+        asked_T = torch.ones_like(layout.positions_T, dtype=torch.bool)
+        if from_B is not None:
+            asked_T &= layout.positions_T + 1 >= from_B[layout.sequences_T]
+        if self.config.targets == "last":
+            asked_T &= layout.positions_T + 1 == layout.offsets_B1.diff()[layout.sequences_T]
+        queries_S = asked_T.nonzero().squeeze(1)
         return replace(
             whole,
             queries_S=queries_S,

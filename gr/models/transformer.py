@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from gr.adapters.slot import Slot
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
 from gr.models.dropout import Dropout
@@ -71,7 +72,8 @@ class TransformerBlock(nn.Module):
         self.attention_width = 2 * dim  # for gr.scaling.flops
         self.attention_norm, self.ffn_norm = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
         weight = init.normal(INIT_STD)
-        self.qkv = Linear(dim, 3 * dim, weight)
+        rows = {"query": range(dim), "value": range(2 * dim, 3 * dim)}
+        self.qkv = Linear(dim, 3 * dim, weight, query_value=rows)
         self.output = Linear(dim, dim, weight)
         self.dropout = Dropout(config.dropout)
         self.ffn = FeedForward(
@@ -82,14 +84,18 @@ class TransformerBlock(nn.Module):
             weight,
             inner_dropout=config.ffn_dropout,
         )
+        self.after_attention, self.after_ffn = Slot(dim, dim), Slot(dim, dim)
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         ffn_key = derive_key(layout.dropout_key, self.layer, "ffn")
         if self.config.norm == "pre":
             x_TD = x_TD + self._attention(self.attention_norm(x_TD), layout)
-            return x_TD + self.ffn(self.ffn_norm(x_TD), ffn_key, layout.cut)
+            return x_TD + self._feed_forward(self.ffn_norm(x_TD), ffn_key, layout)
         x_TD = self.attention_norm(x_TD + self._attention(x_TD, layout))
-        return self.ffn_norm(x_TD + self.ffn(x_TD, ffn_key, layout.cut))
+        return self.ffn_norm(x_TD + self._feed_forward(x_TD, ffn_key, layout))
+
+    def _feed_forward(self, x_TD: Tensor, key: int, layout: JaggedLayout) -> Tensor:
+        return self.after_ffn(self.ffn(x_TD, key, layout.cut), x_TD)
 
     def _attention(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         heads = (self.config.heads, self.head_width)
@@ -104,4 +110,5 @@ class TransformerBlock(nn.Module):
             dropout_key=derive_key(layout.dropout_key, self.layer),
         )
         key = derive_key(layout.dropout_key, self.layer, "output")
-        return self.dropout(self.output(attended_THQ.flatten(1)), key, layout.cut)
+        found_TD = self.dropout(self.output(attended_THQ.flatten(1)), key, layout.cut)
+        return self.after_attention(found_TD, x_TD)

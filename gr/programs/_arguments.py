@@ -42,6 +42,12 @@ def add_data_path(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dim(parser: argparse.ArgumentParser) -> None:
+    """--dim, for a run that trained vectors to be cut."""
+    cut = "use the first N numbers of vectors (of a run with model.similarity.matryoshka; default: all)"
+    parser.add_argument("--dim", type=int, metavar="N", help=cut)
+
+
 def settle_run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Leave the run in ``options.run``, whichever way it was given; what stands at RUN's place beside --run is the
     first of the overrides."""

@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from gr.errors import UserError, program
-from gr.programs._arguments import add_data_path, add_run, names, new_parser, settle_run
+from gr.programs._arguments import add_data_path, add_dim, add_run, names, new_parser, settle_run
 
 OPTIONS = {"eval.splits": "--split", "eval.baselines": "--baselines", "eval.buckets": "--buckets"}
 """Keys of ``eval`` that are options here."""
@@ -21,6 +21,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_run(parser)
     add_data_path(parser)
+    add_dim(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="eval.key=value", help="changes to the run's eval section"
     )
@@ -61,9 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.eval.tables import buckets_tables, results_table
     from gr.train.comparison import compare, to_json
 
-    done = compare(
-        options.run, options.split, baselines, overrides, options.checkpoint, options.json, options.data_path
-    )
+    given = (options.checkpoint, options.json, options.data_path, options.dim)
+    done = compare(options.run, options.split, baselines, overrides, *given)
     if done.is_main:
         console = Console()
         console.print(results_table(done.results, f"{options.run}, {done.split}, step {done.step:,}"))

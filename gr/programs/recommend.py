@@ -12,13 +12,14 @@ import argparse
 import sys
 
 from gr.errors import UserError, program
-from gr.programs._arguments import add_data_path, add_run, new_parser, refuse_torchrun, settle_run
+from gr.programs._arguments import add_data_path, add_dim, add_run, new_parser, refuse_torchrun, settle_run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_run(parser)
     add_data_path(parser)
+    add_dim(parser)
     users = "ids: text, one a line, or Parquet or CSV with user_id"
     parser.add_argument("--users", required=True, metavar="FILE|all", help=users)
     unknown = (
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     ids = None if options.users == "all" else library.read_user_ids(options.users)
     config = config_of(options.run, options.data_path)
     with running(config) as processes:
-        run = open_run(options.run, options.checkpoint, processes, options.data_path)
+        run = open_run(options.run, options.checkpoint, processes, options.data_path, options.dim)
         found = None if ids is None else find_users(run.data.dataset, ids)
         if found is not None and (options.unknown == "refuse" or not found.users):
             found.refuse_unknown()

@@ -4,6 +4,7 @@
     python -m gr reproduce ml-1m --source DIR --rows hstu,sasrec --seeds 1,2,3
     python -m gr reproduce synthetic-dp --processes 2
     python -m gr reproduce ml-1m-ctr --source DIR --seeds 1,2,3
+    python -m gr reproduce adapters --source DIR --rows ml-1m-to-beauty,full,houlsby --seeds 1,2
 
 Run the same command again after an interruption: what is finished stays, what isn't goes on.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from gr.errors import program
 from gr.programs._arguments import names, new_parser
@@ -28,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", help="folder or URL of the raw files (generated datasets need none)")
     parser.add_argument("--data", help="where the prepared dataset is or goes (default: data/DATASET)")
     parser.add_argument("--out", default="runs/reproduce", help="where the runs go (default: %(default)s)")
-    parser.add_argument("--rows", default="", help="configs to train, comma-separated (default: all)")
+    rows = "configs to train, comma-separated (default: all); of adapters directions, methods and parts"
+    parser.add_argument("--rows", default="", help=rows)
     parser.add_argument(
         "--seeds", type=_seeds, default=[1], metavar="1,2", help="comma-separated (default: 1)"
     )
@@ -41,7 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.train.reproduction.order import print_steps, steps_of, to_json
     from gr.train.reproduction.reproduce import reproduce
     from gr.train.reproduction.table import print_table, read_table, save_table
+    from gr.train.reproduction.transfer import read_transfer
 
+    if (table := read_transfer(options.dataset)) is not None:
+        _transfer(table, options)
+        return 0
     measured = reproduce(
         options.dataset,
         options.source,
@@ -53,16 +60,36 @@ def main(arguments: list[str] | None = None) -> int:
         selection=not options.no_selection,
         overrides=options.overrides,
     )
-    table = read_table(options.dataset)
-    print_table(table, measured)
-    if table.protocols:
-        steps = steps_of(table, measured)
-        print_steps(steps, table.columns[0])
+    published = read_table(options.dataset)
+    print_table(published, measured)
+    if published.protocols:
+        steps = steps_of(published, measured)
+        print_steps(steps, published.columns[0])
         Path(options.out, options.dataset, "order.json").write_text(
             json.dumps(to_json(steps), indent=1) + "\n"
         )
-    print(f"picture {save_table(table, measured, f'{options.out}/{options.dataset}')}, table.json beside it")
+    print(
+        f"picture {save_table(published, measured, f'{options.out}/{options.dataset}')}, table.json beside it"
+    )
     return 0
+
+
+def _transfer(table: Any, options: argparse.Namespace) -> None:
+    from gr.train.reproduction.transfer import findings, print_transfer, save_transfer, transfer
+
+    found = transfer(
+        table,
+        options.source,
+        rows=names(options.rows),
+        seeds=options.seeds,
+        processes=options.processes,
+        out=options.out,
+        data=options.data,
+        overrides=options.overrides,
+    )
+    tested = findings(found, table)
+    print_transfer(found, tested, table)
+    print(f"kept in {save_transfer(found, tested, f'{options.out}/{table.name}')}")
 
 
 def _seeds(text: str) -> list[int]:

@@ -97,7 +97,7 @@ class Accounting:
         objective = self.config.objective
         assert objective is not None
         scored = objective.component().scored(objective, int(S), self.items)  # type: ignore[attr-defined]
-        loss = 2 * S * scored * self.dim
+        loss = 2 * S * scored * (self.dim + sum(self.config.model.similarity.matryoshka))  # type: ignore[attr-defined]
         parts = {
             "linear": Part(2 * T * self.weights, 4 * T * self.weights),
             "attention": self._attention(squares, self.widths),

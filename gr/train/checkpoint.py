@@ -42,6 +42,8 @@ from gr.models.model import Model
 from gr.processes import Axis, Processes
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import Engine, of_vocabularies, parameters
+from gr.train.folder import RunFolder
+from gr.train.frozen import frozen_digest
 from gr.train.place import LAST, AnyPath, StorePath, StoreReader, remove_tree
 from gr.train.slices import Slices, shared_out
 
@@ -57,9 +59,12 @@ def save(
     cursor: Cursor,
     config: dict[str, Any],
     processes: Processes,
+    frozen: str = "",
 ) -> AnyPath:
     """Write ``tensors`` (an engine's) as the checkpoint of ``cursor.step``; every rank calls this, and digests what it
-    wrote.  Its path.  UserError, on every rank: it can't be written; older ones are whole."""
+    wrote.  frozen: the digest of what the model keeps as it is.  Its path.
+
+    UserError, on every rank: it can't be written; older ones are whole."""
     final = folder / f"step-{cursor.step:08d}"
     with _refusing(final), ExitStack() as held:
         if isinstance(folder, StorePath):  # machines with disks of their own
@@ -81,7 +86,12 @@ def save(
         if isinstance(final, StorePath):
             processes.together(lambda: _make_room(final) if processes.is_main else None)
             processes.together(lambda: _upload(own, final))
-        state = {"format_version": FORMAT_VERSION, "cursor": asdict(cursor), "config": config}
+        state = {
+            "format_version": FORMAT_VERSION,
+            "cursor": asdict(cursor),
+            "config": config,
+            "frozen": frozen,
+        }
         files = {name: fingerprint for of_rank in written for name, fingerprint in of_rank.items()}
         processes.together(lambda: _publish(scratch, final, state, files) if processes.is_main else None)
     return final
@@ -244,8 +254,40 @@ def _damage(path: AnyPath, axis: Axis) -> str | None:
     return None
 
 
+def find_checkpoint(folder: RunFolder, name: str) -> AnyPath:
+    """The path of a checkpoint: ``last``, ``best`` or a step number."""
+    last = newest(folder.checkpoints)
+    if last is None:
+        raise UserError(f"run '{folder.path}' has no complete checkpoint yet: let it train, or --resume it")
+    if name == "last":
+        return last
+    steps = dict(listed(folder.checkpoints))
+    if name == "best":
+        best = read_state(last)["cursor"]["best"]
+        if not best:
+            raise UserError(
+                f"run '{folder.path}' has no best checkpoint: it evaluated no validation split "
+                "(data.split.holdout=2 and eval.splits=[valid, test])"
+            )
+        name = str(int(best["step"]))
+        if int(name) not in steps:  # another metric chose then, and the checkpoint was pruned
+            raise UserError(
+                f"run '{folder.path}' is best at step {name} (by {best['metric']}), of which no checkpoint was kept: "
+                f"choose one of {', '.join(map(str, steps))}"
+            )
+    if not name.isdigit() or int(name) not in steps:
+        raise UserError(
+            f"run '{folder.path}' has no checkpoint '{name}': it has last, best and the steps "
+            f"{', '.join(map(str, steps))}"
+        )
+    chosen = steps[int(name)]
+    if (damage := damaged(chosen)) is not None:
+        raise UserError(f"checkpoint '{chosen}' is damaged ({damage}): choose another one")
+    return chosen
+
+
 def read_state(path: AnyPath) -> dict[str, Any]:
-    """``cursor``, ``config`` and ``format_version`` of a checkpoint."""
+    """``cursor``, ``config``, ``format_version`` and ``frozen`` of a checkpoint."""
     state = json.loads((path / "state.json").read_text())
     if state["format_version"] != FORMAT_VERSION:
         raise UserError(
@@ -258,7 +300,9 @@ def read_state(path: AnyPath) -> dict[str, Any]:
 def load(path: AnyPath, model: Model, engine: Engine | None = None, *, growing: bool = False) -> Cursor:
     """Fill ``model``, its tables (and ``engine``'s moments) in place from the checkpoint at ``path``; returns its
     cursor.  ``growing``: tables may have more rows than there; those behind keep their first values, and no moments."""
-    cursor = Cursor(**read_state(path)["cursor"])
+    state = read_state(path)
+    cursor = Cursor(**state["cursor"])
+    check_frozen(f"checkpoint '{path}'", state.get("frozen", ""), model)
     reader = StoreReader(path)
     sizes = {name: entry.size for name, entry in described(reader).items()}
     if engine is None:
@@ -301,6 +345,15 @@ def fill(wanted: dict[str, Tensor], reader: dcp.FileSystemReader) -> None:
     """Fill tensors, or slices of them, from a checkpoint; what isn't ``wanted`` isn't read."""
     with quiet():
         dcp.load(wanted, storage_reader=reader, no_dist=True)
+
+
+def check_frozen(what: str, digest: str, model: Model) -> None:
+    """Refuse to load trained weights onto others than those that they were trained on."""
+    if digest and digest != frozen_digest(model):
+        raise UserError(
+            f"{what} was trained onto frozen weights that are others now: bring back the encoder and the run of "
+            "train.start_from that it began with (train.start_from.checkpoint names a step)"
+        )
 
 
 def check_tensors(

@@ -40,18 +40,19 @@ def compare(
     checkpoint: str = "last",
     output: str | None = None,
     data_path: str | None = None,
+    dim: int | None = None,
 ) -> Comparison:
     """Evaluate; every process of the group calls this, and all get the results.
 
     run: a run's folder, or an export.  overrides: changes to its config, of ``eval`` alone.  output: a file to be
     written afterwards, checked before the work.  data_path: where the dataset is, if not where the config says.
-    Raises UserError.
+    dim: score by so many first numbers of vectors.  Raises UserError.
     """
     config = _config(run, data_path, baselines, overrides, output)
     model = getattr(config.model, "encoder", getattr(config.model, "network", config.model)).name
     results: dict[str, EvalResult] = {}
     with running(config) as joined:
-        opened = joined.together(lambda: open_run(run, checkpoint, joined, data_path))
+        opened = joined.together(lambda: open_run(run, checkpoint, joined, data_path, dim))
         data = opened.data
         evaluation = Evaluation(
             data.dataset,

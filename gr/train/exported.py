@@ -48,7 +48,8 @@ class Fingerprint:
 class Manifest:
     """``run``: the name of its folder.  ``generation``: the dataset's.  ``model``: its kind.  ``sizes``: of the
     parameters, by name; ``vocabularies``: of their arrays.  ``tensors``: file -> its parts of both.  ``files``: all but
-    the manifest itself.  ``digest``: of all else that stands here."""
+    the manifest itself.  ``frozen``: the digest of what its model kept as it was, which isn't here.  ``digest``: of all
+    else that stands here."""
 
     gr: str
     run: str
@@ -60,6 +61,7 @@ class Manifest:
     tensors: dict[str, list[Part]]
     files: dict[str, Fingerprint]
     vocabularies: dict[str, list[int]] = field(default_factory=dict)
+    frozen: str = ""
     digest: str = ""
     format_version: int = field(default=FORMAT_VERSION)
 
@@ -128,6 +130,7 @@ def load(path: str | Path, model: Model, checkpoint_name: str = "last", world: A
             "out, or choose one of the run itself"
         )
     check(path, manifest, list(manifest.files)[world.rank :: world.size])
+    checkpoint.check_frozen(f"export '{path}'", manifest.frozen, model)
     wanted = parameters(model) | mappings_of(model)
     sizes = {f"model/{name}": size for name, size in manifest.sizes.items()} | manifest.vocabularies
     checkpoint.check_tensors(f"export '{path}'", sizes, wanted, model)

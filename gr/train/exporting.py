@@ -27,11 +27,12 @@ from gr.embeddings.vocabulary import MAPPING
 from gr.errors import UserError
 from gr.progress import Progress
 from gr.train import checkpoint
+from gr.train.checkpoint import find_checkpoint
 from gr.train.exported import INDEX, ITEMS, MANIFEST, Fingerprint, Manifest, fingerprint, is_export, to_json
 from gr.train.folder import RunFolder
 from gr.train.job import differences, within
 from gr.train.parts import open_data
-from gr.train.runs import check_generation, config_of, find_checkpoint
+from gr.train.runs import check_generation, config_of
 from gr.train.saved_weights import SavedWeights
 from gr.train.tensor_files import LARGEST, Part, layout, write
 
@@ -46,6 +47,7 @@ CHANGEABLE = (
     "train.device",
     "train.threads",
     "train.kernels",
+    "train.start_from",
 )
 """Keys that an export may have otherwise than its run: where it is computed, on what, and what is asked of it."""
 
@@ -71,7 +73,8 @@ def export(
         raise UserError(f"'{run}' is an export already: copy the folder")
     config = _changed(config_of(run), overrides)
     chosen = find_checkpoint(folder, checkpoint_name)
-    cursor = checkpoint.read_state(chosen)["cursor"]
+    state = checkpoint.read_state(chosen)
+    cursor = state["cursor"]
     data = open_data(config, cursor["generation"])
     check_generation(data, cursor["generation"], run)
     weights, config_yaml = SavedWeights(chosen), configs.to_yaml(config)
@@ -92,6 +95,7 @@ def export(
             sizes={name: list(size) for name, size in weights.sizes.items()},
             vocabularies={name: list(size) for name, size in mappings.items()},
             tensors=files,
+            frozen=state.get("frozen", ""),
             files={name: fingerprint(scratch / name) for name in (folder.config.name, ITEMS)} | written,
         )
         (scratch / MANIFEST).write_text(to_json(manifest))

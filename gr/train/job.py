@@ -47,6 +47,7 @@ CHANGEABLE = (
     *("train.context", "train.timeout", "train.activation_checkpointing", "model.input.features.*.table"),
     *("model.user.fields.*.table", "model.item.fields.*.table"),
     "model.item_tower.recompute",
+    "train.start_from",
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.
 
@@ -128,7 +129,7 @@ def _opened(folder: RunFolder, config: RunConfig, processes: Processes) -> tuple
     """A run as its newest complete checkpoint left it, its files too."""
     newest = checkpoint.newest(folder.checkpoints, processes)
     begun = None if newest is None else _begun_with(newest)
-    parts = processes.together(lambda: build(config, processes, begun))
+    parts = processes.together(lambda: build(config, processes, begun, begun=newest is not None))
     cursor = Cursor(parts.data.dataset.manifest.generation)
     if newest is not None:
         cursor = processes.together(lambda: _load(newest, config, parts))

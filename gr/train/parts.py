@@ -18,6 +18,7 @@ from gr.processes import Processes
 from gr.train.engines.engine import Engine
 from gr.train.evaluation import Evaluation, baseline_kind
 from gr.train.selection import check_selection, judged_by
+from gr.train.starting import start
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,17 @@ class Parts:
     evaluation: Evaluation
 
 
-def build(config: RunConfig, processes: Processes, generation: str | None = None) -> Parts:
+def build(
+    config: RunConfig, processes: Processes, generation: str | None = None, *, begun: bool = False
+) -> Parts:
     """Everything that ``config`` describes, on this process's device; refuses what can't train or be evaluated.
-    ``generation``: of the dataset, where it may not be the newest."""
+    ``generation``: of the dataset, where it may not be the newest.  ``begun``: a checkpoint will be loaded."""
     data = processes.together(lambda: _open_to_train(config, generation))
     if processes.is_main:
         warn_of_idle_keys(config)
     data.catalogue.count_once(processes)
     data = replace(data, split=data.split.on(data.dataset, processes))
-    return processes.together(lambda: _build(config, data, processes))
+    return processes.together(lambda: _build(config, data, processes, begun))
 
 
 def _open_to_train(config: RunConfig, generation: str | None) -> Data:
@@ -87,9 +90,11 @@ def _check_one_pass(config: RunConfig, split: Split) -> None:
         )
 
 
-def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
+def _build(config: RunConfig, data: Data, processes: Processes, begun: bool) -> Parts:
     check_targets(config, data)
     model = build_model(config, data, processes)
+    start(model, config, processes, begun=begun)
+    _check_something_trains(model, config)
     _check_context(model, config)
     if config.train.activation_checkpointing:
         _recompute(model, config)
@@ -112,11 +117,34 @@ def _build(config: RunConfig, data: Data, processes: Processes) -> Parts:
     return Parts(data, model, engine, build_batches(config, data, model.needs, processes), evaluation)
 
 
+def _check_something_trains(model: Model, config: RunConfig) -> None:
+    """Refuse a model that has nothing to train, or an engine that can't leave a part of it as it is."""
+    rows = any(not table.dense for table in model.tables.values())
+    if not rows and not any(True for _ in model.named_dense()):
+        raise UserError(
+            "nothing of the model trains: leave its adapters, or a head, to train", everywhere=True
+        )
+    engine: type[Engine] = config.train.engine.component()
+    if not engine.freezes and not all(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"train.engine {config.train.engine.name} has only been tried with sequence encoders that train whole: use "
+            "train.engine=ddp (or all_reduce)",
+            everywhere=True,
+        )
+
+
 def _check_context(model: Model, config: RunConfig) -> None:
     """Refuse to share sequences that can't be."""
     context, rows = config.train.context, config.data.max_length
     if context == 1:
         return
+    objective = config.objective
+    if objective is not None and objective.component().reads_sequences(objective):  # type: ignore[attr-defined]
+        raise UserError(
+            f"train.context is {context}, and objective {objective.name} with outside=sequence looks at whole "
+            "sequences: use train.context=1, or outside=target",
+            everywhere=True,
+        )
     if not model.cuttable:
         encoder = getattr(config.model, "encoder", None)
         if encoder is None:

@@ -221,7 +221,7 @@ def query_vectors(model: Retrieval, queries_BD: Tensor) -> Tensor:
 def item_vectors(model: Retrieval, rows: range) -> Tensor:
     """(len(rows), D) float32: normalised as the similarity does, then the item bias if there is one."""
     scoring, items = model.similarity.scoring, model.items
-    vectors = items.vectors(rows.start, rows.stop).float()
+    vectors = scoring.columns(items.vectors(rows.start, rows.stop).float())
     if scoring.normalize_eps is not None:
         vectors = F.normalize(vectors, dim=-1, eps=scoring.normalize_eps)
     return (

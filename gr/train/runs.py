@@ -12,11 +12,14 @@ from gr import config as configs
 from gr.config import RunConfig
 from gr.errors import UserError
 from gr.models.model import Model
+from gr.models.retrieval import Retrieval
 from gr.processes import Processes
 from gr.train import checkpoint, exported
+from gr.train.checkpoint import find_checkpoint
 from gr.train.folder import RunFolder
 from gr.train.parts import Data, build_model, open_data
 from gr.train.place import AnyPath
+from gr.train.starting import start
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,11 @@ def open_run(
     checkpoint_name: str = "last",
     processes: Processes | None = None,
     data_path: str | None = None,
+    dim: int | None = None,
 ) -> OpenRun:
     """The run in ``path`` as of a checkpoint: ``last``, ``best`` (by the validation split) or a step number; or the
     export there, which is of one.  ``data_path``: where the run's dataset is, if not where the config says.
+    dim: score by so many first numbers of vectors.
 
     Several processes open it together (``Processes.together``).
     """
@@ -47,14 +52,25 @@ def open_run(
     chosen = None if exported.is_export(path) else find_checkpoint(folder, checkpoint_name)
     data = open_data(config, trained_on(path, chosen))
     model = build_model(config, data, processes)
+    start(model, config, processes, begun=True)
     if chosen is None:
         cursor = exported.load(Path(path), model, checkpoint_name, processes.world)
     else:
         cursor = checkpoint.load(chosen, model)
+    if dim is not None:
+        _cut(model, dim, path)
     check_generation(data, cursor.generation, path)
     begun = cursor.epoch + (cursor.batch > 0)
     data = replace(data, split=data.split.on(data.dataset).at(begun))
     return OpenRun(folder, config, data, model.eval(), cursor.step, cursor.epoch)
+
+
+def _cut(model: Model, dim: int, path: str | Path) -> None:
+    if not isinstance(model, Retrieval):
+        raise UserError(
+            f"run '{path}' scores given items and has no vectors to cut: leave --dim out", everywhere=True
+        )
+    model.cut_to(dim)
 
 
 def config_of(path: str | Path, data_path: str | None = None) -> RunConfig:
@@ -80,35 +96,3 @@ def check_generation(data: Data, generation: str, path: str | Path) -> None:
             f"'{data.dataset.path}' is not the dataset that run '{path}' was trained on (its generation differs): "
             "prepare the same data again"
         )
-
-
-def find_checkpoint(folder: RunFolder, name: str) -> AnyPath:
-    """The path of a checkpoint: ``last``, ``best`` or a step number."""
-    last = checkpoint.newest(folder.checkpoints)
-    if last is None:
-        raise UserError(f"run '{folder.path}' has no complete checkpoint yet: let it train, or --resume it")
-    if name == "last":
-        return last
-    steps = dict(checkpoint.listed(folder.checkpoints))
-    if name == "best":
-        best = checkpoint.read_state(last)["cursor"]["best"]
-        if not best:
-            raise UserError(
-                f"run '{folder.path}' has no best checkpoint: it evaluated no validation split "
-                "(data.split.holdout=2 and eval.splits=[valid, test])"
-            )
-        name = str(int(best["step"]))
-        if int(name) not in steps:  # another metric chose then, and the checkpoint was pruned
-            raise UserError(
-                f"run '{folder.path}' is best at step {name} (by {best['metric']}), of which no checkpoint was kept: "
-                f"choose one of {', '.join(map(str, steps))}"
-            )
-    if not name.isdigit() or int(name) not in steps:
-        raise UserError(
-            f"run '{folder.path}' has no checkpoint '{name}': it has last, best and the steps "
-            f"{', '.join(map(str, steps))}"
-        )
-    chosen = steps[int(name)]
-    if (damage := checkpoint.damaged(chosen)) is not None:
-        raise UserError(f"checkpoint '{chosen}' is damaged ({damage}): choose another one")
-    return chosen

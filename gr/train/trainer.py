@@ -28,6 +28,7 @@ from gr.processes import Processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.folder import RunFolder
+from gr.train.frozen import frozen_digest
 from gr.train.host_copy import HostCopy
 from gr.train.log import MetricsLog, StepProgress
 from gr.train.memory import give_back_freed_memory
@@ -74,7 +75,9 @@ class Trainer:
         )
         self.progress = StepProgress(self.total_steps, cursor.step, processes.is_main)
         self.work = Work(parts.model, config, processes)
-        self.writer = CheckpointWriter(folder, config, processes, self.progress.say)
+        self.writer = CheckpointWriter(
+            folder, config, processes, self.progress.say, frozen_digest(parts.model)
+        )
         self.last_loss = float("nan")
         self._unchecked: tuple[HostCopy, GlobalBatch] | None = None
 

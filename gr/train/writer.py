@@ -30,12 +30,18 @@ from gr.train.snapshot import release, snapshot
 class CheckpointWriter:
     """A context: at its end nothing is being written any more.  All processes call its methods together.
 
-    say: gives a line to whoever watches.
+    say: gives a line to whoever watches.  frozen: the digest of what the model keeps as it is.
     """
 
     def __init__(
-        self, folder: RunFolder, config: RunConfig, processes: Processes, say: Callable[[str], None]
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        processes: Processes,
+        say: Callable[[str], None],
+        frozen: str = "",
     ) -> None:
+        self.frozen = frozen
         self.folder, self.config, self.processes, self.say = folder, config, processes, say
         self._apart = processes
         self._held = ExitStack()
@@ -142,7 +148,7 @@ class CheckpointWriter:
         folder, keep = self.folder.checkpoints, self.config.checkpoint.keep
         if processes.is_main:
             self.folder.sync_metrics()
-        checkpoint.save(folder, tensors, cursor, to_dict(self.config), processes)
+        checkpoint.save(folder, tensors, cursor, to_dict(self.config), processes, self.frozen)
         if processes.is_main:
             best = cursor.best.get("step")
             checkpoint.prune(folder, keep, cursor.step, None if best is None else int(best))

@@ -156,6 +156,58 @@ def test_pairwise(similarity, table, supervision, negatives, kind):
     check(objective, table, supervision, bce if kind is BCE else bpr)
 
 
+def own_items(supervision):
+    """For each target, all that stands in its sequence."""
+    sequences = supervision.layout.sequences_T
+    places = torch.arange(len(sequences)) if supervision.queries_S is None else supervision.queries_S
+    found = []
+    for place in places:
+        same = sequences == sequences[place]
+        targets = supervision.targets_S[same[places]]
+        found.append({*supervision.tokens_T[same].tolist(), *targets.tolist()})
+    return found
+
+
+@pytest.mark.parametrize("targets", ["all", "last"])
+@pytest.mark.parametrize("kind", [BCE, BPR])
+def test_negatives_outside_the_sequence(similarity, table, kind, targets):
+    """The first of eight draws that is; nothing counts where all are inside."""
+    supervision = NextItem(NextItem.Config(targets=targets)).supervise(batch((9, 0, 2, 6), ITEMS), key=1)
+    objective = build(kind.Config(negatives=3, outside="sequence"), similarity)
+    draws = objective.sampler.own(KEY, supervision, 24)[:, 1:].view(-1, 3, 8).tolist()
+    own, zero = own_items(supervision), torch.zeros((), dtype=torch.float64)
+    chosen = [
+        [next((r for r in row if r not in inside), None) for row in of_target]
+        for inside, of_target in zip(own, draws)
+    ]
+    assert any(r != row[0] for kept, rows in zip(chosen, draws) for r, row in zip(kept, rows))
+
+    def loop(scores, y, s):
+        kept = [r for r in chosen[s] if r is not None]
+        if kind is BCE:
+            against = [-torch.log(1 - torch.sigmoid(scores[r])) for r in kept]
+            return -torch.log(torch.sigmoid(scores[y])) + sum(against, zero)
+        return sum((-torch.log(torch.sigmoid(scores[y] - scores[r])) for r in kept), zero)
+
+    check(objective, table, supervision, loop)
+
+
+@pytest.mark.parametrize("logq", [False, True])
+@pytest.mark.parametrize("pooled", ["few", "more than items"])
+def test_in_batch_apart_from_the_sequence(similarity, table, supervision, logq, pooled):
+    """IDvs.MoRec's: every column whose item stands in the user's sequence is masked, but the target."""
+    objective = build(InBatchDebiased.Config(logq=logq, outside="sequence"), similarity)
+    targets = supervision.targets_S
+    pool = targets[:ITEMS] if pooled == "few" else torch.cat([targets, targets[:3], torch.tensor([4, 0])])
+    own = own_items(supervision)
+
+    def loop(scores, y, s):
+        lowered = [score - (log_q(i) if logq else 0.0) for i, score in enumerate(scores)]
+        return minus_log_share(lowered[y], [lowered[r] for r in pool.tolist() if r not in own[s]])
+
+    check(objective, table, supervision, loop, pool)
+
+
 @pytest.mark.parametrize("logq", [False, True])
 @pytest.mark.parametrize("candidates", ["few", "more than items", "the target alone"])
 @pytest.mark.parametrize("max_scores", [1, 40, 1 << 24])
@@ -188,7 +240,9 @@ OBJECTIVES = [
     SampledSoftmax.Config(negatives=5, shared=True, sampling="popularity", logq=True),
     BCE.Config(negatives=2),
     BPR.Config(),
+    BCE.Config(outside="sequence"),
     InBatchDebiased.Config(),
+    InBatchDebiased.Config(outside="sequence"),
     registry.resolve(registry.OBJECTIVES, "full_softmax", "").Config(),
 ]
 

@@ -31,7 +31,7 @@ KNOWN_TO_ALL = {
     "gr.labels",
 }
 BOTTOM = {"gr_kernels"}
-LOWER = BOTTOM | {"gr.embeddings", "gr.modality"}
+LOWER = BOTTOM | {"gr.adapters", "gr.embeddings", "gr.modality"}
 MAY_IMPORT = {
     "gr_kernels": set(),
     "gr.errors": set(),
@@ -47,8 +47,9 @@ MAY_IMPORT = {
     "gr.overlay": {"gr.errors", "gr.sections", "gr.yaml12"},
     "gr.config": {"gr.errors", "gr.registry", "gr.sections", "gr.overlay", "gr.yaml12", "gr.shipped"},
     "gr.labels": {"gr.config", "gr.errors"},
+    "gr.adapters": KNOWN_TO_ALL | BOTTOM,
     "gr.embeddings": KNOWN_TO_ALL | BOTTOM | {"gr.modality"},
-    "gr.modality": KNOWN_TO_ALL | BOTTOM | {"gr.embeddings"},
+    "gr.modality": KNOWN_TO_ALL | BOTTOM | {"gr.adapters", "gr.embeddings"},
     "gr.data": KNOWN_TO_ALL | LOWER,
     "gr.models": KNOWN_TO_ALL | LOWER,
     "gr.eval": KNOWN_TO_ALL | LOWER,

@@ -8,6 +8,17 @@ from gr.models.tasks import MASK, Cloze, NextItem
 from tests.unit.models_common import LENGTHS, batch
 
 
+def test_the_last_action_alone_can_be_the_target():
+    """One query a sequence that has an input: its last row; of actions that may be targets, if it is one."""
+    given = batch((9, 0, 1, 2, 6))
+    whole = NextItem(NextItem.Config()).supervise(given, 1)
+    last = NextItem(NextItem.Config(targets="last")).supervise(given, 1)
+    assert last.queries_S.tolist() == [7, 8, 13] and torch.equal(last.tokens_T, whole.tokens_T)
+    for name in ("targets_S", "ordinals_S", "positions_S"):
+        assert torch.equal(getattr(last, name), getattr(whole, name)[last.queries_S])
+    assert last.targets_S.tolist() == given.items_T[torch.tensor([8, 11, 17])].tolist()
+
+
 def lists(values, lengths):
     return [part.tolist() for part in values.split(list(lengths))]
 

@@ -31,8 +31,15 @@ class FullSoftmax(Objective):
     def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
         super().__init__(similarity)
 
-    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
-        return self.similarity.cross_entropy(items, queries_SD, part.targets_S)
+    def summed(
+        self,
+        similarity: Similarity,
+        queries_SD: Tensor,
+        part: Supervision,
+        step: StepContext,
+        items: Table,
+    ) -> Tensor:
+        return similarity.cross_entropy(items, queries_SD, part.targets_S)
 
     def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
         """None: the loss is formed where the table is."""

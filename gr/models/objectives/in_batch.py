@@ -4,7 +4,8 @@
 
 p_i, the share of item i in the training targets, is the probability that it turns up as a candidate (Yi et al.,
 RecSys 2019, "Sampling-bias-corrected neural modeling", eq. 3: the correction lowers the target's score too).
-Candidates equal to the target are masked, so that it counts once.
+Candidates equal to the target are masked, so that it counts once; with ``outside: sequence`` all that stand in the
+target's own sequence are (IDvs.MoRec, SIGIR 2023).
 
 Shapes: S targets, G targets of the global batch, I catalogue size.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from gr.config import ComponentConfig
 from gr.embeddings.table import Table
 from gr.models.model import Catalogue
+from gr.models.objectives.histories import Histories
 from gr.models.objectives.negatives import popularity
 from gr.models.objectives.objective import Objective
 from gr.models.similarity import Similarity
@@ -32,10 +34,12 @@ class InBatchDebiased(Objective):
     log_p_I: Tensor
 
     class Config(ComponentConfig):
-        """logq: correct for popularity; without it the plain in-batch softmax."""
+        """logq: correct for popularity; without it the plain in-batch softmax.  outside: what a target's candidates
+        are not, the target alone or anything in its sequence, inputs and targets."""
 
         name: Literal["in_batch"] = "in_batch"
         logq: bool = True
+        outside: Literal["target", "sequence"] = "target"
 
     @staticmethod
     def counts_items(config: InBatchDebiased.Config) -> bool:
@@ -47,23 +51,53 @@ class InBatchDebiased(Objective):
 
     def __init__(self, config: Config, similarity: Similarity, catalogue: Catalogue) -> None:
         super().__init__(similarity)
-        self.items = catalogue.rows
+        self.config, self.items = config, catalogue.rows
         with with_numbers():
             log_p_I = (
                 popularity(catalogue.training_counts)[1].log() if config.logq else torch.zeros(self.items)
             )
         self.register_buffer("log_p_I", log_p_I, persistent=False)
 
-    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
+    def summed(
+        self,
+        similarity: Similarity,
+        queries_SD: Tensor,
+        part: Supervision,
+        step: StepContext,
+        items: Table,
+    ) -> Tensor:
         candidates, counts = self._candidates(step), None
         if len(candidates) > self.items:
             # each item stands once, with its occurrences: the same sum in fewer scores
             counts = torch.zeros(self.items, dtype=torch.int64, device=candidates.device)
             counts.index_add_(0, candidates, torch.ones_like(candidates))
             candidates = torch.arange(self.items, device=candidates.device)
-        return self.similarity.sampled_softmax(
+        if self.config.outside == "sequence":
+            if counts is None:
+                candidates, counts = candidates.unique(return_counts=True)
+            return self._outside(similarity, queries_SD, part, step, candidates, counts)
+        return similarity.sampled_softmax(
             step.views["items"], queries_SD, part.targets_S, candidates, -self.log_p_I, counts
         )
+
+    def _outside(
+        self,
+        similarity: Similarity,
+        queries_SD: Tensor,
+        part: Supervision,
+        step: StepContext,
+        candidates_C: Tensor,
+        counts_C: Tensor,
+    ) -> Tensor:
+        """The same sum over distinct candidates, those of each target's sequence masked; (S, C) scores exist at
+        once."""
+        histories, view = Histories(part, self.items), step.views["items"]
+        scores_SC = similarity.shared(view, queries_SD, candidates_C) - self.log_p_I[candidates_C]
+        own_S1 = similarity.candidates(view, queries_SD, part.targets_S[:, None])
+        own_S1 = own_S1 - self.log_p_I[part.targets_S][:, None]
+        masked_SC = histories.columns(candidates_C)[histories.sequences_S] | (counts_C == 0)
+        others_SC = (scores_SC + counts_C.clamp_min(1).log()).masked_fill(masked_SC, -torch.inf)
+        return (torch.logsumexp(torch.cat([own_S1, others_SC], dim=1), dim=1) - own_S1[:, 0]).sum()
 
     def wanted(self, part: Supervision, step: StepContext) -> list[Tensor]:
         candidates = self._candidates(step)

@@ -6,8 +6,10 @@ Shapes: S targets, D model width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gr.embeddings.table import Table
@@ -29,6 +31,11 @@ class Objective(nn.Module):
         return getattr(config, "sampling", "uniform") == "popularity"
 
     @staticmethod
+    def reads_sequences(config: Any) -> bool:
+        """Whether a target's loss depends on what else stands in its sequence, which then has to be there whole."""
+        return getattr(config, "outside", "target") == "sequence"
+
+    @staticmethod
     def scored(config: Any, targets: int, items: int) -> int:
         """How many items a query is scored against in a step of so many targets, the catalogue being ``items``: what
         the loss costs (gr.scaling.flops)."""
@@ -38,9 +45,29 @@ class Objective(nn.Module):
         super().__init__()
         self.similarity = similarity
 
-    @abstractmethod
     def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
-        """The sum of the losses of the S targets: a float32 scalar.  Rows are looked at through the step's view of
+        """The sum of the losses of the S targets, a float32 scalar: with nested prefixes the mean over these and the
+        whole, all with the same candidates."""
+        nested = self.similarity.nested
+        if not nested:
+            return self.summed(self.similarity, queries_SD, part, step, items)
+        sums = []
+        for similarity in (self.similarity, *nested):
+            again = replace(step, drawn=dict(step.drawn))  # each takes what was drawn
+            sums.append(self.summed(similarity, queries_SD, part, again, items))
+        step.drawn.pop(id(part), None)
+        return torch.stack(sums).mean()
+
+    @abstractmethod
+    def summed(
+        self,
+        similarity: Similarity,
+        queries_SD: Tensor,
+        part: Supervision,
+        step: StepContext,
+        items: Table,
+    ) -> Tensor:
+        """The sum of the losses of the S targets by a similarity.  Rows are looked at through the step's view of
         ``items``, the whole catalogue through the table itself."""
 
     @abstractmethod

@@ -45,9 +45,16 @@ class SampledSoftmax(Objective):
         self.config = config
         self.sampler = NegativeSampler(config.sampling, catalogue)
 
-    def forward(self, queries_SD: Tensor, part: Supervision, step: StepContext, items: Table) -> Tensor:
+    def summed(
+        self,
+        similarity: Similarity,
+        queries_SD: Tensor,
+        part: Supervision,
+        step: StepContext,
+        items: Table,
+    ) -> Tensor:
         log_q_I = self.sampler.log_q_I if self.config.logq else None
-        return self.similarity.sampled_softmax(
+        return similarity.sampled_softmax(
             step.views["items"],
             queries_SD,
             part.targets_S,

@@ -18,7 +18,7 @@ class AllReduce(Engine):
     class Config(ComponentConfig):
         name: Literal["all_reduce"] = "all_reduce"
 
-    shares_sequences = True
+    shares_sequences = freezes = True
 
     def wrap(self, model: Model) -> nn.Module:
         return model

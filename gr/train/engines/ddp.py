@@ -26,11 +26,11 @@ class DDP(Engine):
     class Config(ComponentConfig):
         name: Literal["ddp"] = "ddp"
 
-    shares_sequences = True
+    shares_sequences = freezes = True
 
     def wrap(self, model: Model) -> nn.Module:
         world = self.processes.world  # along either axis, gradients are parts of one sum
-        if world.size == 1:
+        if world.size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         # Looking for unused parameters keeps DDP from rebuilding its buckets after the first step: with other
         # buckets a ring of three or more ranks adds in another order, and a resumed run would lose its bits.

@@ -140,6 +140,9 @@ class Engine(ABC):
     collective = False
     """Whether a micro-batch's forward or backward pass is an exchange, so that everybody needs as many."""
 
+    freezes = False
+    """Whether the module may have parameters that don't train."""
+
     shares_sequences = False
     """Whether processes may share each sequence (``train.context``), and exchange rows of it in both passes."""
 
@@ -190,7 +193,7 @@ class Engine(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Parameters as ``model/NAME``, moments as ``optimizer/MOMENT/NAME`` and vocabularies as
         ``vocabulary/TABLE/...``, whole."""
-        tensors = _of_tables(self.model) | _of_buffers(self.model) | of_vocabularies(self.model)
+        tensors = _of_tables(self.model) | of_buffers(self.model) | of_vocabularies(self.model)
         for part in self.parts:
             tensors |= {name: value for name, value in part.tensors().items() if name not in tensors}
         for name, optimizer in self.row_optimizers.items():
@@ -205,7 +208,7 @@ class Engine(ABC):
     def load(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors to be filled with what a checkpoint has under ``names``: parameters and moments, in place where
         that is possible; :meth:`loaded` then takes in the rest."""
-        wanted = _of_tables(self.model) | _of_buffers(self.model) | of_vocabularies(self.model)
+        wanted = _of_tables(self.model) | of_buffers(self.model) | of_vocabularies(self.model)
         for part in self.parts:
             values = {f"model/{name}": value for name, value in part.values().items()}
             wanted |= {name: value for name, value in values.items() if name not in wanted}
@@ -290,10 +293,10 @@ def _of_rows(optimizer: Any, table: Table) -> RowOptimizer:
 
 
 def parameters(model: Model) -> dict[str, Tensor]:
-    """All parameters of a model and its tables, and its persistent buffers, as ``model/NAME``, their own memory: to be
-    saved, or filled."""
-    own = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    return _of_tables(model) | _of_buffers(model) | own
+    """All parameters of a model and its tables that train, and its persistent buffers, as ``model/NAME``, their own
+    memory: to be saved, or filled."""
+    own = {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return _of_tables(model) | of_buffers(model) | own
 
 
 def of_vocabularies(model: Model) -> dict[str, Tensor]:
@@ -327,7 +330,7 @@ def _of_tables(model: Model) -> dict[str, Tensor]:
     return tensors
 
 
-def _of_buffers(model: Model) -> dict[str, Tensor]:
+def of_buffers(model: Model) -> dict[str, Tensor]:
     """What a module keeps from step to step that no gradient moves: running means."""
     return {
         f"model/{prefix}{'.' if prefix else ''}{name}": buffer

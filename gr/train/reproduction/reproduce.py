@@ -6,7 +6,6 @@ A table is configs/DATASET/table.yaml.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from gr.data.dataset import SequenceDataset
 from gr.errors import UserError, nearest
 from gr.launcher import launched
 from gr.shipped import find_table
-from gr.train.cells import Cell, exit_status, train_cells
+from gr.train.cells import Cell, train_cells
 from gr.train.reproduction.paired import paired, print_paired, to_json
+from gr.train.reproduction.prepared import prepare
 from gr.train.reproduction.table import Measured, PublishedTable, Row, read_table
 from gr.train.selection import metric_names
 
@@ -57,7 +57,7 @@ def reproduce(
             if source is not None:
                 print(f"'{path}' is there: '{source}' is not prepared again", flush=True)
         else:
-            _prepare(table, options, source, path)
+            prepare(table.prepares or table.dataset, options, source, path)
 
     trained_rows = [table.under(protocol, row) for protocol in paths for row in chosen]
     runs = [
@@ -133,14 +133,3 @@ def _check_options(dataset: str, options: Mapping[str, Any], path: str) -> None:
                 f"'{path}' was made with {key}={made.get(key)}, and the table of '{dataset}' needs {value}: "
                 "choose another --data, or move that folder away"
             )
-
-
-def _prepare(table: PublishedTable, options: Mapping[str, Any], source: str | None, path: str) -> None:
-    name = table.prepares or table.dataset
-    command = [sys.executable, "-m", "gr.programs.prepare", name, "--out", path]
-    if source is not None:
-        command += ["--source", source]
-    for key, value in options.items():
-        command += ["--set", f"{key}={json.dumps(value)}"]
-    if exit_status(command):
-        raise UserError(f"preparing '{name}' failed (see above): give its raw files with --source")

@@ -1,0 +1,29 @@
+"""What of a model stays as it is: no optimiser moves it and no checkpoint holds it, so that a checkpoint of adapters is
+as small as they are.  A checkpoint keeps its digest instead, and is loaded onto nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from gr.models.model import Model
+
+
+def frozen(model: Model) -> dict[str, nn.Parameter]:
+    """The parameters that don't train, by name."""
+    return {name: parameter for name, parameter in model.named_whole() if not parameter.requires_grad}
+
+
+def frozen_digest(model: Model) -> str:
+    """32 hexadecimal digits of them; "" where all train."""
+    found = frozen(model)
+    if not found:
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in sorted(found.items()):
+        digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
+        digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,271 @@
+"""The table of adapters: a run on one catalogue, taken to another by each method, inside either encoder or both.
+
+Each direction has a source, trained first, and for each method and each of its parts a cell that starts from there,
+with the same seed; full fine-tuning and a start anew stand beside them.  A table is configs/NAME/table.yaml with
+``folder``, in which DIRECTION-METHOD.yaml are the configs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gr.config import Section, read_yaml, validate
+from gr.errors import UserError, nearest
+from gr.shipped import find_table
+from gr.train import checkpoint
+from gr.train.cells import Cell, Trained, train_cells
+from gr.train.folder import RunFolder
+from gr.train.reproduction.order import ERRORS
+from gr.train.reproduction.prepared import prepare
+from gr.train.saved_weights import SavedWeights
+from gr.train.selection import best_validation, selection_metric
+
+FULL, SCRATCH = "full", "scratch"
+
+
+class Direction(Section):
+    """``source``, ``target``: datasets; ``start``: the config of the source's run."""
+
+    name: str
+    source: str
+    target: str
+    start: str
+
+
+class TransferTable(Section):
+    """``parts``: which of the two encoders adapts, by name, as changes to a method's config; the first is both."""
+
+    name: str
+    columns: list[str]
+    folder: str
+    directions: list[Direction]
+    methods: list[str]
+    parts: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A row: what it gives at the epoch that validation chose, a value a seed.  ``trained``: numbers that train."""
+
+    direction: str
+    method: str
+    part: str
+    trained: int
+    results: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.part}" if self.part else self.method
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A hypothesis of the form ``better`` than ``worse``.  ``measured``: by how much, paired by seeds, with its
+    standard error (None for one seed).  ``verdict``: confirmed, refuted or undecided."""
+
+    direction: str
+    better: str
+    worse: str
+    measured: float
+    error: float | None
+    verdict: str
+
+
+def read_transfer(name: str) -> TransferTable | None:
+    """The table ``name``, if it is one of transfers."""
+    raw = read_yaml(find_table(name))
+    return validate(TransferTable, raw, "") if "directions" in raw else None
+
+
+def transfer(
+    table: TransferTable,
+    source: str | None,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (1,),
+    processes: int = 1,
+    out: str = "runs/reproduce",
+    data: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Adapted]:
+    """Train the sources, then the rows (all, or those of the methods, parts and directions that are named).
+
+    data: the folder of the prepared datasets; source: of the raw ones, each in a folder of its own name.
+    """
+    base = data or "data"
+    wanted = _chosen(table, rows)
+    for name in dict.fromkeys(n for d, _, _ in wanted for n in (d.source, d.target)):
+        if not (Path(base) / name / "manifest.json").is_file():
+            prepare(name, {}, None if source is None else str(Path(source) / name), f"{base}/{name}")
+    starts: dict[str, Cell] = {}
+    cells: dict[str, list[Cell]] = {}
+    for direction, method, part in wanted:
+        for seed in seeds:
+            start = _start(table, direction, seed, out, base, overrides, processes)
+            starts[start.folder] = start
+            row = _row(table, direction, method, part, seed, out, base, start, overrides, processes)
+            cells.setdefault(f"{direction.name} {method} {part}", []).append(row)
+    trained = train_cells([*starts.values(), *(cell for row in cells.values() for cell in row)])[
+        len(starts) :
+    ]
+    found, left = [], iter(trained)
+    for (direction, method, part), of_row in zip(wanted, cells.values(), strict=True):
+        of_seeds = [next(left) for _ in of_row]
+        found.append(
+            Adapted(direction.name, method, part, _trained(of_seeds[0]), [_chosen_epoch(t) for t in of_seeds])
+        )
+    return found
+
+
+def findings(found: Sequence[Adapted], table: TransferTable) -> list[Finding]:
+    """What is to be tested (Adapter4Rec, WSDM 2024): adapters are about as good as full fine-tuning, both encoders need
+    them, Houlsby's is among the best; and that anything is taken along at all."""
+    return [finding for direction in table.directions for finding in _findings(found, table, direction.name)]
+
+
+def _findings(found: Sequence[Adapted], table: TransferTable, direction: str) -> Iterator[Finding]:
+    rows = {(row.method, row.part): row for row in found if row.direction == direction}
+    both, *single = table.parts
+    pairs = [((FULL, both), (SCRATCH, ""))]
+    for method in table.methods:
+        pairs += [((method, both), (FULL, both)), ((method, both), (SCRATCH, ""))]
+        pairs += [((method, both), (method, part)) for part in single]
+    pairs += [(("houlsby", both), (method, both)) for method in table.methods if method != "houlsby"]
+    for high, low in pairs:
+        if high in rows and low in rows:
+            yield _compared(rows[high], rows[low], table.columns[0])
+
+
+def _compared(high: Adapted, low: Adapted, metric: str) -> Finding:
+    differences = [one[metric] - other[metric] for one, other in zip(high.results, low.results, strict=True)]
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    verdict = "undecided"
+    if error is not None and abs(mean) > ERRORS * error:
+        verdict = "confirmed" if mean > 0 else "refuted"
+    return Finding(high.direction, high.name, low.name, mean, error, verdict)
+
+
+def print_transfer(found: Sequence[Adapted], tested: Sequence[Finding], table: TransferTable) -> None:
+    """Both tables; means over seeds, with the spread where there are several."""
+    console, metric = Console(), table.columns[0]
+    for direction in table.directions:
+        view = Table(title=f"{direction.name}: at the epoch that validation chooses", title_justify="left")
+        view.add_column("what trains")
+        for column in ("numbers", *table.columns, "epochs"):
+            view.add_column(column, justify="right")
+        for row in (row for row in found if row.direction == direction.name):
+            figures = [_spread([result[column] for result in row.results]) for column in table.columns]
+            epochs = "/".join(str(result["epoch"] + 1) for result in row.results)
+            view.add_row(row.name, f"{row.trained:,}", *figures, epochs)
+        if view.row_count:
+            console.print(view)
+    view = Table(
+        title=f"hypotheses, {metric}, paired by seeds: by {ERRORS:g} standard errors, or undecided",
+        title_justify="left",
+    )
+    for column in ("direction", "better", "than", "by", "verdict"):
+        view.add_column(column, justify="right" if column == "by" else "left")
+    for finding in tested:
+        off = "" if finding.error is None else f" ±{finding.error:.4f}"
+        by = f"{finding.measured:+.4f}{off}"
+        view.add_row(finding.direction, finding.better, finding.worse, by, finding.verdict)
+    console.print(view)
+
+
+def save_transfer(found: Sequence[Adapted], tested: Sequence[Finding], folder: str | Path) -> Path:
+    """``table.json``: the rows with their seeds' results, and the findings."""
+    content = {"rows": [asdict(row) for row in found], "findings": [asdict(finding) for finding in tested]}
+    file = Path(folder) / "table.json"
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return file
+
+
+def _chosen(table: TransferTable, rows: Sequence[str]) -> list[tuple[Direction, str, str]]:
+    """The rows of the table, (direction, method, part); with ``rows`` those that have each kind of word among them."""
+    kinds = [
+        [d.name for d in table.directions],
+        [SCRATCH, FULL, *table.methods],
+        [p.split()[0] for p in table.parts],
+    ]
+    for word in rows:
+        if not any(word in kind for kind in kinds):
+            raise UserError(f"no row '{word}': {nearest(word, (word for kind in kinds for word in kind))}")
+    directions, methods, parts = ([word for word in kind if word in rows] or kind for kind in kinds)
+    found: list[tuple[Direction, str, str]] = []
+    for direction in (d for d in table.directions if d.name in directions):
+        for method in methods:
+            of_method = [""] if method == SCRATCH else [p for p in table.parts if p.split()[0] in parts]
+            found += [(direction, method, part) for part in of_method]
+    return found
+
+
+def _start(
+    table: TransferTable,
+    direction: Direction,
+    seed: int,
+    out: str,
+    base: str,
+    overrides: Sequence[str],
+    processes: int,
+) -> Cell:
+    config = find_table(table.name).parent / table.folder / direction.start
+    folder = f"{out}/{table.name}/{direction.source}-seed{seed}"
+    given = (f"data.path={base}/{direction.source}", f"train.seed={seed}", *overrides)
+    return Cell(f"{direction.source}, source", config, folder, given, processes)
+
+
+def _row(
+    table: TransferTable,
+    direction: Direction,
+    method: str,
+    part: str,
+    seed: int,
+    out: str,
+    base: str,
+    start: Cell,
+    overrides: Sequence[str],
+    processes: int,
+) -> Cell:
+    name = f"{direction.name}-{method}"
+    config = find_table(table.name).parent / table.folder / f"{name}.yaml"
+    which = f"-{part.split()[0]}" if part else ""
+    given = [
+        f"data.path={base}/{direction.target}",
+        f"train.seed={seed}",
+        *overrides,
+        *table.parts.get(part, ()),
+    ]
+    if method != SCRATCH:
+        given.append(f"train.start_from.run={json.dumps(start.folder)}")
+    cell = f"{out}/{table.name}/{name}{which}-seed{seed}"
+    return Cell(f"{name} {part}".strip(), config, cell, tuple(given), processes)
+
+
+def _chosen_epoch(trained: Trained) -> dict[str, Any]:
+    """The test row of the step that validation chose."""
+    best = best_validation(trained.metrics, selection_metric(trained.config))
+    assert best is not None, "rows of the table hold a validation action out"
+    tests = (r for r in trained.metrics if r["kind"] == "eval" and r["split"] == "test")
+    return next(row for row in tests if row["step"] == best["step"])
+
+
+def _trained(trained: Trained) -> int:
+    """Numbers that train: what is in a checkpoint."""
+    newest = checkpoint.newest(RunFolder(trained.cell.folder).checkpoints)
+    assert newest is not None, "a finished run has a checkpoint"
+    return sum(math.prod(size) for size in SavedWeights(newest).sizes.values())
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.4f}" + (f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else "")
