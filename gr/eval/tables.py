@@ -39,7 +39,7 @@ def results_table(results: Mapping[str, EvalResult], title: str) -> Table:
         caption=_caption(list(results.values())[-1]),  # the model, beside baselines
         caption_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # six k and MRR beside a long name fit 80 columns
+        padding=0,  # six k, MRR and the loss beside a long name fit 80 columns
     )
     table.add_column("", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -57,7 +57,9 @@ def buckets_tables(result: EvalResult, label: str) -> list[Table]:
     tables = []
     for name, buckets in result.buckets.items():
         title, heading = BREAKDOWNS.get(name, (name, name))
-        table = Table(title=f"{label}, by {title}", title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=f"{label}, by {title}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
         table.add_column(heading, no_wrap=True)
         for column in ("users", *result.shown):
             table.add_column(column, justify="right", no_wrap=True)

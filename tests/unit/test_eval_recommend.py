@@ -243,7 +243,7 @@ def test_user_ids_from_files(tmp_path):
 
 def test_tables_fit_a_terminal_and_hold_the_figures():
     metrics = {f"{kind}@{k}": 0.1234 for kind in ("hr", "ndcg") for k in (1, 5, 10, 50, 200, 500)}
-    metrics["mrr"] = 0.0567
+    metrics |= {"mrr": 0.0567, "loss": 12.3456}
     bucket = {"from": 1000, "to": None, "users": 12, **metrics}
     result = EvalResult(
         "test",
@@ -252,7 +252,7 @@ def test_tables_fit_a_terminal_and_hold_the_figures():
         {"history": [{**bucket, "from": 1, "to": 4}, bucket]},
         population=99,
         heading="whole catalogue ranked",
-        shown=["hr@10", "ndcg@10", "hr@50", "hr@200", "mrr"],
+        shown=["hr@10", "ndcg@10", "hr@50", "hr@200", "mrr", "loss"],
     )
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(results_table({"popularity": result, "last_item": result}, "title"))
@@ -265,4 +265,4 @@ def test_tables_fit_a_terminal_and_hold_the_figures():
         and "1,000 and more" in text
         and "1 to 4" in text
     )
-    assert text.count("0.1234") == 2 * 12 + 2 * 4 and text.count("0.0567") == 4
+    assert text.count("0.1234") == 2 * 12 + 2 * 4 and text.count("0.0567") == text.count("12.3456") == 4

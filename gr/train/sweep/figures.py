@@ -135,7 +135,9 @@ def _equal_compute(axes: Axes, law: Laws, rows: Sequence[Row]) -> None:
             zorder=3,
         )
         across = np.geomspace(valley.sizes[0] / 1.2, valley.sizes[1] * 1.2, 60)
-        axes.plot(across, valley.at(across), color=shade, linewidth=1.1, label=f"{valley.compute:.2g}")
+        axes.plot(
+            across, valley.at(across), color=shade, linewidth=1.1, label=f"{valley.compute:.2g} operations"
+        )
         if valley.inside:
             axes.scatter(
                 valley.parameters, valley.loss, marker="*", s=70, color=shade, edgecolors="white", zorder=4

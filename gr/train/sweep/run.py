@@ -47,9 +47,7 @@ def train_members(members: Sequence[Member], out: Path, workers: int, backend: B
         before = log.stat().st_size if log.is_file() else 0
         watch.begin(member)
         try:
-            trained = train_cell(
-                cell, log, lambda command, log: backend.run(cell.name, command, Path(log or ""))
-            )
+            trained = train_cell(cell, log, lambda command, _: backend.run(cell.name, command, log))
             return Outcome(member, trained)
         except UserError as error:
             return Outcome(member, None, ("" if stopped.asked else _reason(log, before)) or str(error))
