@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -29,22 +30,21 @@ def shown(plans: Sequence[Plan], tokens: float | None, price: float | None) -> G
 
 def _grid(plans: Sequence[Plan], tokens: float | None, price: float | None) -> Table:
     names = list(plans[0].settings)
-    table = Table(title=f"{len(plans)} plans, best first", title_justify="left")
+    table = Table(
+        title=f"{len(plans)} plans, best first", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     for name in names:
         table.add_column(name, justify="right")
-    headings = ["GiB", "fits", "ms a step", "bound", "tokens/s", "MFU"]
+    headings = ["GiB", "ms", "bound", "M tokens/s", "MFU"]
     headings += ["days"] if tokens else []
     headings += ["cost"] if tokens and price is not None else []
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("fits", "bound") else "right")
+        table.add_column(heading, justify="left" if heading == "bound" else "right")
     for plan in plans:
         row = [str(plan.settings[name]) for name in names]
-        row += [
-            f"{plan.memory.peak / GIB:,.1f}",
-            "yes" if plan.fits else "no",
-            f"{1e3 * plan.time.seconds:,.1f}",
-        ]
-        row += [plan.time.bound, f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}"]
+        row += [f"{plan.memory.peak / GIB:,.1f}" + ("" if plan.fits else " (too much)")]
+        row += [f"{1e3 * plan.time.seconds:,.1f}", plan.time.bound]
+        row += [f"{plan.tokens_per_second / 1e6:,.2f}", f"{plan.mfu:.1%}"]
         if tokens:
             budget = plan.budget(tokens, price)
             row += [f"{budget['days']:,.2f}", *([f"{budget['cost']:,.0f}"] if "cost" in budget else [])]

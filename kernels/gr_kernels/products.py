@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gr_kernels.tracing import device_type
+
 NARROW = (torch.float16, torch.bfloat16)
 # Terms that one call of a CPU's BLAS adds up. Its routines for few rows or few columns, matrix times vector above all,
 # may add the terms one after the other, and 20,011 of them lose 30 times as much as in a larger product. Longer sums
@@ -35,7 +37,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 def sum_of_rows(weights_CN: Tensor, rows_ND: Tensor, scale: float, out_CD: Tensor) -> None:
     """out = scale * weights @ rows, for sums so long that their order matters (N the size of a catalogue)."""
     count = rows_ND.shape[0]
-    step = BLOCK if rows_ND.device.type == "cpu" else max(1, count)
+    step = BLOCK if device_type(rows_ND.device) == "cpu" else max(1, count)
     torch.addmm(out_CD, weights_CN[:, :step], rows_ND[:step], beta=0, alpha=scale, out=out_CD)
     for start in range(step, count, step):
         block = slice(start, start + step)

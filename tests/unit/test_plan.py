@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import accumulate
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from gr.scaling.machine import cpu, gpu
 from gr.scaling.memory import memory
 from gr.scaling.plan import Imagined, Planner
 from gr.scaling.rehearsal import Paper
+from gr.train import job
 from gr.train.dry_run import dry_run
+from gr.train.folder import RunFolder, read_rows
 from gr.train.parts import build
 from gr.train.planning import OfDataset
 
@@ -52,6 +55,17 @@ def test_a_rehearsal_and_a_plan_agree(config, tmp_path, capsys):
     assert program.main(asked) == 0
     (plan,) = json.loads(plans.read_text())
     assert float(said[1]) == pytest.approx(plan["memory"]["peak"] / 2**20, rel=0.1)
+
+
+def test_the_log_tells_the_work_of_each_step_and_of_all(config):
+    run = job.run(config("train.max_steps=3", "eval.splits=[]"))
+    rows = [row for row in run.metrics if row["kind"] == "train"]
+    assert [row["pflop_days"] * 8.64e19 for row in rows] == pytest.approx(
+        list(accumulate(row["flops"] for row in rows))
+    )
+    assert all(row["tokens"] == row["targets"] > 0 and isinstance(row["flops"], int) for row in rows)
+    timing = read_rows(RunFolder(run.path).timing)[-1]
+    assert 0 < timing["mfu"] < timing["mfu_padded"] and timing["tflops"] > 0
 
 
 def expected(**more):

@@ -10,6 +10,7 @@ from torch import Tensor
 from gr_kernels.dispatch import Implementation, choose, takes_all
 from gr_kernels.sampled_softmax import reference, scores, triton_op
 from gr_kernels.sampled_softmax.problem import Problem, check
+from gr_kernels.tracing import device_type
 
 MAX_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}  # on a CPU few enough to stay in its caches
 
@@ -79,7 +80,9 @@ def sampled_softmax(
         normalize_eps=normalize_eps,
         bias=bias_I,
         counts=None if counts_K is None else counts_K.detach(),
-        max_scores=MAX_SCORES.get(queries_TD.device.type, 1 << 24) if max_scores is None else max_scores,
+        max_scores=MAX_SCORES.get(device_type(queries_TD.device), 1 << 24)
+        if max_scores is None
+        else max_scores,
     )
     check(problem)
     problem = problem.heeding_no_grad()
