@@ -17,7 +17,18 @@ from gr.scaling.plan import Plan
 GIB = 2**30
 DRAWN = 12
 """Plans that a picture has room for."""
-COLOURS = ("#1f5a99", "#9db7d5", "#d98032", "#f0c49a", "#3b7d4f", "#a9cdb4", "#7a4d8c", "#c9b1d4", "#8c8c8c")
+COLOURS = (
+    "#1f5a99",
+    "#9db7d5",
+    "#d98032",
+    "#f0c49a",
+    "#3b7d4f",
+    "#a9cdb4",
+    "#7a4d8c",
+    "#c9b1d4",
+    "#8c8c8c",
+    "#b02a2a",
+)
 
 
 def shown(plans: Sequence[Plan], tokens: float | None, price: float | None) -> Group:
