@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from gr.config import read_yaml, validate
 from gr.data.dataset import SequenceDataset
 from gr.data.outputs import ROWS_PER_GROUP, parquet_rows
@@ -15,6 +12,7 @@ from gr.modality.reader import TextReader, TextSection
 from gr.modality.vectors import as_table
 from gr.processes import Processes
 from gr.shipped import find_config
+from gr.train.item_files import read_items
 
 
 def read_tower(path: str) -> TextSection:
@@ -37,23 +35,10 @@ def encode(
         ids, found = opened.catalogue.ids, reader.vectors(opened.catalogue)
     else:
         target = out if out is not None else str(Path(items).with_suffix(".vectors.parquet"))
-        table = _read_items(items)
+        table = read_items(items)
         ids, found = table["item_id"].combine_chunks(), reader.vectors_of(table)
     if processes.is_main:
         with parquet_rows(target) as write:
             for start in range(0, len(ids), ROWS_PER_GROUP):
                 write(as_table(ids[start : start + ROWS_PER_GROUP], found[start : start + ROWS_PER_GROUP]))
     return target, len(ids), found.shape[1]
-
-
-def _read_items(path: str) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"'{path}' can't be read as a Parquet file of items ({first}): write it again"
-        ) from None
-    if "item_id" not in table.column_names or not len(table):
-        raise UserError(f"'{path}' has no column item_id, or no items: write them again")
-    return table
