@@ -327,7 +327,8 @@ class LogSection(Section):
 
 class EvalSection(Section):
     """Full-catalogue evaluation.  ``exclude``: items of the history taken out of the ranking: none, those the model
-    was shown (``kept``), or all of the user's."""
+    was shown (``kept``), or all of the user's.  ``cold``: beside the figures of all, those of targets with fewer
+    training actions than this (METRIC/cold), of targets with none (METRIC/new), and of the others (METRIC/warm)."""
 
     every_epochs: POSITIVE = 1
     every_steps: POSITIVE | None = None
@@ -338,6 +339,7 @@ class EvalSection(Section):
     max_scores: POSITIVE = 2**24
     max_users: POSITIVE | None = None
     buckets: bool = True
+    cold: POSITIVE | None = None
     baselines: Annotated[list[str], DISTINCT] = []
 
     @model_validator(mode="after")

@@ -128,12 +128,21 @@ def test_the_epoch_is_chosen_by_the_runs_own_metric(overrides, metric, step, cap
     config = configs.load("ml-1m/hstu", overrides)
     row = Row(name="HSTU", config="hstu.yaml", published={}, source="", valid=True)
     measured = Measured(row)
-    measured.add(Trained(Cell("HSTU", find_config("ml-1m/hstu"), "run"), config, rows_that_disagree()))
+    costs = [
+        {"step": 1, "step_s": 9.0},
+        *({"epoch_s": s, "peak_mib": 700.2, "trained": 1234} for s in (1, 4, 2)),
+    ]
+    cell = Cell("HSTU", find_config("ml-1m/hstu"), "run")
+    measured.add(Trained(cell, config, rows_that_disagree(), costs))
     assert [r["step"] for r in measured.last] == [4] and measured.digests == ["abc"]
     assert [r["step"] for r in measured.result] == [step]
-    table = read_table("ml-1m").model_copy(update={"columns": ["ndcg@10"]})
+    table = read_table("ml-1m").model_copy(update={"columns": ["ndcg@10"], "costs": True})
     print_table(table, [measured])
-    assert f"chosen by valid {metric} ({step})" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"chosen by valid {metric} ({step})" in said
+    assert all(text in said for text in ("s an epoch", "1,234", " 2.0 ", " 700 ")), (
+        "the median of three epochs"
+    )
     only = Measured(row)
     only.add(Trained(Cell("HSTU", "", ""), config, rows_that_disagree()), last=False)
     assert not only.last and not only.digests and [r["step"] for r in only.chosen] == [step]
