@@ -199,8 +199,8 @@ FEATURE = Annotated[
 def _feature_names(features: dict[str, Any]) -> dict[str, Any]:
     if odd := [name for name in features if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
         raise ValueError(f"{odd[0]!r} becomes the name of a table: use letters, digits, _ and - alone")
-    if "items" in features:
-        raise ValueError("'items' is the table of items: give the feature another name")
+    if taken := {"items", "item_ids"}.intersection(features):
+        raise ValueError(f"'{min(taken)}' is a table of the items: give the feature another name")
     return features
 
 
