@@ -165,7 +165,9 @@ def test_ids_beneath_a_tower_may_be_any_table(config, table, mode):
     for optimizer in ("adamw", "lazy_adam"):
         found = {}
         for kind in dict.fromkeys(("local", table)):
-            parts = build(config(tower, sampled, f"model.table={kind}", f"optimizer={optimizer}", *PLAIN), CPU)
+            parts = build(
+                config(tower, sampled, f"model.table={kind}", f"optimizer={optimizer}", *PLAIN), CPU
+            )
             model, steps = parts.model, []
             for number, batch in enumerate(islice(parts.batches.epoch(0), 3)):
                 part = model.supervise(batch.share, number)

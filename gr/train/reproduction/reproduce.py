@@ -42,7 +42,6 @@ def reproduce(
             everywhere=True,
         )
     table = read_table(dataset)
-    overrides = [*table.overrides, *overrides]
     chosen = [r for r in table.rows if not rows or Path(r.config).stem in rows]
     for name in rows:
         if name not in [Path(r.config).stem for r in table.rows]:

@@ -37,8 +37,7 @@ class PublishedTable(Section):
     ``prepares``: what gr prepare calls its data, where that isn't the dataset's name.  ``options``: of a generated
     dataset.  ``oracle``: also print each row's share of the oracle's metric.  ``protocols``: by name, options of the
     datasets on each of which all rows are trained; ``published_under``: the one whose figures are compared with the
-    published ones.  ``costs``: also print what trains, seconds an epoch and the largest memory.
-    ``overrides``: changes to every row's config."""
+    published ones.  ``costs``: also print what trains, seconds an epoch and the largest memory."""
 
     dataset: str
     prepares: str | None = None
@@ -47,7 +46,6 @@ class PublishedTable(Section):
     options: dict[str, Any] = {}
     oracle: bool = False
     costs: bool = False
-    overrides: list[str] = []
     protocols: dict[str, dict[str, Any]] = {}
     published_under: str | None = None
     name: str | None = None
