@@ -80,8 +80,9 @@ class CatalogueMetrics(MetricFamily):
             values["popularity"] = counts_B
         ranks_B, losses_B = judged(scorer, request, self.items, self.max_scores)
         self.ranks.add(ranks_B, losses_B, **values)
-        for name, ranks in self.slices.items():
-            ranks.add(ranks_B[SLICES[name](counts_B, self.cold)], None)
+        if counts_B is not None:
+            for name, ranks in self.slices.items():
+                ranks.add(ranks_B[SLICES[name](counts_B, self.cold)])
 
     def all_reduce(self, axis: Axis) -> None:
         for ranks in (self.ranks, *self.slices.values()):
