@@ -20,8 +20,7 @@ from gr.embeddings.shares import Shares
 from gr.errors import UserError, nearest
 from gr.modality import vectors
 from gr.modality.content import Items, encoded
-from gr.modality.encoder import POOLING, Encoder, TextEncoder, load_tokenizer, transformers, width_of
-from gr.modality.find import loaded
+from gr.modality.encoder import POOLING, Encoder, TextEncoder, config_of, load_tokenizer, width_of
 from gr.modality.surroundings import Described
 from gr.modality.texts import Template, Tokens, most_tokens, say_empty, tokenised
 from gr.processes import Processes
@@ -60,7 +59,7 @@ class Reader(ABC):
 
     def __init__(self, section: Any, processes: Processes) -> None:
         self.section, self.processes = section, processes
-        self.config = loaded(section.encoder, transformers().AutoConfig.from_pretrained)
+        self.config = config_of(section.encoder)
         self.width = width_of(self.config)
 
     @abstractmethod
