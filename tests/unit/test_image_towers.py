@@ -20,6 +20,7 @@ from gr.modality import picture_files
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.models.step import StepContext
 from gr.processes import Processes
+from gr.train.encoding import encode, read_tower
 from gr.train.parts import build
 from tests.end_to_end.tiny import CONFIG
 from tests.packages import needs
@@ -152,6 +153,17 @@ def test_what_a_picture_becomes_does_not_hang_on_those_beside_it(folder, kind):
         encoder(*items.inputs(torch.tensor([1])))[0], together[1], rtol=1e-4, atol=1e-4
     )
     assert all(torch.equal(values, before[name]) for name, values in encoder.named_buffers())
+
+
+def test_vectors_of_pictures_are_written_as_those_of_texts_are(folder, tmp_path):
+    tower = tmp_path / "tower.yaml"
+    tower.write_text(json.dumps({"encoder": str(folder / "vit"), "images": str(folder / "pictures"), "size": 16}))
+    written, *size = encode(str(folder / "data"), read_tower(str(tower)), str(tmp_path / "v.parquet"), CPU)
+    assert size == [ITEMS, 16]
+    cached = {"name": "image", "mode": "cached", "vectors": str(written)}
+    asked = [f"model.item_tower={json.dumps(cached)}"]
+    rows = build(configs.load(folder / "tiny.yaml", asked), CPU).model.items.catalogue()
+    assert torch.equal(rows, built(folder, {"name": "image"}).model.items.catalogue())
 
 
 def test_what_is_refused(folder, tmp_path):
