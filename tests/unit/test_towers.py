@@ -228,6 +228,30 @@ def test_a_tuned_run_that_was_stopped_ends_as_one_that_was_not(config):
     assert torch.equal(scores_of(open_run(whole.run.dir)), scores_of(open_run(halves.run.dir)))
 
 
+def test_a_run_whose_ids_lie_elsewhere_goes_on_and_is_exported(config, tmp_path):
+    """Stopped and gone on with it ends with the same bits; its export finds the same items with a local table."""
+    tower = {"name": "fused", "mode": "tuned", "fusion": "concat"}
+    overrides = ["model.table=mapped", "eval.splits=[]", "checkpoint.every_steps=2", "train.max_steps=4"]
+    whole = job.run(config(tower, *overrides, run="whole"))
+
+    def stop(folder):
+        if len(folder.read_metrics()) == 3:
+            raise KeyboardInterrupt
+
+    halves = config(tower, *overrides, run="halves")
+    with pytest.raises(KeyboardInterrupt):
+        job.run(halves, on_step=stop)
+    job.resume(halves.run.dir)
+    one, other = weights(Path(whole.path)), weights(Path(halves.run.dir))
+    assert all(torch.equal(one[name], other[name]) for name in one) and "model/tables.item_ids.weight" in one
+    export(whole.path, tmp_path / "out", overrides=["model.table=local"])
+    run, exported = open_run(whole.path), open_run(tmp_path / "out")
+    queries = torch.randn(5, run.model.items.dim, generator=torch.Generator().manual_seed(0))
+    best, same = (r.model.similarity.topk(r.model.items, queries, 9) for r in (run, exported))
+    torch.testing.assert_close(best[0], same[0], **CLOSE)
+    assert torch.equal(best[1], same[1])
+
+
 def test_a_frozen_encoder_is_in_no_checkpoint(config):
     result = job.run(config({"name": "text", "head": {"layers": 1}}, "train.max_steps=2"))
     names = [
