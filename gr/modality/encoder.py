@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         digest = hashlib.blake2b(self.config.to_json_string().encode(), digest_size=16)
         for name, values in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
-            digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(values.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -147,6 +147,7 @@ def test_what_a_picture_becomes_does_not_hang_on_those_beside_it(folder, kind):
     reader = ImageReader(section, CPU)
     encoder, items = reader.encoder().train(), reader.items_in(pa.table({"item_id": list(range(8))}))
     before = {name: values.clone() for name, values in encoder.named_buffers()}
+    assert before and len(encoder.fingerprint()) == 32
     together = encoder(*items.inputs(torch.arange(8)))
     assert together.requires_grad and together.shape == (8, reader.width)
     torch.testing.assert_close(
@@ -157,7 +158,9 @@ def test_what_a_picture_becomes_does_not_hang_on_those_beside_it(folder, kind):
 
 def test_vectors_of_pictures_are_written_as_those_of_texts_are(folder, tmp_path):
     tower = tmp_path / "tower.yaml"
-    tower.write_text(json.dumps({"encoder": str(folder / "vit"), "images": str(folder / "pictures"), "size": 16}))
+    tower.write_text(
+        json.dumps({"encoder": str(folder / "vit"), "images": str(folder / "pictures"), "size": 16})
+    )
     written, *size = encode(str(folder / "data"), read_tower(str(tower)), str(tmp_path / "v.parquet"), CPU)
     assert size == [ITEMS, 16]
     cached = {"name": "image", "mode": "cached", "vectors": str(written)}
