@@ -9,12 +9,13 @@ import pytest
 
 from gr import config as configs
 from gr.errors import UserError
-from gr.shipped import find_config
+from gr.shipped import find_config, find_table, table_names
 from gr.train import cells, job
 from gr.train.cells import Cell, Trained, is_finished, train_cells
 from gr.train.folder import RunFolder
 from gr.train.reproduction import reproduce as reproduction
 from gr.train.reproduction.table import Measured, Row, print_table, read_table
+from gr.train.selection import metric_names
 from tests.end_to_end.tiny import assert_same_run, make_dataset, write_config
 
 SHORT = ("train.epochs=1", "train.max_steps=6", "eval.splits=[test]")
@@ -154,6 +155,15 @@ def test_a_table_is_not_rebuilt_from_a_run_that_was_trained_otherwise(folder, tm
     RunFolder.make(configs.override(there, [f"run.dir={run}"]), configs.to_yaml(there), {})
     with pytest.raises(UserError, match=r"was trained with train\.epochs=3, not 101"):
         reproduction.reproduce("ml-1m", None, rows=["hstu"], out=str(tmp_path), data=str(folder / "data"))
+
+
+@pytest.mark.parametrize("name", table_names())
+def test_every_row_of_every_table_measures_its_columns(name):
+    table = read_table(name)
+    for row in table.rows:
+        config = configs.load(find_table(name).parent / row.config)
+        assert set(table.columns) <= set(metric_names(config)), row.config
+        assert not row.valid or "valid" in config.eval.splits
 
 
 def test_the_cells_of_a_table(folder, tmp_path, monkeypatch):
