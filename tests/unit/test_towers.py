@@ -177,13 +177,15 @@ def test_ids_beneath_a_tower_may_be_any_table(config, table, mode):
             queries = torch.randn(5, model.items.dim, generator=torch.Generator().manual_seed(0))
             best = model.similarity.topk(model.items, queries, 9)
             targets = torch.tensor([4, 0, 59, 17, 3])
-            ranks = model.similarity.ranks(model.items, queries, targets)
-            found[kind] = steps, *best, ranks, model.items.vectors(7, 31), model.items.watched()["item_rank"]
+            standing = model.similarity.standing(model.items, queries, targets)
+            rows, rank = model.items.vectors(7, 31), model.items.watched()["item_rank"]
+            found[kind] = steps, *best, standing.ranks_B, rows, rank, standing.losses_B
         one, other = found["local"], found[table]
         torch.testing.assert_close(other[0], one[0], rtol=1e-6, atol=0)
         assert torch.equal(other[2], one[2]) and torch.equal(other[3], one[3])
         torch.testing.assert_close(other[4], one[4], **CLOSE)
         assert other[5] == pytest.approx(one[5], rel=1e-4)
+        torch.testing.assert_close(other[6], one[6], rtol=1e-5, atol=0)
 
 
 def test_forming_again_changes_no_gradient(config):
