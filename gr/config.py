@@ -199,8 +199,8 @@ FEATURE = Annotated[
 def _feature_names(features: dict[str, Any]) -> dict[str, Any]:
     if odd := [name for name in features if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
         raise ValueError(f"{odd[0]!r} becomes the name of a table: use letters, digits, _ and - alone")
-    if "items" in features:
-        raise ValueError("'items' is the table of items: give the feature another name")
+    if taken := {"items", "item_ids"}.intersection(features):
+        raise ValueError(f"'{min(taken)}' is a table of the items: give the feature another name")
     return features
 
 
@@ -327,7 +327,8 @@ class LogSection(Section):
 
 class EvalSection(Section):
     """Full-catalogue evaluation.  ``exclude``: items of the history taken out of the ranking: none, those the model
-    was shown (``kept``), or all of the user's."""
+    was shown (``kept``), or all of the user's.  ``cold``: beside the figures of all, those of targets with fewer
+    training actions than this (METRIC/cold), of targets with none (METRIC/new), and of the others (METRIC/warm)."""
 
     every_epochs: POSITIVE = 1
     every_steps: POSITIVE | None = None
@@ -338,6 +339,7 @@ class EvalSection(Section):
     max_scores: POSITIVE = 2**24
     max_users: POSITIVE | None = None
     buckets: bool = True
+    cold: POSITIVE | None = None
     baselines: Annotated[list[str], DISTINCT] = []
 
     @model_validator(mode="after")

@@ -44,6 +44,14 @@ class Axis:
     size: int = 1
     group: Any = None
 
+    def bounds(self, rows: int) -> list[int]:
+        """Where ``rows`` are dealt out evenly, rank r has those from ``bounds[r]`` to ``bounds[r + 1]`` (exclusive)."""
+        return [rank * rows // self.size for rank in range(self.size + 1)]
+
+    def own(self, rows: int) -> range:
+        """This process's stretch of them."""
+        return range(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
+
     def sum(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list:
         """Element-wise sums over the axis, exchanged between hosts."""
         if self.size == 1:

@@ -1,4 +1,5 @@
-"""Write the vectors that an encoder gives to the texts of a dataset's items, for training with item_tower mode cached.
+"""Write the vectors that an encoder gives to the texts or pictures of a dataset's items, for training with
+model.item_tower mode cached.
 
 The program is gr/programs/encode.py: `python -m gr encode` is the same.
 """

@@ -3,7 +3,8 @@
     python benchmarks/training/tower.py --config configs/ml-1m/morec-text.yaml data.path=data/ml-1m
 
 A whole step (forward, backward, optimiser) and, of the same items, only the encoder's forward and backward pass, take
-turns; processor time of one thread, so that other work on the machine shifts both alike.
+turns; processor time of one thread, so that other work on the machine shifts both alike.  An epoch is said to take its
+steps times the median one: it is extrapolated, not run.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.key=value")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    parts = build(configs.load(options.config, options.overrides), Processes(torch.device("cpu")))
+    config = configs.load(options.config, options.overrides)
+    parts = build(config, Processes(torch.device("cpu")))
     model, engine, content = parts.model, parts.engine, parts.model.items.content
     if not isinstance(content, Encoded):
         parser.error("the config's tower encodes nothing in a step: use mode tuned or adapters")
@@ -90,8 +92,18 @@ def main() -> None:
             *(f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for value in row.values())
         )
     Console().print(table)
+    median, steps = statistics.median(row["step"] for row in rows), parts.batches.in_epoch(0)
+    epoch = {"precision": config.train.precision, "steps": steps, "core_minutes": median * steps / 60}
     print(f"median ratio {statistics.median(row['ratio'] for row in rows):.2f}")
-    content_json = {"steps": rows, "overrides": options.overrides, "environment": record()}
+    print(
+        f"an epoch: {steps:,} steps, {epoch['core_minutes']:.1f} minutes of one core in {epoch['precision']}"
+    )
+    content_json = {
+        "steps": rows,
+        "epoch": epoch,
+        "overrides": options.overrides,
+        "environment": record(),
+    }
     Path(options.json).write_text(json.dumps(content_json, indent=1) + "\n")
 
 

@@ -72,14 +72,11 @@ class MappedTable(Table):
 
     @property
     def bounds(self) -> list[int]:
-        """Rank r owns the rows from ``bounds[r]`` to ``bounds[r + 1]`` (exclusive)."""
-        ranks = self.processes.world.size
-        return [rank * self.rows // ranks for rank in range(ranks + 1)]
+        return self.processes.world.bounds(self.rows)
 
     @property
     def own_rows(self) -> range:
-        rank = self.processes.world.rank
-        return range(self.bounds[rank], self.bounds[rank + 1])
+        return self.processes.world.own(self.rows)
 
     def pieces(self) -> list[Piece]:
         own = self.own_rows

@@ -24,18 +24,9 @@ from gr.embeddings.exchange import Exchange, Shard
 from gr.embeddings.fused import FusedRows, why_not
 from gr.embeddings.local import LocalTable
 from gr.embeddings.planned import PlannedTable, planned_cluster
-from gr.embeddings.ranks import (
-    Excluded,
-    Excluding,
-    LogSums,
-    Standing,
-    best_rows,
-    count_above,
-    ranks_from,
-    target_scores,
-)
 from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer, SparseGradient
 from gr.embeddings.scoring import Scoring
+from gr.embeddings.search import DealtTable
 from gr.embeddings.table import Table, TableSpec, leaves, local_gradients
 from gr.embeddings.torchrec_plan import Wanted, check_sharding, plan, shard
 from gr.embeddings.view import Numbering, View
@@ -60,7 +51,7 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
-class TorchRecTable(Table):
+class TorchRecTable(DealtTable):
     class Config(ComponentConfig):
         """sharding: auto (by rows or whole, as the planner finds), table_wise, row_wise, column_wise, or data_parallel:
         whole on every process, the rows seen exchanged.
@@ -124,10 +115,6 @@ class TorchRecTable(Table):
         self.softmaxes: list[softmax.Contribution] = []
         self.of_columns: Tensor | None = None
         self._fill()
-
-    @property
-    def collective(self) -> bool:  # type: ignore[override]
-        return self.processes.world.size > 1
 
     def _fill(self) -> None:
         """First values, shard by shard in blocks of rows: a function of (seed, table, row, column) alone."""
@@ -262,45 +249,7 @@ class TorchRecTable(Table):
         with torch.no_grad():
             return self.exchange.fetch(torch.arange(start, stop, device=self.processes.device))
 
-    @torch.no_grad()
-    def topk(
-        self, queries_BD: Tensor, k: int, scoring: Scoring, exclude: Excluded | None = None
-    ) -> tuple[Tensor, Tensor]:
-        world, mine = self.processes.world, queries_BD.shape[0]
-        queries_GD, exclude_G, first = self._of_all(queries_BD, exclude)
-        scores_GK, rows_GK = best_rows(
-            self._own_chunks(queries_GD, scoring, k), len(queries_GD), k, self.rows, exclude_G, queries_GD
-        )
-        short = min(k, self.rows) - scores_GK.shape[1]  # a process with fewer rows than k
-        scores_GK = F.pad(scores_GK, (0, short), value=-torch.inf)
-        rows_GK = F.pad(rows_GK, (0, short))
-        scores = world.gather(scores_GK).view(world.size, len(queries_GD), -1)[:, first : first + mine]
-        rows = world.gather(rows_GK).view(world.size, len(queries_GD), -1)[:, first : first + mine]
-        best, place = scores.movedim(0, 1).flatten(1).topk(min(k, self.rows), dim=1)
-        return best, rows.movedim(0, 1).flatten(1).gather(1, place)
-
-    @torch.no_grad()
-    def standing(
-        self, queries_BD: Tensor, targets_B: Tensor, scoring: Scoring, exclude: Excluded | None = None
-    ) -> Standing:
-        world, mine = self.processes.world, len(targets_B)
-        queries_GD, exclude_G, first = self._of_all(queries_BD, exclude)
-        targets_G = world.gather(targets_B)
-        excluding = None if exclude_G is None else Excluding(exclude_G, self.rows, keep=targets_G)
-        sums = LogSums(len(targets_G), targets_G.device)
-        bars_G = world.maximum_of(target_scores(self._own_chunks(queries_GD, scoring), targets_G, sums))
-        sums.raise_to(world.maximum_of(sums.most_B.clone()))
-        sums.sum_B = world.add_up(sums.sum_B)
-        higher_G, equal_G = count_above(self._own_chunks(queries_GD, scoring), bars_G, targets_G, excluding)
-        both = world.add_up(torch.stack([higher_G, equal_G]))
-        mine_B = slice(first, first + mine)
-        return Standing(ranks_from(both[0], both[1], bars_G)[mine_B], sums.losses(bars_G)[mine_B])
-
-    @torch.no_grad()
-    def scores(self, queries_BD: Tensor, scoring: Scoring) -> Tensor:
-        raise TypeError("scores of all rows exist nowhere: ask for ranks or topk")
-
-    def _own_chunks(
+    def own_chunks(
         self, queries_GD: Tensor, scoring: Scoring, at_least: int = 1
     ) -> Iterator[tuple[int, Tensor]]:
         self.exchange.settle()
@@ -309,16 +258,6 @@ class TorchRecTable(Table):
             rows_CW = self.full_rows(start, stop)
             if stop > start:
                 yield start, softmax.scores_of(queries_GD, rows_CW, self.dim, scoring)
-
-    def _of_all(self, queries_BD: Tensor, exclude: Excluded | None) -> tuple[Tensor, Excluded | None, int]:
-        """Everybody's queries and exclusions, and the place of the first of this process's."""
-        world = self.processes.world
-        queries_GD = world.gather(queries_BD)
-        counts = world.gather(torch.tensor([queries_BD.shape[0]])).tolist()
-        if exclude is not None:
-            lengths_G = world.gather(exclude[0].diff())
-            exclude = (F.pad(lengths_G.cumsum(0), (1, 0)), world.gather(exclude[1]))
-        return queries_GD, exclude, sum(counts[: world.rank])
 
 
 def _width(spec: TableSpec, config: TorchRecTable.Config, processes: int) -> int:

@@ -78,8 +78,8 @@ class Table(ABC):
     tensor of the table's size on every process, which the engine adds up and moves as it does any other parameter's;
     others keep their rows to themselves, in pieces.  replicated: every process has the same pieces.  collective: all
     processes must ask for views and search the catalogue together, the same number of times.  by_columns: a row lies
-    on several processes.  formed: rows aren't kept but formed, from parameters that are dense, so that what a step's
-    micro-batches leave at a view has to be taken back.
+    on several processes.  formed: rows aren't kept but formed, from parameters that are dense and from rows of the
+    tables ``beneath``, so that what a step's micro-batches leave at a view has to be taken back.
     """
 
     spec: TableSpec
@@ -89,6 +89,7 @@ class Table(ABC):
     collective = False
     by_columns = False
     formed = False
+    beneath: tuple[Table, ...] = ()
 
     has_cross_entropy = True
     """Whether it has :meth:`cross_entropy`, which gives every row a gradient in every step."""
@@ -105,6 +106,10 @@ class Table(ABC):
 
         Every process of the run calls this together, once a step.
         """
+
+    def views(self, wanted: Sequence[Tensor]) -> dict[str, View]:
+        """The view by the table's name, and beside it those of the tables ``beneath``."""
+        return {self.name: self.view(wanted)}
 
     def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
         """The sum over t of the cross-entropy of target t against all rows: a float32 scalar, differentiable in the

@@ -10,7 +10,7 @@ Shapes: B sequences, I catalogue size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -25,13 +25,20 @@ from gr.eval.metrics import HISTORY_EDGES, LOSS, POPULARITY_EDGES, RankMetrics, 
 from gr.eval.protocols import Request
 from gr.processes import Axis
 
+SLICES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "warm": lambda counts_B, cold: counts_B >= cold,
+    "cold": lambda counts_B, cold: counts_B < cold,
+    "new": lambda counts_B, cold: counts_B == 0,
+}
+"""Which targets belong to a slice, by their training actions and ``eval.cold``.  What is new is cold as well."""
+
 
 class CatalogueMetrics(MetricFamily):
     """``items``: I.  item_counts: (I,) training actions of each item; without them there is no breakdown by
-    popularity."""
+    popularity, nor are there slices."""
 
     heading = "whole catalogue ranked"
-    eval_keys = frozenset({"ks", "exclude", "max_scores"})
+    eval_keys = frozenset({"ks", "exclude", "max_scores", "cold"})
 
     def __init__(self, config: EvalSection, items: int, item_counts: Tensor | None = None) -> None:
         self.items, self.max_scores = items, config.max_scores
@@ -40,17 +47,21 @@ class CatalogueMetrics(MetricFamily):
         if config.buckets and item_counts is not None:
             self.breakdowns["popularity"] = POPULARITY_EDGES
         self.ranks = RankMetrics(config.ks, self.breakdowns)
-        self.names = [*self.ranks.names, LOSS]
+        self.cold = config.cold or 0
+        sliced = SLICES if config.cold is not None and item_counts is not None else {}
+        self.slices = {name: RankMetrics(config.ks) for name in sliced}
+        self.names = _names(config.ks, self.slices)
         self.shown = _shown(self.names)
 
     @classmethod
     def of(cls, config: RunConfig, catalogue: Catalogue) -> Self:
-        counts = catalogue.training_counts if config.eval.buckets else None
+        counted = config.eval.buckets or config.eval.cold is not None
+        counts = catalogue.training_counts if counted else None
         return cls(config.eval, catalogue.rows, counts)
 
     @staticmethod
     def names_of(config: RunConfig) -> list[str]:
-        return [*rank_metric_names(config.eval.ks), LOSS]
+        return _names(config.eval.ks, SLICES if config.eval.cold is not None else {})
 
     @staticmethod
     def shown_of(config: RunConfig) -> list[str]:
@@ -64,23 +75,38 @@ class CatalogueMetrics(MetricFamily):
         values = {}
         if "history" in self.breakdowns:
             values["history"] = request.history_lengths_B.cpu()
-        if "popularity" in self.breakdowns and self.item_counts is not None:
-            values["popularity"] = self.item_counts[request.targets_B.cpu()]
+        counts_B = None if self.item_counts is None else self.item_counts[request.targets_B.cpu()]
+        if "popularity" in self.breakdowns and counts_B is not None:
+            values["popularity"] = counts_B
         ranks_B, losses_B = judged(scorer, request, self.items, self.max_scores)
         self.ranks.add(ranks_B, losses_B, **values)
+        if counts_B is not None:
+            for name, ranks in self.slices.items():
+                ranks.add(ranks_B[SLICES[name](counts_B, self.cold)])
 
     def all_reduce(self, axis: Axis) -> None:
-        self.ranks.all_reduce(axis)
+        for ranks in (self.ranks, *self.slices.values()):
+            ranks.all_reduce(axis)
 
     @property
     def users(self) -> int:
         return self.ranks.users
 
     def result(self) -> dict[str, float]:
-        return self.ranks.result()
+        """A slice that nobody is in has no figures but the number of its users."""
+        found = self.ranks.result()
+        for name, ranks in self.slices.items():
+            figures = {"users": ranks.users, **ranks.result()}
+            found |= {f"{kind}/{name}": value for kind, value in figures.items() if kind != "mrr"}
+        return found
 
     def by_bucket(self) -> dict[str, list[dict[str, Any]]]:
         return self.ranks.by_bucket()
+
+
+def _names(ks: Sequence[int], slices: Iterable[str]) -> list[str]:
+    kinds = ["users", *(name for name in rank_metric_names(ks) if "@" in name)]
+    return [*rank_metric_names(ks), LOSS, *(f"{kind}/{name}" for name in slices for kind in kinds)]
 
 
 def _shown(names: Sequence[str]) -> list[str]:

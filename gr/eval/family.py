@@ -32,7 +32,8 @@ class MetricFamily(ABC):
     """Streaming sums over requests that become metrics.
 
     Sums are exact integers or otherwise independent of the order of users, so that batches and processes change no bit
-    of a result.  A metric is called ``KIND``, ``KIND@k`` or ``KIND/TASK``: tables are laid out by that.
+    of a result.  A metric is called ``KIND``, ``KIND@k``, ``KIND/TASK`` or ``KIND@k/TASK``: tables are laid out by
+    that.
     """
 
     names: list[str]

@@ -26,8 +26,8 @@ BREAKDOWNS = {
 def results_table(results: Mapping[str, EvalResult], title: str) -> Table:
     """The figures of each scorer; users, rules and kinds of targets in the caption.
 
-    Rows are KIND for metrics KIND@k and TASK for KIND/TASK, columns the k and the KINDs; a metric of a plain name has
-    a column of its own.
+    Rows are KIND for metrics KIND@k, TASK for KIND/TASK and both for KIND@k/TASK, columns the k and the KINDs; a metric
+    of a plain name has a column of its own.
     """
     names = list(dict.fromkeys(name for result in results.values() for name in result.metrics))
     columns = list(dict.fromkeys(_cell(name)[1] for name in names))
@@ -72,11 +72,9 @@ def buckets_tables(result: EvalResult, label: str) -> list[Table]:
 
 def _cell(name: str) -> tuple[str, str]:
     """(row, column) of a metric in its table; no row for a plain name."""
-    if "@" in name:
-        kind, _, k = name.partition("@")
-        return kind, f"@{k}"
-    kind, _, task = name.partition("/")
-    return task, kind
+    first, _, task = name.partition("/")
+    kind, at, k = first.partition("@")
+    return (f"{kind} {task}".rstrip(), f"@{k}") if at else (task, kind)
 
 
 def _shown(value: float | None) -> str:

@@ -3,7 +3,8 @@
 Over several processes each distinct item of a step is encoded by one of them, its vector sent to those that need it,
 its gradient sent back.
 
-Shapes: I items, U distinct rows of this process's step, G of everybody's, R of them encoded here, E width of content.
+Shapes: I items, U distinct rows of this process's step, G of everybody's, R of them encoded or held here, E width of
+content.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gr.embeddings.shares import Shares
 from gr.modality.chunks import chunks
 from gr.modality.encoder import Encoder
 from gr.modes import evaluating
@@ -53,6 +55,11 @@ class Content(ABC):
     @abstractmethod
     def all(self) -> Tensor:
         """(I, E) float32 of the whole catalogue as it is now, without gradients; every process calls it together."""
+
+    def own(self) -> Tensor:
+        """(R, E) this process's stretch of :meth:`all`; every process calls it together.  Not of vectors that every
+        process has."""
+        raise TypeError(f"{type(self).__name__} has all vectors on every process")
 
     @abstractmethod
     def unseen(self, items: pa.Table) -> Tensor:
@@ -92,6 +99,41 @@ class Fixed(Content):
 
     def unseen(self, items: pa.Table) -> Tensor:
         return self._other(items).to(self.device)
+
+
+class FixedShares(Content):
+    """The same, of which each process holds a stretch and fetches the others that a step needs."""
+
+    def __init__(
+        self,
+        width: int,
+        make: Callable[[], Shares],
+        other: Callable[[pa.Table], Tensor],
+        processes: Processes,
+        encoder: Encoder | None = None,
+    ) -> None:
+        self.width, self._make, self._other, self.processes = width, make, other, processes
+        self.encoder = encoder
+        self.collective = processes.world.size > 1
+        self._shares: Shares | None = None
+
+    def of_step(self, rows_U: Tensor) -> Tensor:
+        return self._held().fetch(rows_U)
+
+    def all(self) -> Tensor:
+        return self.processes.world.gather(self.own())
+
+    def own(self) -> Tensor:
+        return self._held().own_RE
+
+    def unseen(self, items: pa.Table) -> Tensor:
+        return self._other(items).to(self.processes.device)
+
+    def _held(self) -> Shares:
+        if self._shares is None:
+            made = self._make()
+            self._shares = Shares(made.rows, made.own_RE.to(self.processes.device), made.axis)
+        return self._shares
 
 
 class Encoded(Content):
@@ -160,10 +202,15 @@ class Encoded(Content):
         return self.encoder(*inputs)
 
     def all(self) -> Tensor:
-        return encoded(self.encoder, self.items, self.processes, self.most)
+        return self.processes.world.gather(self.own())
+
+    def own(self) -> Tensor:
+        return encoded(self.encoder, self.items, self.processes, self.most).own_RE
 
     def unseen(self, items: pa.Table) -> Tensor:
-        return encoded(self.encoder, self._read(items), self.processes, self.most)
+        return self.processes.world.gather(
+            encoded(self.encoder, self._read(items), self.processes, self.most).own_RE
+        )
 
 
 class _Step:
@@ -181,11 +228,12 @@ def encoded(
     processes: Processes,
     most: int,
     progress: Progress | None = None,
-) -> Tensor:
-    """(I, E) float32: all ``items``, without gradients, on the processes' device; every process calls it
-    together and encodes its share.  The chunks are the same, and so are the bits, however many processes there are."""
-    world, device = processes.world, processes.device
-    parts = chunks(items.lengths_n, most)
+) -> Shares:
+    """(I, E) float32: all ``items``, without gradients, on the processes' device, a stretch on each; every process
+    calls it together and encodes some chunks.  They are the same, and so are the bits, however many processes there
+    are."""
+    world, device, lengths_n = processes.world, processes.device, items.lengths_n
+    parts = chunks(lengths_n, most)
     own = parts[world.rank :: world.size]
     rows = sum(map(len, own))
     # lines even on a terminal: a bar may be there already
@@ -196,7 +244,5 @@ def encoded(
             outputs.append(encoder(*(given.to(device) for given in items.inputs(part))))
             stage.advance(len(part))
     mine = torch.cat([torch.empty(0, encoder.width, device=device), *outputs])
-    gathered = world.gather(mine)
-    none = torch.empty(0, dtype=torch.int64)
-    places = torch.cat([none, *(part for rank in range(world.size) for part in parts[rank :: world.size])])
-    return torch.empty_like(gathered).index_copy_(0, places.to(device), gathered)
+    places = torch.cat([torch.empty(0, dtype=torch.int64), *own])
+    return Shares.by_row(len(lengths_n), places.to(device), mine, world)

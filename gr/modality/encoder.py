@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gr.errors import UserError
+from gr.modality import efficientnet
 from gr.modality.find import folder_of, loaded
 
 POOLING = Literal["mean", "cls"]
@@ -59,12 +60,21 @@ class Encoder(nn.Module):
                     setattr(module, name, 0.0 if name == "layerdrop" else dropout)
         self.train()  # what was loaded comes as it is evaluated
 
+    def train(self, mode: bool = True) -> Encoder:
+        """Of a convolutional encoder the statistics stay those that it came with: else what a picture becomes would
+        hang on those beside it."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
+        return self
+
     def fingerprint(self) -> str:
         """Of its weights and its kind: 32 hexadecimal digits."""
         digest = hashlib.blake2b(self.config.to_json_string().encode(), digest_size=16)
         for name, values in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
-            digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(values.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -94,7 +104,14 @@ def width_of(config: Any) -> int:
     return int(getattr(config, "hidden_size", 0) or (sizes[-1] if sizes else 0))
 
 
+def config_of(encoder: str) -> Any:
+    """What an encoder says of itself, without its weights."""
+    return efficientnet.config_of(encoder) or loaded(encoder, transformers().AutoConfig.from_pretrained)
+
+
 def _load_model(encoder: str) -> nn.Module:
+    if efficientnet.config_of(encoder) is not None:
+        return efficientnet.load(encoder)
     package = transformers()
 
     def load(source: str, **settings: Any) -> nn.Module:

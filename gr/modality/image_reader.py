@@ -15,7 +15,8 @@ from torch import Tensor
 from gr.config import POSITIVE, Section
 from gr.errors import UserError, nearest
 from gr.modality.encoder import Encoder
-from gr.modality.pictures import PictureFiles, Pictures
+from gr.modality.picture_files import open_pictures
+from gr.modality.pictures import Pictures
 from gr.modality.reader import Reader, digest
 from gr.modality.surroundings import Described
 from gr.modality.texts import as_texts
@@ -63,7 +64,7 @@ class ImageReader(Reader):
     def __init__(self, section: ImageSection, processes: Processes) -> None:
         super().__init__(section, processes)
         self.section: ImageSection = section
-        self.files = PictureFiles.at(section.images)
+        self.files = open_pictures(section.images)
 
     def encoder(self, dropout: float = 0.0) -> ImageEncoder:
         made = ImageEncoder(self.section.encoder, self.section.pooling, dropout)
@@ -91,8 +92,7 @@ class ImageReader(Reader):
 
     def about(self, items: Any) -> dict[str, Any]:
         """What is kept belongs to these pictures: their names, and what is in them."""
-        there = [name for name in items.names if name in self.files.names]
-        content = digest(b"".join(digest(self.files.read(name)).encode() for name in there))
+        content = digest("".join(items.digests()))
         return {"names": digest("\n".join(items.names)), "pictures": content, "size": self.section.size}
 
     def said(self, items: Any) -> None:

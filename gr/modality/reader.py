@@ -11,15 +11,16 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import pyarrow as pa
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from gr.config import POSITIVE, Section
+from gr.embeddings.shares import Shares
 from gr.errors import UserError, nearest
 from gr.modality import vectors
 from gr.modality.content import Items, encoded
-from gr.modality.encoder import POOLING, Encoder, TextEncoder, load_tokenizer, transformers, width_of
-from gr.modality.find import loaded
+from gr.modality.encoder import POOLING, Encoder, TextEncoder, config_of, load_tokenizer, width_of
 from gr.modality.surroundings import Described
 from gr.modality.texts import Template, Tokens, most_tokens, say_empty, tokenised
 from gr.processes import Processes
@@ -58,7 +59,7 @@ class Reader(ABC):
 
     def __init__(self, section: Any, processes: Processes) -> None:
         self.section, self.processes = section, processes
-        self.config = loaded(section.encoder, transformers().AutoConfig.from_pretrained)
+        self.config = config_of(section.encoder)
         self.width = width_of(self.config)
 
     @abstractmethod
@@ -81,32 +82,39 @@ class Reader(ABC):
         """A line in the log about those that couldn't be read."""
 
     def vectors_of(self, items: pa.Table) -> Tensor:
-        """(n, E) float32 of n items that a table describes."""
-        return self._encoded(self.encoder(), self.items_in(items))
+        """(n, E) float32 of n items that a table describes; all processes ask together."""
+        return self.processes.world.gather(self._encoded(self.encoder(), self.items_in(items)).own_RE)
 
     def vectors(self, catalogue: Described) -> Tensor:
         """(I, E) float32 of the whole catalogue, kept beside the dataset; all processes ask together."""
-        items, encoder = self.items(catalogue), self.encoder()
+        return self.processes.world.gather(self.shares(catalogue).own_RE)
+
+    def shares(self, catalogue: Described) -> Shares:
+        """The same, a stretch on each process; the first one reads what is kept, and keeps what is new, for all."""
+        items, encoder, processes = self.items(catalogue), self.encoder(), self.processes
         about = {
             "encoder": encoder.fingerprint(),
             "pooling": self.section.pooling,
             "batch": self.section.batch,
             **self.about(items),
         }
-        table = catalogue.kept("vectors", about)
-        if all(self.processes.everybodys(table is not None)):
-            assert table is not None
-            return vectors.of_table(table, "what is kept beside the dataset")
-        found_IE = self._encoded(encoder, items)
-        if self.processes.is_main:
+        whole_IE = torch.empty(0, self.width)
+        table = catalogue.kept("vectors", about) if processes.is_main else None
+        if table is not None:
+            whole_IE = vectors.of_table(table, "what is kept beside the dataset")
+        if processes.broadcast(table is not None):
+            return Shares.dealt(catalogue.rows, whole_IE, processes.world)
+        found = self._encoded(encoder, items)
+        whole_IE = found.collected()
+        if processes.is_main:
             ids = catalogue.column("item_id").combine_chunks()
-            catalogue.keep("vectors", about, vectors.as_table(ids, found_IE))
-        return found_IE
+            catalogue.keep("vectors", about, vectors.as_table(ids, whole_IE))
+        return found
 
-    def _encoded(self, encoder: Encoder, items: Items) -> Tensor:
-        found_nE = encoded(encoder, items, self.processes, self.section.batch)
+    def _encoded(self, encoder: Encoder, items: Items) -> Shares:
+        found = encoded(encoder, items, self.processes, self.section.batch)
         self.said(items)
-        return found_nE
+        return found
 
 
 class TextReader(Reader):

@@ -4,12 +4,18 @@ What stands in a :class:`gr.embeddings.table.Table` is asked of a tower the same
 the distinct rows that its micro-batches look at; micro-batches leave their gradients at it, and :meth:`Tower.take_back`
 sends them on when the last one has been.  For evaluation the whole catalogue is formed once, until parameters move.
 
-Shapes: T queries, U rows of a view, I rows, D width, E width of content.
+Where a table of ids lies on several processes (``model.table``), so does everything else that has a row an item
+(:class:`DealtTower`).
+
+Shapes: T queries, G queries of all processes, U rows of a view, I rows, R of them on this process, C of a chunk, D
+width, E width of content.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -17,6 +23,8 @@ from torch import Tensor, nn
 
 from gr.embeddings.row_updates import Piece
 from gr.embeddings.scoring import Scoring
+from gr.embeddings.search import DealtTable
+from gr.embeddings.shares import Shares
 from gr.embeddings.table import Table, TableSpec, leaves
 from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
@@ -25,7 +33,11 @@ from gr.modality.content import Content
 from gr.modality.head import Fusion, Head, initialise
 from gr.modes import evaluating
 from gr.processes import Processes
+from gr_kernels.candidate_scores import candidate_scores
 from gr_kernels.log_partition import cross_entropy
+
+ROWS_AT_ONCE = 1 << 14
+"""Rows that are formed at a time for an evaluation."""
 
 
 class Given(Table):
@@ -49,17 +61,24 @@ class Given(Table):
 
 
 class Tower(Table, nn.Module):
-    """head(content), fused with a table of ids where ``fusion`` says so.
+    """head(content), fused with the rows of a table of ``ids`` where ``fusion`` says so.
 
     Its parameters have dense gradients and are on every process.  ``named_parameters`` are those that train: what is
-    frozen stays as it came, and is in no optimiser and no checkpoint.
+    frozen stays as it came, and is in no optimiser and no checkpoint.  The ids' are their table's, which stands beside
+    the tower (``beneath``) and moves as it always does.
     """
 
     initialises_itself = True
     formed = True
 
     def __init__(
-        self, spec: TableSpec, content: Content, head: Head, fusion: Fusion | None, processes: Processes
+        self,
+        spec: TableSpec,
+        content: Content,
+        head: Head,
+        processes: Processes,
+        fusion: Fusion | None = None,
+        ids: Table | None = None,
     ) -> None:
         nn.Module.__init__(self)
         if spec.bias:
@@ -70,19 +89,21 @@ class Tower(Table, nn.Module):
         self.spec, self.processes, self.content = spec, processes, content
         self.dense = True
         self.whole = not spec.apart  # a softmax over all looks at every row
-        self.collective = content.collective
+        self.beneath = () if ids is None else (ids,)  # in a tuple: not a part of the module
         self.head, self.fusion = head, fusion
         initialise(head, spec.seed, f"tables.{spec.name}.head")
-        self.ids: nn.Parameter | None = None
         if fusion is not None:
             initialise(fusion, spec.seed, f"tables.{spec.name}.fusion")
-            self.ids = nn.Parameter(spec.first_rows(0, spec.rows))
         if content.encoder is not None:
             self.encoder = content.encoder
         self._formed_UD: Tensor | None = None
         self._content_UE: Tensor | None = None
         self._leaf_ID: Tensor | None = None
         self._catalogue: tuple[list[int], Tensor] | None = None
+
+    @property
+    def collective(self) -> bool:  # type: ignore[override]
+        return self.content.collective or any(table.collective for table in self.beneath)
 
     def named_parameters(  # type: ignore[override]
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -91,16 +112,16 @@ class Tower(Table, nn.Module):
         return ((name, parameter) for name, parameter in named if parameter.requires_grad)
 
     def named_shared(self, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
-        named = nn.Module.named_parameters(self)
-        return ((prefix + name, parameter) for name, parameter in named if parameter is not self.ids)
+        return ((prefix + name, parameter) for name, parameter in nn.Module.named_parameters(self))
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def view(self, wanted: Sequence[Tensor] = ()) -> View:
-        """The rows that a step needs, formed; without gradients (an evaluation) the whole catalogue."""
+    def views(self, wanted: Sequence[Tensor] = ()) -> dict[str, View]:
+        """The rows that a step needs, formed, and the ids' that they are formed from; without gradients (an evaluation)
+        rows as they are kept for it."""
         if not torch.is_grad_enabled():
-            return View(self.catalogue())
-        self._catalogue = None
+            return {self.name: self.kept_view(wanted)}
+        self.forget()
         device = self.head.first.weight.device
         numbering = None
         rows_U = torch.arange(self.rows, device=device)
@@ -108,14 +129,19 @@ class Tower(Table, nn.Module):
             numbering = Numbering.of(wanted, self.rows, device)
             rows_U = numbering.rows_U.to(device)
         self._content_UE = self.content.of_step(rows_U).detach().requires_grad_(self.content.learns)
-        self._formed_UD = self._fused(rows_U, self._content_UE)
+        beneath = {table.name: table.view([rows_U]) for table in self.beneath}
+        id_UD = next((_rows_of(view, rows_U) for view in beneath.values()), None)
+        self._formed_UD = self._fused(id_UD, self._content_UE)
         learns = self._formed_UD.requires_grad
         if numbering is None:
             self._leaf_ID = self._formed_UD.detach().requires_grad_(learns)
-            return View(self._leaf_ID)
+            return {self.name: View(self._leaf_ID), **beneath}
         if not learns:
-            return View(self._formed_UD, None, numbering)
-        return leaves(self._formed_UD, None, numbering)
+            return {self.name: View(self._formed_UD, None, numbering), **beneath}
+        return {self.name: leaves(self._formed_UD, None, numbering), **beneath}
+
+    def view(self, wanted: Sequence[Tensor] = ()) -> View:
+        return self.views(wanted)[self.name]
 
     def take_back(self, view: View) -> None:
         """Send the gradients that a step's micro-batches left at its ``view`` to what formed it; every process of the
@@ -130,7 +156,8 @@ class Tower(Table, nn.Module):
         if self.content.learns:
             nothing = torch.zeros_like(content_UE)
             self.content.take_back(nothing if content_UE.grad is None else content_UE.grad)
-        for parameter in self.parameters():
+        dense = [table.parameters() for table in self.beneath if isinstance(table, nn.Module) and table.dense]
+        for parameter in chain(self.parameters(), *dense):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -144,26 +171,50 @@ class Tower(Table, nn.Module):
             normalize_eps=scoring.normalize_eps,
         )
 
-    def _fused(self, rows_U: Tensor | None, content_UE: Tensor) -> Tensor:
-        """(U, D) of the rows with that content; without rows of items that have no id."""
+    def _fused(self, id_UD: Tensor | None, content_UE: Tensor) -> Tensor:
+        """(U, D) of rows with that content and these vectors of their ids; without them, of items that have no id."""
         content_UD = self.head(content_UE)
         if self.fusion is None:
             return content_UD
-        assert self.ids is not None
-        id_UD = torch.zeros_like(content_UD) if rows_U is None else self.ids.index_select(0, rows_U)
-        return self.fusion(id_UD, content_UD)
+        return self.fusion(torch.zeros_like(content_UD) if id_UD is None else id_UD, content_UD)
 
     # -- the whole catalogue --------------------------------------------------------------------------------------
 
     def catalogue(self) -> Tensor:
         """(I, D) all rows as they are now, without gradients, formed anew where a parameter has moved."""
+        return self._kept(self.content.all, range(self.rows))
+
+    def forget(self) -> None:
+        """What is kept for evaluations: something is about to move."""
+        self._catalogue = None
+
+    def kept_view(self, wanted: Sequence[Tensor]) -> View:
+        """What an evaluation looks rows up in."""
+        return View(self.catalogue())
+
+    def _kept(self, content: Callable[[], Tensor], rows: range) -> Tensor:
+        """(len(rows), D) ``rows`` as they are now, formed again where a parameter has moved."""
         moved = [parameter._version for parameter in self.parameters()]
+        moved += [piece.values_RC._version for table in self.beneath for piece in table.pieces()]
         if self._catalogue is None or self._catalogue[0] != moved:
             with evaluating(self):
-                content_IE = self.content.all()
-                rows_I = torch.arange(self.rows, device=content_IE.device)
-                self._catalogue = moved, self._fused(rows_I, content_IE)
+                self._catalogue = moved, self._formed(content(), rows)
         return self._catalogue[1]
+
+    def _formed(self, content_RE: Tensor, rows: range) -> Tensor:
+        """(R, D) of ``rows`` with that content, a chunk at a time; as many chunks on every process where ids come from
+        others."""
+        if not self.beneath:
+            return self.head(content_RE)
+        formed = [torch.empty(0, self.dim, device=content_RE.device)]
+        most = len(rows)
+        if self.beneath[0].collective:
+            (most,) = self.processes.world.maximum([most])
+        for first in range(0, most, ROWS_AT_ONCE):
+            start, stop = (min(first + more, len(rows)) for more in (0, ROWS_AT_ONCE))
+            id_CD = self.beneath[0].vectors(rows.start + start, rows.start + stop)
+            formed.append(self._fused(id_CD, content_RE[start:stop]))
+        return torch.cat(formed)
 
     def unseen(self, items: pa.Table) -> Given:
         """A table of items that no row stands for, formed by their columns: where ids are fused, theirs are zeros."""
@@ -171,10 +222,14 @@ class Tower(Table, nn.Module):
             content_UE = self.content.unseen(items).to(self.head.first.weight.device)
             return Given(f"unseen {self.name}", self._fused(None, content_UE))
 
+    def sampled(self, rows_n: Tensor) -> Tensor:
+        """(n, D) some rows as they are now, in ascending order."""
+        return self.catalogue().index_select(0, rows_n)
+
     def watched(self) -> dict[str, float]:
         """What tells whether rows have collapsed, of a sample of them; every process calls this together."""
         rows_n = sample(self.rows).to(self.head.first.weight.device)
-        vectors_nD = self.catalogue().index_select(0, rows_n)
+        vectors_nD = self.sampled(rows_n)
         return {"item_cosine": mean_cosine(vectors_nD), "item_rank": effective_rank(vectors_nD)}
 
     def pieces(self) -> list[Piece]:
@@ -189,3 +244,53 @@ class Tower(Table, nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, rows={self.rows}, dim={self.dim}"
+
+
+def _rows_of(view: View, rows_U: Tensor) -> Tensor:
+    """(U, D) of distinct rows in ascending order: as many as there are is all of them."""
+    return view.weight_UD if len(rows_U) == len(view.weight_UD) else view.lookup(rows_U)
+
+
+class DealtTower(Tower, DealtTable):
+    """A tower of which each process forms and searches a stretch of the rows, and which has no softmax over all: no
+    process ever holds vectors of every item."""
+
+    has_cross_entropy = False
+    collective = DealtTable.collective  # type: ignore[assignment]
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.whole = False
+
+    def catalogue(self) -> Tensor:
+        raise TypeError("a row of every item exists nowhere: each process has a stretch of them")
+
+    def kept(self) -> Shares:
+        """The rows as they are now, a stretch on each process, which all form together."""
+        world = self.processes.world
+        return Shares(self.rows, self._kept(self.content.own, world.own(self.rows)), world)
+
+    def kept_view(self, wanted: Sequence[Tensor]) -> View:
+        numbering = Numbering.of(wanted, self.rows, self.head.first.weight.device)
+        return View(self.kept().fetch(numbering.rows_U), None, numbering)
+
+    def own_chunks(
+        self, queries_GD: Tensor, scoring: Scoring, at_least: int = 1
+    ) -> Iterator[tuple[int, Tensor]]:
+        kept = self.kept()
+        own_RD = scoring.columns(kept.own_RE)
+        size = max(at_least, self.chunk_rows(len(queries_GD)))
+        for start in range(0, len(kept.own), size):
+            scores_GC = candidate_scores(
+                queries_GD * scoring.scale,
+                own_RD,
+                range(start, min(start + size, len(kept.own))),
+                normalize_eps=scoring.normalize_eps,
+            )
+            yield kept.own.start + start, scores_GC
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        return self.kept().fetch(torch.arange(start, stop, device=self.head.first.weight.device))
+
+    def sampled(self, rows_n: Tensor) -> Tensor:
+        return self.kept().fetch(rows_n)

@@ -11,6 +11,7 @@ read from a file), ``tuned`` all of it, ``adapters`` small modules inside it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -22,15 +23,16 @@ from torch import Tensor
 from gr.adapters.insert import freeze_layers, insert
 from gr.adapters.section import ADAPTERS, AdapterSection
 from gr.config import COUNT, FRACTION, ComponentConfig, Section
+from gr.embeddings.shares import Shares
 from gr.embeddings.table import Table, TableSpec
 from gr.errors import UserError
 from gr.modality import vectors
-from gr.modality.content import Content, Encoded, Fixed, encoded
+from gr.modality.content import Content, Encoded, Fixed, FixedShares, encoded
 from gr.modality.head import Fusion, Head, HeadSection
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.modality.reader import Reader, TextReader, TextSection
 from gr.modality.surroundings import Surroundings
-from gr.modality.tower import Tower
+from gr.modality.tower import DealtTower, Tower
 from gr.processes import Processes
 
 
@@ -138,7 +140,7 @@ class Text:
         name: Literal["text"] = "text"
 
         def build(self, around: Surroundings) -> Tower:  # type: ignore[override]
-            return _tower(self, around, None)
+            return _tower(self, around)
 
 
 class Image:
@@ -148,7 +150,7 @@ class Image:
         name: Literal["image"] = "image"
 
         def build(self, around: Surroundings) -> Tower:  # type: ignore[override]
-            return _tower(self, around, None)
+            return _tower(self, around)
 
 
 class Fused:
@@ -159,25 +161,29 @@ class Fused:
         fusion: Literal["add", "concat", "gated"] = "add"
 
         def build(self, around: Surroundings) -> Tower:  # type: ignore[override]
-            if around.by_rows:
+            if around.by_rows and not around.spec.apart:
                 raise UserError(
-                    "the optimizer moves the rows of a table that a step has seen, and model.item_tower fused has "
-                    "dense gradients, which move all: use optimizer=adamw",
+                    "the optimizer moves the rows of a table that a step has seen, and objective full_softmax sees "
+                    "all: use optimizer=adamw, or another objective",
                     everywhere=True,
                 )
-            return _tower(self, around, Fusion(self.fusion, around.spec.dim))
+            ids = around.table.build(replace(around.spec, name=IDS), around.processes)
+            return _tower(self, around, Fusion(self.fusion, around.spec.dim), ids)
 
 
-def _tower(config: ContentConfig, around: Surroundings, fusion: Fusion | None) -> Tower:
-    if around.table.name != "local":
-        raise UserError(
-            f"model.table is {around.table.name}, and a tower's parameters are whole on every process: use "
-            "model.table=local with model.item_tower, or model.item_tower=id",
-            everywhere=True,
-        )
-    content = content_of(config, around)
+IDS = "item_ids"
+"""The table of ids beneath a fused tower."""
+
+
+def _tower(
+    config: ContentConfig, around: Surroundings, fusion: Fusion | None = None, ids: Table | None = None
+) -> Tower:
+    """One whose rows are dealt out wherever ``model.table`` deals out its own."""
+    dealt = around.table.name != "local" and getattr(around.table, "sharding", None) != "data_parallel"
+    content = content_of(config, around, dealt)
     head = Head(config.head, content.width, around.spec.dim)
-    return Tower(around.spec, content, head, fusion, around.processes)
+    kind = DealtTower if dealt else Tower
+    return kind(around.spec, content, head, around.processes, fusion, ids)
 
 
 def _given(width: int, items: pa.Table) -> Tensor:
@@ -196,16 +202,25 @@ def _given(width: int, items: pa.Table) -> Tensor:
     return found
 
 
-def content_of(config: ContentConfig, around: Surroundings) -> Content:
+def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False) -> Content:
+    """dealt: whether of vectors that nothing moves each process holds a stretch."""
     catalogue, processes = around.catalogue, around.processes
     if config.mode == "cached":
         assert config.vectors is not None
         ids = catalogue.column("item_id").combine_chunks()
+        if dealt:
+            own = processes.world.own(len(ids))
+            own_RE = vectors.read_file(config.vectors, ids[own.start : own.stop])
+            shares = Shares(len(ids), own_RE, processes.world)
+            width = own_RE.shape[1]
+            return FixedShares(width, lambda: shares, partial(_given, width), processes)
         found_IE = vectors.read_file(config.vectors, ids)
         return Fixed(
             found_IE.shape[1], lambda: found_IE, partial(_given, found_IE.shape[1]), processes.device
         )
     reader = _reader(config.text, config.image, processes)
+    if config.mode == "frozen" and dealt:
+        return FixedShares(reader.width, partial(reader.shares, catalogue), reader.vectors_of, processes)
     if config.mode == "frozen":
         several = processes.world.size > 1
         make = partial(reader.vectors, catalogue)
@@ -217,13 +232,22 @@ def content_of(config: ContentConfig, around: Surroundings) -> Content:
         insert(encoder.model, config.adapters, around.spec.seed)
         encoder.to(processes.device)
         if config.adapters.name == "frozen":  # as another run has tuned it: its vectors are formed once
-            most = reader.section.batch
+            world, most = processes.world, reader.section.batch
+
+            def formed() -> Shares:
+                return encoded(encoder, items, processes, most)
+
+            def of(others: pa.Table) -> Tensor:
+                return world.gather(encoded(encoder, reader.items_in(others), processes, most).own_RE)
+
+            if dealt:
+                return FixedShares(encoder.width, formed, of, processes, encoder)
             return Fixed(
                 encoder.width,
-                lambda: encoded(encoder, items, processes, most),
-                lambda others: encoded(encoder, reader.items_in(others), processes, most),
+                lambda: world.gather(formed().own_RE),
+                of,
                 processes.device,
-                collective=processes.world.size > 1,
+                collective=world.size > 1,
                 encoder=encoder,
             )
     elif config.freeze:

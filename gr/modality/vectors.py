@@ -16,6 +16,9 @@ from torch import Tensor
 
 from gr.errors import UserError
 
+AT_ONCE = 1 << 14
+"""Rows of a file that are read at a time."""
+
 
 def as_table(item_ids: pa.Array, vectors_nE: Tensor) -> pa.Table:
     """``item_id``, ``vector`` (a fixed-size list of float32)."""
@@ -38,10 +41,14 @@ def of_table(table: pa.Table, what: str) -> Tensor:
         )
     flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     if column.null_count or not len(column) or len(flat) % len(column) or not _even(column):
-        raise UserError(f"the vectors of {what} are not all there and of one length: write them again")
+        raise UserError(_not_even(what))
     if not np.isfinite(flat).all():
         raise UserError(f"a vector of {what} has NaN or infinity: write them again")
     return torch.from_numpy(flat.reshape(len(column), -1))
+
+
+def _not_even(what: str) -> str:
+    return f"the vectors of {what} are not all there and of one length: write them again"
 
 
 def _even(column: pa.Array) -> bool:
@@ -53,35 +60,53 @@ def _even(column: pa.Array) -> bool:
 
 def read_file(path: str, item_ids: pa.Array) -> Tensor:
     """(I, E) float32: the vectors that the file at ``path`` has for ``item_ids`` (I raw ids), in their order; others
-    that it has are passed over."""
+    that it has are passed over.  The file is gone through a piece at a time."""
     what = f"'{path}'"
     if not Path(path).is_file():
         raise UserError(f"no file {what} with vectors of items: write it with the program encode")
+    found_IE, counts_I = torch.empty(0, 0), np.zeros(len(item_ids), dtype=np.int64)
     try:
-        table = pq.read_table(path, columns=["item_id", "vector"])
+        with pq.ParquetFile(path) as parquet:
+            names = parquet.schema_arrow.names
+            if missing := [name for name in ("item_id", "vector") if name not in names]:
+                raise UserError(f"{what} has no column {missing[0]}: write it with the program encode")
+            for batch in parquet.iter_batches(AT_ONCE, columns=["item_id", "vector"]):
+                piece = pa.Table.from_batches([batch])
+                place_n = _places(piece["item_id"].combine_chunks(), item_ids, what)
+                vectors_nE = of_table(piece, what)
+                if not found_IE.numel():
+                    found_IE = torch.empty(len(item_ids), vectors_nE.shape[1])
+                if vectors_nE.shape[1] != found_IE.shape[1]:
+                    raise UserError(_not_even(what))
+                wanted_n = np.flatnonzero(place_n >= 0)
+                found_IE[torch.from_numpy(place_n[wanted_n])] = vectors_nE[torch.from_numpy(wanted_n)]
+                counts_I += np.bincount(place_n[wanted_n], minlength=len(counts_I))
     except (OSError, pa.ArrowException) as error:
+        first = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{what} can't be read as a Parquet file of item_id and vector ({str(error).splitlines()[0]}): write it "
-            "again with the program encode"
+            f"{what} can't be read as a Parquet file of item_id and vector ({first}): write it again with the program "
+            "encode"
         ) from None
-    if missing := [name for name in ("item_id", "vector") if name not in table.column_names]:
-        raise UserError(f"{what} has no column {missing[0]}: write it with the program encode")
-    ids = table["item_id"].combine_chunks()
-    if ids.type != item_ids.type:
-        if pa.types.is_string(item_ids.type):
-            ids = ids.cast(pa.string())
-        else:
+    for count, said in ((0, "no vector"), (2, "several vectors")):
+        wrong_I = counts_I >= count if count else counts_I == 0
+        if wrong_I.any():
             raise UserError(
-                f"item_id of {what} is {ids.type}, and the catalogue's {item_ids.type}: write it again"
+                f"{what} has {said} for {wrong_I.sum():,} of {len(item_ids):,} items "
+                f"({item_ids[int(wrong_I.argmax())].as_py()!r} is the first): encode the catalogue again"
             )
-    place_I = pc.index_in(item_ids, value_set=ids)
-    if place_I.null_count:
-        first = item_ids[place_I.is_null().to_numpy(zero_copy_only=False).argmax()].as_py()
-        raise UserError(
-            f"{what} has no vector for {place_I.null_count:,} of {len(item_ids):,} items ({first!r} is the first): "
-            "encode the catalogue again"
-        )
-    return of_table(table, what)[torch.from_numpy(place_I.to_numpy().astype(np.int64))]
+    return found_IE
+
+
+def _places(ids_n: pa.Array, item_ids: pa.Array, what: str) -> np.ndarray:
+    """(n,) int64: which of ``item_ids`` each is, or -1."""
+    if ids_n.type != item_ids.type:
+        if not pa.types.is_string(item_ids.type):
+            raise UserError(
+                f"item_id of {what} is {ids_n.type}, and the catalogue's {item_ids.type}: write it again"
+            )
+        ids_n = ids_n.cast(pa.string())
+    place_n = pc.index_in(ids_n, value_set=item_ids)
+    return pc.fill_null(place_n, -1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def projected(vectors_IE: Tensor, dim: int, std: float) -> Tensor:

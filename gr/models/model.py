@@ -101,7 +101,9 @@ class Model(nn.Module):
 
     def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__()
-        self.tables = {table.name: table for table in tables}  # in a dict: not a part of the module
+        # in a dict: not a part of the module
+        self.tables = {table.name: table for top in tables for table in (top, *top.beneath)}
+        self._beneath = {table.name for top in tables for table in top.beneath}
         self.vocabularies: Mapping[str, OpenVocabulary] = {}
 
     def prepare(self, batch: SequenceBatch) -> SequenceBatch:
@@ -144,7 +146,11 @@ class Model(nn.Module):
 
     def fetch(self, wanted: Mapping[str, Sequence[Tensor]]) -> dict[str, View]:
         """Views of all tables with the rows that are ``wanted`` of each; every process calls this together."""
-        return {name: table.view(wanted.get(name, [])) for name, table in self.tables.items()}
+        views: dict[str, View] = {}
+        for name, table in self.tables.items():
+            if name not in self._beneath:
+                views |= table.views(wanted.get(name, []))
+        return views
 
     def named_dense(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters with dense gradients, by name: tables that have such, then the module's own.  What doesn't

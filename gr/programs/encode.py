@@ -1,6 +1,8 @@
-"""Write the vectors that an encoder gives to the texts of a dataset's items, for training with item_tower mode cached.
+"""Write the vectors that an encoder gives to the texts or pictures of a dataset's items, for training with
+model.item_tower mode cached.
 
 python -m gr encode --dataset data/ml-1m --tower towers/minilm
+python -m gr encode --dataset data/ml-1m --tower towers/efficientnet-lite0
 python -m gr encode --dataset data/ml-1m --tower my-encoder.yaml --items new.parquet --out new-vectors.parquet
 """
 

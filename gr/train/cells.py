@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from gr.config import RunConfig, load
 from gr.data.dataset import SequenceDataset
 from gr.errors import UserError
 from gr.train import checkpoint
-from gr.train.folder import RunFolder
+from gr.train.folder import RunFolder, read_rows
 from gr.train.job import differences, within
 
 TRAIN = (sys.executable, "-m", "gr.programs.train")
@@ -56,11 +56,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished cell: the config of its run, and the rows of its metrics.jsonl."""
+    """A finished cell: the config of its run, the rows of its metrics.jsonl, and those of its timing.jsonl."""
 
     cell: Cell
     config: RunConfig
     metrics: list[dict[str, Any]]
+    timing: list[dict[str, Any]] = field(default_factory=list, compare=False)
 
 
 def train_cells(cells: Sequence[Cell]) -> list[Trained]:
@@ -139,7 +140,7 @@ def train_cell(cell: Cell, log: Path | None = None, start: Start | None = None) 
             )
         if status < 0 or not is_finished(cell):
             raise UserError(f"training '{cell.name}' was stopped; run the same command again to go on")
-    return Trained(cell, load(run.config), run.read_metrics())
+    return Trained(cell, load(run.config), run.read_metrics(), read_rows(run.timing))
 
 
 def exit_status(command: Sequence[str], log: Path | None = None, begun: Begun = unwatched) -> int:

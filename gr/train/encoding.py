@@ -4,32 +4,41 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from gr.config import read_yaml, validate
 from gr.data.dataset import SequenceDataset
 from gr.data.outputs import ROWS_PER_GROUP, parquet_rows
 from gr.errors import UserError
-from gr.modality.reader import TextReader, TextSection
+from gr.modality.image_reader import ImageReader, ImageSection
+from gr.modality.reader import Reader, TextReader, TextSection
 from gr.modality.vectors import as_table
 from gr.processes import Processes
 from gr.shipped import find_config
+from gr.train.item_files import read_items
 
 
-def read_tower(path: str) -> TextSection:
-    """The encoder that a YAML file describes, or one of that name that comes with gr (``towers/minilm``)."""
-    return validate(TextSection, read_yaml(find_config(path)), "")
+def read_tower(path: str) -> TextSection | ImageSection:
+    """The encoder that a YAML file describes, or one of that name that comes with gr (``towers/minilm``): of pictures
+    where it says which ``images``, else of text."""
+    said = read_yaml(find_config(path))
+    return validate(ImageSection if "images" in said else TextSection, said, "")
 
 
 def encode(
-    dataset: str, section: TextSection, out: str | None, processes: Processes, items: str | None = None
+    dataset: str,
+    section: TextSection | ImageSection,
+    out: str | None,
+    processes: Processes,
+    items: str | None = None,
 ) -> tuple[str, int, int]:
     """Write item_id, vector of a dataset's catalogue, or of the ``items`` of a Parquet file with item_id and the
     columns that the encoder reads; the file (``vectors.parquet`` in the dataset's folder, where none is given), how
     many, and their width.  Every process of several calls this and encodes a part."""
     opened = SequenceDataset(dataset)
-    reader = TextReader(section, processes)
+    reader: Reader
+    if isinstance(section, ImageSection):
+        reader = ImageReader(section, processes)
+    else:
+        reader = TextReader(section, processes)
     if items is None:
         if out is None and opened.folder.local is None:
             raise UserError(f"'{dataset}' is in a store: say with --out which file to write")
@@ -37,23 +46,10 @@ def encode(
         ids, found = opened.catalogue.ids, reader.vectors(opened.catalogue)
     else:
         target = out if out is not None else str(Path(items).with_suffix(".vectors.parquet"))
-        table = _read_items(items)
+        table = read_items(items)
         ids, found = table["item_id"].combine_chunks(), reader.vectors_of(table)
     if processes.is_main:
         with parquet_rows(target) as write:
             for start in range(0, len(ids), ROWS_PER_GROUP):
                 write(as_table(ids[start : start + ROWS_PER_GROUP], found[start : start + ROWS_PER_GROUP]))
     return target, len(ids), found.shape[1]
-
-
-def _read_items(path: str) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"'{path}' can't be read as a Parquet file of items ({first}): write it again"
-        ) from None
-    if "item_id" not in table.column_names or not len(table):
-        raise UserError(f"'{path}' has no column item_id, or no items: write them again")
-    return table

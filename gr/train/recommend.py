@@ -33,6 +33,7 @@ from gr.embeddings.table import Table
 from gr.errors import UserError
 from gr.modality.tower import Tower
 from gr.models.retrieval import Retrieval
+from gr.train.item_files import read_items
 from gr.train.runs import OpenRun
 
 AS_TEXT = pa.csv.ConvertOptions(column_types={"user_id": pa.string()}, strings_can_be_null=True)
@@ -174,19 +175,9 @@ def unseen_items(run: OpenRun, path: str | os.PathLike) -> tuple[pa.Array, Table
             f"run '{run.folder.path}' knows items by a row each and has none for new ones: train with "
             "model.item_tower=text or fused"
         )
-    try:
-        items = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"'{path}' can't be read as a Parquet file of new items ({first}): write it again"
-        ) from None
-    if "item_id" not in items.column_names:
-        raise UserError(f"'{path}' has no column item_id (it has {', '.join(items.column_names)}): rename it")
+    items = read_items(path)
     known = run.data.dataset.catalogue.column("item_id").combine_chunks()
     column = items["item_id"].combine_chunks()
-    if not len(column):
-        raise UserError(f"'{path}' has no items: leave --new-items out")
     integer = pa.types.is_integer(known.type)
     ids = to_ids(column, integer=integer, fix=f"correct item_id of '{path}'").values.cast(known.type)
     if ids.null_count:

@@ -83,17 +83,12 @@ def held_parts(tensor: Tensor) -> dict[torch.Size, Tensor]:
     return tensor.parts if isinstance(tensor, Slices) else {torch.Size([0] * tensor.dim()): tensor}
 
 
-def own_rows(rows: int, axis: Axis) -> range:
-    """The share of a tensor's rows that falls to this process, where they are dealt out evenly."""
-    return range(axis.rank * rows // axis.size, (axis.rank + 1) * rows // axis.size)
-
-
 def shared_out(tensors: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]:
     """``tensors`` as they are saved: of a large one that every process has whole each saves its share."""
     parts: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Slices | DTensor) and tensor.numel() > PART_NUMBERS:
-            rows = own_rows(len(tensor), axis)
+            rows = axis.own(len(tensor))
             tensor = Slices.of_rows(tensor.shape, rows, tensor[rows.start : rows.stop])
         parts[name] = tensor
     return parts

@@ -31,7 +31,7 @@ from gr.train.folder import RunFolder
 from gr.train.frozen import frozen_digest
 from gr.train.host_copy import HostCopy
 from gr.train.log import MetricsLog, StepProgress
-from gr.train.memory import give_back_freed_memory
+from gr.train.memory import give_back_freed_memory, peak_bytes
 from gr.train.parts import Parts
 from gr.train.schedule import rate_factor
 from gr.train.selection import best_of, better, comparable, family_of, selection_metric
@@ -80,6 +80,8 @@ class Trainer:
         )
         self.last_loss = float("nan")
         self._unchecked: tuple[HostCopy, GlobalBatch] | None = None
+        self._spent_before: float | None = None
+        """Seconds that steps had taken when this epoch began; None where this process went on in its middle."""
 
     def train(self) -> bool:
         """Train to the end of the config, or until told to stop; True if finished.  The state is saved either way."""
@@ -98,6 +100,8 @@ class Trainer:
                         self.run_baselines()
                 stop = False
                 for batch in self.progress.waits.timed(remaining):
+                    if batch.index == 0:
+                        self._spent_before = self.progress.waits.spent - self.progress.waits.last
                     if self._asked_first(batch):
                         with self.progress.pause():
                             self.run_baselines()
@@ -333,10 +337,18 @@ class Trainer:
         return said(self.work.rates(window.flops_per_s, window.padded_per_s), self.cursor.flops)
 
     def _log_epoch(self) -> None:
-        """The digest of all global batches up to an epoch's end: equal where two runs saw the same in one order."""
+        """The digest of all global batches up to an epoch's end: equal where two runs saw the same in one order.  And
+        what the epoch cost: seconds of its steps, the process's largest memory, the numbers that train."""
         cursor = self.cursor
         row = {"kind": "epoch", "epoch": cursor.epoch, "step": cursor.step, "data_digest": cursor.data_digest}
         cursor.metrics_rows += self.metrics.write(row)
+        if self._spent_before is not None:
+            costs = {
+                "epoch_s": round(self.progress.waits.spent - self._spent_before, 3),
+                "peak_mib": round(peak_bytes(self.processes.device) / 2**20, 1),
+                "trained": self.engine.trained,
+            }
+            self.metrics.write_timing({"step": cursor.step, "epoch": cursor.epoch, **costs})
         self.progress.say(f"epoch {cursor.epoch + 1:<4}  order digest {cursor.data_digest}")
 
     def _say_bound(self) -> None:

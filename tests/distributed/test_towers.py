@@ -1,12 +1,18 @@
-"""A tuned tower over two processes: each item of a step is encoded by one of them, and nothing changes but rounding."""
+"""Towers over two processes: each item of a step is encoded by one of them, what has a row an item is on all of them or
+dealt out with the table, and nothing changes but rounding."""
 
 from __future__ import annotations
 
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
+from gr.data.dataset import SequenceDataset
+from gr.modality.reader import TextReader, TextSection
+from gr.modality.vectors import as_table
+from gr.processes import Processes
 from gr.train.folder import RunFolder
 from tests.distributed.jobs import run_jobs
 from tests.distributed.rounding import of_losses, of_weights, sgd
@@ -14,7 +20,7 @@ from tests.end_to_end.tiny import CONFIG, weights
 from tests.packages import needs
 from tests.towers import make_encoder, make_titled
 
-needs("transformers")
+needs("transformers", "torchrec", "fbgemm_gpu")
 RATE, TERMS, STEPS = 0.1, 16 * 17 * 20, 3
 # its steps are as large as the gradients: a wrong scale would show
 PLAIN = [
@@ -26,17 +32,26 @@ PLAIN = [
 def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
     make_titled(tmp_path / "data")
     encoder = str(make_encoder(tmp_path / "encoder"))
+    tiny = TextSection(encoder=encoder)
+    catalogue = SequenceDataset(tmp_path / "data").catalogue
+    found = TextReader(tiny, Processes(torch.device("cpu"))).vectors(catalogue)
+    pq.write_table(as_table(catalogue.ids, found), tmp_path / "vectors.parquet", row_group_size=7)
+    text, of_file = {"text": {"encoder": encoder}}, {"vectors": str(tmp_path / "vectors.parquet")}
     towers = {
-        "tuned": {"name": "text", "mode": "tuned", "text": {"encoder": encoder}},
-        "frozen": {"name": "fused", "fusion": "gated", "text": {"encoder": encoder}},
+        "tuned": ("local", {"name": "text", "mode": "tuned", **text}),
+        "frozen": ("local", {"name": "fused", "fusion": "gated", **text}),
+        "tuned-dealt": ("mapped", {"name": "fused", "mode": "tuned", **text}),
+        "frozen-dealt": ("mapped", {"name": "text", **text}),
+        "cached-dealt": ("torchrec", {"name": "fused", "fusion": "gated", "mode": "cached", **of_file}),
     }
 
     def run(processes):
         jobs = []
-        for name, tower in towers.items():
+        for name, (table, tower) in towers.items():
             file = tmp_path / f"{name}-{processes}.yaml"
             file.write_text(CONFIG.format(run=tmp_path / file.stem, data=tmp_path / "data"))
-            jobs.append({"config": file, "overrides": [f"model.item_tower={json.dumps(tower)}", *PLAIN]})
+            asked = [f"model.item_tower={json.dumps(tower)}", f"model.table={table}", *PLAIN]
+            jobs.append({"config": file, "overrides": asked})
         assert run_jobs(tmp_path, jobs, processes) == [[None] * processes] * len(jobs)
 
     run(1)
@@ -46,6 +61,9 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
         one, two = ([r for r in RunFolder(f).read_metrics() if r["kind"] == "train"] for f in folders)
         losses = [[r["loss"] for r in rows] for rows in (one, two)]
         np.testing.assert_allclose(*losses, rtol=of_losses(STEPS, TERMS), err_msg=name)
+        figures = [[r for r in RunFolder(f).read_metrics() if r["kind"] == "eval"][-1] for f in folders]
+        assert abs(figures[0]["mrr"] - figures[1]["mrr"]) < 0.02, "but for a pair of items that change places"
+        assert abs(figures[0]["item_rank"] - figures[1]["item_rank"]) < 1e-3
         tensors, other = map(weights, folders)
         assert tensors.keys() == other.keys()
         for key in (key for key in tensors if key.startswith("model/")):

@@ -9,12 +9,14 @@ import pytest
 
 from gr import config as configs
 from gr.errors import UserError
-from gr.shipped import find_config
+from gr.shipped import find_config, find_table, table_names
 from gr.train import cells, job
 from gr.train.cells import Cell, Trained, is_finished, train_cells
 from gr.train.folder import RunFolder
 from gr.train.reproduction import reproduce as reproduction
 from gr.train.reproduction.table import Measured, Row, print_table, read_table
+from gr.train.reproduction.transfer import read_transfer
+from gr.train.selection import metric_names
 from tests.end_to_end.tiny import assert_same_run, make_dataset, write_config
 
 SHORT = ("train.epochs=1", "train.max_steps=6", "eval.splits=[test]")
@@ -128,12 +130,21 @@ def test_the_epoch_is_chosen_by_the_runs_own_metric(overrides, metric, step, cap
     config = configs.load("ml-1m/hstu", overrides)
     row = Row(name="HSTU", config="hstu.yaml", published={}, source="", valid=True)
     measured = Measured(row)
-    measured.add(Trained(Cell("HSTU", find_config("ml-1m/hstu"), "run"), config, rows_that_disagree()))
+    costs = [
+        {"step": 1, "step_s": 9.0},
+        *({"epoch_s": s, "peak_mib": 700.2, "trained": 1234} for s in (1, 4, 2)),
+    ]
+    cell = Cell("HSTU", find_config("ml-1m/hstu"), "run")
+    measured.add(Trained(cell, config, rows_that_disagree(), costs))
     assert [r["step"] for r in measured.last] == [4] and measured.digests == ["abc"]
     assert [r["step"] for r in measured.result] == [step]
-    table = read_table("ml-1m").model_copy(update={"columns": ["ndcg@10"]})
+    table = read_table("ml-1m").model_copy(update={"columns": ["ndcg@10"], "costs": True})
     print_table(table, [measured])
-    assert f"chosen by valid {metric} ({step})" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"chosen by valid {metric} ({step})" in said
+    assert all(text in said for text in ("s an epoch", "1,234", " 2.0 ", " 700 ")), (
+        "the median of three epochs"
+    )
     only = Measured(row)
     only.add(Trained(Cell("HSTU", "", ""), config, rows_that_disagree()), last=False)
     assert not only.last and not only.digests and [r["step"] for r in only.chosen] == [step]
@@ -145,6 +156,15 @@ def test_a_table_is_not_rebuilt_from_a_run_that_was_trained_otherwise(folder, tm
     RunFolder.make(configs.override(there, [f"run.dir={run}"]), configs.to_yaml(there), {})
     with pytest.raises(UserError, match=r"was trained with train\.epochs=3, not 101"):
         reproduction.reproduce("ml-1m", None, rows=["hstu"], out=str(tmp_path), data=str(folder / "data"))
+
+
+@pytest.mark.parametrize("name", [name for name in table_names() if read_transfer(name) is None])
+def test_every_row_of_every_table_measures_its_columns(name):
+    table = read_table(name)
+    for row in table.rows:
+        config = configs.load(find_table(name).parent / row.config)
+        assert set(table.columns) <= set(metric_names(config)), row.config
+        assert not row.valid or "valid" in config.eval.splits
 
 
 def test_the_cells_of_a_table(folder, tmp_path, monkeypatch):

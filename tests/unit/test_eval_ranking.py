@@ -230,13 +230,19 @@ def test_evaluate_joins_ranks_metrics_and_modes():
             return torch.from_numpy(scores)[batch.ordinals_B] * self.scale
 
     model, done = Model(), []
-    family = CatalogueMetrics(EvalSection(ks=[5]), 53, torch.arange(53))
+    family = CatalogueMetrics(EvalSection(ks=[5], cold=20), 53, torch.arange(53))
     result = evaluate(model, [asked], family, protocol={"exclude": "all"}, advance=done.append)
     ranks = np.array(brute_force(scores, asked.targets_B.tolist(), exclude))
     assert result.users == 37 and done == [37]
     assert result.row()["exclude"] == "all" and result.heading == "whole catalogue ranked"
     assert result.row()["hr@5"] == (ranks <= 5).mean()
     assert sum(b["users"] for b in result.buckets["popularity"]) == 37
+    targets = asked.targets_B.numpy()
+    for name, inside in (("warm", targets >= 20), ("cold", targets < 20), ("new", targets == 0)):
+        assert result.row()[f"users/{name}"] == inside.sum()
+        if inside.any():
+            assert result.row()[f"hr@5/{name}"] == pytest.approx((ranks[inside] <= 5).mean(), abs=1e-9)
+    assert result.metrics.keys() <= set(family.names) and "mrr/cold" not in family.names
     assert set(model.seen) == {(False, False)}
     assert model.training and not model.part.training, "modes come back as they were"
     with pytest.raises(UserError, match="NaN"):

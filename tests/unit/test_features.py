@@ -489,7 +489,7 @@ def test_no_sequence_at_all_is_legal():
 @pytest.mark.parametrize(
     "features,said",
     [
-        ({"items": "type"}, "'items' is the table of items"),
+        ({"items": "type"}, "'items' is a table of the items"),
         ({"a.b": "type"}, "'a.b' becomes the name of a table"),
         ({"x": {"column": "type", "derived": "user"}}, "give it one of column .* and derived"),
         ({"x": {"column": "type", "catalogue": "brand"}}, "give it one of column .* and derived"),

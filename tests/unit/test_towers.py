@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -125,6 +126,7 @@ def test_gradients_are_those_of_encoding_every_occurrence(config, fusion, object
     parts.engine.parts[0].optimizer.zero_grad()
 
     ids, mask = items.content.items.inputs(torch.arange(items.rows))
+    (of_ids,) = items.beneath
 
     class Naive:
         """A view that encodes each row that is asked for, again and again, with a graph of its own."""
@@ -133,14 +135,14 @@ def test_gradients_are_those_of_encoding_every_occurrence(config, fusion, object
 
         @property
         def weight_UD(self):
-            return items._fused(torch.arange(items.rows), items.encoder(ids, mask))
+            return items._fused(of_ids.weight, items.encoder(ids, mask))
 
         def place(self, rows):
             return rows
 
         def lookup(self, rows):
             content = items.encoder(ids[rows.flatten()], mask[rows.flatten()])
-            return items._fused(rows.flatten(), content).view(*rows.shape, -1)
+            return items._fused(of_ids.weight[rows.flatten()], content).view(*rows.shape, -1)
 
     batch = next(parts.batches.epoch(0)).share
     part = parts.model.supervise(batch, 7)
@@ -151,6 +153,39 @@ def test_gradients_are_those_of_encoding_every_occurrence(config, fusion, object
         scale = max(parameter.grad.abs().max().item(), 1e-3)
         for gradient in (found[name], in_parts[name]):
             torch.testing.assert_close(gradient / scale, parameter.grad / scale, **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("table", ["local", "mapped", "torchrec"])
+@pytest.mark.parametrize("mode", ["tuned", "frozen"])
+def test_ids_beneath_a_tower_may_be_any_table(config, table, mode):
+    """Steps and evaluations are those of a local table, whichever optimiser moves the rows."""
+    needs(*(("torchrec", "fbgemm_gpu") if table == "torchrec" else ()))
+    tower = {"name": "fused", "mode": mode, "fusion": "gated"}
+    sampled = "objective={name: sampled_softmax, negatives: 16}"
+    for optimizer in ("adamw", "lazy_adam"):
+        found = {}
+        for kind in dict.fromkeys(("local", table)):
+            parts = build(
+                config(tower, sampled, f"model.table={kind}", f"optimizer={optimizer}", *PLAIN), CPU
+            )
+            model, steps = parts.model, []
+            for number, batch in enumerate(islice(parts.batches.epoch(0), 3)):
+                part = model.supervise(batch.share, number)
+                steps.append(parts.engine.forward_backward([part], StepContext(number), part.count).item())
+                parts.engine.step(1.0)
+            assert not any("item_ids" in name for name, _ in model.items.named_parameters())
+            queries = torch.randn(5, model.items.dim, generator=torch.Generator().manual_seed(0))
+            best = model.similarity.topk(model.items, queries, 9)
+            targets = torch.tensor([4, 0, 59, 17, 3])
+            standing = model.similarity.standing(model.items, queries, targets)
+            rows, rank = model.items.vectors(7, 31), model.items.watched()["item_rank"]
+            found[kind] = steps, *best, standing.ranks_B, rows, rank, standing.losses_B
+        one, other = found["local"], found[table]
+        torch.testing.assert_close(other[0], one[0], rtol=1e-6, atol=0)
+        assert torch.equal(other[2], one[2]) and torch.equal(other[3], one[3])
+        torch.testing.assert_close(other[4], one[4], **CLOSE)
+        assert other[5] == pytest.approx(one[5], rel=1e-4)
+        torch.testing.assert_close(other[6], one[6], rtol=1e-5, atol=0)
 
 
 def test_forming_again_changes_no_gradient(config):
@@ -165,7 +200,7 @@ def test_a_text_is_encoded_by_itself(folder, config):
     reader = TextReader(TextSection(encoder=str(folder / "encoder")), CPU)
     encoder = reader.encoder()
     tokens = tokenised([t or "" for t in titles()], reader.tokenizer, 20)
-    together = encoded(encoder, tokens, CPU, 16)
+    together = encoded(encoder, tokens, CPU, 16).own_RE
     with torch.no_grad():
         for item in range(0, ITEMS, 7):
             alone = encoder(*tokens.inputs(torch.tensor([item])))
@@ -193,6 +228,30 @@ def test_a_tuned_run_that_was_stopped_ends_as_one_that_was_not(config):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert any("tables.items.encoder" in name for name in one)
     assert torch.equal(scores_of(open_run(whole.run.dir)), scores_of(open_run(halves.run.dir)))
+
+
+def test_a_run_whose_ids_lie_elsewhere_goes_on_and_is_exported(config, tmp_path):
+    """Stopped and gone on with it ends with the same bits; its export finds the same items with a local table."""
+    tower = {"name": "fused", "mode": "tuned", "fusion": "concat"}
+    overrides = ["model.table=mapped", "eval.splits=[]", "checkpoint.every_steps=2", "train.max_steps=4"]
+    whole = job.run(config(tower, *overrides, run="whole"))
+
+    def stop(folder):
+        if len(folder.read_metrics()) == 3:
+            raise KeyboardInterrupt
+
+    halves = config(tower, *overrides, run="halves")
+    with pytest.raises(KeyboardInterrupt):
+        job.run(halves, on_step=stop)
+    job.resume(halves.run.dir)
+    one, other = weights(Path(whole.path)), weights(Path(halves.run.dir))
+    assert all(torch.equal(one[name], other[name]) for name in one) and "model/tables.item_ids.weight" in one
+    export(whole.path, tmp_path / "out", overrides=["model.table=local"])
+    run, exported = open_run(whole.path), open_run(tmp_path / "out")
+    queries = torch.randn(5, run.model.items.dim, generator=torch.Generator().manual_seed(0))
+    best, same = (r.model.similarity.topk(r.model.items, queries, 9) for r in (run, exported))
+    torch.testing.assert_close(best[0], same[0], **CLOSE)
+    assert torch.equal(best[1], same[1])
 
 
 def test_a_frozen_encoder_is_in_no_checkpoint(config):
@@ -311,9 +370,9 @@ def test_collapsed_vectors_are_noticed(config):
         ({"name": "text", "mode": "cached", "text": None}, [], "mode cached reads vectors from a file"),
         ({"name": "text", "mode": "cached", "vectors": "no.parquet"}, [], "no file 'no.parquet'"),
         ({"name": "text", "mode": "tuned", "text": None}, [], "mode tuned needs an encoder"),
-        ({"name": "text"}, ["model.table=mapped"], "use model.table=local"),
+        ({"name": "text"}, ["model.table=mapped", "objective=full_softmax"], "use model.table=local"),
         ({"name": "text"}, ["model.similarity.item_bias=true"], "item_bias is a number for each row"),
-        ({"name": "fused"}, ["optimizer=lazy_adam"], "use optimizer=adamw"),
+        ({"name": "fused"}, ["optimizer=lazy_adam", "objective=full_softmax"], "use optimizer=adamw"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(config, tower, overrides, sentence):
@@ -354,7 +413,7 @@ def test_odd_texts_have_vectors(folder, caplog):
     tokens = reader.tokens_of(lambda name: pa.array(texts), ["title"], len(texts))
     assert tokens.lengths_n.tolist()[:4] == [2, 2, 2, 8] and tokens.lengths_n.max() == 8
     assert "3 of 7 items have no text (title)" in caplog.text
-    assert encoded(reader.encoder(), tokens, CPU, 4).isfinite().all()
+    assert encoded(reader.encoder(), tokens, CPU, 4).own_RE.isfinite().all()
 
 
 def test_templates():

@@ -84,7 +84,7 @@ def test_all_is_taken_but_rows_of_the_other_catalogue(folder, config, source, ca
     numbers = sum(values.numel() for values in given.values())
     assert f"starting from run '{source}', step 3: {len(given)} tensors, {numbers:,} numbers" in said
     ids = config("target", "ids", f"train.start_from={source}", tower={"mode": "frozen", "name": "fused"})
-    assert "ids" in dict(build(ids, CPU).model.items.named_parameters())
+    assert "item_ids" in build(ids, CPU).model.tables
     said = capsys.readouterr().out
     assert "left there" in said and "tables.items.encoder" in said
 

@@ -51,6 +51,7 @@ class Engine(ABC):
                 if isinstance(table, LocalTable):
                     table.keep_rows()
         names = [name for name, _ in model.named_dense()]
+        self.trained = numbers_trained(model)
         self.moments: tuple[str, ...] = optimizer.moments
         self.module = self.wrap(model)
         self.parts = self.divide(optimizer)
@@ -276,6 +277,13 @@ class Engine(ABC):
             squares = sum((gradient.square_norm().cpu() for gradient in pieces), torch.zeros(()))
             (copied if self.row_tables[name].replicated else owned).add_(squares)
         return (self.processes.world.add_up(owned) + copied).sqrt()[0].to(self.processes.device)
+
+
+def numbers_trained(model: Model) -> int:
+    """How many numbers gradients move, over all processes."""
+    dense = sum(parameter.numel() for _, parameter in model.named_dense() if parameter.requires_grad)
+    own = [t.rows * (t.dim + t.spec.bias) for t in model.tables.values() if not t.dense]
+    return dense + sum(own)
 
 
 def _of_rows(optimizer: Any, table: Table) -> RowOptimizer:

@@ -23,7 +23,7 @@ from gr.errors import UserError
 from gr.processes import Processes, with_group
 from gr.train.engines.dense import Dense
 from gr.train.optimizers import counts_steps_in_groups, set_rate
-from gr.train.slices import Slices, own_rows
+from gr.train.slices import Slices
 
 BUCKET_NUMBERS = 1 << 26
 """Numbers that are exchanged at once: DeepSpeed makes buffers of that size, 256 MiB each, whatever the model's."""
@@ -180,13 +180,13 @@ class Zero(Dense):
         return tensors
 
     def _share(self, whole: Tensor) -> Tensor:
-        rows = own_rows(len(whole), self.world)
+        rows = self.world.own(len(whole))
         return Slices.of_rows(whole.shape, rows, whole[rows.start : rows.stop].to("cpu", copy=True))
 
     def wanted(self, name: str) -> Tensor:
         """Room for this process's share."""
         shape = self.parameters[name].shape
-        rows = own_rows(shape[0], self.world)
+        rows = self.world.own(shape[0])
         return Slices.of_rows(shape, rows, torch.zeros(len(rows), *shape[1:]))
 
     def take(self, moment: str, name: str, value: Tensor) -> None:

@@ -17,6 +17,8 @@ from gr.shipped import find_table
 from gr.train.cells import Trained
 from gr.train.selection import best_validation, selection_metric
 
+COSTS = ("parameters", "s an epoch", "peak MiB")
+
 
 class Row(Section):
     """A model of the table.  ``valid``: its own protocol holds a validation action out and lets it choose the epoch.
@@ -35,7 +37,7 @@ class PublishedTable(Section):
     ``prepares``: what gr prepare calls its data, where that isn't the dataset's name.  ``options``: of a generated
     dataset.  ``oracle``: also print each row's share of the oracle's metric.  ``protocols``: by name, options of the
     datasets on each of which all rows are trained; ``published_under``: the one whose figures are compared with the
-    published ones."""
+    published ones.  ``costs``: also print what trains, seconds an epoch and the largest memory."""
 
     dataset: str
     prepares: str | None = None
@@ -43,6 +45,7 @@ class PublishedTable(Section):
     rows: list[Row]
     options: dict[str, Any] = {}
     oracle: bool = False
+    costs: bool = False
     protocols: dict[str, dict[str, Any]] = {}
     published_under: str | None = None
     name: str | None = None
@@ -65,13 +68,14 @@ class PublishedTable(Section):
 @dataclass
 class Measured:
     """One row's evaluations, a value a seed: at the last epoch, and at the one that validation chose by the run's own
-    metric, ``selection``."""
+    metric, ``selection``.  ``costs``: what each epoch cost, of all seeds (rows of timing.jsonl)."""
 
     row: Row
     last: list[dict[str, Any]] = field(default_factory=list)
     chosen: list[dict[str, Any]] = field(default_factory=list)
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
+    costs: list[dict[str, Any]] = field(default_factory=list)
     selection: str = ""
 
     @property
@@ -86,6 +90,7 @@ class Measured:
         if last:
             self.last.append(tests[max(tests)])
             self.digests.append([r["data_digest"] for r in rows if r["kind"] == "train"][-1])
+            self.costs += [row for row in trained.timing if "epoch_s" in row]
         metric = selection_metric(trained.config)
         if (best := best_validation(rows, metric)) is not None:
             self.chosen.append(tests[best["step"]])
@@ -103,12 +108,12 @@ def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
     """Published beside measured; means over seeds, with the spread where there are several."""
     view = Table(title=f"{table.title}: published beside measured", title_justify="left")
     view.add_column("model, epoch")
-    for column in table.columns:
+    for column in [*table.columns, *(COSTS if table.costs else ())]:
         view.add_column(column, justify="right")
     for result in measured:
         published = [_number(result.row.published.get(c)) for c in table.columns]
         known = " published" if any(published) else ""
-        view.add_row(f"[bold]{result.row.name}[/]{known}", *published)
+        view.add_row(f"[bold]{result.row.name}[/]{known}", *published, *_costs(table, result))
         chosen = f"chosen by valid {result.selection}"
         for label, rows in (("last epoch", result.last), (chosen, result.chosen)):
             if rows:
@@ -162,6 +167,15 @@ def save_table(table: PublishedTable, measured: Sequence[Measured], folder: str 
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(folder / "table.png", dpi=130)
     return folder / "table.png"
+
+
+def _costs(table: PublishedTable, result: Measured) -> list[str]:
+    """What trains, the median seconds of an epoch, and the largest memory."""
+    if not (table.costs and result.costs):
+        return []
+    seconds = statistics.median(row["epoch_s"] for row in result.costs)
+    peak = max(row["peak_mib"] for row in result.costs)
+    return [f"{result.costs[-1]['trained']:,}", f"{seconds:,.1f}", f"{peak:,.0f}"]
 
 
 def _number(value: float | None) -> str:
