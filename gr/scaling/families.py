@@ -24,14 +24,14 @@ from torch import nn
 from gr.config import RunConfig
 from gr.models.din import DIN
 from gr.models.dlrm import DLRM
-from gr.models.layers import Linear, Stack
+from gr.models.layers import Linear
 from gr.models.model import Model
 from gr.models.ranking import Ranking
 from gr.models.retrieval import Retrieval
 from gr.models.two_tower.layers import CrossNet, Interacting
 from gr.models.two_tower.model import TwoTower
 from gr.models.two_tower.towers import IntTower
-from gr.scaling.flops import Flops, Part, attention, attention_widths, entries, predicted, weights_of
+from gr.scaling.flops import EncoderWork, Flops, Part, entries, products, retrieval, weights_of
 
 Array = np.ndarray
 
@@ -42,14 +42,8 @@ class ModelAccounting:
     def __init__(self, model: Model, config: RunConfig) -> None:
         self.model, self.config = model, config
         self.count = next(count for kind, count in FAMILIES.items() if isinstance(model, kind))
-        self.encoder = getattr(model, "encoder", None)
-        if self.encoder is not None:
-            stacks = [module for module in self.encoder.modules() if isinstance(module, Stack)]
-            self.weights, self.widths = weights_of(self.encoder), attention_widths(self.encoder)
-            self.stack_weights, self.stack_widths = (
-                sum(map(weights_of, stacks)),
-                sum(map(attention_widths, stacks)),
-            )
+        encoder = getattr(model, "encoder", None)
+        self.encoder = None if encoder is None else EncoderWork(encoder, config)
 
     def step(self, actions_B: Sequence[int] | Array, targets: int | None = None) -> Flops:
         """actions_B: of each sequence, the predicted one included.  targets: that are predicted, where it is known."""
@@ -69,46 +63,21 @@ class ModelAccounting:
         part = self.step([], targets).parts.get("loss")
         return 0.0 if part is None else part.forward + part.backward
 
-    def encoded(self, rows_B: Array) -> dict[str, Part]:
-        """The encoder on so many rows of each sequence, with what is formed again."""
-        assert self.encoder is not None
-        T, squares = float(rows_B.sum()), float((rows_B**2).sum())
-        parts = {
-            "linear": _products(T, self.weights),
-            "attention": attention(squares, self.widths, causal=self.encoder.causal),
-        }
-        if self.config.train.activation_checkpointing:
-            again = attention(squares, self.stack_widths, causal=self.encoder.causal)
-            parts["recompute"] = Part(0.0, 2 * T * self.stack_weights + again.forward)
-        return parts
-
-
-def _products(rows: float, weights: float, *, inputs_have_gradients: bool = True) -> Part:
-    """Rows by matrices of so many weights."""
-    forward = 2 * rows * weights
-    return Part(forward, forward * (2 if inputs_have_gradients else 1))
-
 
 def _sum(*parts: Part) -> Part:
     return Part(sum(p.forward for p in parts), sum(p.backward for p in parts))
 
 
 def _retrieval(account: ModelAccounting, actions_B: Array, targets: int | None) -> dict[str, Part]:
-    model, config = account.model, account.config
-    assert isinstance(model, Retrieval) and config.objective is not None
+    model = account.model
+    assert isinstance(model, Retrieval) and account.encoder is not None
     rows_B = np.maximum(actions_B - 1 + model.task.extra_inputs, 0)
-    T, D = float(rows_B.sum()), config.model.dim
-    S = T * predicted(config) if targets is None else float(targets)
-    scored = config.objective.component().scored(config.objective, int(S), model.items.rows)  # type: ignore[attr-defined]
-    found = account.encoded(rows_B)
-    found["embedding"] = Part(2 * T * D, 2 * T * D)
-    found["loss"] = _products(S * scored, D)
-    return found
+    return retrieval(account.config, account.encoder, rows_B, targets, model.items.rows)
 
 
 def _ranking(account: ModelAccounting, actions_B: Array, targets: int | None) -> dict[str, Part]:
     model, D = account.model, account.config.model.dim
-    assert isinstance(model, Ranking)
+    assert isinstance(model, Ranking) and account.encoder is not None
     S = float(np.maximum(actions_B - 1, 0).sum()) if targets is None else float(targets)
     if model.interleaving is None:
         rows_B = np.maximum(actions_B - 1, 0)
@@ -118,10 +87,10 @@ def _ranking(account: ModelAccounting, actions_B: Array, targets: int | None) ->
         rows_B = np.where(actions_B > 0, contexts + 2 * actions_B - 1, 0)
         labelled = float(actions_B.sum())
     T = float(rows_B.sum())
-    found = account.encoded(rows_B)
+    found = account.encoder.parts(rows_B)
     found["embedding"] = Part(2 * T * D, 2 * T * D)
-    found["labels"] = _products(labelled, entries(model.history.weight), inputs_have_gradients=False)
-    found["head"] = _products(S, weights_of(model.head))
+    found["labels"] = products(labelled, entries(model.history.weight), inputs_have_gradients=False)
+    found["head"] = products(S, weights_of(model.head))
     return found
 
 
@@ -144,9 +113,9 @@ def _din(account: ModelAccounting, actions_B: Array, targets: int | None) -> dic
     )  # of the past, of the candidate, of their difference (in both) and product
     behind = sum(weights_of(layer) for layer in others) + weights_of(model.unit.out)
     return {
-        "linear": _sum(_products(A + S + P, quarter), _products(P, behind)),
-        "labels": _products(A, entries(model.history.weight), inputs_have_gradients=False),
-        "head": _products(S, weights_of(model.head)),
+        "linear": _sum(products(A + S + P, quarter), products(P, behind)),
+        "labels": products(A, entries(model.history.weight), inputs_have_gradients=False),
+        "head": products(S, weights_of(model.head)),
     }
 
 
@@ -158,11 +127,11 @@ def _dlrm(account: ModelAccounting, actions_B: Array, targets: int | None) -> di
     first = weights_of(model.bottom.layers[0])
     return {
         "linear": _sum(
-            _products(S, first, inputs_have_gradients=False),
-            _products(S, weights_of(model.bottom) - first),
-            _products(S, vectors * vectors * D),
+            products(S, first, inputs_have_gradients=False),
+            products(S, weights_of(model.bottom) - first),
+            products(S, vectors * vectors * D),
         ),
-        "head": _products(S, weights_of(model.head)),
+        "head": products(S, weights_of(model.head)),
     }
 
 
@@ -171,14 +140,14 @@ def _two_tower(account: ModelAccounting, actions_B: Array, targets: int | None) 
     assert isinstance(model, TwoTower)
     network: Any = model.network
     S = float(actions_B.sum())
-    found, cross = _products(S, weights_of(network)), None
+    found, cross = products(S, weights_of(network)), None
     for module in network.modules():
         if isinstance(module, Interacting):  # a row for each field, of which each looks at all
             fields, dim = network.fields, network.dim
-            found = _sum(found, _products(S * (fields - 1), weights_of(module)))
-            found = _sum(found, _products(S, 2 * fields * fields * dim))
+            found = _sum(found, products(S * (fields - 1), weights_of(module)))
+            found = _sum(found, products(S, 2 * fields * fields * dim))
         elif isinstance(module, CrossNet):
-            cross = _products(S, entries(module.weight))
+            cross = products(S, entries(module.weight))
     if isinstance(network, IntTower):
         config = network.config
         heads = len(network.used) * config.heads
@@ -187,7 +156,7 @@ def _two_tower(account: ModelAccounting, actions_B: Array, targets: int | None) 
         if (
             config.cir
         ):  # at most: each liked impression meets all items, and how many are liked lengths don't tell
-            found = _sum(found, _products(S * S, config.tower[-1]))
+            found = _sum(found, products(S * S, config.tower[-1]))
     return {"linear": found} if cross is None else {"linear": found, "cross": cross}
 
 

@@ -77,40 +77,64 @@ class Accounting:
                 f"operations are counted of retrieval models alone, and model.name is {config.model.name}: "
                 "use model=retrieval with an objective"
             )
-        self.config, self.items, self.dim = config, items, config.model.dim
+        self.config, self.items = config, items
         length = config.data.max_length + config.model.task.build().extra_inputs
         with torch.device("meta"):
-            encoder = config.model.encoder.build(self.dim, length)
-        self.causal: bool = encoder.causal
+            encoder = config.model.encoder.build(config.model.dim, length)
         self.parameters = sum(p.numel() for p in encoder.parameters())
-        self.weights, self.widths = weights_of(encoder), attention_widths(encoder)
-        stacks = [module for module in encoder.modules() if isinstance(module, Stack)]
-        self.stack_weights = sum(map(weights_of, stacks))
-        self.stack_widths = sum(map(attention_widths, stacks))
+        self.encoder = EncoderWork(encoder, config)
 
     def step(self, lengths_B: Sequence[int] | np.ndarray, targets: int | None = None) -> Flops:
         """lengths_B: of the inputs.  targets: that are predicted; where nothing is said one for each input, or of a
         task that hides inputs the share that it hides on average."""
         n_B = np.asarray(lengths_B, np.float64)
-        T, squares = float(n_B.sum()), float((n_B**2).sum())
-        S = T * predicted(self.config) if targets is None else float(targets)
-        objective = self.config.objective
-        assert objective is not None
-        scored = objective.component().scored(objective, int(S), self.items)  # type: ignore[attr-defined]
-        loss = 2 * S * scored * (self.dim + sum(self.config.model.similarity.matryoshka))  # type: ignore[attr-defined]
-        parts = {
-            "linear": Part(2 * T * self.weights, 4 * T * self.weights),
-            "attention": self._attention(squares, self.widths),
-            "embedding": Part(2 * T * self.dim, 2 * T * self.dim),
-            "loss": Part(loss, 2 * loss),
-        }
-        if self.config.train.activation_checkpointing:
-            again = 2 * T * self.stack_weights + self._attention(squares, self.stack_widths).forward
-            parts["recompute"] = Part(0.0, again)
-        return Flops(parts)
+        return Flops(retrieval(self.config, self.encoder, n_B, targets, self.items))
 
-    def _attention(self, squares: float, widths: int) -> Part:
-        return attention(squares, widths, causal=self.causal)
+
+class EncoderWork:
+    """What ``encoder`` does with the rows of a batch, as ``config`` trains it."""
+
+    def __init__(self, encoder: nn.Module, config: RunConfig) -> None:
+        stacks = [module for module in encoder.modules() if isinstance(module, Stack)]
+        self.causal: bool = encoder.causal  # type: ignore[assignment]
+        self.weights, self.widths = weights_of(encoder), attention_widths(encoder)
+        self.stack_weights = sum(map(weights_of, stacks))
+        self.stack_widths = sum(map(attention_widths, stacks))
+        self.recomputes = config.train.activation_checkpointing
+
+    def parts(self, rows_B: np.ndarray) -> dict[str, Part]:
+        """On so many rows of each sequence, with what is formed again."""
+        T, squares = float(rows_B.sum()), float((rows_B**2).sum())
+        parts = {
+            "linear": products(T, self.weights),
+            "attention": attention(squares, self.widths, causal=self.causal),
+        }
+        if self.recomputes:
+            again = attention(squares, self.stack_widths, causal=self.causal)
+            parts["recompute"] = Part(0.0, 2 * T * self.stack_weights + again.forward)
+        return parts
+
+
+def retrieval(
+    config: RunConfig, encoder: EncoderWork, rows_B: np.ndarray, targets: int | None, items: int
+) -> dict[str, Part]:
+    """A retrieval model's parts; rows_B: inputs of each sequence."""
+    T, D = float(rows_B.sum()), config.model.dim
+    S = T * predicted(config) if targets is None else float(targets)
+    assert config.objective is not None
+    scored = config.objective.component().scored(config.objective, int(S), items)  # type: ignore[attr-defined]
+    widths = D + sum(config.model.similarity.matryoshka)  # type: ignore[attr-defined]  # a loss at each
+    return {
+        **encoder.parts(rows_B),
+        "embedding": Part(2 * T * D, 2 * T * D),
+        "loss": products(S * scored, widths),
+    }
+
+
+def products(rows: float, weights: float, *, inputs_have_gradients: bool = True) -> Part:
+    """Rows by matrices of so many weights."""
+    forward = 2 * rows * weights
+    return Part(forward, forward * (2 if inputs_have_gradients else 1))
 
 
 def predicted(config: RunConfig) -> float:

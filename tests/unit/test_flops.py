@@ -107,7 +107,7 @@ def test_lengths_and_losses_are_what_they_are():
 
 def test_a_recurrent_encoder_has_weights_alone_and_a_ranking_model_is_refused():
     found = Accounting(config({"name": "gru4rec", "hidden": 48}), ITEMS)
-    assert found.weights == 3 * 48 * (32 + 48) + 48 * 32 and found.widths == 0
+    assert found.encoder.weights == 3 * 48 * (32 + 48) + 48 * 32 and found.encoder.widths == 0
     ranking = SimpleNamespace(model=SimpleNamespace(name="ranking"), objective=None)
     with pytest.raises(UserError, match=r"counted of retrieval models alone, and model\.name is ranking"):
         Accounting(ranking, ITEMS)
