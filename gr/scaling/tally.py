@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from gr.scaling.flops import ATTENTION_BACKWARD
 
@@ -44,8 +43,10 @@ class Tally(TorchDispatchMode):
     live, peak: bytes of the tensors that were made inside, now and at most.  operations: in order."""
 
     def __init__(self, squares: float = 0.0, given: Iterable[Tensor] = ()) -> None:
+        from torch.utils.flop_counter import flop_registry  # which imports Triton
+
         super().__init__()
-        self.squares = squares
+        self.counters, self.squares = flop_registry, squares
         self.live = self.peak = 0
         self.operations: list[Operation] = []
         self._known: set[int] = set()
@@ -95,7 +96,7 @@ class Tally(TorchDispatchMode):
             arguments = dict(zip((argument.name for argument in func._schema.arguments), args)) | dict(kwargs)
             flops, gathered = _of_kernel(arguments, self.squares, "_backward" in name)
             self.peak = max(self.peak, self.live + _inside(name, arguments))
-        elif (counted := flop_registry.get(func._overloadpacket)) is not None:
+        elif (counted := self.counters.get(func._overloadpacket)) is not None:
             flops = float(counted(*args, **kwargs, out_val=out))
         moved = gathered + sum({_key(t): t.numel() * t.element_size() for t in (*given, *made)}.values())
         if name in GATHERS:  # reads what it returns, not all that it could

@@ -154,9 +154,9 @@ def test_metrics_computed_from_the_lists_are_the_evaluations(run, tmp_path, excl
     }
     assert count == len(rows) == evaluated.users < 13, "some users have one action alone"
     ranks = np.array([1.0 + row["item_ids"].index(row["target_id"]) for row in rows])
-    assert {
-        name: mean(gains) for name, gains in all_gains(ranks, config.eval.ks).items()
-    } == evaluated.metrics
+    assert {name: mean(gains) for name, gains in all_gains(ranks, config.eval.ks).items()} == {
+        name: value for name, value in evaluated.metrics.items() if name != "loss"
+    }  # which lists don't tell
     if exclude != "none":
         assert min(len(row["item_ids"]) for row in rows) < ITEMS
 

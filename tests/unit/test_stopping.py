@@ -18,8 +18,16 @@ def clock(monkeypatch):
     return now
 
 
+@pytest.fixture
+def connected():
+    """A lost connection ends this process, as it does without nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("first", NUMBERS)
-def test_the_first_signal_is_remembered_and_a_later_interrupt_ends_at_once(clock, first):
+def test_the_first_signal_is_remembered_and_a_later_interrupt_ends_at_once(clock, connected, first):
     before = [signal.getsignal(number) for number in NUMBERS]
     with StopSignal() as stop:
         assert not stop.received
