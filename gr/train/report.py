@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +24,7 @@ def final_rows(result: RunResult) -> dict[str, dict[str, Any]]:
     best = best_validation(result.metrics, result.selection)
     if best is not None:
         for split in dict.fromkeys(r["split"] for r in evaluations):
-            rows[f"{split}, epoch chosen on valid"] = result.evaluation(split, step=best["step"])
+            rows[f"{split}, best on valid"] = result.evaluation(split, step=best["step"])
     return rows
 
 
@@ -32,7 +33,8 @@ def print_result(result: RunResult) -> None:
     if not result.finished:
         print(f"stopped and saved; go on with: python -m gr train --resume {result.path}")
         return
-    table = Table(title=Text(str(result.path)), title_justify="left")
+    # without lines between columns, so that names aren't broken where a terminal has 80
+    table = Table(title=Text(str(result.path)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
     table.add_column("epoch", justify="right")
     for name in result.shown:

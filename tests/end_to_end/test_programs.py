@@ -123,7 +123,7 @@ def test_training_leaves_a_whole_run_folder_and_says_what_is_next(folder, traine
     assert kinds["eval"] == 1 and kinds["train"] >= 1
     assert found.config.is_file() and found.environment.is_file() and (found.plots / "training.png").is_file()
     assert [p.name for p in found.checkpoints.iterdir() if p.name == "step-00000009"]
-    assert "test, last" in trained
+    assert "test, last epoch" in trained
     assert "python -m gr evaluate --run runs/shop --split test" in trained
 
 

@@ -44,8 +44,8 @@ def assert_all_name(result, metric, rows):
     assert last.best["exclude"] == best["exclude"] and last.best.get("of_users") == best.get("of_users")
     assert last.stale == len(rows) - 1 - rows.index(best)
     table = final_rows(result)
-    assert table["valid, epoch chosen on valid"] == best
-    assert table["test, epoch chosen on valid"]["step"] == step
+    assert table["valid, best on valid"] == best
+    assert table["test, best on valid"]["step"] == step
     assert find_checkpoint(RunFolder(result.path), "best").name == f"step-{step:08d}"
     assert open_run(result.path, "best").step == step
 

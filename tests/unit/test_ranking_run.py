@@ -108,7 +108,7 @@ def test_an_epoch_is_chosen_by_auc_of_the_first_task_unless_told_otherwise(train
     assert selection_metric(config("train.early_stopping={patience: 2}")) == "auc/like"
     assert selection_metric(config("train.early_stopping.metric=ne/bought")) == "ne/bought"
     best = max(rows_of(trained, "eval", "valid"), key=lambda r: r["auc/like"])
-    assert final_rows(trained)["test, epoch chosen on valid"]["step"] == best["step"]
+    assert final_rows(trained)["test, best on valid"]["step"] == best["step"]
 
 
 def test_early_stopping_knows_that_a_lower_ne_is_better(config):

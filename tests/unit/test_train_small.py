@@ -112,7 +112,7 @@ def test_the_best_checkpoint_is_there_wherever_it_was_found(config):
     assert find_checkpoint(RunFolder(result.path), "best").name == f"step-{best:08d}"
     # an epoch has several evaluations here: the one that was chosen is reported, not the last of its epoch
     rows = final_rows(result)
-    assert rows["test, epoch chosen on valid"]["step"] == best
+    assert rows["test, best on valid"]["step"] == best
     assert saved_steps(result) == sorted({best, 30})
 
 
