@@ -34,7 +34,9 @@ def print_result(result: RunResult) -> None:
         print(f"stopped and saved; go on with: python -m gr train --resume {result.path}")
         return
     # without lines between columns, so that names aren't broken where a terminal has 80
-    table = Table(title=Text(str(result.path)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(str(result.path)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("")
     table.add_column("epoch", justify="right")
     for name in result.shown:
