@@ -15,7 +15,7 @@ from gr.processes import Processes
 from gr.train import checkpoint, job
 from gr.train.exporting import export
 from gr.train.parts import build
-from gr.train.reproduction.transfer import Adapted, findings, read_transfer
+from gr.train.reproduction.transfer import Adapted, findings, read_transfer, transfer
 from gr.train.runs import open_run
 from gr.train.saved_weights import SavedWeights
 from tests.end_to_end.tiny import CONFIG, make_dataset, weights
@@ -190,6 +190,13 @@ def test_nothing_to_train_is_refused(config, source):
     still = [f"train.start_from={source}", "model.adapters=frozen"]
     with pytest.raises(UserError, match="nothing of the model trains"):
         build(config("target", "still", *still, tower={"mode": "frozen"}, head={"frozen": True}), CPU)
+
+
+def test_the_table_of_adapters_starts_its_processes_itself(monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="start it without torchrun, and say how many with --processes"):
+        transfer(read_transfer("adapters"), None)
 
 
 def test_the_table_of_adapters():

@@ -1,4 +1,4 @@
-"""The data of a table, prepared where it isn't yet."""
+"""Before the rows of a table are trained: one process that starts the others, and the data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from gr.errors import UserError
+from gr.launcher import launched
 from gr.train.cells import exit_status
+
+
+def refuse_torchrun() -> None:
+    """Refuse to be one of several processes, which would prepare the same data and train the same rows."""
+    if launched().ranks > 1:
+        raise UserError(
+            "reproduce starts the processes of its trainings itself: start it without torchrun, and say how many "
+            "with --processes",
+            everywhere=True,
+        )
 
 
 def prepare(name: str, options: Mapping[str, Any], source: str | None, path: str) -> None:

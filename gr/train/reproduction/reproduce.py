@@ -13,11 +13,10 @@ from typing import Any
 from gr.config import RunConfig, load
 from gr.data.dataset import SequenceDataset
 from gr.errors import UserError, nearest
-from gr.launcher import launched
 from gr.shipped import find_table
 from gr.train.cells import Cell, train_cells
 from gr.train.reproduction.paired import paired, print_paired, to_json
-from gr.train.reproduction.prepared import prepare
+from gr.train.reproduction.prepared import prepare, refuse_torchrun
 from gr.train.reproduction.table import Measured, PublishedTable, Row, read_table
 from gr.train.selection import metric_names
 
@@ -35,12 +34,7 @@ def reproduce(
     overrides: Sequence[str] = (),
 ) -> list[Measured]:
     """Prepare ``dataset`` and train the rows (all of them, or those whose config is named) for every seed."""
-    if launched().ranks > 1:
-        raise UserError(
-            "reproduce starts the processes of its trainings itself: start it without torchrun, and say how many "
-            "with --processes",
-            everywhere=True,
-        )
+    refuse_torchrun()
     table = read_table(dataset)
     chosen = [r for r in table.rows if not rows or Path(r.config).stem in rows]
     for name in rows:

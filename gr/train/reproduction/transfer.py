@@ -25,7 +25,7 @@ from gr.train import checkpoint
 from gr.train.cells import Cell, Trained, train_cells
 from gr.train.folder import RunFolder
 from gr.train.reproduction.order import ERRORS
-from gr.train.reproduction.prepared import prepare
+from gr.train.reproduction.prepared import prepare, refuse_torchrun
 from gr.train.saved_weights import SavedWeights
 from gr.train.selection import best_validation, selection_metric
 
@@ -101,6 +101,7 @@ def transfer(
 
     data: the folder of the prepared datasets; source: of the raw ones, each in a folder of its own name.
     """
+    refuse_torchrun()
     base = data or "data"
     wanted = _chosen(table, rows)
     for name in dict.fromkeys(n for d, _, _ in wanted for n in (d.source, d.target)):
