@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from gr.data.outputs import delivered
 from gr.data.stores import RangedFile, Store, column_ranges, first_line, is_url
 
 __all__ = ["Folder", "first_line", "is_url"]
@@ -88,12 +89,8 @@ class Folder:
             return
         target = self.local / file
         target.parent.mkdir(exist_ok=True)
-        scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
-        try:
+        with delivered(target) as scratch:
             scratch.write_bytes(content)
-            os.replace(scratch, target)
-        finally:
-            scratch.unlink(missing_ok=True)
 
     def _size(self, file: str) -> int:
         """Of a file in the store, asked for once."""
