@@ -18,6 +18,7 @@ from tests.end_to_end.tiny import ROOT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "nsenter", "unshare")
 NODES = ("node-a", "node-b")
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL")
 CONFIG = """
 ClusterName=gr
 SlurmctldHost={machine}({control})
@@ -62,16 +63,12 @@ class Slurm:
         return subprocess.run(words, env=self.environment, capture_output=True, text=True).stdout.strip()
 
     def state(self, job: str) -> str:
-        """The job's, in Slurm's words; "" when Slurm has forgotten it."""
-        return self.told("squeue", "-h", "-j", job, "-o", "%T")
+        """The job's, in Slurm's words."""
+        return self.asked("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
 
     def ended(self, job: str) -> bool:
-        """Whether it has; on its way back into the queue it is nowhere for a moment."""
-        for _ in range(5):
-            if self.state(job) not in ("", "COMPLETED"):
-                return False
-            time.sleep(0.5)
-        return True
+        """Whether it has, well or badly."""
+        return self.state(job) in ENDS
 
 
 def refusal() -> str | None:
