@@ -41,10 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
 
-    from gr.train.reproduction.order import print_steps, steps_of, to_json
+    from gr.train.reproduction.hypotheses import print_hypotheses, to_json
     from gr.train.reproduction.reproduce import reproduce
-    from gr.train.reproduction.table import print_table, read_table, save_table
+    from gr.train.reproduction.table import hypotheses_of, read_table
     from gr.train.reproduction.transfer import read_transfer
+    from gr.train.reproduction.views import print_table, save_table
 
     if (table := read_transfer(options.dataset)) is not None:
         _transfer(table, options)
@@ -61,21 +62,18 @@ def main(arguments: list[str] | None = None) -> int:
         overrides=options.overrides,
     )
     published = read_table(options.dataset)
+    folder = Path(options.out, options.dataset)
     print_table(published, measured)
-    if published.protocols:
-        steps = steps_of(published, measured)
-        print_steps(steps, published.columns[0])
-        Path(options.out, options.dataset, "order.json").write_text(
-            json.dumps(to_json(steps), indent=1) + "\n"
-        )
-    print(
-        f"picture {save_table(published, measured, f'{options.out}/{options.dataset}')}, table.json beside it"
-    )
+    if hypotheses := hypotheses_of(published, measured):
+        print_hypotheses(hypotheses)
+        (folder / "hypotheses.json").write_text(json.dumps(to_json(hypotheses), indent=1) + "\n")
+    print(f"picture {save_table(published, measured, folder)}, table.json beside it")
     return 0
 
 
 def _transfer(table: Any, options: argparse.Namespace) -> None:
-    from gr.train.reproduction.transfer import findings, print_transfer, save_transfer, transfer
+    from gr.train.reproduction.hypotheses import print_hypotheses
+    from gr.train.reproduction.transfer import hypotheses_of, print_transfer, save_transfer, transfer
 
     found = transfer(
         table,
@@ -87,9 +85,10 @@ def _transfer(table: Any, options: argparse.Namespace) -> None:
         data=options.data,
         overrides=options.overrides,
     )
-    tested = findings(found, table)
-    print_transfer(found, tested, table)
-    print(f"kept in {save_transfer(found, tested, f'{options.out}/{table.name}')}")
+    hypotheses = hypotheses_of(found, table)
+    print_transfer(found, table)
+    print_hypotheses(hypotheses)
+    print(f"kept in {save_transfer(found, hypotheses, f'{options.out}/{table.name}')}")
 
 
 def _seeds(text: str) -> list[int]:

@@ -14,8 +14,9 @@ from gr.train import cells, job
 from gr.train.cells import Cell, Trained, is_finished, train_cells
 from gr.train.folder import RunFolder
 from gr.train.reproduction import reproduce as reproduction
-from gr.train.reproduction.table import Measured, Row, print_table, read_table
+from gr.train.reproduction.table import Measured, Row, read_table
 from gr.train.reproduction.transfer import read_transfer
+from gr.train.reproduction.views import print_table
 from gr.train.selection import metric_names
 from tests.end_to_end.tiny import assert_same_run, make_dataset, write_config
 

@@ -15,7 +15,7 @@ from gr.processes import Processes
 from gr.train import checkpoint, job
 from gr.train.exporting import export
 from gr.train.parts import build
-from gr.train.reproduction.transfer import Adapted, findings, read_transfer, transfer
+from gr.train.reproduction.transfer import Adapted, hypotheses_of, read_transfer, transfer
 from gr.train.runs import open_run
 from gr.train.saved_weights import SavedWeights
 from tests.end_to_end.tiny import CONFIG, make_dataset, weights
@@ -214,7 +214,7 @@ def test_the_table_of_adapters():
         return Adapted(name, method, part, 10, [{"hr@10": value, "epoch": 0} for value in values])
 
     found = [row("full", "both", 0.5, 0.6), row("scratch", "", 0.3, 0.41), row("lora", "both", 0.55, 0.55)]
-    told = {(f.better, f.worse): f.verdict for f in findings(found, table)}
+    told = {(f.high, f.low): f.verdict for f in hypotheses_of(found, table)}
     assert told == {
         ("full, both", "scratch"): "confirmed",
         ("lora, both", "full, both"): "undecided",

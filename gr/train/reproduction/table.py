@@ -1,23 +1,19 @@
-"""A published table beside what was measured: its files, the printed form, JSON and a picture."""
+"""A published table: its file, what was measured of its rows, and the hypotheses that it tests."""
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
-from rich.table import Table
+from pydantic import Field
 
 from gr.config import Section, read_yaml, validate
 from gr.shipped import find_table
 from gr.train.cells import Trained
-from gr.train.selection import best_validation, selection_metric
-
-COSTS = ("parameters", "s an epoch", "peak MiB")
+from gr.train.reproduction.hypotheses import Hypothesis, tested
+from gr.train.selection import best_validation, better, selection_metric
 
 
 class Row(Section):
@@ -37,7 +33,8 @@ class PublishedTable(Section):
     ``prepares``: what gr prepare calls its data, where that isn't the dataset's name.  ``options``: of a generated
     dataset.  ``oracle``: also print each row's share of the oracle's metric.  ``protocols``: by name, options of the
     datasets on each of which all rows are trained; ``published_under``: the one whose figures are compared with the
-    published ones.  ``costs``: also print what trains, seconds an epoch and the largest memory."""
+    published ones.  ``costs``: also print what trains, seconds an epoch and the largest memory.  ``hypotheses``: pairs
+    of rows, by their configs' names, of which the first is held to be better in every column."""
 
     dataset: str
     prepares: str | None = None
@@ -46,6 +43,7 @@ class PublishedTable(Section):
     options: dict[str, Any] = {}
     oracle: bool = False
     costs: bool = False
+    hypotheses: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
     protocols: dict[str, dict[str, Any]] = {}
     published_under: str | None = None
     name: str | None = None
@@ -104,86 +102,30 @@ def read_table(dataset: str) -> PublishedTable:
     return validate(PublishedTable, read_yaml(find_table(dataset), PublishedTable), "")
 
 
-def print_table(table: PublishedTable, measured: Sequence[Measured]) -> None:
-    """Published beside measured; means over seeds, with the spread where there are several."""
-    view = Table(title=f"{table.title}: published beside measured", title_justify="left")
-    view.add_column("model, epoch")
-    for column in [*table.columns, *(COSTS if table.costs else ())]:
-        view.add_column(column, justify="right")
-    for result in measured:
-        published = [_number(result.row.published.get(c)) for c in table.columns]
-        known = " published" if any(published) else ""
-        view.add_row(f"[bold]{result.row.name}[/]{known}", *published, *_costs(table, result))
-        chosen = f"chosen by valid {result.selection}"
-        for label, rows in (("last epoch", result.last), (chosen, result.chosen)):
-            if rows:
-                epochs = "/".join(str(r["epoch"] + 1) for r in rows)
-                view.add_row(
-                    f"  {label} ({epochs})", *(_spread([r[c] for r in rows if c in r]) for c in table.columns)
-                )
-        if table.oracle:
-            oracle = result.baselines["oracle"]
-            shares = [statistics.mean(r[c] for r in result.last) / oracle[c] for c in table.columns]
-            view.add_row("  share of the oracle", *(f"{s:.1%}" for s in shares))
-        view.add_section()
-    for name, row in (measured[0].baselines if measured else {}).items():
-        view.add_row(name, *(_number(row.get(c)) for c in table.columns))
-    console = Console()
-    console.print(view)
-    for result in measured:
-        digests = ", ".join(dict.fromkeys(result.digests))
-        console.print(
-            f"{result.row.name}: data digest {digests}; published: {result.row.source}", highlight=False
-        )
+def hypotheses_of(table: PublishedTable, measured: Sequence[Measured]) -> list[Hypothesis]:
+    """For each protocol: where the table has several, each row against the one published just below it, by the first
+    column; and the table's own pairs, by every column.  Rows that weren't trained are in none."""
+    return [one for protocol in [*table.protocols] or [""] for one in _hypotheses(table, measured, protocol)]
 
 
-def save_table(table: PublishedTable, measured: Sequence[Measured], folder: str | Path) -> Path:
-    """Write ``table.json`` and ``table.png`` into ``folder``; returns the picture's path."""
-    folder = Path(folder)
-    content = [{**asdict(m), "row": m.row.model_dump()} for m in measured]
-    (folder / "table.json").write_text(json.dumps(content, indent=1) + "\n")
-
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
-
-    names = [m.row.name for m in measured]
-    figure = Figure(figsize=(2.2 + 1.3 * len(names), 3.6), layout="constrained")
-    axes = figure.subplots()
+def _hypotheses(table: PublishedTable, measured: Sequence[Measured], protocol: str) -> Iterator[Hypothesis]:
     metric = table.columns[0]
-    published = [m.row.published.get(metric, 0.0) for m in measured]
-    values = [m.result for m in measured]
-    means = [statistics.mean(r[metric] for r in rows) for rows in values]
-    spreads = [statistics.stdev(r[metric] for r in rows) if len(rows) > 1 else 0.0 for rows in values]
-    places = range(len(names))
-    axes.bar([p - 0.2 for p in places], published, 0.4, color="#c9ced6", label="published")
-    bars = axes.bar([p + 0.2 for p in places], means, 0.4, yerr=spreads, color="#1f5a99", label="measured")
-    axes.bar_label(bars, [f"{mean:.4f}" for mean in means], padding=2, size=8)
-    if table.oracle:
-        oracle = measured[0].baselines["oracle"][metric]
-        axes.axhline(oracle, linestyle="--", color="grey", linewidth=1, label="oracle on this stream")
-    axes.set_xticks(list(places), [n.replace(" (", "\n(").replace(", ", ",\n") for n in names], size=8)
-    axes.set(title=f"{table.title}: {metric.upper()}", ylim=(0, None))
-    axes.margins(y=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    figure.savefig(folder / "table.png", dpi=130)
-    return folder / "table.png"
+    rows = {Path(m.row.config).stem: m for m in measured if m.row.protocol == protocol}
+    figures = {Path(row.config).stem: row.published[metric] for row in table.rows if metric in row.published}
 
+    def test(metric: str, high: str, low: str, published: float | None = None) -> Hypothesis:
+        named = (
+            (next(r.name for r in table.rows if Path(r.config).stem == n), rows[n].result)
+            for n in (high, low)
+        )
+        return tested(metric, *named, where=protocol, published=published)
 
-def _costs(table: PublishedTable, result: Measured) -> list[str]:
-    """What trains, the median seconds of an epoch, and the largest memory."""
-    if not (table.costs and result.costs):
-        return []
-    seconds = statistics.median(row["epoch_s"] for row in result.costs)
-    peak = max(row["peak_mib"] for row in result.costs)
-    return [f"{result.costs[-1]['trained']:,}", f"{seconds:,.1f}", f"{peak:,.0f}"]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = statistics.mean(values)
-    return f"{mean:.4f}" + (f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else "")
+    if table.protocols:
+        sign = 1.0 if better(metric, 1.0, 0.0) else -1.0
+        ladder = sorted((name for name in rows if name in figures), key=lambda name: sign * figures[name])
+        for low, high in zip(ladder, ladder[1:]):
+            yield test(metric, high, low, sign * (figures[high] - figures[low]))
+    for high, low in table.hypotheses:
+        if high in rows and low in rows:
+            for column in table.columns:
+                yield test(column, high, low)

@@ -24,7 +24,7 @@ from gr.shipped import find_table
 from gr.train import checkpoint
 from gr.train.cells import Cell, Trained, train_cells
 from gr.train.folder import RunFolder
-from gr.train.reproduction.order import ERRORS
+from gr.train.reproduction.hypotheses import Hypothesis, tested, to_json
 from gr.train.reproduction.prepared import prepare, refuse_torchrun
 from gr.train.saved_weights import SavedWeights
 from gr.train.selection import best_validation, selection_metric
@@ -65,19 +65,6 @@ class Adapted:
     @property
     def name(self) -> str:
         return f"{self.method}, {self.part}" if self.part else self.method
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A hypothesis of the form ``better`` than ``worse``.  ``measured``: by how much, paired by seeds, with its
-    standard error (None for one seed).  ``verdict``: confirmed, refuted or undecided."""
-
-    direction: str
-    better: str
-    worse: str
-    measured: float
-    error: float | None
-    verdict: str
 
 
 def read_transfer(name: str) -> TransferTable | None:
@@ -127,13 +114,13 @@ def transfer(
     return found
 
 
-def findings(found: Sequence[Adapted], table: TransferTable) -> list[Finding]:
+def hypotheses_of(found: Sequence[Adapted], table: TransferTable) -> list[Hypothesis]:
     """What is to be tested (Adapter4Rec, WSDM 2024): adapters are about as good as full fine-tuning, both encoders need
     them, Houlsby's is among the best; and that anything is taken along at all."""
-    return [finding for direction in table.directions for finding in _findings(found, table, direction.name)]
+    return [one for direction in table.directions for one in _hypotheses(found, table, direction.name)]
 
 
-def _findings(found: Sequence[Adapted], table: TransferTable, direction: str) -> Iterator[Finding]:
+def _hypotheses(found: Sequence[Adapted], table: TransferTable, direction: str) -> Iterator[Hypothesis]:
     rows = {(row.method, row.part): row for row in found if row.direction == direction}
     both, *single = table.parts
     pairs = [((FULL, both), (SCRATCH, ""))]
@@ -141,24 +128,15 @@ def _findings(found: Sequence[Adapted], table: TransferTable, direction: str) ->
         pairs += [((method, both), (FULL, both)), ((method, both), (SCRATCH, ""))]
         pairs += [((method, both), (method, part)) for part in single]
     pairs += [(("houlsby", both), (method, both)) for method in table.methods if method != "houlsby"]
-    for high, low in pairs:
-        if high in rows and low in rows:
-            yield _compared(rows[high], rows[low], table.columns[0])
+    for pair in pairs:
+        if all(row in rows for row in pair):
+            high, low = ((rows[row].name, rows[row].results) for row in pair)
+            yield tested(table.columns[0], high, low, where=direction)
 
 
-def _compared(high: Adapted, low: Adapted, metric: str) -> Finding:
-    differences = [one[metric] - other[metric] for one, other in zip(high.results, low.results, strict=True)]
-    mean = statistics.mean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-    verdict = "undecided"
-    if error is not None and abs(mean) > ERRORS * error:
-        verdict = "confirmed" if mean > 0 else "refuted"
-    return Finding(high.direction, high.name, low.name, mean, error, verdict)
-
-
-def print_transfer(found: Sequence[Adapted], tested: Sequence[Finding], table: TransferTable) -> None:
-    """Both tables; means over seeds, with the spread where there are several."""
-    console, metric = Console(), table.columns[0]
+def print_transfer(found: Sequence[Adapted], table: TransferTable) -> None:
+    """A table a direction; means over seeds, with the spread where there are several."""
+    console = Console()
     for direction in table.directions:
         view = Table(title=f"{direction.name}: at the epoch that validation chooses", title_justify="left")
         view.add_column("what trains")
@@ -170,22 +148,11 @@ def print_transfer(found: Sequence[Adapted], tested: Sequence[Finding], table: T
             view.add_row(row.name, f"{row.trained:,}", *figures, epochs)
         if view.row_count:
             console.print(view)
-    view = Table(
-        title=f"hypotheses, {metric}, paired by seeds: by {ERRORS:g} standard errors, or undecided",
-        title_justify="left",
-    )
-    for column in ("direction", "better", "than", "by", "verdict"):
-        view.add_column(column, justify="right" if column == "by" else "left")
-    for finding in tested:
-        off = "" if finding.error is None else f" ±{finding.error:.4f}"
-        by = f"{finding.measured:+.4f}{off}"
-        view.add_row(finding.direction, finding.better, finding.worse, by, finding.verdict)
-    console.print(view)
 
 
-def save_transfer(found: Sequence[Adapted], tested: Sequence[Finding], folder: str | Path) -> Path:
-    """``table.json``: the rows with their seeds' results, and the findings."""
-    content = {"rows": [asdict(row) for row in found], "findings": [asdict(finding) for finding in tested]}
+def save_transfer(found: Sequence[Adapted], hypotheses: Sequence[Hypothesis], folder: str | Path) -> Path:
+    """``table.json``: the rows with their seeds' results, and the hypotheses."""
+    content = {"rows": [asdict(row) for row in found], "hypotheses": to_json(hypotheses)}
     file = Path(folder) / "table.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     return file
