@@ -73,10 +73,12 @@ def test_every_engine_names_the_same_tensors(folder):
 
 
 def test_the_same_processes_go_on_to_the_same_bits(folder):
+    """And what they save then while training goes on is what they would have saved in step."""
     jobs = []
     for engine in ENGINES:
         shutil.copytree(folder / f"{engine}-saved", folder / f"{engine}-resumed")
-        jobs.append({"resume": folder / f"{engine}-resumed", "overrides": [f"train.max_steps={END}"]})
+        overrides = [f"train.max_steps={END}", "checkpoint.asynchronous=true"]
+        jobs.append({"resume": folder / f"{engine}-resumed", "overrides": overrides})
     assert run_jobs(folder, jobs, 2) == [[None, None]] * len(jobs)
     for engine in ENGINES:
         assert_same_run(folder / f"{engine}-resumed", folder / f"{engine}-whole")

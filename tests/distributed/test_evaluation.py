@@ -25,7 +25,7 @@ from gr.train.evaluation import Evaluation
 from gr.train.parts import Catalogue
 
 ITEMS, USERS = 40, 61
-CASES: dict = {"all": {}, "subset": {"max_users": 17, "exclude": "all"}}
+CASES: dict = {"all": {"cold": 3}, "subset": {"max_users": 17, "exclude": "all"}}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,15 @@ def opened(path: str, **changes):
 def evaluating(path: str, joined: Processes | None = None, **changes) -> Evaluation:
     dataset, split, config = opened(path, **changes)
     return Evaluation(dataset, split, config, Catalogue(dataset, split), processes=joined)
+
+
+class Likely:
+    """Probabilities, others for each user, so that there are losses."""
+
+    gives_probabilities = True
+
+    def scores(self, batch):
+        return (1.0 + batch.ordinals_B[:, None] * torch.arange(ITEMS) % 7).softmax(1)
 
 
 class Diverged:
@@ -100,6 +109,7 @@ def measure(path: str, joined: Processes | None = None, **changes) -> dict:
     again = evaluation.run("test", scorer)
     assert knn.row() == again.row() and knn.buckets == again.buckets
     popular = evaluation.baselines("valid", ["popularity"])["popularity"]
+    likely = evaluation.run("test", Likely())
     every = requests(dataset, split, "test", max_length=7, max_users=config.eval.max_users)
     third = int(next(iter(every)).batch.ordinals_B[2])
     with pytest.raises(UserError) as refusal:
@@ -110,6 +120,7 @@ def measure(path: str, joined: Processes | None = None, **changes) -> dict:
     return {
         "knn": [knn.row(), knn.buckets],
         "popularity": [popular.row(), popular.buckets],
+        "likely": [likely.row(), likely.buckets],
         "refusal": str(refusal.value),
     }
 
@@ -139,10 +150,12 @@ def test_two_processes_measure_what_one_does(path, tmp_path):
         for rank in ranks:
             assert rank[name]["knn"] == alone["knn"], "not the same bits"
             assert rank[name]["popularity"] == alone["popularity"]
+            assert rank[name]["likely"] == alone["likely"]
         row = alone["knn"][0]
         assert row["users"] == changes.get("max_users", row["users"]) > 10
         assert ("of_users" in row) == ("max_users" in changes)
-        assert 0 < row["hr@10"] < 1
+        assert 0 < row["hr@10"] < 1 and alone["likely"][0]["loss"] > 1
+        assert ("cold" in changes) == (0 < row.get("users/cold", 0) < row["users"])
         refusals = sorted(rank[name]["refusal"] for rank in ranks)
         assert alone["refusal"].startswith("Diverged scored items as NaN for 1 users")
         assert refusals[0] == alone["refusal"]

@@ -154,15 +154,19 @@ def axes() -> list:
         found += [axis.sum(mine) for axis in (joined.data, joined.context)]
         rows, counts = joined.world.exchange(torch.arange(4) * 10 + joined.world.rank, [1, 0, 2, 1])
         found += [rows.tolist(), counts]
+        numbers = torch.full((5,), float(joined.world.rank))
+        numbers[joined.world.rank] = torch.nan
+        found.append(joined.world.maximum_of(numbers).tolist())
     return found
 
 
 def test_processes_stand_on_axes(tmp_path):
     """Along ``context`` neighbours share a sequence; along ``data`` each has other samples."""
     found = in_group(axes, 4, tmp_path / "axes")
-    for rank, (world, data, context, local, with_data, with_context, rows, counts) in enumerate(found):
+    for rank, (world, data, context, local, with_data, with_context, rows, counts, most) in enumerate(found):
         assert world == local == [rank, 4] and data == [rank // 2, 2] and context == [rank % 2, 2]
         assert with_data == [float(other % 2 == rank % 2) for other in range(4)]
         assert with_context == [float(other // 2 == rank // 2) for other in range(4)]
         sent = [[0], [], [10, 20], [30]][rank]
         assert rows == [row + sender for sender in range(4) for row in sent] and counts == [len(sent)] * 4
+        assert all(map(math.isnan, most[:4])) and most[4] == 3.0, "whoever has a NaN, all know of it"

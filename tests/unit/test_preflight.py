@@ -64,9 +64,10 @@ def test_the_key_of_a_config_that_differs_is_named(own, monkeypatch):
     assert found.startswith("the config's optimizer.lr is 0.5 on rank 3 (node-b) and 0.01 on rank 0, 1, 2 ")
 
 
-def test_what_may_differ_is_worth_a_word(own):
-    clock = own[1]["clock"] + 30
-    said = preflight.doubts(everybodys(own[1], threads=7, clock=clock, free_GiB=0.25))
-    assert len(said) == 3 and said[0].startswith("threads is 7 on rank 3 (node-b) and ")
-    assert said[1].startswith("the clock of rank 3 on node-b is +30.0 s from that of rank 0 on node-a")
-    assert said[2].startswith("run.dir has 0.25 GiB left on node-b")
+@pytest.mark.parametrize(("seconds", "said"), [(30, "+30.0 s"), (-30, "-30.0 s")])
+def test_what_may_differ_is_worth_a_word(own, seconds, said):
+    clock = own[1]["clock"] + seconds
+    words = preflight.doubts(everybodys(own[1], threads=7, clock=clock, free_GiB=0.25))
+    assert len(words) == 3 and words[0].startswith("threads is 7 on rank 3 (node-b) and ")
+    assert words[1].startswith(f"the clock of rank 3 on node-b is {said} from that of rank 0 on node-a")
+    assert words[2].startswith("run.dir has 0.25 GiB left on node-b")
