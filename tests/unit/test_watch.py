@@ -6,7 +6,12 @@ import json
 import logging
 import sys
 
+import pytest
+import torch
+
 from gr import config as configs
+from gr.errors import UserError
+from gr.processes import Processes
 from gr.train import job, watch
 from gr.train.standing import Standing, late, slow, told, where
 from tests.end_to_end.tiny import make_dataset, write_config
@@ -69,6 +74,37 @@ def test_a_place_is_the_innermost_function_of_gr():
     program(look)(None)
     place, waits = frames[0]
     assert place.startswith("wrapped (errors.py:") and not waits
+
+
+class Others:
+    """What rank 0 of two hears of the other: waiting like itself, until it is asked anew."""
+
+    def __init__(self, own: watch.Watch) -> None:
+        self.own, self.heard = own, standings((True, 5), (True, 5))[1]
+
+    def ask(self):
+        self.heard = standings((True, 5), (False, 4))[1]
+        self.own._place, self.own._waits = "ask (watch.py:1)", False  # this rank is looked at meanwhile
+
+    def view(self):
+        return {1: self.heard}, {}
+
+    def exchanges(self):
+        return 5
+
+
+def test_after_a_timeout_everybody_is_asked_anew_and_the_own_place_is_where_it_waited():
+    own = watch.Watch(Processes(torch.device("cpu")))
+    own.phase, own.step, own.hosts, own._others = "training", 7, HOSTS[1:3], Others(own)
+    own._place, own._waits = "all_reduce of _agree (x.py:1)", True
+    own._waited = own.standing()
+    with pytest.raises(UserError) as refusal:
+        own._explain(RuntimeError("[/x.cc:1] Timed out waiting 600000ms for recv operation to complete"))
+    assert str(refusal.value) == (
+        "an exchange took longer than train.timeout, 600 s: late is rank 1 on b: training of step 7, in step (x.py:2); "
+        "rank 0: training of step 7, in all_reduce of _agree (x.py:1); go on with --resume"
+    )
+    assert not refusal.value.everywhere
 
 
 def test_a_run_keeps_a_heartbeat_and_ends_its_threads(tmp_path, monkeypatch):
