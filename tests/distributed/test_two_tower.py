@@ -6,10 +6,12 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 
 from gr.train.folder import RunFolder
 from tests.distributed.jobs import run_jobs
 from tests.distributed.rounding import of_losses
+from tests.end_to_end.tiny import weights
 from tests.unit.test_two_tower_run import CONFIG, make_dataset
 
 PLAIN = ["train.epochs=1", "eval.splits=[test]", "model.network.dropout=0", "optimizer={name: sgd, lr: 0.05}"]
@@ -60,6 +62,12 @@ def test_one_two_and_four_processes_have_the_same_losses(folder):
             losses = [[r["loss"] for r in some] for some in (rows, alone)]
             assert np.isfinite(losses).all()
             # sums over the batch's impressions in another order, in each of a dozen stages
-            np.testing.assert_allclose(
-                *losses, rtol=12 * of_losses(len(alone), 64), err_msg=f"{name} {processes}"
-            )
+            bound = 12 * of_losses(len(alone), 64)
+            np.testing.assert_allclose(*losses, rtol=bound, err_msg=f"{name} {processes}")
+            one, several = (weights(folder / f"{name}-{number}") for number in (1, processes))
+            for key in (key for key in one if "running" in key):
+                # what is averaged is less than ten times as large as the largest of its means
+                atol = 10 * bound * float(one[key].abs().max())
+                torch.testing.assert_close(
+                    several[key], one[key], rtol=0, atol=atol, msg=f"{name} {processes} {key}"
+                )
