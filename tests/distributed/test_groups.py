@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from gr import config as configs
 from gr.train import job
-from gr.train.checkpoint import listed
+from gr.train.checkpoint import listed, read_state
 from gr.train.folder import RunFolder
 from tests.distributed.group import free_port, in_group, variables
 from tests.distributed.jobs import run_jobs
@@ -137,7 +138,7 @@ def go_on(run: Path) -> list[float]:
 
 def test_what_one_process_is_told_or_finds_all_do(folder):
     """A signal to one stops all after the same step; all know which validation was the best, save there, and stop
-    early together."""
+    early together; and all go on with what the first one finds where another metric is to choose."""
     names = ("told", "early")
     told, early = ({"config": write_config(folder, folder / "data", folder / name)} for name in names)
     told |= {"overrides": ["eval.splits=[]", "checkpoint.every_steps=null"], "told": [1, 3]}
@@ -150,12 +151,18 @@ def test_what_one_process_is_told_or_finds_all_do(folder):
         ),
         *("eval.every_steps=3", "checkpoint={every_steps: null, every_epochs: 99, keep: 1}"),
     ]
+    stopping = "train.early_stopping={metric: ndcg@10, patience: 1}"
+    again = {"resume": folder / "again", "overrides": [stopping, "train.timeout=60"]}
     assert run_jobs(folder, [told, early], 2) == [[None, None]] * 2
+    shutil.copytree(folder / "early", folder / "again")
+    assert run_jobs(folder, [again], 2) == [[None, None]]
     saved = {name: [step for step, _ in listed(RunFolder(folder / name).checkpoints)] for name in names}
     assert saved["told"] == [4]
     valid = [r for r in RunFolder(folder / "early").read_metrics() if r.get("split") == "valid"]
     best = max(valid, key=lambda row: row["mrr"])["step"]
     assert saved["early"] == [best, valid[-1]["step"]] and valid[-3]["step"] == best < 200
+    newest = listed(RunFolder(folder / "again").checkpoints)[-1][1]
+    assert read_state(newest)["cursor"]["best"]["metric"] == "ndcg@10"
 
 
 def test_a_folder_that_processes_do_not_share_is_refused(folder, tmp_path):

@@ -7,6 +7,7 @@ import io
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,8 @@ from tests.end_to_end.tiny import make_dataset, write_config
 
 def look(file: str) -> list:
     """What the doctor says on this rank, then what a training with another rate on rank 1 does, and one in which rank 1
-    comes late to an exchange: [status, said, refusal, seconds of the check, refusal, whether another rank says it]."""
+    comes late to an exchange: [status, said, refusal, seconds of the check, :func:`examined`, refusal, whether another
+    rank says it]."""
     from gr import config as configs
     from gr.errors import UserError
     from gr.train import job, watch
@@ -37,7 +39,7 @@ def look(file: str) -> list:
                 found += [str(error)]
             started = time.perf_counter()
             check_agreement(config, joined)
-            found += [time.perf_counter() - started]
+            found += [time.perf_counter() - started, examined(joined, rank)]
             with watch.Watch(joined):
                 if rank == 1:
                     time.sleep(6)
@@ -45,6 +47,22 @@ def look(file: str) -> list:
     except UserError as error:
         found += [str(error), error.everywhere]
     return found
+
+
+def examined(joined, rank: int) -> list:
+    """What is found where rank 1 has a clock that is ahead by 50 s, and exchanges that bring it wrong numbers."""
+    from gr.errors import UserError
+    from gr.train import collectives
+
+    exchange, *rest = collectives.KINDS["all-to-all"]
+    with pytest.MonkeyPatch.context() as patch:
+        clock = SimpleNamespace(time=lambda: time.time() + 50 * rank, perf_counter=time.perf_counter)
+        patch.setattr(collectives, "time", clock)
+        patch.setattr(collectives, "KINDS", {"all-to-all": (lambda x, n: exchange(x, n) + rank, *rest)})
+        offsets = collectives.clock_offsets(joined)
+        with pytest.raises(UserError) as refusal:
+            collectives.timed_exchanges(joined)
+    return [offsets, str(refusal.value)]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +78,15 @@ def test_the_doctor_looks_at_all_processes(said):
     assert (status, other, nothing) == (0, 0, "")
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "barrier")
     assert all(f"{kind} " in text for kind in kinds) and "The processes fit together." in text
+
+
+def test_wrong_numbers_and_a_clock_that_is_ahead_are_found_by_all(said):
+    ranks, _ = said
+    for *_, (offsets, refusal), _, _ in ranks:
+        assert offsets[0] == 0.0 and offsets[1] == pytest.approx(50, abs=5)
+        assert refusal.startswith(
+            "all-to-all on cpu brought wrong numbers to rank 1: look at the network's driver"
+        )
 
 
 def test_another_config_on_one_rank_is_refused_before_anything_is_made(said):

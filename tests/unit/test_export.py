@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from gr import config as configs
 from gr.errors import UserError
-from gr.processes import Processes
+from gr.processes import Axis, Processes
 from gr.train import checkpoint, exporting, job, slices, tensor_files
 from gr.train.comparison import compare
 from gr.train.cursor import Cursor
-from gr.train.exported import fingerprint, is_export, read_manifest, to_json
+from gr.train.exported import fingerprint, is_export, load, read_manifest, to_json
 from gr.train.exporting import export, summary
 from gr.train.recommend import recommend, write_item_vectors
 from gr.train.runs import open_run
@@ -261,6 +261,21 @@ def test_damage_is_named_when_an_export_is_opened(exported, name, change):
     for look in (lambda: open_run(exported), lambda: compare(str(exported))):
         with pytest.raises(UserError, match=sentence):
             look()
+
+
+def test_of_several_processes_each_reads_some_files_and_one_finds_the_damage(exported):
+    model, files = open_run(exported).model, list(read_manifest(exported).files)
+    assert len(files) > 3
+    for name in files:
+        content, refused = (exported / name).read_bytes(), []
+        flip(exported / name)
+        for rank in range(3):
+            try:
+                load(exported, model, world=Axis(rank, 3))
+            except UserError:
+                refused.append(rank)
+        (exported / name).write_bytes(content)
+        assert len(refused) == 1, name
 
 
 def test_an_export_does_not_train_and_has_one_checkpoint(run, exported, tmp_path):

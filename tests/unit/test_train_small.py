@@ -256,6 +256,47 @@ def test_parameters_that_are_not_finite_are_never_saved(config, monkeypatch):
     assert len(json.loads(file.read_text())["ordinals"]) == 16
 
 
+def test_a_micro_batch_of_shared_sequences_has_the_actions_of_all_who_share_them(config, tmp_path):
+    device, most = torch.device("cpu"), 60
+    parts = build(config(), Processes(device))
+    share = next(parts.batches.epoch(0)).share
+    for ranks in (1, 2):
+        processes, few = (
+            Processes(device, context=Axis(0, ranks)),
+            f"train.micro_batch_actions={most // ranks}",
+        )
+        (tmp_path / str(ranks)).mkdir()
+        trainer = Trainer(config(few), parts, processes, RunFolder(tmp_path / str(ranks)), Cursor("g"))
+        found = [part.ordinals_B.tolist() for part in trainer._micro_batches(share)]
+        assert found == [part.ordinals_B.tolist() for part in share.split(most)] and len(found) > 2
+        trainer.metrics.close()
+        trainer.progress.close()
+
+
+@pytest.mark.parametrize(
+    ("what", "flag", "then"), [("loss", -2, "step"), ("loss", -2, "save"), ("update", -1, "save")]
+)
+def test_what_another_process_finds_broken_stops_this_one(config, monkeypatch, tmp_path, what, flag, then):
+    """Here everything is a number: if one stopped alone, the others would wait for it."""
+    parts = build(config(), Processes(torch.device("cpu")))
+    trainer = Trainer(config(), parts, Processes(torch.device("cpu")), RunFolder(tmp_path), Cursor("g"))
+    batches = parts.batches.epoch(0)
+
+    def with_anothers(self, counts):
+        counts[flag] += 1
+        return counts
+
+    try:
+        trainer.step(next(batches))
+        monkeypatch.setattr(Trainer, "_sum", with_anothers)
+        with pytest.raises(UserError, match=f"the {what} of step 1 is not finite"):
+            trainer.step(next(batches)) if then == "step" else trainer.save()
+    finally:
+        trainer.metrics.close()
+        trainer.progress.close()
+    assert trainer.cursor.step == 1 and not (tmp_path / "checkpoints").exists()
+
+
 def test_bf16_and_sgd_train(config):
     result = job.run(config("train.precision=bf16", "train.epochs=1", "optimizer={name: sgd, lr: 0.05}"))
     losses = [r["loss"] for r in result.metrics if r["kind"] == "train"]

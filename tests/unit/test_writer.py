@@ -8,7 +8,7 @@ import torch
 from gr.embeddings.mapped import MappedTable
 from gr.embeddings.table import TableSpec
 from gr.errors import UserError
-from gr.processes import Processes
+from gr.processes import Axis, Processes
 from gr.train import checkpoint, job, slices, snapshot, writer
 from gr.train.aside import Aside
 from gr.train.cursor import Cursor
@@ -85,8 +85,12 @@ def test_the_next_one_waits_for_the_one_before(config, held):
     assert not any(thread.name == "checkpoint" for thread in threading.enumerate())
 
 
-def test_what_does_not_fit_is_written_in_step_and_said_once(config, monkeypatch):
-    monkeypatch.setattr(snapshot, "held_bytes", lambda tensors: 3 << 20)
+@pytest.mark.parametrize("here", [True, False], ids=["here", "on another process"])
+def test_what_does_not_fit_is_written_in_step_and_said_once(config, monkeypatch, here):
+    if here:
+        monkeypatch.setattr(snapshot, "held_bytes", lambda tensors: 3 << 20)
+    else:
+        monkeypatch.setattr(Axis, "maximum", lambda self, refused: [1 for _ in refused])
     monkeypatch.setattr(writer, "Thread", None)
     _, engine = model_and_engine()
     train(engine, 1)
