@@ -365,9 +365,13 @@ def test_compiled_operator_traces() -> None:
     assert "cpp" in explain(hstu_attention, q, k, v, case.offsets, max_length=9, divisor=9.0)
     hstu_attention(q, k, v, case.offsets, max_length=9, divisor=9.0)
     bias = case.bias
-    for softmax in (False, True):
-        arguments = (q, k, v, case.offsets, bias.position, bias.time, bias.query_times, bias.key_times,
-                     bias.buckets.thresholds(), 0.5, 9.0, softmax, True, 0.0, 0)  # fmt: skip
+    forms: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = [
+        (q, bias.query_times, None, None),
+        (q[4:9].detach().requires_grad_(), bias.query_times[4:9], torch.tensor([0, 1, 1, 5]), torch.tensor([2, 0, 3])),
+    ]  # fmt: skip
+    for softmax, (queries, times, query_offsets, targets) in itertools.product((False, True), forms):
+        arguments = (queries, k, v, case.offsets, query_offsets, targets, bias.position, bias.time, times,
+                     bias.key_times, bias.buckets.thresholds(), 0.5, 9.0, softmax, True, 0.0, 0)  # fmt: skip
         torch.library.opcheck(torch.ops.gr_kernels.hstu_attention.default, arguments)
 
 

@@ -38,6 +38,11 @@ MASKS = {
     "all": AttentionMask(window=6, full_rows=3, contexts=3, targets=TARGETS),
 }
 
+needs_cpp = pytest.mark.skipif(
+    not native.available(), reason="gr_kernels was built without its C++ operators"
+)
+IMPLEMENTATIONS = ["blocked", pytest.param("cpp", marks=needs_cpp)]
+
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -84,13 +89,20 @@ def test_row_by_row_equals_full() -> None:
 @pytest.mark.parametrize(
     ("lengths", "queries"), [((0,), (0,)), ((5,), (0,)), ((1,), (1,)), ((3, 0, 4), (0, 0, 4))]
 )
-def test_nothing_and_single_rows(lengths: tuple[int, ...], queries: tuple[int, ...]) -> None:
-    for activation in ("silu", "softmax"):
-        case = dataclasses.replace(make_case(lengths, 2, 8, 4), query_lengths=queries)
-        assert_close_to_specification(case, "blocked", None, {"activation": activation, "divisor": 3.0})
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nothing_and_single_rows(
+    implementation: str, lengths: tuple[int, ...], queries: tuple[int, ...]
+) -> None:
+    masks = [AttentionMask(), AttentionMask(targets=torch.tensor(lengths)), AttentionMask(causal=False)]
+    for activation, mask in itertools.product(("silu", "softmax"), masks):
+        case = make_case(lengths, 2, 8, 4, "both" if mask.causal else "time")
+        case = dataclasses.replace(case, query_lengths=queries)
+        settings = {"activation": activation, "divisor": 3.0, "mask": mask}
+        assert_close_to_specification(case, implementation, None, settings)
 
 
-def test_rows_outside_are_never_read() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_outside_are_never_read(implementation: str) -> None:
     """Queries and keys start late and end early in poisoned tensors, by different numbers of rows."""
     case = dataclasses.replace(make_case((11, 0, 6), 2, 8, 4), query_lengths=(4, 0, 6))
     rows = case.query_rows()
@@ -113,7 +125,7 @@ def test_rows_outside_are_never_read() -> None:
         leaves = [x.requires_grad_() for x in leaves]
         out = hstu_attention(
             *leaves, case.offsets + key_before, query_offsets=query_offsets + before, max_length=11, divisor=9.0,
-            bias=some_bias, mask=AttentionMask(targets=torch.tensor([2, 0, 1])),
+            bias=some_bias, mask=AttentionMask(targets=torch.tensor([2, 0, 1])), implementation=implementation,
         )  # fmt: skip
         d_out = pad(case.d_out[rows], (0, 0, 0, 0, before, after), value=math.nan)
         gradients = torch.autograd.grad(out, leaves, d_out)
@@ -169,18 +181,55 @@ def test_compiled_code_says_what_it_does_not_take() -> None:
     offsets = torch.tensor([0, 4, 10])
     masks = {
         "without a window": AttentionMask(window=2),
-        "without contexts": AttentionMask(contexts=2),
-        "without targets": AttentionMask(targets=torch.tensor([1, 2])),
+        "without contexts": AttentionMask(contexts=2, targets=torch.tensor([1, 2])),
     }
     for words, mask in masks.items():
         explanation = explain(hstu_attention, x, x, x, offsets, mask=mask, **arguments)
         assert explanation.startswith("blocked") and words in explanation and "\n" not in explanation
         with pytest.raises(ValueError, match=words):
             hstu_attention(x, x, x, offsets, mask=mask, implementation="cpp", **arguments)
+
+
+@needs_cpp
+def test_compiled_code_takes_targets_and_the_cross_form() -> None:
+    x = torch.randn(10, 1, 4)
+    settings = {"mask": AttentionMask(targets=torch.tensor([1, 2])), "query_offsets": torch.tensor([0, 1, 3])}
     explanation = explain(
-        hstu_attention, x[:3], x, x, offsets, query_offsets=torch.tensor([0, 1, 3]), **arguments
+        hstu_attention, x[:3], x, x, torch.tensor([0, 4, 10]), max_length=6, divisor=6.0, **settings
     )
-    assert explanation.startswith("blocked") and "without query_offsets" in explanation
+    assert explanation.startswith("cpp")
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("sentence", "changes"),
+    {
+        "offsets must ascend within the 10 rows": {"offsets": [0, 4, 11]},
+        "offsets must ascend within": {"offsets": [4, 0, 10]},
+        "offsets must ascend": {"offsets": [-1, 4, 10]},
+        "offsets must be neighbouring int64, one number more": {"offsets": []},
+        "query_offsets must ascend within the 5 rows": {"query_offsets": [0, 2, 6]},
+        "query_offsets must be neighbouring int64": {"query_offsets": [0, 5]},
+        "sequence 0 has 5 query rows, but they are the last of its 4": {"query_offsets": [0, 5, 5]},
+        "sequence 1 has 6 rows, of which 7 can't be targets": {"targets": [0, 7]},
+        "sequence 0 has 4 rows, of which -1 can't be targets": {"targets": [-1, 0]},
+        "targets must be neighbouring int64, one number a sequence": {"targets": [1]},
+        "sequence 1 has 6 rows, and the position bias 5 entries": {"position": torch.zeros(5)},
+    }.items(),
+)
+def test_compiled_code_reads_no_row_that_is_not_there(sentence: str, changes: dict[str, Any]) -> None:
+    """Of a traced graph nobody has looked at the numbers before."""
+    q, kv = torch.randn(5, 2, 4), torch.randn(10, 2, 4)
+    given = {"offsets": [0, 4, 10], "query_offsets": [0, 2, 5], "targets": [1, 2]} | changes
+    rows = {
+        name: torch.tensor(given[name], dtype=torch.int64) for name in ("offsets", "query_offsets", "targets")
+    }
+    arguments = (q, kv, kv, *rows.values(), given.get("position"), None, None, None, None)
+    settings = (1.0, 6.0, False, True, 0.0, 0)
+    with pytest.raises(ValueError, match=sentence):
+        torch.ops.gr_kernels.hstu_attention(*arguments, *settings)
+    with pytest.raises(ValueError, match=sentence):
+        torch.ops.gr_kernels.hstu_attention_backward(torch.randn(5, 2, 4), *arguments, *settings)
 
 
 def test_problems_survive_flattening() -> None:
@@ -215,7 +264,9 @@ class Call:
     def __call__(self, leaves: list[Tensor], tensors: dict[str, Tensor], max_length: int, key: int) -> Tensor:
         q, k, v, position, time = leaves
         targets = tensors["targets"] if self.masked else None
-        mask = AttentionMask(window=4, contexts=2, targets=targets) if self.masked else AttentionMask()
+        mask = AttentionMask(targets=targets)
+        if self.masked and self.implementation != "cpp":
+            mask = AttentionMask(window=4, contexts=2, targets=targets)
         return hstu_attention(
             q, k, v, tensors["offsets"], query_offsets=tensors["query_offsets"] if self.cross else None,
             max_length=max_length, divisor=9.0, scale=0.5, mask=mask, dropout=0.2, dropout_key=key,
@@ -253,6 +304,8 @@ def results(function: Any, leaves: list[Tensor], *rest: Any) -> list[Tensor]:
         (True, False, "blocked", "silu"),
         (False, True, "blocked", "softmax"),
         (False, False, "auto", "silu"),
+        pytest.param(True, True, "cpp", "silu", marks=needs_cpp),
+        pytest.param(True, False, "cpp", "softmax", marks=needs_cpp),
         (True, False, "triton", "silu"),
         (False, True, "triton", "softmax"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gr_kernels import AttentionMask, hstu_attention
+from gr_kernels import AttentionMask, hstu_attention, native
 from gr_kernels.hstu_attention import blocked
 from gr_kernels.hstu_attention.mask import allowed
 from tests.kernels.attention_problems import (
@@ -38,6 +38,14 @@ MASKS = {
 }
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+needs_cpp = pytest.mark.skipif(
+    not native.available(), reason="gr_kernels was built without its C++ operators"
+)
+MASKS_BY_IMPLEMENTATION = [
+    *(("blocked", name) for name in MASKS),
+    *(pytest.param("cpp", name, marks=needs_cpp) for name in ("causal", "full", "targets")),
+]
 
 
 def sees(i: int, j: int, n: int, targets: int, window: int, full_rows: int, contexts: int) -> bool:
@@ -123,8 +131,10 @@ QUERIES = (4, 0, 1, 40, 7, 1, 12)
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("activation", ["silu", "softmax"])
-@pytest.mark.parametrize("name", MASKS)
-def test_every_mask_matches_specification(name: str, activation: str, cross: bool) -> None:
+@pytest.mark.parametrize(("implementation", "name"), MASKS_BY_IMPLEMENTATION)
+def test_every_mask_matches_specification(
+    implementation: str, name: str, activation: str, cross: bool
+) -> None:
     """All masks and biases, self and cross, each with two shapes."""
     mask = MASKS[name]
     biases = BIASES if mask.causal else ["none", "time"]
@@ -134,7 +144,7 @@ def test_every_mask_matches_specification(name: str, activation: str, cross: boo
         case = dataclasses.replace(case, query_lengths=QUERIES if cross else None)
         factors = dropout_factors(case) if dropout else None
         settings = {"activation": activation, "mask": mask, "scale": query_width**-0.5, "divisor": 40.0}
-        assert_close_to_specification(case, "blocked", factors, settings)
+        assert_close_to_specification(case, implementation, factors, settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,8 +184,8 @@ def test_scores_are_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-@pytest.mark.parametrize("name", MASKS)
-def test_blocks_of_rows(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("implementation", "name"), MASKS_BY_IMPLEMENTATION)
+def test_blocks_of_rows(implementation: str, name: str, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences cut into many blocks, of which some skip keys."""
     monkeypatch.setattr(blocked, "BLOCK_SCORES", 512)
     monkeypatch.setattr(blocked, "SMALL_BLOCK_SCORES", 256)
@@ -187,7 +197,38 @@ def test_blocks_of_rows(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch)
         case = make_case((150, 3, 64, 90), 2, 8, 8, "both" if mask.causal else "time")
         case = dataclasses.replace(case, query_lengths=(100, 2, 64, 20) if cross else None)
         factors = dropout_factors(case) if dropout else None
-        assert_close_to_specification(case, "blocked", factors, {"mask": mask, "divisor": 90.0})
+        assert_close_to_specification(case, implementation, factors, {"mask": mask, "divisor": 90.0})
+
+
+@needs_cpp
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+def test_long_histories_of_compiled_code(activation: str) -> None:
+    """More keys than are summed in registers, and every number of rows that a tile has left over."""
+    lengths, targets = (700, 300, 41, 33), torch.tensor([9, 290, 41, 1])
+    case = dataclasses.replace(make_case(lengths, 1, 16, 8, "both"), query_lengths=(50, 299, 3, 33))
+    settings = {
+        "activation": activation,
+        "mask": AttentionMask(targets=targets),
+        "scale": 0.25,
+        "divisor": 700.0,
+    }
+    assert_close_to_specification(case, "cpp", None, settings)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+def test_compiled_rows_have_their_bits_in_the_cross_form(activation: str, dropout: float) -> None:
+    """Whichever of a sequence's rows are asked for, in whatever blocks: among them targets with and without others."""
+    lengths, targets = (300, 41, 70), torch.tensor([40, 41, 0])
+    whole = make_case(lengths, 2, 24, 8)
+    settings = {"activation": activation, "divisor": 50.0, "dropout": dropout, "dropout_key": 5}
+    mask = AttentionMask(targets=targets)
+    every = run(whole, torch.float32, "cpp", mask=mask, **settings)["out"]
+    for queries in ((40, 41, 1), (17, 3, 0), (101, 41, 45)):
+        case = dataclasses.replace(whole, query_lengths=queries)
+        found = run(case, torch.float32, "cpp", mask=mask, **settings)["out"]
+        assert torch.equal(found, every[case.query_rows()])
 
 
 def of_one(case: Case, sequence: int) -> Case:
@@ -239,12 +280,17 @@ def test_targets_do_not_see_each_other(name: str, activation: str) -> None:
         assert moved.nonzero().flatten().tolist() == [row]
 
 
-def test_targets_are_what_they_would_be_alone() -> None:
-    """Each target gets what it would get without the others (the bias by position aside, which counts rows)."""
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("blocked", torch.float64), pytest.param("cpp", torch.float32, marks=needs_cpp)],
+)
+def test_targets_are_what_they_would_be_alone(implementation: str, dtype: torch.dtype) -> None:
+    """Each target gets what it would get without the others (the bias by position aside, which counts rows), from
+    compiled code to the bit."""
     case = make_case((20,), 1, 8, 8, "time")
     n, t = 20, 5
     mask = AttentionMask(targets=torch.tensor([t]))
-    together = run(case, torch.float64, "blocked", divisor=20.0, mask=mask)["out"]
+    together = run(case, dtype, implementation, divisor=20.0, mask=mask)["out"]
     for row in range(n - t, n):
         rows = torch.tensor([*range(n - t), row])
         times = {name: getattr(case.bias, name)[rows] for name in ("query_times", "key_times")}
@@ -256,10 +302,13 @@ def test_targets_are_what_they_would_be_alone() -> None:
             bias=dataclasses.replace(case.bias, **times),
         )
         one = dataclasses.replace(mask, targets=torch.tensor([1]))
-        found = run(alone, torch.float64, "blocked", divisor=20.0, mask=one)["out"]
-        torch.testing.assert_close(
-            found, together[rows], **tolerance(64, stages=4, dtype=torch.float64, size=100.0)
-        )
+        found = run(alone, dtype, implementation, divisor=20.0, mask=one)["out"]
+        if implementation == "cpp":
+            assert torch.equal(found, together[rows])
+        else:
+            torch.testing.assert_close(
+                found, together[rows], **tolerance(64, stages=4, dtype=dtype, size=100.0)
+            )
 
 
 def test_a_mask_that_binds_nothing_is_causal() -> None:

@@ -1,7 +1,7 @@
 """The compiled CPU attention (csrc/hstu_attention_cpu.cpp): which calls it takes, and what makes its operators trace
 and differentiate. The compiled code is loaded on first use.
 
-T rows in the batch, H heads, Q query/key width per head, V value width per head.
+T query and S key rows in the batch, H heads, Q query/key width per head, V value width per head.
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ def obstacle(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> s
     for name, used in (
         ("a window", problem.mask.window > 0),
         ("contexts", problem.mask.contexts > 0),
-        ("targets", problem.mask.targets is not None),
     ):
         if used:
-            return f"its masks are the causal and the full one, without {name}"
-    if problem.query_offsets is not None:
-        return "its queries and keys are the same rows, without query_offsets"
+            return f"its masks are the full one and the causal one with or without targets, without {name}"
     return native.why_unavailable()
 
 
-def attention(q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, problem: Problem) -> Tensor:
+def attention(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, problem: Problem) -> Tensor:
     """hstu_attention() for a validated call without obstacle, after `register`."""
-    bias, buckets = problem.bias, problem.bias.buckets
+    bias, buckets, targets = problem.bias, problem.bias.buckets, problem.mask.targets
     # The key is a constant of a traced graph: without dropout it is always the same.
     key = problem.dropout_key if problem.dropout else 0
     out_THV = torch.ops.gr_kernels.hstu_attention(
         _rows(q_THQ),
-        _rows(k_THQ),
-        _rows(v_THV),
+        _rows(k_SHQ),
+        _rows(v_SHV),
         problem.offsets.contiguous(),
         *(
             None if x is None else x.contiguous()
-            for x in (bias.position, bias.time, bias.query_times, bias.key_times)
+            for x in (
+                problem.query_offsets,
+                None if targets is None else targets.long(),
+                bias.position,
+                bias.time,
+                bias.query_times,
+                bias.key_times,
+            )
         ),
         None
         if bias.time is None
@@ -79,18 +83,18 @@ def _fake_thresholds(kind: str, count: int, width: float) -> Tensor:
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    return v.new_empty(v.shape)
+    return v.new_empty((q.shape[0], *v.shape[1:]))
 
 
 def _fake_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Any, query_offsets: Any, targets: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
     tables = (q.new_empty((0,)) if table is None else q.new_empty(table.shape) for table in rest[:2])
     return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *tables)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors, ctx.settings = inputs[:9], inputs[9:]
+    tensors, ctx.settings = inputs[:11], inputs[11:]
     ctx.save_for_backward(*tensors)
 
 
@@ -99,12 +103,12 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     d_q, d_k, d_v, d_position, d_time = torch.ops.gr_kernels.hstu_attention_backward(
         d_out.contiguous(), *tensors, *ctx.settings
     )
-    position, time = tensors[4:6]
+    position, time = tensors[6:8]
     return (
         d_q,
         d_k,
         d_v,
-        None,
+        *(None for _ in range(3)),
         None if position is None else d_position,
         None if time is None else d_time,
         *(None for _ in range(3 + len(ctx.settings))),
