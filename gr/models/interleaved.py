@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gr.batch import TARGETS_FROM, UNKNOWN, SequenceBatch
 from gr.errors import UserError, nearest
@@ -121,39 +123,60 @@ class Interleaving:
         last: bool = True,
     ) -> Interleaved:
         """``last``: whether each sequence's last action has a row."""
+        without = 1 if last else 2
+        counts = [2 * n - without if n else 0 for n in batch.lengths]
+        counts_B = (2 * batch.offsets_B1.diff() - without).clamp_min(0)
+        layout, rows_T = self._laid_out(batch, 2, counts_B, counts, dropout_key)
+        users_A, places_A = places_of(batch)
+        first_S = layout.offsets_B1[users_A[targets_S]] + len(self.context)
+        return Interleaved(
+            layout=layout,
+            rows_T=rows_T,
+            queries_S=first_S + 2 * places_A[targets_S],
+            **self._of_actions(batch, targets_S, supervised),
+        )
+
+    def _laid_out(
+        self, batch: SequenceBatch, kinds: int, counts_B: Tensor, counts: Sequence[int], dropout_key: int
+    ) -> tuple[JaggedLayout, Tensor]:
+        """The layout of a row for each context of every sequence that has actions, and behind them the first
+        ``counts_B`` rows of its actions, which have ``kinds`` of them each; and (T,) where each comes from among all
+        actions' rows of the first kind, then of the next, then the B * C contexts.
+
+        counts: counts_B as Python integers."""
         contexts, device = len(self.context), batch.offsets_B1.device
-        more = contexts - (1 if last else 2)
-        lengths = tuple(2 * n + more if n else 0 for n in batch.lengths)
-        counts_B = batch.offsets_B1.diff()
-        rows_B = torch.where(counts_B > 0, 2 * counts_B + more, 0)
-        offsets_B1 = torch.nn.functional.pad(rows_B.cumsum(0), (1, 0))
+        lengths = tuple(contexts + count if n else 0 for n, count in zip(batch.lengths, counts, strict=True))
+        rows_B = torch.where(batch.offsets_B1.diff() > 0, contexts + counts_B, 0)
+        offsets_B1 = F.pad(rows_B.cumsum(0), (1, 0))
         sequences_T = sequence_of_rows(offsets_B1, sum(lengths))
         local_T = torch.arange(sum(lengths), device=device) - offsets_B1[sequences_T] - contexts
-        action_T = batch.offsets_B1[sequences_T] + (local_T.clamp_min(0) >> 1)
-        done_T = (local_T.clamp_min(0) & 1) * batch.actions
-        context_T = 2 * batch.actions + sequences_T * contexts + local_T + contexts
+        of_actions_T = local_T.clamp_min(0)
+        action_T = batch.offsets_B1[sequences_T] + of_actions_T // kinds
+        context_T = kinds * batch.actions + sequences_T * contexts + local_T + contexts
         times_A = batch.timestamps_T
         times_T = None if times_A is None else times_A[action_T]
-        labels_AK = self.labels.of(batch.columns)
-        users_A, places_A = places_of(batch)
-        return Interleaved(
-            layout=JaggedLayout(
-                offsets_B1,
-                lengths,
-                max(lengths, default=0),
-                query_times_T=times_T,
-                key_times_T=times_T,
-                dropout_key=dropout_key,
-            ),
-            items_A=batch.items_T,
-            labels_AK=labels_AK,
-            places_A=places_A,
-            rows_T=torch.where(local_T < 0, context_T, action_T + done_T),
-            queries_S=offsets_B1[users_A[targets_S]] + contexts + 2 * places_A[targets_S],
-            targets_S_in_A=targets_S,
-            labels_SK=labels_AK[targets_S] if supervised else labels_AK[:0],
-            known=self._known(batch, users_A),
+        layout = JaggedLayout(
+            offsets_B1,
+            lengths,
+            max(lengths, default=0),
+            query_times_T=times_T,
+            key_times_T=times_T,
+            dropout_key=dropout_key,
         )
+        return layout, torch.where(local_T < 0, context_T, action_T + of_actions_T % kinds * batch.actions)
+
+    def _of_actions(self, batch: SequenceBatch, targets_S: Tensor, supervised: bool) -> dict[str, Any]:
+        """The fields that hang on no layout."""
+        users_A, places_A = places_of(batch)
+        labels_AK = self.labels.of(batch.columns)
+        return {
+            "items_A": batch.items_T,
+            "labels_AK": labels_AK,
+            "places_A": places_A,
+            "targets_S_in_A": targets_S,
+            "labels_SK": labels_AK[targets_S] if supervised else labels_AK[:0],
+            "known": self._known(batch, users_A),
+        }
 
     def _known(self, batch: SequenceBatch, users_A: Tensor) -> dict[str, Known]:
         """What features know of every action, and those of context of every user."""

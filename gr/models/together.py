@@ -28,7 +28,6 @@ from gr.errors import UserError, nearest
 from gr.labels import ColumnLike, Labels
 from gr.models.features import Features
 from gr.models.interleaved import Interleaved, Interleaving, places_of
-from gr.models.layout import JaggedLayout, sequence_of_rows
 from gr.models.memory import Seen
 
 
@@ -95,47 +94,24 @@ class Gathering(Interleaving):
     def _made(
         self, batch: SequenceBatch, targets_S: Tensor, dropout_key: int, supervised: bool, last: bool = True
     ) -> Together:
-        contexts, device = len(self.context), batch.offsets_B1.device
         users_A, places_A = places_of(batch)
         asked_A = self._asked(batch, users_A, places_A)
-        counts_B = batch.offsets_B1.diff()
         # of a sequence, what its last request knows
-        known_B = torch.zeros_like(counts_B)
-        there_B = (counts_B > 0).nonzero().squeeze(1)
+        known_B = torch.zeros_like(batch.offsets_B1[1:])
+        there_B = (batch.offsets_B1.diff() > 0).nonzero().squeeze(1)
         known_B[there_B] = asked_A[batch.offsets_B1[1:][there_B] - 1]
-        rows_B = torch.where(counts_B > 0, known_B + contexts, 0)
-        offsets_B1 = F.pad(rows_B.cumsum(0), (1, 0))
-        lengths = tuple(rows_B.tolist())
-        sequences_T = sequence_of_rows(offsets_B1, sum(lengths))
-        local_T = torch.arange(sum(lengths), device=device) - offsets_B1[sequences_T] - contexts
-        action_T = batch.offsets_B1[sequences_T] + local_T.clamp_min(0)
-        context_T = batch.actions + sequences_T * contexts + local_T + contexts
-        times_A = batch.timestamps_T
-        times_T = None if times_A is None else times_A[action_T]
+        layout, rows_T = self._laid_out(batch, 1, known_B, known_B.tolist(), dropout_key)
         # requests are numbered in the order of their candidates
         first_S = batch.offsets_B1[users_A[targets_S]] + asked_A[targets_S]
         first_R, counts_R = torch.unique_consecutive(first_S, return_counts=True)
-        seen_R = asked_A[first_R] + contexts
-        labels_AK = self.labels.of(batch.columns)
+        seen_R = asked_A[first_R] + len(self.context)
         return Together(
-            layout=JaggedLayout(
-                offsets_B1,
-                lengths,
-                max(lengths, default=0),
-                query_times_T=times_T,
-                key_times_T=times_T,
-                dropout_key=dropout_key,
-            ),
-            items_A=batch.items_T,
-            labels_AK=labels_AK,
-            places_A=places_A,
-            rows_T=torch.where(local_T < 0, context_T, action_T),
-            queries_S=torch.arange(len(targets_S), device=device),
-            targets_S_in_A=targets_S,
-            labels_SK=labels_AK[targets_S] if supervised else labels_AK[:0],
-            known=self._known(batch, users_A),
-            times_A=times_A,
+            layout=layout,
+            rows_T=rows_T,
+            queries_S=torch.arange(len(targets_S), device=targets_S.device),
+            times_A=batch.timestamps_T,
             asked_A=asked_A,
             counts=tuple(counts_R.tolist()),
             seen=Seen(users_A[first_R], seen_R, tuple(seen_R.tolist())),
+            **self._of_actions(batch, targets_S, supervised),
         )
