@@ -22,9 +22,19 @@ TYPE = "type"
 """The column whose numbers are codes of names."""
 
 
+GIVEN = ("item", "time")
+"""Columns that every prediction is given."""
+REQUESTED = ("user_id", "item_ids", "time")
+"""Columns that files of scores have beside those of tasks."""
+
+
 def _plain(tasks: dict[str, Any]) -> dict[str, Any]:
     if odd := [name for name in tasks if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
         raise ValueError(f"{odd[0]!r} becomes a part of metrics' names: use letters, digits, _ and - alone")
+    if taken := [name for name in tasks if name in REQUESTED]:
+        raise ValueError(
+            f"{taken[0]!r} is another column of the files that scores are written to: choose another name"
+        )
     return tasks
 
 
@@ -35,7 +45,7 @@ class LabelTask(Section):
     column: str
     at_least: Annotated[float, Field(ge=-(2**53), le=2**53)] | None = None
     any_of: Annotated[list[int | float | str], DISTINCT, Field(min_length=1)] | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
 
     @model_validator(mode="after")
     def _one_rule(self) -> LabelTask:
@@ -111,6 +121,16 @@ class Labels:
         self.rules = [_rule(f"model.tasks.{name}", task, dataset) for name, task in tasks.items()]
         self.columns = frozenset(rule.column for rule in self.rules)
 
+    def refuse_given(self, given: Mapping[str, str]) -> None:
+        """Refuse to predict what a prediction is told.  given: the columns that it is told of the action that it is
+        asked about, and by which config key each."""
+        for name, rule in zip(self.names, self.rules):
+            if rule.column in given:
+                raise UserError(
+                    f"config key '{given[rule.column]}' tells a prediction column '{rule.column}', which is what "
+                    f"model.tasks.{name} predicts: leave it out there, or predict another column"
+                )
+
     def of(self, columns: Mapping[str, Any]) -> Tensor:
         """(A, K) float32 of columns of A values each: 1 where an action has the label, 0 where not, NaN unknown."""
         return torch.stack([rule.of(columns[rule.column]) for rule in self.rules], dim=1)
@@ -141,6 +161,11 @@ def _rule(key: str, task: LabelTask, dataset: Described) -> Rule:
             f"{nearest(task.column, known)}"
         )
     info = known[task.column]
+    if info.name in GIVEN:
+        raise UserError(
+            f"config key '{key}.column' is '{info.name}', which a prediction is given: choose a column of what became "
+            "of the action"
+        )
     if info.multi or info.type == "string":
         what = "holds lists" if info.multi else "is text"
         raise UserError(

@@ -20,7 +20,7 @@ from gr.embeddings.table import TableSpec
 from gr.embeddings.view import View
 from gr.errors import UserError
 from gr.labels import Labels
-from gr.models.features import Features
+from gr.models.features import UNDER, Features
 from gr.models.model import Catalogue, Model
 from gr.models.step import StepContext
 from gr.models.tasks import NextItem, taken
@@ -62,6 +62,9 @@ class Pointwise(Model):
         task = NextItem.Config().build()
         features = Features(config.input.features, catalogue, task, spec, processes)
         super().__init__([config.table.build(spec, processes), *features.tables])
+        labels.refuse_given(
+            {f.column: f"{UNDER}.{f.name}" for f in features.features if f.of == "requests" and f.column}
+        )
         self.labels, self.task = labels, task
         self.features, self.vocabularies = features, features.vocabularies
         self.needs = frozenset({"item"} | self.labels.columns | features.needs)

@@ -70,6 +70,7 @@ class Gathering(Interleaving):
             raise UserError(
                 f"config key 'model.request' is '{request}', and that column holds {what}: choose one of integers"
             )
+        labels.refuse_given({request: "model.request"})
         self.column = request
 
     def supervise(self, batch: SequenceBatch, dropout_key: int = 0) -> Interleaved:

@@ -20,6 +20,7 @@ import torch
 from gr.batch import Jagged
 from gr.data.collate import collate
 from gr.data.dataset import SequenceDataset
+from gr.data.making.times import YEAR_2200
 from gr.data.outputs import parquet_rows
 from gr.data.requests import FoundUsers, as_id, find_users
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
@@ -117,8 +118,13 @@ def _opened(
             raise UserError(
                 f"'{file}' has no column '{name}' (it has {', '.join(there)}), and {known}: add it"
             )
+    if taken := [name for name in model.labels.names if name in extra]:
+        raise UserError(
+            f"the run's task '{taken[0]}' is called as the column '{taken[0]}' of requests, and their scores can't be "
+            "written beside each other: train with another name in model.tasks"
+        )
     kind = source.schema_arrow.field("item_ids").type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise UserError(f"column item_ids of '{file}' is of type {kind}: give a list of candidates a request")
     if isinstance(model, TwoTower):
         return source, [
@@ -215,9 +221,12 @@ def _histories(
     dataset: SequenceDataset, table: pa.Table, name: str, columns: frozenset[str], unknown: Policy
 ) -> tuple[Sequences | None, np.ndarray]:
     """All that the requests' users did, a row a user, and each request's row, -1 where the user is unknown."""
-    given = table[USER_ID].to_pylist()
-    if None in given:
+    ids, integers = table[USER_ID], dataset.column(USER_ID).type != "string"
+    if ids.null_count:
         raise UserError(f"'{name}' has a request without user_id: fill it in, or leave the request out")
+    if integers and pa.types.is_floating(ids.type):  # as pandas writes integers of which some are missing
+        ids = pa.chunked_array([rank_fields.values_of(table, USER_ID, "int64", name)])
+    given = ids.to_pylist()
     found: FoundUsers = find_users(dataset, given)
     if unknown == "refuse":
         found.refuse_unknown()
@@ -225,7 +234,6 @@ def _histories(
     wanted = {ITEM, USER_ID, *columns, *([TIME] if dataset.has_timestamps else [])}
     for block, rows in zip(found.rows, dataset.read_blocks(sorted(found.rows), wanted)):
         users.add(rows.take(found.rows[block]))
-    integers = dataset.column(USER_ID).type != "string"
     place_R = np.array([users.places.get(as_id(user, integers), -1) for user in given], np.int64)
     return Sequences.concatenate(users.parts) if users.parts else None, place_R
 
@@ -239,10 +247,7 @@ def _requests(
     place_R = np.maximum(place_R, 0)
     stop_R = rows.lengths_R[place_R]
     if TIME in table.column_names:
-        times = table[TIME].combine_chunks()
-        if times.null_count:
-            raise UserError(f"'{name}' has a request without time, where others have one: fill it in")
-        times_R = times.to_numpy(zero_copy_only=False).astype(np.int64)
+        times_R = _times(table, name)
         assert rows.timestamps_A is not None
         stop_R = np.array(
             [
@@ -264,17 +269,24 @@ def _requests(
                 raise UserError(
                     f"column '{column}' of requests holds lists, which isn't supported: leave it out"
                 )
-            given = table[column].combine_chunks()
-            if given.null_count:
-                raise UserError(f"'{name}' has a request without '{column}': fill it in")
-            try:
-                held[last_R] = np.array(given.to_pylist()).astype(held.dtype)
-            except ValueError:
-                raise UserError(
-                    f"column '{column}' of '{name}' is of type {given.type}, and the dataset's holds {held.dtype}: "
-                    "give values of that type"
-                ) from None
+            kind = "string" if held.dtype == object else str(held.dtype)
+            held[last_R] = rank_fields.values_of(table, column, kind, name)
     return made
+
+
+def _times(table: pa.Table, name: str) -> np.ndarray:
+    """(R,) int64 seconds, when requests are."""
+    times = table[TIME].combine_chunks()
+    if times.null_count:
+        raise UserError(f"'{name}' has a request without time, where others have one: fill it in")
+    seconds = pc.cast(times, pa.float64(), safe=False)  # of any integers
+    far = pc.greater_equal(pc.abs(seconds), float(YEAR_2200))
+    if pc.any(far).as_py():
+        raise UserError(
+            f"the time {times.filter(far)[0].as_py()} of a request of '{name}' is not between the years 1740 and 2200: "
+            "give it in seconds since 1970"
+        )
+    return times.cast(pa.int64()).to_numpy(zero_copy_only=False)
 
 
 def _item_rows(ids: pa.Array, run: OpenRun, name: str, unknown: Policy) -> np.ndarray:

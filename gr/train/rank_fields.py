@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gr.batch import SequenceBatch
 from gr.data.dataset import SequenceDataset
+from gr.data.stores import first_line
 from gr.errors import UserError
 from gr.models.two_tower.model import TwoTower
 from gr.train.item_heads import item_columns
@@ -35,11 +36,31 @@ def check_columns(model: TwoTower, dataset: SequenceDataset, schema: pa.Schema, 
             raise UserError(f"column '{column}' of requests holds lists, which isn't supported: leave it out")
         numbers = pa.types.is_integer(kind) or (pa.types.is_floating(kind) and info.type.startswith("float"))
         if not numbers:
-            raise UserError(
-                f"column '{column}' of '{name}' is of type {kind}, and the dataset's holds {info.type}: give values of "
-                "that type"
-            )
+            raise _of_another_type(column, name, kind, info.type)
     return wanted
+
+
+def values_of(table: pa.Table, column: str, kind: str, name: str) -> np.ndarray:
+    """(R,) a column of requests as the dataset's type ``kind`` has it, its values unchanged (but for the digits that a
+    float of that type hasn't); refused where one is missing, or is no such value."""
+    given = table[column].combine_chunks()
+    if given.null_count:
+        raise UserError(f"'{name}' has a request without '{column}': fill it in")
+    text, plain = kind == "string", pa.types.is_integer(given.type) or pa.types.is_floating(given.type)
+    try:
+        if kind.startswith("float") and plain:
+            with np.errstate(over="ignore"):  # an infinite number is refused where it is read
+                return given.to_numpy(zero_copy_only=False).astype(kind)
+        cast = given.cast(pa.string() if text else pa.from_numpy_dtype(np.dtype(kind)))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise _of_another_type(column, name, f"{given.type} ({first_line(error)})", kind) from None
+    return cast.to_numpy(zero_copy_only=False)
+
+
+def _of_another_type(column: str, name: str, given: pa.DataType | str, kind: str) -> UserError:
+    return UserError(
+        f"column '{column}' of '{name}' is of type {given}, and the dataset's holds {kind}: give values of that type"
+    )
 
 
 def scores(
@@ -49,12 +70,7 @@ def scores(
     of_items = item_columns(model, run.data.catalogue)
     of_users: dict[str, Tensor] = {}
     for column in model.user.needs:
-        values = table[column].combine_chunks()
-        if values.null_count:
-            raise UserError(f"'{name}' has a request without '{column}': fill it in")
-        of_users[column] = torch.from_numpy(
-            values.to_numpy(zero_copy_only=False).astype(run.data.dataset.column(column).type)
-        )
+        of_users[column] = torch.tensor(values_of(table, column, run.data.dataset.column(column).type, name))
     found = [np.empty((0, 1), np.float32)]
     for start in range(0, len(items_C), AT_ONCE):
         items, owners = (torch.from_numpy(some[start : start + AT_ONCE]) for some in (items_C, owners_C))

@@ -15,6 +15,7 @@ COLUMNS = [
     ColumnInfo("item", "int32"),
     ColumnInfo("type", "int32"),
     ColumnInfo("value", "float32"),
+    ColumnInfo("time", "int64"),
     ColumnInfo("seconds", "int64"),
     ColumnInfo("shop", "string"),
     ColumnInfo("tags", "int64", multi=True),
@@ -82,6 +83,8 @@ def test_tasks_stand_in_the_order_of_the_config():
     [
         ({"column": "valu", "at_least": 4}, r"'model.tasks.task.column' is 'valu'.*did you mean 'value'"),
         ({"column": "user_id", "at_least": 4}, "no column of the dataset's actions"),
+        ({"column": "item", "any_of": [4]}, "'item', which a prediction is given"),
+        ({"column": "time", "at_least": 4}, "'time', which a prediction is given"),
         ({"column": "shop", "any_of": ["a"]}, "'shop', and that column is text"),
         ({"column": "tags", "any_of": [1]}, "'tags', and that column holds lists"),
         ({"column": "type", "any_of": ["veiw"]}, "'veiw', which is no action type.*did you mean 'view'"),
@@ -116,6 +119,9 @@ BASE = {
         ("model.tasks.like.at_least=four", "'model.tasks.like.at_least' is 'four'"),
         ("model.tasks.like.at_least=true", "'model.tasks.like.at_least'"),
         ("model.tasks={a/b: {column: value, at_least: 1}}", "letters, digits"),
+        ("model.tasks.item_ids={column: value, at_least: 1}", "'item_ids' is another column of the files"),
+        ("model.tasks.like.weight=0", "'model.tasks.like.weight' is 0"),
+        ("model.tasks.like.weight=1e308", "'model.tasks.like.weight' is 1e"),
         ("model.hidden=[0]", "'model.hidden.0' is 0"),
     ],
 )

@@ -198,6 +198,20 @@ def test_gradients_agree_with_finite_differences(encoder):
     assert_slopes(model, lambda: loss_of(model, b), tolerance(**LOSS, dtype=torch.float64)["atol"])
 
 
+@pytest.mark.parametrize("name", ["ranking", "din", "dlrm"])
+def test_a_model_that_is_told_what_it_predicts_is_refused(name):
+    tasks = {"long": {"column": "watched", "at_least": 2}}
+    features = {"told": {"column": "watched", "of_request": True, "rows": 4}}
+    model = {"name": name, "dim": 8, "tasks": tasks, "input": {"features": features}}
+    if name == "ranking":
+        model["encoder"] = "hstu"
+    with pytest.raises(
+        UserError,
+        match=r"features.told' tells a prediction column 'watched', which is what model\.tasks\.long",
+    ):
+        build(whole=model)
+
+
 def test_tasks_weigh_as_they_say():
     tasks = {
         "like": {"column": "value", "at_least": 3},

@@ -163,6 +163,10 @@ def test_nothing_to_predict_gives_zero_and_every_parameter_a_gradient(lengths):
     [
         ({"request": "pgae"}, "'model.request' is 'pgae', which is no column .*did you mean 'page'"),
         ({"request": "value"}, "'model.request' is 'value', and that column holds numbers with decimals"),
+        (
+            {"request": "watched", "tasks": {"long": {"column": "watched", "at_least": 2}}},
+            "'model.request' tells a prediction column 'watched', which is what model.tasks.long predicts",
+        ),
         ({"encoder": "gru4rec"}, "model.encoder gru4rec reads row after row"),
         (
             {"encoder": {**ENCODERS["sasrec"], "attention_dropout": 0.1}},

@@ -370,6 +370,10 @@ def test_what_does_not_fit_the_dataset_is_one_sentence():
     assert "model.network.user_field' is 'who'" in refused(model={"network": {"user_field": "who"}})
     assert "no field of model.item" in refused(network="dat", model={"network": {"item_field": "film"}})
     assert "the towers have 3 layers" in refused(model={"network": {"layers": 4}})
+    known = {"numbers": ["label"], "fields": {"user": {"column": "user", "rows": USERS}}}
+    assert "'model.user.numbers' tells a prediction column 'label'" in refused(model={"user": known})
+    told = {"fields": {"user": {"column": "user", "rows": USERS}, "liked": {"column": "label", "rows": 2}}}
+    assert "'model.user.fields.liked' tells a prediction column 'label'" in refused(model={"user": told})
     two = {"like": {"column": "label", "any_of": [1]}, "love": {"column": "label", "any_of": [0]}}
     assert "model.tasks" in refused(model={"tasks": two})
 

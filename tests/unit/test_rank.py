@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +11,10 @@ import pytest
 import torch
 
 from gr import config as configs
+from gr.batch import TARGETS_FROM
 from gr.errors import UserError
+from gr.models.step import StepContext
+from gr.modes import evaluating
 from gr.train import job, rank as library
 from gr.train.rank import rank
 from gr.train.runs import open_run
@@ -22,9 +27,17 @@ MODELS = {
     "interleaved": INTERLEAVED,
     "together": ["model.actions=together", "model.interaction=product"],
     "summed": [],
+    "sasrec": ["model.encoder={name: sasrec, layers: 1, heads: 2, ffn: 16, dropout: 0.2}"],
     "din": ["model=" + PAST % ("din", ", attention: [8], hidden: [8]")],
     "dlrm": ["model=" + PAST % ("dlrm", ", hidden: [8]")],
 }
+PAGES = 5
+FEATURES = (
+    f"{{page: {{column: page, of_request: true, rows: {PAGES}}}, "
+    "share: {column: share, of_request: true, number: plain}}"
+)
+KNOWING = {"knowing": [*INTERLEAVED, f"model.input={{features: {FEATURES}}}"]}
+"""A run that knows more of a request than its time."""
 # probabilities: a slope of 1/4 at most, of logits that are sums of up to 50 terms in some layers
 OFF = tolerance(50, stages=20, size=10.0)
 
@@ -32,11 +45,11 @@ OFF = tolerance(50, stages=20, size=10.0)
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rank")
-    times = np.arange(10**5, dtype=np.int64) * 3600  # no two actions at once
-    actions = make_dataset(folder / "count").manifest.actions
-    make_dataset(folder / "data", time=times[:actions])
+    numbers = np.arange(make_dataset(folder / "count").manifest.actions)  # no two actions at once
+    asked = {"page": numbers % PAGES, "share": (numbers % 7 / 7).astype(np.float32)}
+    make_dataset(folder / "data", time=numbers * 3600, **asked)
     found = {}
-    for name, overrides in MODELS.items():
+    for name, overrides in (MODELS | KNOWING).items():
         file = folder / f"{name}.yaml"
         file.write_text(CONFIG.format(run=folder / name, data=folder / "data"))
         short = ["train.max_steps=2", "eval.splits=[test]", "eval.baselines=[]"]
@@ -50,8 +63,8 @@ def write(file, **columns):
     return file
 
 
-def held_out(run):
-    """(users, items, times, probabilities) of the test split as the evaluation asks."""
+def requests(run):
+    """Of the test split, as the evaluation asks."""
     from gr.train.evaluation import Evaluation
 
     evaluation = Evaluation(
@@ -62,8 +75,13 @@ def held_out(run):
         judged_by="pointwise",
         columns=run.model.needs | {"time"},
     )
+    return evaluation.requests("test")
+
+
+def held_out(run):
+    """(users, items, times, probabilities) of the test split as the evaluation asks."""
     parts = []
-    for request in evaluation.requests("test"):
+    for request in requests(run):
         last = request.batch.offsets_B1[1:] - 1
         times = request.batch.timestamps_T[last]
         parts.append(
@@ -96,6 +114,21 @@ def test_rank_gives_what_the_evaluation_gives_and_the_order_of_requests_is_their
     for task, found in enumerate(scores(tmp_path / "out.parquet", run.model.labels.names)):
         first = torch.tensor([row[0] for row in found])
         torch.testing.assert_close(first, torch.tensor(wanted[mixed, task]), **OFF, check_dtype=False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_asks_what_the_evaluation_asks(runs, name):
+    """The logits whose loss is trained, without dropout, of the same actions: to the bit."""
+    model, (request, *_) = runs[name].model, requests(runs[name])
+    for sequence in range(20):
+        alone = request.batch.slice(sequence, sequence + 1)
+        if alone.lengths[0] < 2:
+            continue
+        last = dataclasses.replace(alone, user_columns={TARGETS_FROM: torch.tensor([alone.lengths[0] - 1])})
+        part, context = model.supervise(last, 5), StepContext(5)
+        with torch.no_grad(), evaluating(model):
+            found = model._logits(part, dataclasses.replace(context, views=model.views([part], context)))
+        assert torch.equal(found, model.logits(alone)), sequence
 
 
 @pytest.mark.parametrize("name", ["interleaved", "din"])
@@ -154,6 +187,18 @@ def test_a_request_before_all_that_its_user_did_is_answered_and_counted(runs, tm
         ),
         ({"user_id": [1], "item_ids": [[1]], "time": ["now"]}, "column time of .* holds no integers"),
         ({"user_id": [1], "item_ids": [[1]], "time": pa.array([None], pa.int64())}, "a request without time"),
+        (
+            {"user_id": [1], "item_ids": [[1]], "time": [1_700_000_000_000]},
+            "time 1700000000000 of a request of .* is not between the years 1740 and 2200: give it in seconds",
+        ),
+        (
+            {"user_id": [1], "item_ids": [[1]], "time": pa.array([2**63 + 5], pa.uint64())},
+            "time 9223372036854775813 of a request .* give it in seconds",
+        ),
+        (
+            {"user_id": [1.5], "item_ids": [[1]]},
+            "column 'user_id' of .* is of type double .*1.5.*holds int64",
+        ),
         ({"user_id": pa.array([None], pa.int64()), "item_ids": [[1]]}, "a request without user_id"),
         (
             {"user_id": pa.array([], pa.int64()), "item_ids": pa.array([], pa.list_(pa.int64()))},
@@ -166,3 +211,44 @@ def test_bad_requests_are_said_in_a_sentence(runs, tmp_path, columns, sentence):
     with pytest.raises(UserError, match=sentence):
         rank(runs["summed"], asked, tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"page": None}, "has no column 'page' .*the run's model knows 'page' of a request: add it"),
+        ({"page": [1.7]}, "column 'page' of .* is of type double .*1.7.* and the dataset's holds int64"),
+        ({"page": [float("nan")]}, "column 'page' of .* is of type double"),
+        (
+            {"page": pa.array([2**64 - 1], pa.uint64())},
+            "column 'page' of .* is of type uint64 .*not in range",
+        ),
+        ({"page": pa.array([1], pa.date32())}, "column 'page' of .* is of type date32"),
+        ({"page": [[1]]}, "column 'page' of .* is of type list<"),
+        ({"page": [PAGES]}, f"column 'page' holds {PAGES}, and its table has rows for 0 to {PAGES - 1}"),
+        ({"share": pa.nulls(1)}, "a request without 'share': fill it in"),
+        ({"share": [1e300]}, "column 'share' holds inf"),
+        ({"share": ["much"]}, "column 'share' of .* is of type string"),
+    ],
+)
+def test_what_a_request_knows_is_read_as_it_stands_or_refused(runs, tmp_path, columns, sentence):
+    given = {"user_id": [1], "item_ids": [[1]], "page": [1], "share": [0.5], **columns}
+    asked = write(tmp_path / "asked.parquet", **{n: c for n, c in given.items() if c is not None})
+    with pytest.raises(UserError, match=sentence):
+        rank(runs["knowing"], asked, tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_numbers_of_another_type_with_the_same_values_give_the_same_scores(runs, tmp_path):
+    plain = {"user_id": [1, 2], "item_ids": [[1, 1], [3, 4]], "page": [1, 2], "share": [0.0, 1.0]}
+    other = {
+        "user_id": pa.array([1.0, 2.0]),
+        "item_ids": pa.array([[1, 1], [3, 4]], pa.list_(pa.uint16(), 2)),
+        "page": pa.array([1.0, 2.0], pa.float32()),
+        "share": pa.array([0, 1], pa.int8()),
+    }
+    found = []
+    for columns in (plain, other):
+        rank(runs["knowing"], write(tmp_path / "asked.parquet", **columns), tmp_path / "out.parquet")
+        found.append(pq.read_table(tmp_path / "out.parquet")["like"].to_pylist())
+    assert found[0] == found[1] and found[0][0][0] == found[0][0][1]

@@ -78,8 +78,9 @@ class Looked:
 
 class Side:
     """The fields and numbers of one side ("user" or "item"), and the fields' ``tables``.  ``needs``: the columns that a
-    batch must carry.  ``unseen``: of fields whose values may have no row, how many had none in the batch that was
-    prepared last, and how many there were.  Raises UserError where one doesn't fit the dataset."""
+    batch must carry; ``reads``: by which config key each.  ``unseen``: of fields whose values may have no row, how many
+    had none in the batch that was prepared last, and how many there were.  Raises UserError where one doesn't fit the
+    dataset."""
 
     def __init__(
         self, name: str, section: SideSection, data: Catalogue, like: TableSpec, processes: Processes
@@ -92,7 +93,9 @@ class Side:
         self.of_users = frozenset(n for n in section.numbers if columns[n].of == "users")
         self.numbers = list(section.numbers)
         self.unseen = {f.name: (0, 0) for f in self.fields if f.shares_row}
-        self.needs = frozenset({f.column for f in self.fields if f.column is not None} | set(self.numbers))
+        self.reads = {f.column: f"{self.under}.{f.name}" for f in self.fields if f.column is not None}
+        self.reads |= dict.fromkeys(self.numbers, f"model.{name}.numbers")
+        self.needs = frozenset(self.reads)
         self.tables: list[Table] = [
             section.fields[f.name].table.build(replace(like, name=f.name, rows=f.rows), processes)
             for f in self.fields

@@ -111,6 +111,7 @@ class TwoTower(Model):
         fields_of([config.user, config.item])
         user = Side("user", config.user, catalogue, spec, processes)
         item = Side("item", config.item, catalogue, spec, processes)
+        labels.refuse_given(user.reads | item.reads)
         shapes = [
             Shape(len(s.fields), len(s.numbers), {f.name: f.rows for f in s.fields}) for s in (user, item)
         ]
