@@ -103,8 +103,8 @@ def test_without_histories_the_log_is_alone(dataset, tmp_path):
 
 
 def test_membership_of_users_that_share_items():
-    lists = pa.array([[1, 1], [], [2]], pa.list_(pa.int64()))
-    found = _membership(np.array([0, 0, 1, 2, 2]), np.array([1, 2, 1, 2, 2]), lists)
+    of_lists = np.array([0, 0, 2]), np.array([1, 1, 2])  # [1, 1], [], [2]
+    found = _membership(np.array([0, 0, 1, 2, 2]), np.array([1, 2, 1, 2, 2]), *of_lists)
     np.testing.assert_array_equal(found, [1, 0, 0, np.nan, np.nan])
 
 
@@ -121,6 +121,67 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path, log, sentence):
     with pytest.raises(UserError, match=sentence):
         make_source("kuairand-pure").prepare(folder, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+USERS, VIDEOS, BEFORE = (
+    f"{name}.parquet" for name in ("user_features", "video_features_basic", "user_history_before")
+)
+
+
+@pytest.mark.parametrize("file", [USERS, VIDEOS, BEFORE])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_file_that_is_cut_is_said_and_nothing_stays(tmp_path, file, kept):
+    folder = published(tmp_path / "raw")
+    path = tmp_path / "raw" / file
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=rf"cannot read '.*{file}' .*fetch it again"):
+        make_source("kuairand-pure").prepare(folder, str(tmp_path / "out"))
+    assert [p.name for p in tmp_path.iterdir()] == ["raw"]
+
+
+@pytest.mark.parametrize("file", [USERS, VIDEOS])
+def test_a_file_that_is_not_there_is_said_before_anything_is_read(tmp_path, monkeypatch, file):
+    folder = published(tmp_path / "raw")
+    (tmp_path / "raw" / file).unlink()
+    monkeypatch.setattr("gr.data.making.sources.kuairand.Impressions", None)
+    with pytest.raises(UserError, match=rf"has no {file.removesuffix('.parquet')}\*.parquet or .csv"):
+        make_source("kuairand-pure").prepare(folder, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "values", "sentence"),
+    [
+        (USERS, "user_id", [3, 5, 3], "lists user 3 more than once"),
+        (USERS, "user_id", [3, None, 5], "row 1, column 'user_id': the value is missing"),
+        (USERS, "onehot_feat3", [1.5, 2.0, 3.0], "column 'onehot_feat3': Float value 1.5"),
+        (VIDEOS, "video_id", [10, 11, 10, 13], "lists item 10 more than once"),
+        (VIDEOS, "music_type", [9.5, None, 4.0, 9.0], "column 'music_type': Float value 9.5"),
+        (VIDEOS, "tag", ["39", "2,x", None, "1"], "column 'tag': 'x' of '2,x' is no tag"),
+        (BEFORE, "user_id", [5, None], "column 'user_id': a value is missing"),
+        (BEFORE, "last_time_ms", [5, None], "column 'last_time_ms': a value is missing"),
+        (BEFORE, "watch_seq", [[12, None], [13]], "column 'watch_seq': a value is missing"),
+        (BEFORE, "like_seq", [None, [13]], "column 'like_seq': a value is missing"),
+        (BEFORE, "long_watch_seq", ["12", ""], "column 'long_watch_seq': string is no list"),
+        (BEFORE, "watch_seq", [["a"], ["13"]], "column 'watch_seq': Failed to parse"),
+    ],
+)
+def test_a_bad_value_is_said_with_its_column(tmp_path, file, column, values, sentence):
+    folder = published(tmp_path / "raw")
+    path = tmp_path / "raw" / file
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values)), path)
+    with pytest.raises(UserError, match=sentence):
+        make_source("kuairand-pure").prepare(folder, str(tmp_path / "out"))
+    assert [p.name for p in tmp_path.iterdir()] == ["raw"]
+
+
+def test_tags_stand_apart_by_commas_and_perhaps_spaces(tmp_path):
+    folder = published(tmp_path / "raw")
+    table = pq.read_table(f"{folder}/{VIDEOS}")
+    tags = pa.array(["39, 4", None, "unknown", "1"])
+    pq.write_table(table.set_column(table.column_names.index("tag"), "tag", tags), f"{folder}/{VIDEOS}")
+    made = make_source("kuairand-pure").prepare(folder, str(tmp_path / "out"))
+    assert made.catalogue["tag"].to_pylist() == [[39, 4], [], [], [1]]
 
 
 def test_a_label_that_one_of_several_files_has_not_is_said_with_the_file(tmp_path):

@@ -142,6 +142,10 @@ def test_the_split_is_the_datasets_and_its_protocol_is_named(made, tmp_path):
         ("ratings", "1::2", "can't be read as lines of user::item::value::time"),
         ("ratings", "99::2::5::978300000", "user 99, whom users.dat doesn't have"),
         ("ratings", "1::99::5::978300000", "film 99, which movies.dat doesn't list"),
+        ("ratings", "1::2::::978300000", "value is missing"),
+        ("ratings", "::2::5::978300000", "user is missing"),
+        ("users", "1::F::25::1::48067", "lists user 1 more than once"),
+        ("movies", "2::Another (1999)::Drama", "lists item 2 more than once"),
         ("users", "13::X::25::1::48067", "gender 'X' is none of F, M"),
         ("users", "13::F::30::1::48067", "age 30 is none of 1, 18"),
     ],
@@ -153,6 +157,19 @@ def test_a_bad_line_is_one_sentence(tmp_path, file, line, sentence):
     with pytest.raises(UserError) as refusal:
         make_source("ml-1m-ctr").prepare(str(tmp_path), str(tmp_path / "out"))
     assert sentence in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_files_with_nothing_in_them_are_said(tmp_path):
+    write_files(tmp_path)
+    with pytest.raises(UserError, match=r"test=0.99 and valid=0.9 leave none of \d+ ratings to train on"):
+        made = make_source("ml-1m-ctr", {}, ["test=0.99", "valid=0.9"])
+        made.prepare(str(tmp_path), str(tmp_path / "out"))
+    (tmp_path / "ratings.dat").write_text("1::2::3::978300000\n")
+    with pytest.raises(UserError, match="has ratings of 3 alone"):
+        make_source("ml-1m-ctr").prepare(str(tmp_path), str(tmp_path / "out"))
+    (tmp_path / "movies.dat").write_text("")
+    with pytest.raises(UserError, match=r"movies.dat' lists no film"):
+        make_source("ml-1m-ctr").prepare(str(tmp_path), str(tmp_path / "out"))
 
 
 def test_the_catalogues_mean_is_that_of_a_held_out_row(made):

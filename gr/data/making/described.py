@@ -60,7 +60,7 @@ def _read(
             table = _as_text(table, file.name, key)
         parts.append(catalogue_table(table, id_column, integer_ids, file.name, what))
     table = pa.concat_tables(parts, promote_options="default")
-    _check_distinct(table, schema.path, {"catalogue": "item", "users": "user"}[key])
+    check_distinct(table, schema.path, {"catalogue": "item", "users": "user"}[key])
     return table
 
 
@@ -105,7 +105,8 @@ def _as_text(table: pa.Table, name: str, key: str) -> pa.Table:
         raise UserError(f"'{name}' is not UTF-8: set {key}.csv.encoding, for example latin-1") from None
 
 
-def _check_distinct(table: pa.Table, name: str, what: str) -> None:
+def check_distinct(table: pa.Table, name: str, what: str) -> None:
+    """Refuse a table of which two rows have one ``item_id``."""
     ids = table["item_id"]
     if len(ids.unique()) < len(ids):
         counted = ids.value_counts()

@@ -69,11 +69,12 @@ def prepare(
     check_options(actions, options, described)
     check_output(out, overwrite)
     with saying_no_space(out), executor(engine, actions, out, options, progress) as work:
-        writer = DatasetWriter(out, name, overwrite=overwrite, scratch=work.dataset)
-        todo = Work(work, actions, out, options, described, progress, writer)
+        of_users = None
         if described_users is not None:
             integer = pa.types.is_integer(actions.table_schema.field("user").type)
-            todo.of_users = UserFields.of_table(described_users(integer), actions.table_schema.names)
+            of_users = UserFields.of_table(described_users(integer), actions.table_schema.names)
+        writer = DatasetWriter(out, name, overwrite=overwrite, scratch=work.dataset)
+        todo = Work(work, actions, out, options, described, progress, writer, of_users)
         return todo.done(provenance or {})
 
 
@@ -110,6 +111,7 @@ class Work:
         described: Described | None,
         progress: Progress,
         writer: DatasetWriter,
+        of_users: UserFields | None,
     ):
         self.executor, self.actions, self.out, self.options = executor, actions, out, options
         self.described_by, self.progress, self.writer = described, progress, writer
@@ -117,7 +119,7 @@ class Work:
         self.alive_C: np.ndarray | None = None
         self.counts = Counts()
         self.capped_users = self.capped_actions = 0
-        self.of_users: UserFields | None = None
+        self.of_users = of_users
 
     def done(self, provenance: dict[str, Any]) -> SequenceDataset:
         """The dataset, or a UserError and nothing written."""

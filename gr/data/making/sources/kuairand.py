@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from gr.data.dataset import SequenceDataset
-from gr.data.making.described import catalogue_table
+from gr.data.making.described import catalogue_table, check_distinct
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.log import LogReader
 from gr.data.making.prepare import prepare
@@ -47,6 +47,7 @@ RANGES = [
 ]
 USERS = [*RANGES, "register_days_range", *(f"onehot_feat{number}" for number in range(18))]
 VIDEOS = ["author_id", "video_type", "upload_type", "music_type", "video_duration"]
+PUBLISHED = "give the file as it was published"
 BEFORE = "history"
 """The part of the log that is each user's last videos before its first day."""
 
@@ -77,15 +78,17 @@ class KuaiRandPure(Source):
         engine: Engine = IN_PROCESS,
     ) -> SequenceDataset:
         folder = _folder(source)
+        stems = ("log_standard", "video_features_basic", "user_features")
+        log, videos, users = (_file(folder, stem) for stem in stems)
         history = _file(folder, "user_history_before", needed=False) if self.options.history else None
-        reader = Impressions(str(_file(folder, "log_standard")), history)
+        reader = Impressions(str(log), history)
         return prepare(
             reader,
             out,
             self.name,
             self.options,
-            described=lambda integer: _videos(_file(folder, "video_features_basic"), integer),
-            described_users=lambda integer: _users(_file(folder, "user_features")),
+            described=lambda integer: _videos(videos, integer),
+            described_users=lambda integer: _users(users, integer),
             overwrite=overwrite,
             progress=progress,
             provenance={"source": source, "options": self.options.model_dump(mode="json")},
@@ -167,21 +170,31 @@ def _check_label(column: pa.ChunkedArray, name: str, file: str) -> None:
 def _history(file: Path, schema: pa.Schema) -> pa.Table:
     """A row an action, in each user's order."""
     table = _read(file, ["user_id", "last_time_ms", "watch_seq", "like_seq", "long_watch_seq"])
+    for name in ("watch_seq", "like_seq", "long_watch_seq"):
+        kind = table[name].type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise UserError(f"'{file}', column '{name}': {kind} is no list: {PUBLISHED}")
+    for name in table.column_names:
+        _check_known(table[name], name, file)
     lists = table["watch_seq"].combine_chunks()
-    items = lists.flatten().cast(pa.int64())
+    items = _integers(lists.flatten(), "watch_seq", file)
     row_A = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy(zero_copy_only=False))
     count = len(items)
     columns: dict[str, Any] = {
-        "user": table["user_id"].combine_chunks().cast(pa.int64()).take(pa.array(row_A)),
+        "user": _integers(table["user_id"].combine_chunks(), "user_id", file).take(pa.array(row_A)),
         "item": items,
-        "time": table["last_time_ms"].combine_chunks().cast(pa.int64()).take(pa.array(row_A)),
+        "time": _integers(table["last_time_ms"].combine_chunks(), "last_time_ms", file).take(pa.array(row_A)),
     }
     known = {"field.long_view": "long_watch_seq", "field.like": "like_seq"}
     for field in schema:
         if field.name in columns:
             continue
         if field.name in known:
-            labels_A = _membership(row_A, items.to_numpy(), table[known[field.name]].combine_chunks())
+            of_label = known[field.name]
+            chosen = table[of_label].combine_chunks()
+            listed = _integers(chosen.flatten(), of_label, file).to_numpy()
+            counts = pc.list_value_length(chosen).to_numpy(zero_copy_only=False)
+            labels_A = _membership(row_A, items.to_numpy(), np.repeat(np.arange(len(chosen)), counts), listed)
             columns[field.name] = pa.array(labels_A)
         elif field.type == pa.string():
             columns[field.name] = pa.array([""] * count)
@@ -194,20 +207,23 @@ def _listed(file: Path) -> int:
     """Videos in all histories, as the file's footer says, or none where it doesn't."""
     if file.suffix != ".parquet":
         return 0
-    footer = pq.read_metadata(file)
+    try:
+        footer = pq.read_metadata(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _unreadable(file, error) from None
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     columns = [group.column(n) for group in groups for n in range(group.num_columns)]
     return sum(column.num_values for column in columns if column.path_in_schema.startswith("watch_seq."))
 
 
-def _membership(row_A: np.ndarray, items_A: np.ndarray, lists: pa.Array) -> np.ndarray:
+def _membership(
+    row_A: np.ndarray, items_A: np.ndarray, row_L: np.ndarray, listed_L: np.ndarray
+) -> np.ndarray:
     """(A,) 1 where an action's item is in its row's list, 0 where not, NaN where the item is in the row's actions more
-    often than in the list."""
-    listed = lists.flatten().cast(pa.int64()).to_numpy()
-    owner = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy(zero_copy_only=False))
-    span = int(max(items_A.max(initial=0), listed.max(initial=0))) + 1
+    often than in the list.  row_L, listed_L: whose lists, and what is in them."""
+    span = int(max(items_A.max(initial=0), listed_L.max(initial=0))) + 1
     keys_A, place_A, own_U = np.unique(row_A * span + items_A, return_inverse=True, return_counts=True)
-    keys_L, found_L = np.unique(owner * span + listed, return_counts=True)
+    keys_L, found_L = np.unique(row_L * span + listed_L, return_counts=True)
     at_U = np.searchsorted(keys_L, keys_A)
     there_U = np.zeros(len(keys_A), np.int64)
     inside_U = at_U < len(keys_L)
@@ -217,24 +233,52 @@ def _membership(row_A: np.ndarray, items_A: np.ndarray, lists: pa.Array) -> np.n
     return labels_U[place_A]
 
 
-def _users(file: Path) -> pa.Table:
+def _users(file: Path, integer_ids: bool) -> pa.Table:
     table = _read(file, ["user_id", *USERS])
-    columns = {"user_id": table["user_id"].combine_chunks().cast(pa.int64())}
+    columns = {"user_id": table["user_id"].combine_chunks()}
     for name in USERS:
         column = table[name].combine_chunks()
-        columns[name] = column.cast(pa.int64()) if pa.types.is_floating(column.type) else column
-    return pa.table(columns)
+        columns[name] = _integers(column, name, file) if pa.types.is_floating(column.type) else column
+    found = catalogue_table(pa.table(columns), "user_id", integer_ids, str(file), "file of users")
+    check_distinct(found, str(file), "user")
+    return found.rename_columns(["user_id", *USERS])
 
 
 def _videos(file: Path, integer_ids: bool) -> pa.Table:
     table = _read(file, ["video_id", *VIDEOS, "tag"])
-    tags = [
-        [int(tag) for tag in str(text).split(",") if tag.isdecimal()] for text in table["tag"].to_pylist()
-    ]
+    tags = [_tags(text, file) for text in table["tag"].to_pylist()]
     columns = {name: table[name].combine_chunks() for name in ("video_id", *VIDEOS)}
-    columns["music_type"] = columns["music_type"].cast(pa.int64())
+    columns["music_type"] = _integers(columns["music_type"], "music_type", file)
     columns["tag"] = pa.array(tags, pa.list_(pa.int64()))
-    return catalogue_table(pa.table(columns), "video_id", integer_ids, str(file))
+    found = catalogue_table(pa.table(columns), "video_id", integer_ids, str(file))
+    check_distinct(found, str(file), "item")
+    return found
+
+
+def _tags(text: Any, file: Path) -> list[int]:
+    """The tags of a video: "39,2", one number, or nothing where they are unknown."""
+    parts = [part.strip() for part in str("" if text is None else text).split(",")]
+    if parts in ([""], ["unknown"]):
+        return []
+    if odd := [part for part in parts if not part.isdecimal()]:
+        raise UserError(
+            f"'{file}', column 'tag': {odd[0]!r} of {text!r} is no tag, which is an integer: {PUBLISHED}"
+        )
+    return [int(part) for part in parts]
+
+
+def _integers(column: pa.Array, name: str, file: Path) -> pa.Array:
+    try:
+        return column.cast(pa.int64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"'{file}', column '{name}': {first_line(error)}: {PUBLISHED}") from None
+
+
+def _check_known(column: pa.ChunkedArray, name: str, file: Path) -> None:
+    """Refuse a column of which a value, or one of a list, is missing."""
+    lists = column.type.num_fields
+    if column.null_count or (lists and any(chunk.flatten().null_count for chunk in column.chunks)):
+        raise UserError(f"'{file}', column '{name}': a value is missing: {PUBLISHED}")
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:
@@ -246,11 +290,15 @@ def _read(file: Path, columns: list[str]) -> pa.Table:
             found = pyarrow.csv.read_csv(file)
             names = found.column_names
         if missing := [name for name in columns if name not in names]:
-            raise UserError(f"'{file}' has no column '{missing[0]}': give the file as it was published")
+            raise UserError(f"'{file}' has no column '{missing[0]}': {PUBLISHED}")
         table = pq.read_table(file, columns=columns) if file.suffix == ".parquet" else found.select(columns)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"cannot read '{file}' ({first_line(error)}): fetch it again") from None
+        raise _unreadable(file, error) from None
     return table
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"cannot read '{file}' ({first_line(error)}): fetch it again")
 
 
 def _folder(source: str | None) -> Path:

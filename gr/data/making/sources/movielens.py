@@ -7,7 +7,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from gr.data.making.described import catalogue_table, read_catalogue
+from gr.data.making.described import catalogue_table, check_distinct, read_catalogue
 from gr.data.making.download import Published
 from gr.data.making.log import LogReader
 from gr.data.making.prepare import Actions, Described
@@ -68,9 +68,13 @@ class ML1M(MovieLens):
                     f"'{file}', line {line}: {text!r} is not id::title::genres; fetch the file again"
                 )
             rows.append(parts)
+        if not rows:
+            raise UserError(f"'{file}' lists no film: fetch the file again")
         ids, titles, genres = zip(*rows, strict=True)
         table = pa.table({"item": pa.array(ids), "title": pa.array(titles), "genres": pa.array(genres)})
-        return catalogue_table(table, "item", integer_ids, str(file))
+        films = catalogue_table(table, "item", integer_ids, str(file))
+        check_distinct(films, str(file), "item")
+        return films
 
 
 class ML20M(MovieLens):

@@ -92,9 +92,18 @@ class ML1MCTR(Source):
         films = ML1M().films(folder / "movies.dat", True)
         rated = len(ratings["value"])
         kept = np.flatnonzero(ratings["value"] != 3)
+        if not len(kept):
+            raise UserError(
+                f"'{folder / 'ratings.dat'}' has ratings of 3 alone, which are dropped: fetch it again"
+            )
         order = kept[np.argsort(keyed(kept, derive(NAME, options.split_seed)), kind="stable")]
         shares = split_shares(options.test, options.valid)
         train, held = round(shares["train"] * len(order)), round(sum(shares.values()) * len(order))
+        if not train:
+            raise UserError(
+                f"test={options.test:g} and valid={options.valid:g} leave none of {len(order):,} ratings to train on: "
+                "lower them"
+            )
         columns, items, catalogue = _columns(
             {name: column[order] for name, column in ratings.items()}, users, films
         )
@@ -170,6 +179,8 @@ def read_users(file: Path) -> dict[str, np.ndarray]:
     table = _read(file, names, kinds)
     ids = table["id"].to_numpy()
     order = np.argsort(ids, kind="stable")
+    if (twice := ids[order][1:][np.diff(ids[order]) == 0]).size:
+        raise UserError(f"'{file}' lists user {twice[0]} more than once: fetch the file again")
     known = {"gender": GENDERS, "age": AGES, "occupation": tuple(range(OCCUPATIONS))}
     found = {"id": ids[order]}
     for name, categories in known.items():
@@ -188,18 +199,23 @@ def read_users(file: Path) -> dict[str, np.ndarray]:
 def _read(file: Path, names: list[str], kinds: dict[str, pa.DataType]) -> pa.Table:
     """Columns of a file whose fields are separated by two colons: every other one, between them, is empty."""
     columns = [name or f"between {number}" for number, name in enumerate(names)]
+    shape = "::".join(name for name in names if name)
     try:
-        return csv.read_csv(
+        table = csv.read_csv(
             file,
             csv.ReadOptions(column_names=columns, encoding="latin-1", use_threads=False),
             csv.ParseOptions(delimiter=":", quote_char=False),
             csv.ConvertOptions(column_types=kinds, include_columns=list(kinds), strings_can_be_null=False),
         )
     except (OSError, pa.ArrowInvalid) as error:
-        shape = "::".join(name for name in names if name)
         raise UserError(
             f"'{file}' can't be read as lines of {shape} ({first_line(error)}): fetch the file again"
         ) from None
+    for name in kinds:
+        if table[name].null_count:
+            line = table[name].is_null().index(True).as_py() + 1
+            raise UserError(f"'{file}', line {line}: {name} is missing; fetch the file again")
+    return table
 
 
 def _columns(
