@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gr.errors import program
+from gr.errors import UserError, program
 from gr.programs._arguments import new_parser
 
 
@@ -34,10 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--evaluate", metavar="SPLIT", help="also judge scores by the last layer alone on a split"
     )
     options = parser.parse_args(arguments)
+    for name, least in (("users", 0), ("k", 1)):
+        if (given := getattr(options, name)) < least:
+            raise UserError(f"--{name} is {given}: give {least} or more")
 
+    from gr.data.outputs import output_file
     from gr.train.item_heads import item_heads, judged, measure
     from gr.train.runs import open_run
 
+    output_file(options.out)
     run = open_run(options.run, options.checkpoint, data_path=options.data)
     heads = item_heads(run)
     heads.save(options.out)
@@ -64,9 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _counts(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        counts = [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list like 200,500") from None
+        counts = []
+    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of different numbers like 200,500")
+    return counts
 
 
 if __name__ == "__main__":

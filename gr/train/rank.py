@@ -118,19 +118,18 @@ def _opened(
             raise UserError(
                 f"'{file}' has no column '{name}' (it has {', '.join(there)}), and {known}: add it"
             )
-    if taken := [name for name in model.labels.names if name in extra]:
-        raise UserError(
-            f"the run's task '{taken[0]}' is called as the column '{taken[0]}' of requests, and their scores can't be "
-            "written beside each other: train with another name in model.tasks"
-        )
     kind = source.schema_arrow.field("item_ids").type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise UserError(f"column item_ids of '{file}' is of type {kind}: give a list of candidates a request")
     if isinstance(model, TwoTower):
-        return source, [
-            "item_ids",
-            *rank_fields.check_columns(model, dataset, source.schema_arrow, str(file)),
-        ]
+        extra = rank_fields.check_columns(model, dataset, source.schema_arrow, str(file))
+    if taken := [name for name in model.labels.names if name in extra]:
+        raise UserError(
+            f"the run's task '{taken[0]}' has the name of a column of requests, and its scores can't be written beside "
+            "that: train with another name in model.tasks"
+        )
+    if isinstance(model, TwoTower):
+        return source, ["item_ids", *extra]
     if TIME in there and not dataset.has_timestamps:
         raise UserError(f"'{file}' has a column time, and the run's dataset has no times: leave it out")
     if TIME in there and not pa.types.is_integer(source.schema_arrow.field(TIME).type):

@@ -116,6 +116,25 @@ def test_the_program_writes_and_measures(run, tmp_path, capsys):
     assert found.users == 5 and found.recall == {ITEMS: 1.0} and 0 <= found.last_recall <= 1
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--users", "-1"], "--users is -1"),
+        (["--k", "0"], "--k is 0"),
+        (["--candidates", "5,5"], "'5,5' is not a list of different numbers"),
+        (["--candidates", "0"], "'0' is not a list of different numbers"),
+        (["--out", "no/heads"], "there is no folder 'no'"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_said(run, tmp_path, monkeypatch, capsys, given, sentence):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert program.main(["--run", str(run.folder.path), "--out", "heads", *given]) == 2
+    except SystemExit as left:  # argparse
+        assert left.code == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "heads").exists()
+
+
 def test_heads_of_another_run_and_what_is_no_file_of_heads_are_refused(run, tmp_path):
     heads = item_heads(run)
     other = ItemHeads(heads.heads_JIK, heads.bias, heads.layers, heads.step + 1, heads.generation)

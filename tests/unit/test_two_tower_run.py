@@ -174,6 +174,11 @@ def test_rank_gives_what_the_evaluation_gives(data, tmp_path):
         ({"user": ["a"]}, "column 'user' of .* is of type string, and the dataset's holds int64"),
         ({"user": [40]}, r"column 'user' holds 40, and its table has rows for 0 to 39 .*unseen: own_row"),
         ({"group": pa.array([None], pa.int64())}, "a request without 'group': fill it in"),
+        ({"user": [1.5]}, "column 'user' of .* is of type double .*1.5.* and the dataset's holds int64"),
+        (
+            {"user": pa.array([2**64 - 1], pa.uint64())},
+            "column 'user' of .* is of type uint64 .*not in range",
+        ),
     ],
 )
 def test_bad_requests_are_said_in_a_sentence(trained, tmp_path, columns, sentence):
@@ -182,6 +187,17 @@ def test_bad_requests_are_said_in_a_sentence(trained, tmp_path, columns, sentenc
     with pytest.raises(UserError, match=sentence):
         rank(trained, tmp_path / "asked", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_with_the_name_of_a_column_of_requests_cannot_be_ranked(data, tmp_path):
+    file = tmp_path / "named.yaml"
+    text = CONFIG.format(run=tmp_path / "run", data=data)
+    file.write_text(text.replace("tasks: {like:", "tasks: {group:"))
+    path = job.run(configs.load(file, ["train.max_steps=1", "eval.splits=[]"])).path
+    given = {"user": [1], "group": [1], "mean": [0.5], "item_ids": [[1]]}
+    pq.write_table(pa.table(given), tmp_path / "asked")
+    with pytest.raises(UserError, match="task 'group' has the name of a column of requests"):
+        rank(open_run(path), tmp_path / "asked", tmp_path / "out")
 
 
 def test_categories_without_a_row_may_share_one_and_are_counted(data, tmp_path):
