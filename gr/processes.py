@@ -236,7 +236,8 @@ def processes(
         if not started or not _LOST.search(str(error)):
             raise
         raise UserError(
-            f"rank {rank} lost the other processes: one of them ended and said why; then go on with --resume"
+            f"rank {rank} lost another process, which ended, and said why if it could: then start again (a training "
+            "with --resume)"
         ) from error
     finally:
         torch.set_num_threads(previous_threads)

@@ -12,6 +12,7 @@ import sys
 
 from gr import doctor
 from gr.errors import UserError, program
+from gr.launcher import end_with_agent
 from gr.programs._arguments import new_parser
 
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         from gr import config as configs
         from gr.train.cluster_report import examine_cluster
 
+        end_with_agent()
         return examine_cluster(configs.load(options.config, options.overrides) if options.config else None)
     if options.config:
         raise UserError("--config is looked at with --cluster: say that too, and start it with torchrun")

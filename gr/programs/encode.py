@@ -9,8 +9,10 @@ python -m gr encode --dataset data/ml-1m --tower my-encoder.yaml --items new.par
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 
-from gr.errors import program
+from gr.errors import UserError, program
+from gr.launcher import end_with_agent
 from gr.programs._arguments import new_parser
 
 
@@ -29,13 +31,24 @@ def main(arguments: list[str] | None = None) -> int:
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="of this process (default: all cores)")
+    timeout = "that a process may wait for another (default: %(default)s)"
+    parser.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help=timeout)
     options = parser.parse_args(arguments)
+    if options.timeout < 1:
+        raise UserError(f"--timeout is {options.timeout}: give it a second at least", everywhere=True)
+    end_with_agent()
 
     from gr.processes import processes
     from gr.train.encoding import encode, read_tower
+    from gr.train.watch import watching
 
     section = read_tower(options.tower)
-    with processes(options.device, options.threads) as joined:
+    exchange = timedelta(seconds=options.timeout)
+    with (
+        processes(options.device, options.threads, timeout=exchange) as joined,
+        watching(joined, "--timeout") as watch,
+    ):
+        watch.at("encoding", 0)
         file, count, width = encode(options.dataset, section, options.out, joined, options.items)
     if joined.is_main:
         print(f"wrote {count:,} vectors of {width} numbers to {file}")

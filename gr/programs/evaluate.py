@@ -10,10 +10,12 @@ import argparse
 import sys
 
 from gr.errors import UserError, program
+from gr.launcher import end_with_agent
 from gr.programs._arguments import add_data_path, add_dim, add_run, names, new_parser, settle_run
 
 OPTIONS = {"eval.splits": "--split", "eval.baselines": "--baselines", "eval.buckets": "--buckets"}
 """Keys of ``eval`` that are options here."""
+TIMEOUT = "train.timeout"
 OF_TRAINING = ("eval.every_epochs", "eval.every_steps")
 
 
@@ -23,7 +25,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_data_path(parser)
     add_dim(parser)
     parser.add_argument(
-        "overrides", nargs="*", metavar="eval.key=value", help="changes to the run's eval section"
+        "overrides",
+        nargs="*",
+        metavar="eval.key=value",
+        help="changes to the run's eval section; train.timeout=SECONDS, that an exchange of processes may take",
     )
     parser.add_argument("--split", default="test", help="a held-out split: test (default) or valid")
     parser.add_argument(
@@ -41,10 +46,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for override in options.overrides:
         if (key := override.partition("=")[0]) in OPTIONS:
             raise UserError(f"'{key}' is not looked at when evaluating: say {OPTIONS[key]}", everywhere=True)
-        if not key.startswith("eval.") or key in OF_TRAINING:
+        if key != TIMEOUT and (not key.startswith("eval.") or key in OF_TRAINING):
             raise UserError(
-                f"'{override}' cannot change when evaluating: only eval.* can, and not {' or '.join(OF_TRAINING)} "
-                "(--data-path says where the data is)",
+                f"'{override}' cannot change when evaluating: only {TIMEOUT} can, and eval.* but for "
+                f"{' and '.join(OF_TRAINING)} (--data-path says where the data is)",
                 everywhere=True,
             )
     return options
@@ -53,6 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 @program
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    end_with_agent()
     overrides = [*options.overrides, f"eval.buckets={str(options.buckets).lower()}"]
     baselines = names(options.baselines)
 

@@ -13,15 +13,14 @@ import argparse
 import sys
 
 from gr.errors import UserError, program
-from gr.programs._arguments import new_parser
+from gr.programs._arguments import add_data_path, add_run, new_parser, refuse_torchrun, settle_run
 
 
 @program
 def main(arguments: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
-    parser.add_argument("--run", required=True, help="folder of the run, or of its export")
-    parser.add_argument("--checkpoint", default="last", help="last, best or a step (default: %(default)s)")
-    parser.add_argument("--data", help="where the run's dataset is, if not where its config says")
+    add_run(parser)
+    add_data_path(parser)
     parser.add_argument("--out", required=True, help="the file to write, safetensors")
     parser.add_argument(
         "--users", type=int, default=0, help="users to measure the search with (default: none)"
@@ -34,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--evaluate", metavar="SPLIT", help="also judge scores by the last layer alone on a split"
     )
     options = parser.parse_args(arguments)
+    settle_run(parser, options)
+    refuse_torchrun("index", "it measures one process")
     for name, least in (("users", 0), ("k", 1)):
         if (given := getattr(options, name)) < least:
             raise UserError(f"--{name} is {given}: give {least} or more")
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.train.runs import open_run
 
     output_file(options.out)
-    run = open_run(options.run, options.checkpoint, data_path=options.data)
+    run = open_run(options.run, options.checkpoint, data_path=options.data_path)
     heads = item_heads(run)
     heads.save(options.out)
     per_item, items, width = heads.heads_JIK.shape

@@ -15,15 +15,16 @@ from gr.errors import UserError
 from gr.processes import Processes, processes
 from gr.train.collectives import Timed, clock_offsets, timed_exchanges
 from gr.train.preflight import difference_of, doubts, facts
-from gr.train.watch import Watch
+from gr.train.watch import watching
 
 TIMEOUT_SECONDS, WIDTH = 60, 120
+LIMIT = "the doctor's patience"
 
 
 def examine_cluster(config: RunConfig | None, device: str = "auto") -> int:
     """Print it, on the first process; 1 where nothing can be trained so, 2 where that is an exchange's fault."""
     device = device if config is None else config.train.device
-    with processes(device, timeout=timedelta(seconds=TIMEOUT_SECONDS)) as joined, Watch(joined):
+    with processes(device, timeout=timedelta(seconds=TIMEOUT_SECONDS)) as joined, watching(joined, LIMIT):
         if joined.world.size == 1:
             raise UserError(
                 "a cluster is several processes: start it with torchrun, as a training is started"

@@ -17,6 +17,7 @@ from gr.train.evaluation import Evaluation, baseline_kind
 from gr.train.job import running
 from gr.train.runs import config_of, open_run
 from gr.train.selection import judged_by
+from gr.train.watch import watching
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ def compare(
 ) -> Comparison:
     """Evaluate; every process of the group calls this, and all get the results.
 
-    run: a run's folder, or an export.  overrides: changes to its config, of ``eval`` alone.  output: a file to be
-    written afterwards, checked before the work.  data_path: where the dataset is, if not where the config says.
-    dim: score by so many first numbers of vectors.  Raises UserError.
+    run: a run's folder, or an export.  overrides: changes to its config, of ``eval`` and train.timeout.  output: a
+    file to be written afterwards, checked before the work.  data_path: where the dataset is, if not where the config
+    says.  dim: score by so many first numbers of vectors.  Raises UserError.
     """
     config = _config(run, data_path, baselines, overrides, output)
     model = getattr(config.model, "encoder", getattr(config.model, "network", config.model)).name
     results: dict[str, EvalResult] = {}
-    with running(config) as joined:
+    with running(config) as joined, watching(joined) as watch:
         opened = joined.together(lambda: open_run(run, checkpoint, joined, data_path, dim))
         data = opened.data
         evaluation = Evaluation(
@@ -67,6 +68,7 @@ def compare(
         requests = joined.together(lambda: evaluation.requests(split))
         progress = default_progress() if joined.is_main else Progress()
         for name in [*baselines, model]:
+            watch.at(f"evaluation of {name}", opened.step)
             scorer = opened.model if name == model else joined.together(partial(evaluation.baseline, name))
             with progress.stage(name, requests.share, "users") as stage:
                 results[name] = evaluation.run(split, scorer, advance=stage.advance)

@@ -28,13 +28,14 @@ from gr.train.parts import Parts, build, build_model, open_data
 from gr.train.planning import OfDataset
 from gr.train.plans import plans_of, shown
 from gr.train.trainer import Trainer
+from gr.train.watch import watching
 
 TIMED_STEPS = 3
 
 
 def dry_run(config: RunConfig) -> None:
     """Build ``config``, take a step (and time two more), print shapes, memory and an estimate of the whole."""
-    with running(config, config.train.context) as processes:
+    with running(config, config.train.context) as processes, watching(processes) as watch:
         parts = processes.together(lambda: build(config, processes))
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(
@@ -45,6 +46,7 @@ def dry_run(config: RunConfig) -> None:
                 processes,
                 RunFolder(scratch),
                 Cursor(parts.data.dataset.manifest.generation),
+                watch=watch,
             )
             trainer.progress.close()
             trainer.progress = StepProgress(trainer.total_steps, 0, active=False)

@@ -4,9 +4,48 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 REPEATED_S = 1.0
+
+
+class ToldToEnd(BaseException):
+    """SIGTERM came; like KeyboardInterrupt nothing but the outermost catches it."""
+
+
+@contextmanager
+def told_to_end() -> Iterator[None]:
+    """SIGTERM raises :class:`ToldToEnd` in the main thread, once: what ends by it isn't interrupted again."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise ToldToEnd(signal.Signals(number).name)
+
+    with _on_sigterm(handle):
+        yield
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Nothing happens at a SIGTERM, for the seconds that a last word takes."""
+    with _on_sigterm(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _on_sigterm(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Outside of the main thread the signal stays as it is."""
+    try:
+        previous = signal.signal(signal.SIGTERM, handler)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class StopSignal:

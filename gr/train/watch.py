@@ -20,6 +20,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from statistics import median
 from types import TracebackType
@@ -36,6 +37,7 @@ from gr.train.environment import PACKAGES, installed_version
 from gr.train.folder import RunFolder
 from gr.train.preflight import code_digest
 from gr.train.standing import Standing, late, slow, told, where
+from gr.train.stopping import ToldToEnd, deaf, told_to_end
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,9 @@ WINDOW_SECONDS, WINDOW_STEPS = 10.0, 3  # of work, at least, over which ranks ar
 QUIET_SECONDS = 600.0  # before the same rank is called slow again
 QUIET_STEP_SECONDS = 60.0  # before another step is
 SILENT_BEATS = 4
+CERTAIN_SECONDS = (
+    8.0  # until whoever is lost has been silent for so many beats, also to one that just began to listen
+)
 STOOD_LOOKS = 20  # a look so late: the whole process stood still
 SLOW_STEP, SLOW_STEP_SECONDS = 5.0, 3.0  # times the median of the last steps, and at least so long
 STEPS_KNOWN, STEPS_KEPT = 5, 50
@@ -58,10 +63,17 @@ _WATCHES = itertools.count()
 
 
 class Watch:
-    """A context around a run; all processes make it together.  :meth:`at` says what the main thread begins."""
+    """A context around a run; all processes make it together.  :meth:`at` says what the main thread begins.
 
-    def __init__(self, processes: Processes) -> None:
-        self.processes, self.rank = processes, processes.world.rank
+    again: what to do after an end that is nobody's fault, as the sentence that names the late or lost says it.
+    limit: what sets the time that an exchange may take, for that sentence.
+    """
+
+    def __init__(
+        self, processes: Processes, again: str = "go on with --resume", limit: str = "train.timeout"
+    ) -> None:
+        self.processes, self.rank, self.again, self.limit = processes, processes.world.rank, again, limit
+        self._parent = os.getppid()
         self.timeout = processes.timeout.total_seconds()
         self.patience = min(30.0, self.timeout / 3)
         self.phase, self.step = "starting", 0
@@ -97,8 +109,11 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._others is not None and isinstance(error, RuntimeError):
-                self._explain(error)
+            if self._others is not None and isinstance(error, RuntimeError | ToldToEnd):
+                with (
+                    deaf()
+                ):  # torchrun tells the others to end when it misses one, long before who it is is certain
+                    self._explain(error)
         finally:
             self._ended.set()
             if self._thread is not None:
@@ -216,7 +231,7 @@ class Watch:
         said = f"nothing has moved for {stalled:.0f} s: {self.everybody()}"
         self._dump(said)
         if self._speaks():
-            log.warning("%s; train.timeout ends the run after %.0f s", said, self.timeout)
+            log.warning("%s; %s ends the run after %.0f s", said, self.limit, self.timeout)
 
     def _speaks(self) -> bool:
         """One of those that wait speaks for all."""
@@ -241,9 +256,9 @@ class Watch:
 
     def _give_up(self, stalled: float) -> NoReturn:
         """An exchange that its own timeout doesn't end: a driver's or a library's fault, and nobody would notice."""
-        said = f"rank {self.rank} hangs in spite of train.timeout, for {stalled:.0f} s: {self.everybody()}"
+        said = f"rank {self.rank} hangs in spite of {self.limit}, for {stalled:.0f} s: {self.everybody()}"
         self._dump(said)
-        print(f"error: {said}; go on with --resume", file=sys.stderr, flush=True)
+        print(f"error: {said}; {self.again}", file=sys.stderr, flush=True)
         os._exit(2)
 
     def _notice_step(self, step: int, seconds: float) -> None:
@@ -316,25 +331,65 @@ class Watch:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def _explain(self, error: RuntimeError) -> None:
-        """A timeout, or a lost process, in gloo's or NCCL's words, as a sentence that names who."""
+    def _explain(self, error: RuntimeError | ToldToEnd) -> None:
+        """A timeout, or a lost process, in gloo's, NCCL's or the launcher's words, as a sentence that names who."""
         assert self._others is not None
         text = str(error)
+        if isinstance(error, ToldToEnd):
+            orphaned = (
+                os.getppid() != self._parent
+            )  # then torchrun's store, by which others are heard of, is gone
+            lost = "" if orphaned else self._lost()
+            why = (
+                f"after {lost} was lost"
+                if lost
+                else "with its agent"
+                if orphaned
+                else f"in {self.standing()}"
+            )
+            raise UserError(
+                f"rank {self.rank} on {self.hosts[self.rank]} was told to end ({text}) {why}: {self.again}",
+                everywhere=bool(self.processes.local.rank) if orphaned else not self._speaks(),
+            ) from error
         if _TIMED_OUT.search(text):
             self._last = self._waited
             self._others.ask()
-            said = f"an exchange took longer than train.timeout, {self.timeout:.0f} s: {self.everybody()}"
+            said = f"an exchange took longer than {self.limit}, {self.timeout:.0f} s: {self.everybody()}"
             self._dump(said)
-            raise UserError(f"{said}; go on with --resume", everywhere=not self._speaks()) from error
+            raise UserError(f"{said}; {self.again}", everywhere=not self._speaks()) from error
         if _LOST.search(text):
-            peer = _PEER.search(text)
-            named = [name for name in dict.fromkeys(self.hosts) if peer and f"({peer[1]})" in name]
-            several = named and len(set(self.hosts)) > 1
-            whom = f"the processes on {named[0]}" if several else "the other processes"
             self.note(text.splitlines()[0])
+            whom = self._lost() or self._peer(text)
             raise UserError(
-                f"rank {self.rank} lost {whom}: one of them ended and said why; then go on with --resume"
+                f"rank {self.rank} lost {whom}: it ended, and said why if it could; then {self.again}",
+                everywhere=not self._speaks(),
             ) from error
+
+    def _lost(self) -> str:
+        """The ranks of which nothing is heard any more, once that is certain; "" where all tell of themselves."""
+        assert self._others is not None
+        until = time.monotonic() + CERTAIN_SECONDS
+        self._others.ask()
+        while not (silent := self._view()[1]) and time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+        named = [f"rank {rank} on {self.hosts[rank]}" for rank in sorted(silent)]
+        return ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+
+    def _peer(self, text: str) -> str:
+        """Whose connection gloo's words are about, as far as an address tells."""
+        peer = _PEER.search(text)
+        named = [name for name in dict.fromkeys(self.hosts) if peer and f"({peer[1]})" in name]
+        return f"a process on {named[0]}" if named and len(set(self.hosts)) > 1 else "another process"
+
+
+@contextlib.contextmanager
+def watching(processes: Processes, limit: str = "train.timeout") -> Iterator[Watch]:
+    """A watch over a program that writes its results at its end, and has nothing to save before: with several processes
+    SIGTERM, which torchrun sends to all when one is lost, ends this one with a sentence that names the lost."""
+    with contextlib.ExitStack() as held:
+        if processes.world.size > 1:
+            held.enter_context(told_to_end())
+        yield held.enter_context(Watch(processes, "start it again", limit))
 
 
 class _Courier:

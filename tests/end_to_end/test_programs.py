@@ -335,6 +335,10 @@ def test_several_processes_refuse_with_one_voice(folder, trained):
             "recommend runs/shop --users all --out refused",
             "recommend is one process: start it without torchrun, with a part of the users each if one isn't enough",
         ),
+        (
+            "index runs/shop --out refused",
+            "index is one process: start it without torchrun, it measures one process",
+        ),
     ],
 )
 def test_programs_of_one_process_refuse_torchrun_with_one_sentence(folder, trained, line, message):

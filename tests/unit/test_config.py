@@ -345,8 +345,11 @@ def test_a_key_of_other_metrics_than_the_models_is_said(caplog, override):
         ("eval.splits=[valid]", "'eval.splits' is not looked at when evaluating: say --split"),
         ("eval.baselines=[prior]", "'eval.baselines' is not looked at when evaluating: say --baselines"),
         ("eval.buckets=true", "'eval.buckets' is not looked at when evaluating: say --buckets"),
-        ("eval.every_steps=3", "only eval.* can, and not eval.every_epochs or eval.every_steps"),
-        ("train.seed=3", "'train.seed=3' cannot change when evaluating: only eval.* can"),
+        (
+            "eval.every_steps=3",
+            "and eval.* but for eval.every_epochs and eval.every_steps",
+        ),
+        ("train.seed=3", "'train.seed=3' cannot change when evaluating: only train.timeout can, and eval.*"),
     ],
 )
 def test_evaluating_takes_no_key_that_it_does_not_look_at(override, sentence):
