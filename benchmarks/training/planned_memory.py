@@ -72,6 +72,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "din": {"model": {"name": "din", "dim": 32, **RANKED}, "objective": None},
     "dlrm": {"model": {"name": "dlrm", "dim": 32, **RANKED}, "objective": None},
+    "gru4rec": {"model": {"dim": 64, "encoder": {"name": "gru4rec", "layers": 2, "hidden": 96}}},
 }
 
 

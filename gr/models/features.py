@@ -31,6 +31,7 @@ from gr.models.layout import JaggedLayout
 from gr.models.model import Catalogue
 from gr.models.tasks import MASK, Known, Supervision, Task, sources, taken
 from gr.processes import Processes
+from gr_kernels.tracing import with_numbers
 
 HOUR, DAY, DAYS = 3600, 86400, 7
 NUMBER_ROWS = 2
@@ -318,7 +319,8 @@ def feature(name: str, section: FeatureSection, data: Catalogue, under: str = UN
         rows, values = (24, _hours) if unit == "hour" else (DAYS, _days)
         return Feature(name, "requests" if of == "request" else "actions", "time", rows, values)
     if section.catalogue is not None:
-        return _of_items(name, section, data, under)
+        with with_numbers():
+            return _of_items(name, section, data, under)
     assert section.column is not None
     if section.column not in columns:
         raise UserError(

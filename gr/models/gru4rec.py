@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence
 
 from gr.config import FRACTION, POSITIVE, ComponentConfig
 from gr.models import init
@@ -18,6 +17,7 @@ from gr.models.dropout import Dropout
 from gr.models.layers import Linear
 from gr.models.layout import JaggedLayout
 from gr_kernels.counter_random import derive_key
+from gr_kernels.tracing import with_numbers
 
 
 class GRU4Rec(nn.Module):
@@ -41,15 +41,23 @@ class GRU4Rec(nn.Module):
         # torch's GRU wants a step at least: for an empty batch it runs over one row of zeros, taken off again
         lengths = layout.lengths if layout.rows else (1,)
         x_TD = x_TD if layout.rows else F.pad(x_TD, (0, 0, 0, 1))
-        order_T, batch_sizes_N = packing(lengths)
+        with with_numbers():
+            order_T, batch_sizes_N = packing(lengths)
         order_T = order_T.to(x_TD.device, non_blocking=True)
-        packed_TR = self.gru(PackedSequence(x_TD.index_select(0, order_T), batch_sizes_N))[0].data
+        packed_TR = self._run(x_TD.index_select(0, order_T), batch_sizes_N, sum(n > 0 for n in lengths))
         back_T = torch.empty_like(order_T).scatter_(
             0, order_T, torch.arange(len(order_T), device=x_TD.device)
         )
         out_TR = packed_TR.index_select(0, back_T)[: layout.rows]
         out_TR = self.dropout(out_TR, derive_key(layout.dropout_key, "output"))
         return out_TR if self.output is None else self.output(out_TR)
+
+    def _run(self, packed_TD: Tensor, batch_sizes_N: Tensor, sequences: int) -> Tensor:
+        """What nn.GRU does with a PackedSequence, but for its checks: they ask numbers, which aren't there on paper."""
+        gru = self.gru
+        first_LBR = packed_TD.new_zeros(gru.num_layers, sequences, gru.hidden_size)
+        settings = (gru.bias, gru.num_layers, gru.dropout, self.training, gru.bidirectional)
+        return torch.gru(packed_TD, batch_sizes_N, first_LBR, gru._flat_weights, *settings)[0]
 
 
 def packing(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,10 @@ class Planner:
     def plan(self, config: RunConfig, processes: int, settings: dict[str, Any], advise: bool = True) -> Plan:
         """Of a variant of the config on so many devices.  advise: say what would make it fit, where it doesn't."""
         if config.train.context > 1:
-            raise UserError("plans are made for whole sequences: use train.context=1")
+            raise UserError(
+                "processes that share a sequence attend to it in pieces, whose work and memory no plan on paper counts: "
+                "use train.context=1"
+            )
         if config.train.global_batch < processes:
             raise UserError(
                 f"train.global_batch is {config.train.global_batch}, fewer sequences than {processes} processes: raise "

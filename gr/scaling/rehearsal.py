@@ -13,9 +13,9 @@ Shapes: U rows of a view, D width, G targets of the global batch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
 from gr.models.model import Catalogue, Model
 from gr.models.step import StepContext
-from gr.processes import Processes
+from gr.processes import Axis, Processes
 from gr.scaling.tally import Operation, Tally
 from gr_kernels.tracing import on_paper
 
@@ -53,7 +53,7 @@ class Rehearsal:
     rows: U, by table, of the views that are fetched (not of tables that are their own view).  micro_batches: of the
     process's share.  working: bytes of the largest micro-batch's tensors at their peak, gradients included.  indices:
     bytes of batch, draws and numberings.  operations: of that micro-batch.  share_of_step: its part of the process's
-    actions.
+    actions.  exchanged: bytes that layers of that micro-batch send to others, by kind.
     """
 
     rows: dict[str, int]
@@ -62,6 +62,32 @@ class Rehearsal:
     indices: int
     operations: list[Operation]
     share_of_step: float
+    exchanged: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Everybody(Axis):
+    """The axis of the first of ``size`` processes that are imagined to have what it has.  sent: bytes that each sends
+    in what a model's layers exchange, by kind."""
+
+    sent: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def sum(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list:
+        return [value * self.size for value in values]
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        self._note("sums of layers", 2 * (self.size - 1) / self.size, tensor)
+        return tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        if self.size == 1:
+            return rows
+        self._note("rows of layers", self.size - 1, rows)
+        return rows.repeat(self.size, *(1,) * (rows.dim() - 1))
+
+    def _note(self, kind: str, times: float, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        self.sent[kind] = self.sent.get(kind, 0.0) + times * size
 
 
 class Paper:
@@ -72,7 +98,10 @@ class Paper:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         _refuse_what_paper_lacks(config)
         with on_paper(on.device), planning_for(on), self.fake:
-            self.model: Model = config.model.build(config, catalogue, Processes(torch.device("cpu")))
+            self.everybody = Everybody(size=on.processes)
+            cpu = Processes(torch.device("cpu"), data=self.everybody)
+            with _hangs_on_shapes_alone(config):
+                self.model: Model = config.model.build(config, catalogue, cpu)
             if config.optimizer.build().by_rows:
                 for table in self.model.tables.values():
                     if isinstance(table, LocalTable):
@@ -113,15 +142,10 @@ class Paper:
         squares = float((np.asarray(cuts[largest].lengths, np.float64) ** 2).sum())
         indices = _bytes([p.__dict__ for p in parts]) + _bytes(list(context.drawn.values()))
         indices += _bytes([[n.rows_U, n.position_I] for n in numbered.values()])
+        self.everybody.sent.clear()
         left = {id(p): p for n, p in model.named_dense() if keep_gradients or n.startswith("tables.")}
-        try:
+        with _hangs_on_shapes_alone(self.config):
             tally = self._step(parts[largest], context, numbered, squares, left, again=len(parts) > 1)
-        except (DynamicOutputShapeException, DataDependentOutputException):
-            raise UserError(
-                f"what a step of model {self.config.model.name} does hangs on numbers that paper hasn't (a recurrent "
-                "encoder packs its rows by them, a loss may be of liked impressions alone): only runs can tell what "
-                "it takes"
-            ) from None
         return Rehearsal(
             rows={name: len(numbering.rows_U) for name, numbering in numbered.items()},
             micro_batches=len(parts),
@@ -129,6 +153,7 @@ class Paper:
             indices=indices,
             operations=tally.operations,
             share_of_step=cuts[largest].actions / max(share.actions, 1),
+            exchanged=dict(self.everybody.sent),
         )
 
     def _candidates(self, parts: list[Any], processes: int) -> Tensor | None:
@@ -172,6 +197,18 @@ class Paper:
             loss.backward()
             del loss
         return tally
+
+
+@contextmanager
+def _hangs_on_shapes_alone(config: RunConfig) -> Iterator[None]:
+    """What is done here, or a sentence where it asks numbers."""
+    try:
+        yield
+    except (DynamicOutputShapeException, DataDependentOutputException):
+        raise UserError(
+            f"what a step of model {config.model.name} does hangs on numbers that paper hasn't: only runs can tell "
+            "what it takes"
+        ) from None
 
 
 def _give_away(parameter: Tensor) -> None:

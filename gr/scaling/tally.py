@@ -62,19 +62,21 @@ class Tally(TorchDispatchMode):
         made = _tensors(out)
         sources = {_key(tensor) for tensor in given}
         new = [tensor for tensor in made if _key(tensor) not in sources]
+        in_place = _sums_gradients(func, args)
         for tensor in new:
-            self._enter(tensor, tensor.untyped_storage().nbytes())
+            self._enter(tensor, tensor.untyped_storage().nbytes(), in_place=in_place)
         if new or func._schema.is_mutable:  # else it was a view
             self._count(func, args, kwargs, out, given, made)
         return out
 
-    def _enter(self, tensor: Tensor, size: int) -> None:
+    def _enter(self, tensor: Tensor, size: int, *, in_place: bool = False) -> None:
+        """in_place: it takes the memory of something that is about to go."""
         key = _key(tensor)
         if key in self._known:
             return
         self._known.add(key)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self.peak = max(self.peak, self.live - (size if in_place else 0))
         weakref.finalize(tensor.untyped_storage(), self._leave, key, size)
 
     def _leave(self, key: int, size: int) -> None:
@@ -104,6 +106,14 @@ class Tally(TorchDispatchMode):
         kinds = [t.dtype for t in (*given, *made) if t.is_floating_point()]
         dtype = min(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
         self.operations.append(Operation(name, flops, moved, dtype))
+
+
+def _sums_gradients(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether this is autograd's sum of two gradients of one tensor, which it forms in place where nobody watches."""
+    if func._schema.name != "aten::add" or torch._C._current_graph_task_id() < 0 or len(args) < 2:
+        return False
+    one, other = args[:2]
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
 
 
 def _of_kernel(named: Mapping[str, Any], squares: float, backward: bool) -> tuple[float, int]:

@@ -74,6 +74,8 @@ def exchanges(paper: Paper, rehearsal: Rehearsal) -> list[Exchange]:
             found.append(Exchange(f"gradients of {table.name}", each * size * others, all_to_all=True))
         else:  # every process has all rows, and sends the gradients of those that it saw to all
             found.append(Exchange(f"gradients of {table.name}", (8.0 * count + 4.0 * size) * (processes - 1)))
+    times = 1 / max(rehearsal.share_of_step, 1e-9)
+    found += [Exchange(kind, size * times) for kind, size in rehearsal.exchanged.items()]
     dense = 4.0 * sum(count for name, count in paper.dense.items() if not name.startswith("tables."))
     tables = 4.0 * sum(count for name, count in paper.dense.items() if name.startswith("tables."))
     ring = dense * others

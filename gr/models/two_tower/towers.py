@@ -32,6 +32,7 @@ from gr.models.two_tower.layers import LightSE, Tower, max_similarity
 from gr.models.two_tower.network import Bias, Network, Pairs, Shape
 from gr.processes import Axis
 from gr_kernels.counter_random import derive_key
+from gr_kernels.tracing import with_numbers
 
 WEIGHT = Annotated[float, Field(ge=0)]
 
@@ -228,8 +229,10 @@ class IntTower(Towers):
             return logits_S, None
         users_S = pairs.rows[self.config.user_field]
         assert isinstance(users_S, Tensor)
-        liked_S = pairs.labels_S == 1
-        loss = self._contrast(user_SW, item_SW, users_S, pairs.items_S, liked_S)
+        with with_numbers():
+            liked_S = pairs.labels_S == 1
+            like_N = liked_S.nonzero()[:, 0]
+        loss = self._contrast(user_SW, item_SW, users_S, pairs.items_S, liked_S, like_N)
         return logits_S, self.config.cir * loss
 
     def _user_heads(self, user: Looked, key: int) -> tuple[list[Tensor], Tensor]:
@@ -245,12 +248,17 @@ class IntTower(Towers):
         return self.towers[side].layers(looked.flat, derive_key(key, side))  # type: ignore[operator,union-attr]
 
     def _contrast(
-        self, user_SW: Tensor, item_SW: Tensor, users_S: Tensor, items_S: Tensor, liked_S: Tensor
+        self,
+        user_SW: Tensor,
+        item_SW: Tensor,
+        users_S: Tensor,
+        items_S: Tensor,
+        liked_S: Tensor,
+        like_N: Tensor,
     ) -> Tensor:
-        """The sum over this process's likes of their InfoNCE losses."""
+        """The sum over this process's likes, N of its impressions, of their InfoNCE losses."""
         item_GW = gathered(F.normalize(item_SW, dim=1), self.axis)
         users_G, items_G, liked_G = (self.axis.gather(x) for x in (users_S, items_S, liked_S.long()))
-        like_N = liked_S.nonzero()[:, 0]
         own_NW = F.normalize(user_SW[like_N], dim=1)
         own_N = (own_NW * F.normalize(item_SW[like_N], dim=1)).sum(1) / self.config.temperature
         scores_NG = own_NW @ item_GW.T / self.config.temperature
