@@ -17,6 +17,7 @@ ENCODERS = {
     "transformer": "gr.models.transformer:Transformer",
     "gru4rec": "gr.models.gru4rec:GRU4Rec",
     "dssm": "gr.models.dssm:DSSM",
+    "pooled": "gr.models.pooled:Pooled",
 }
 
 MODELS = {

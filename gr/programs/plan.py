@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 from gr import config as configs
-from gr.errors import UserError, program
+from gr.data.outputs import output_folder
+from gr.errors import UserError, nearest, program
 from gr.programs._arguments import names, new_parser, refuse_torchrun
 
-SHARDINGS = "row_wise, table_wise, column_wise, auto"
+SHARDINGS = ("row_wise", "table_wise", "column_wise", "auto")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -32,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--hbm-gib", type=float, metavar="GIB", help="memory of a device (default: its data sheet's)")
     add("--machine", action="append", default=[], metavar="KEY=VALUE", help="another figure of the machine")
     add("--lengths", metavar="N,N", help="sequences' lengths: evenly spaced quantiles, shortest to longest")
-    add("--sharding", metavar="S,S", help=f"of sharded tables: {SHARDINGS}")
+    add("--sharding", metavar="S,S", help=f"of sharded tables: {', '.join(SHARDINGS)}")
     add("--zero", metavar="N,N", help="ZeRO stages of the dense part; 0 is train.engine=ddp")
     add("--batch", metavar="N,N", help="train.global_batch")
     add("--tokens", type=float, metavar="N", help="what a training on so many tokens takes")
@@ -63,9 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--zero {options.zero}: stages are 0 to 3")
     if lengths and min(lengths) < 1:
         raise UserError(f"--lengths {options.lengths}: a sequence has an action at least")
-    for option in ("hbm_gib", "tokens"):
+    for option in ("hbm_gib", "tokens", "price"):
         if (given := getattr(options, option)) is not None and not 0 < given < float("inf"):
             raise UserError(f"--{option.replace('_', '-')} {given}: give a number above 0")
+    shardings = None if options.sharding is None else names(options.sharding)
+    if shardings is not None and (not shardings or not set(shardings) <= set(SHARDINGS)):
+        strange = next((word for word in shardings if word not in SHARDINGS), "")
+        raise UserError(f"--sharding '{options.sharding}': {nearest(strange, SHARDINGS)}")
+    for file in filter(None, (options.json, options.plot)):
+        if file.is_dir():
+            raise UserError(f"'{file}' is a folder: give the name of a file to write")
+        output_folder(file)
     config = configs.load(options.config, options.overrides)
 
     from rich.console import Console
@@ -79,9 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         machine = gpu(options.gpu, options.hbm_gib, options.gpus_per_node)
     machine = machine.changed(options.machine)
-    given = {"sharding": options.sharding and names(options.sharding), "zero": zero, "batch": batch}
-    varied = {name: values for name, values in given.items() if values}
-    plans = plan_run(config, machine, nodes, varied, lengths)
+    given = {"sharding": shardings, "zero": zero, "batch": batch}
+    varied = {name: list(dict.fromkeys(values)) for name, values in given.items() if values}
+
+    def say(sentence: str) -> None:
+        print(sentence, file=sys.stderr, flush=True)
+
+    plans = plan_run(config, machine, list(dict.fromkeys(nodes)), varied, lengths, say)
     report(plans, options.tokens, options.price, options.json, options.plot, Console())
     return 0
 

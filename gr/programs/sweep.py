@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 import sys
 
-from gr.errors import program
+from gr.errors import UserError, program
 from gr.programs._arguments import new_parser, refuse_torchrun
 from gr.train.sweep.backends.base import BACKENDS, Resources
 
@@ -51,9 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
         "sweep, which starts its members' processes,", "and with --workers N for several at a time"
     )
 
+    for name, least in (("workers", 1), ("cpus", 1), ("gpus", 0)):
+        if (count := getattr(options, name)) < least:
+            raise UserError(f"--{name} is {count}: {least} is the least")
+    try:
+        words = tuple(shlex.split(options.sbatch))
+    except ValueError as error:
+        raise UserError(f"--sbatch '{options.sbatch}' can't be read ({error}): close its quotes") from None
+
     from gr.train.sweep.sweep import sweep
 
-    resources = Resources(options.cpus, options.gpus, tuple(shlex.split(options.sbatch)), options.ray)
+    resources = Resources(options.cpus, options.gpus, words, options.ray)
     done = sweep(options.config, options.out, options.workers, options.overrides, options.backend, resources)
     return 0 if done else 1
 

@@ -9,7 +9,7 @@ Shapes: G sequences of a global batch, B of a process's share.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -134,7 +134,7 @@ class Planner:
         """Of a variant of the config on so many devices.  advise: say what would make it fit, where it doesn't."""
         if config.train.context > 1:
             raise UserError(
-                "processes that share a sequence attend to it in pieces, whose work and memory no plan on paper counts: "
+                "processes that share a sequence attend to it in pieces, whose work and memory no plan counts: "
                 "use train.context=1"
             )
         if config.train.global_batch < processes:
@@ -165,16 +165,32 @@ class Planner:
             made = replace(made, remedies=list(self._remedies(config, processes)))
         return made
 
-    def grid(self, nodes: Sequence[int], varied: dict[str, Sequence[Any]]) -> list[Plan]:
+    def grid(
+        self,
+        nodes: Sequence[int],
+        varied: dict[str, Sequence[Any]],
+        say: Callable[[str], None] = lambda sentence: None,
+    ) -> list[Plan]:
         """Plans of all pairs of numbers of machines and values of sharding, zero and batch; best first: those that fit,
-        by the cheapest token."""
-        found = []
-        for machines, *values in itertools.product(nodes, *varied.values()):
-            settings = {"nodes": machines, **dict(zip(varied, values))}
-            config = with_settings(self.config, settings)
-            processes = machines * self.machine.per_machine
-            one = len(nodes) * int(np.prod([len(some) for some in varied.values()])) == 1
-            found.append(self.plan(config, processes, settings, advise=one))
+        by the cheapest token.  say: is given a sentence of each pair that can't be; where none can, the first one's is
+        raised."""
+        found: list[Plan] = []
+        refusals: dict[str, UserError] = {}
+        pairs = [
+            {"nodes": machines, **dict(zip(varied, values))}
+            for machines, *values in itertools.product(nodes, *varied.values())
+        ]
+        for settings in pairs:
+            processes = settings["nodes"] * self.machine.per_machine
+            try:
+                config = with_settings(self.config, settings)
+                found.append(self.plan(config, processes, settings, advise=len(pairs) == 1))
+            except UserError as error:
+                refusals[", ".join(f"{name} {value}" for name, value in settings.items())] = error
+        if not found:
+            raise next(iter(refusals.values()))
+        for named, refusal in refusals.items():
+            say(f"left out, {named}: {refusal}")
         found.sort(key=lambda plan: (not plan.fits, plan.processes / plan.tokens_per_second))
         if len(found) > 1 and not found[0].fits:
             best = min(found, key=lambda plan: plan.memory.peak)
@@ -279,6 +295,11 @@ def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
     if (stage := settings.get("zero")) is not None:
         overrides.append(f"train.engine={{name: deepspeed, zero: {stage}}}" if stage else "train.engine=ddp")
     if (sharding := settings.get("sharding")) is not None:
+        if not _sharded(config):
+            raise UserError(
+                f"no table of the config is cut among processes, by {sharding} or otherwise: use model.table=torchrec, "
+                "or leave --sharding out"
+            )
         overrides += [f"{key}={{name: torchrec, sharding: {sharding}}}" for key in _sharded(config)]
     return configs.override(config, overrides)
 

@@ -5,7 +5,7 @@ Shapes: G sequences of a global batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,7 +102,9 @@ def plan_run(
     nodes: Sequence[int],
     varied: dict[str, Sequence[Any]],
     lengths: list[int] | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> list[Plan]:
-    """Plans of a run on so many machines of that kind, and of all values of what is varied; best first."""
+    """Plans of a run on so many machines of that kind, and of all values of what is varied; best first.  say: is given
+    a sentence of each pair that can't be."""
     config, batches = source(config, lengths)
-    return Planner(config, batches, machine).grid(nodes, varied)
+    return Planner(config, batches, machine).grid(nodes, varied, say)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A training on the hosts of a file, started over ssh from one of them or from anywhere:
 #   bash launch/cluster/hosts.sh HOSTS --config configs/ml-1m/hstu.yaml run.dir=/shared/runs/NAME
-# HOSTS: a file with a host's name or address a line, as the other hosts reach it; lines that begin with # are none.  The
+# HOSTS: a file with a host's name or address a line, as the other hosts reach it; what follows a # is a comment.  The
 # first is the one where all meet.  What follows goes to launch/train.py.  The checkout, the environment, data.path and
 # run.dir have the same paths everywhere, and ssh asks for no password.  Ctrl-C ends all of them: they save first.
 set -euo pipefail
@@ -21,7 +21,22 @@ shift
 : "${GR_SSH:=ssh -tt -o BatchMode=yes}"
 : "${RAY_AUTH_TOKEN_PATH:=}"  # where data.ingest is ray: a file with a secret, that all hosts have and nobody else reads
 
-mapfile -t hosts < <(grep -v '^[[:space:]]*\(#\|$\)' "$hosts_file")
+mapfile -t hosts < <(sed -e 's/[[:space:]]*\(#.*\)\{0,1\}$//' -e 's/^[[:space:]]*//' -e '/^$/d' "$hosts_file")
+for number in "${!hosts[@]}"; do
+    case ${hosts[$number]} in
+        *[[:space:]]*)
+            echo "error: '$hosts_file' has the line '${hosts[$number]}': write a host a line, and GR_PROCESSES=N for" \
+                "N processes on each" >&2
+            exit 2
+            ;;
+    esac
+    for other in "${hosts[@]:0:$number}"; do
+        [ "$other" != "${hosts[$number]}" ] || {
+            echo "error: '$hosts_file' names $other twice: write it once, and GR_PROCESSES=N for N processes on each" >&2
+            exit 2
+        }
+    done
+done
 [ "${#hosts[@]}" -gt 0 ] || { echo "error: '$hosts_file' names no host: write one a line" >&2; exit 2; }
 job="gr-$(date +%s)-$$"
 arguments=$(printf '%q ' "$@")

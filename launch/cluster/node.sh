@@ -18,6 +18,20 @@ export GR_RESTART=${GR_RESTART:-0}
 ulimit -n "$(ulimit -Hn)" || true # every process of every node keeps connections to the first one, and to all others
 cd "$GR_CHECKOUT"
 
+port=${GR_MEETING##*:}
+case $port in '' | *[!0-9]*)
+    echo "error: GR_MEETING is '$GR_MEETING': say HOST:PORT of the first node" >&2
+    exit 2
+    ;;
+esac
+if ! [ "$GR_NODE" -lt "$GR_NODES" ] 2> /dev/null; then
+    echo "error: GR_NODE is '$GR_NODE' and GR_NODES '$GR_NODES': nodes count from 0, and each is less than their number" >&2
+    exit 2
+fi
+if [ "$GR_NODE" = 0 ] && (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
+    echo "error: port $port of $GR_ADDRESS, where all meet, is in use: choose another one (GR_PORT, or GR_MEETING)" >&2
+    exit 2
+fi
 is_host=$([ "$GR_NODE" = 0 ] && echo true || echo false)
 arguments=("$@")
 asked='import sys, yaml; i = yaml.safe_load(sys.stdin)["data"]["ingest"]; print(i["name"], i.get("address"))'

@@ -98,6 +98,7 @@ ENCODERS = {
     "hstu": {"name": "hstu", "layers": 2, "heads": 2, "qk_dim": 8, "v_dim": 8, "relative_time": False},
     "transformer": {"name": "transformer", "layers": 2, "heads": 2},
     "sasrec": {"name": "sasrec", "layers": 2, "ffn": 24},
+    "pooled": {"name": "pooled", "layers": 2, "hidden": 24},
     "sasrec_plus": {"name": "sasrec", "layers": 2, "ffn": 24, "affine_norms": True, "final_norm": True},
 }
 

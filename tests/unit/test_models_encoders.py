@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from gr.errors import UserError
 from gr.models.gru4rec import GRU4Rec
 from gr.models.hstu import HSTU
+from gr.models.pooled import Pooled, mean_so_far
 from gr.models.sasrec import SASRec
 from gr.models.transformer import Transformer
 from tests.precision import tolerance
@@ -25,6 +26,7 @@ CONFIGS = {
     "bert4rec": Transformer.Config(heads=2, causal=False, norm="post", input_norm=True),
     "gru4rec": GRU4Rec.Config(layers=2, hidden=5),
     "gru4rec same width": GRU4Rec.Config(hidden=DIM),
+    "pooled": Pooled.Config(hidden=6),
 }
 
 
@@ -217,3 +219,27 @@ def test_bf16_autocast_stays_close(name):
 def test_heads_that_do_not_divide_the_width_are_refused(config):
     with pytest.raises(UserError, match=r"model\.dim=8 cannot be shared by 3 heads"):
         build(config)
+
+
+def test_pooled_is_layers_on_the_mean_of_the_rows_so_far():
+    where = layout()
+    model = build(CONFIGS["pooled"], torch.float64)
+    x_TD = inputs(where, torch.float64).requires_grad_()
+    means = [
+        sequence.cumsum(0) / torch.arange(1, len(sequence) + 1, dtype=torch.float64)[:, None]
+        for sequence in x_TD.split(list(where.lengths))
+    ]
+    expected = torch.cat(means)
+    torch.testing.assert_close(mean_so_far(x_TD, where), expected, **EXACT)
+    for layer in model.layers:
+        expected = F.relu(F.linear(expected, layer.weight, layer.bias))
+    expected = F.linear(expected, model.output.weight, model.output.bias)
+    compare(model(x_TD, where), expected, x_TD, [(p, p) for p in model.parameters()])
+
+
+def test_a_mean_has_the_same_bits_in_any_company_and_no_ones_nan():
+    where = layout((3, 40, 17))
+    x_TD = inputs(where)
+    alone = mean_so_far(x_TD[43:], layout((17,)))
+    x_TD[:43] = torch.nan
+    assert torch.equal(mean_so_far(x_TD, where)[43:], alone)

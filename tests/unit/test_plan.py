@@ -148,6 +148,18 @@ def test_the_program_prints_tables_and_writes_files(tmp_path, capsys):
     assert "4 plans, best first" in out and "by TorchRec's planner" in out and "all to all" in out
 
 
+def test_pairs_that_cannot_be_are_left_out_and_said(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(configs.to_yaml(expected(global_batch=16)))
+    assert program.main(["--config", str(file), "--nodes", "1,4,1", "--batch", "16,64"]) == 0
+    said = capsys.readouterr()
+    assert "3 plans, best first" in said.out
+    assert said.err.startswith(
+        "left out, nodes 4, batch 16: train.global_batch is 16, fewer sequences than 32"
+    )
+    assert said.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
@@ -158,6 +170,16 @@ def test_the_program_prints_tables_and_writes_files(tmp_path, capsys):
         (["--nodes", "64"], "fewer sequences than 512 processes"),
         (["data.expected=null"], "there is no dataset at 'nowhere'"),
         (["model.table=mapped"], "use model.table=torchrec"),
+        (["--nodes", "0"], "--nodes and --gpus-per-node are 1 or more"),
+        (["--price", "-1"], "--price -1.0: give a number above 0"),
+        (["--sharding", ""], "--sharding '': known: auto, column_wise"),
+        (["--sharding", "row_wize"], "did you mean 'row_wise'?"),
+        (
+            ["--sharding", "row_wise,auto", "model.table=local"],
+            "no table of the config is cut among processes",
+        ),
+        (["--json", "."], "'.' is a folder"),
+        (["--plot", "/dev/null/plans"], "'/dev/null' is not a folder to write in"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, asked, says):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from gr.errors import UserError
+from gr.programs import sweep as program
 from gr.train import cells
+from gr.train.sweep.backends.base import Resources
 from gr.train.sweep.plan import Budget, Dial, SweepConfig, members_of, read_sweep
+from gr.train.sweep.results import row_of
+from gr.train.sweep.run import Outcome
 from gr.train.sweep.sweep import _data, sweep
 from tests.programs import run_python
 
@@ -114,6 +119,81 @@ def test_a_dial_and_budgets_that_cannot_be(out, tmp_path):
     )
     with pytest.raises(UserError, match="no member of the sweep has data enough"):
         members_of(plan.model_copy(update={"budgets": [Budget(flops=1e12)]}), file, tmp_path, data)
+
+
+def test_data_of_another_sweep_are_refused_though_this_one_does_not_say_what_differs(tmp_path):
+    plan, _ = read_sweep("scaling/small")
+    few = plan.model_copy(update={"options": {**plan.options, "records": 40, "seed": 7}})
+    made = _data(few, tmp_path)
+    assert _data(few, tmp_path) == made
+    silent = few.model_copy(update={"options": {k: v for k, v in few.options.items() if k != "seed"}})
+    with pytest.raises(UserError, match=r"was made with seed=7, and the sweep asks for \d"):
+        _data(silent, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"grid": {"model.dim": [8, "wide"]}, "budgets": []},
+            r"member 'hstu-width8-dimwide' of the sweep can't be: config key 'model\.dim'",
+        ),
+        (
+            {"families": {"din": {"config": "ml-1m-ctr/dcn"}}, "dial": None},
+            "family 'din' has model.name two_tower, which has no loss over the catalogue",
+        ),
+    ],
+)
+def test_a_member_or_a_family_that_cannot_be_is_named(tmp_path, change, message):
+    plan, file = read_sweep("scaling/small")
+    raw = plan.model_dump(mode="json") | {"dataset": None, "set": {}} | change
+    with pytest.raises(UserError, match=message):
+        members_of(SweepConfig.model_validate(raw), file, tmp_path, "data")
+
+
+def test_a_two_tower_model_is_a_member_like_another(out, tmp_path, started):
+    plan, file = read_sweep("scaling/hstu-dp")
+    assert list(plan.families) == ["hstu", "transformer", "two-tower"]
+    small, _ = read_sweep("scaling/small")
+    raw = small.model_dump(mode="json") | {
+        "families": {"two-tower": {"config": "synthetic-dp/two-tower"}},
+        "dial": {"widths": [8], "head": 8, "aspect": 16},
+        "budgets": [2e8],
+    }
+    members, _ = members_of(SweepConfig.model_validate(raw), file, tmp_path, _data(small, out))
+    (member,) = members
+    assert member.config.model.encoder.hidden == 32 and member.cell.name == "two_tower-width8-flops2e+08"
+    trained = cells.train_cell(member.cell, tmp_path / "log")
+    row = row_of(Outcome(member, trained), small)
+    assert not row.why and row.flops == pytest.approx(2e8, rel=0.1) and row.measured["loss"] > 1
+    (tmp_path / "members/two_tower-width8-flops2e+08/metrics.jsonl").write_text("")
+    empty = row_of(Outcome(member, cells.train_cell(member.cell, tmp_path / "log")), small)
+    assert "has no row of training" in empty.why
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--workers", "0"], "--workers is 0: 1 is the least"),
+        (["--cpus", "0"], "--cpus is 0: 1 is the least"),
+        (["--gpus", "-1"], "--gpus is -1: 0 is the least"),
+        (["--sbatch", "-p 'gpu"], "can't be read (No closing quotation): close its quotes"),
+    ],
+)
+def test_the_program_refuses_numbers_and_words_that_cannot_be(tmp_path, capsys, words, says):
+    assert program.main(["--config", "scaling/small", "--out", str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_what_sbatch_refuses_is_said_in_its_words(tmp_path, monkeypatch):
+    from gr.train.sweep.backends.slurm import Slurm
+
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: gpu' >&2; exit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match=r"^sbatch refuses 'one': error: invalid partition: gpu$"):
+        Slurm(Resources()).run("one", ["true"], tmp_path / "one.txt")
 
 
 def test_the_program_refuses_in_a_sentence(tmp_path):

@@ -77,6 +77,7 @@ class Dial(Section):
             "transformer": {"heads": heads, "ffn": 4 * width},
             "sasrec": {"heads": heads, "ffn": 4 * width},
             "gru4rec": {"hidden": width},
+            "pooled": {"hidden": 4 * width},
         }
         if encoder not in shape:
             raise UserError(
@@ -182,13 +183,20 @@ def members_of(
         config = beside if beside.is_file() else family.config
         common = {**({} if data is None else {"data.path": data}), **sweep.set, **family.set}
         base = (*ALWAYS, *map(_override, common.items()))
-        encoder = load(config, (*base, *overrides)).model.encoder.name
+        model = load(config, (*base, *overrides)).model
+        if model.name != "retrieval":
+            raise UserError(
+                f"family '{name}' has model.name {model.name}, which has no loss over the catalogue and whose budgets "
+                "nobody counts: sweeps are of retrieval models (a two-tower one has model.encoder pooled)"
+            )
+        encoder = model.encoder.name
         dial = sweep.dial_of(name)
         for values, changes in _variations(sweep, dial, encoder):
             member = (*base, *map(_override, changes.items()), *overrides)
             label = "-".join([_word(name), *(_word(f"{k}{_short(v)}") for k, v in values.items())])
+            made = _loaded(config, member, label)
             if (budget := values.get("flops")) is not None:
-                steps, available = _steps_of(load(config, member), budget)
+                steps, available = _steps_of(made, budget)
                 if steps > available:
                     left_out.append(
                         f"'{label}' is left out: {budget:.3g} operations are {steps:,} steps, and its data have "
@@ -199,7 +207,7 @@ def members_of(
                 if dial is not None and dial.warmup is not None:
                     member = (*member, f"schedule.warmup_steps={round(dial.warmup * steps)}")
             cell = Cell(label, config, str(out / "members" / label), member)
-            found.append(Member(name, cell, load(config, member), values))
+            found.append(Member(name, cell, _loaded(config, member, label), values))
     names = [member.cell.name for member in found]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two members of the sweep are '{repeated[0]}': let every value stand once")
@@ -208,6 +216,14 @@ def members_of(
             f"no member of the sweep has data enough ({left_out[0]}): lower budgets, or bring more data"
         )
     return found, left_out
+
+
+def _loaded(config: str | Path, overrides: Sequence[str], label: str) -> RunConfig:
+    """A member's config; where it can't be one, the sentence says whose."""
+    try:
+        return load(config, overrides)
+    except UserError as error:
+        raise UserError(f"member '{label}' of the sweep can't be: {error}") from error
 
 
 def _variations(

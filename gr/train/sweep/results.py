@@ -123,6 +123,11 @@ def _measured(trained: Trained, fit: FitSection) -> dict[str, Any]:
     train = [row for row in trained.metrics if row["kind"] == "train"]
     tests = [row for row in trained.metrics if row["kind"] == "eval" and row["split"] == "test"]
     metrics = {k: v for k, v in (tests[-1] if tests else {}).items() if isinstance(v, float)}
+    if not train:
+        raise UserError(
+            f"'{trained.cell.folder}' is finished, and its metrics.jsonl has no row of training: move the folder away, "
+            "and start the sweep again"
+        )
     last = train[-max(1, round(len(train) * fit.share)) :]
     loss = sum(row["loss"] * row["targets"] for row in last) / sum(row["targets"] for row in last)
     for name in (fit.of, *fit.also):

@@ -49,7 +49,7 @@ def train_members(members: Sequence[Member], out: Path, workers: int, backend: B
         try:
             trained = train_cell(cell, log, lambda command, _: backend.run(cell.name, command, log))
             return Outcome(member, trained)
-        except UserError as error:
+        except (UserError, OSError) as error:  # a full disk is this member's, as far as it is
             return Outcome(member, None, ("" if stopped.asked else _reason(log, before)) or str(error))
 
     with stopped.handing_on(), watch.shown(), ThreadPoolExecutor(workers) as pool:

@@ -67,15 +67,20 @@ def _data(plan: SweepConfig, out: Path) -> str | None:
         return None
     from gr.data.making.sources.base import make_source
 
-    path = out / "data"
+    path, source = out / "data", make_source(plan.dataset, plan.options)
     if (path / "manifest.json").is_file():
-        made = SequenceDataset(path).manifest.provenance.get("options", {})
-        for key, value in plan.options.items():
-            if made.get(key) != value:
+        provenance = SequenceDataset(path).manifest.provenance
+        made = {"dataset": provenance.get("source"), **provenance.get("options", {})}
+        asked = {
+            "dataset": plan.dataset,
+            **source.options.model_dump(mode="json"),
+        }  # what isn't said has its default
+        for key, value in asked.items():
+            if key in made and made[key] != value:
                 raise UserError(
-                    f"'{path}' was made with {key}={made.get(key)}, and the sweep asks for {value}: choose another "
+                    f"'{path}' was made with {key}={made[key]}, and the sweep asks for {value}: choose another "
                     "--out, or move that folder away"
                 )
         return str(path)
-    make_source(plan.dataset, plan.options).prepare(None, str(path), progress=default_progress())
+    source.prepare(None, str(path), progress=default_progress())
     return str(path)

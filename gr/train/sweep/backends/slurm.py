@@ -67,9 +67,8 @@ class Slurm(Backend):
             ["sbatch", "--parsable", *where, *self.words], input=script, capture_output=True, text=True
         )
         if done.returncode:
-            raise UserError(
-                f"sbatch refuses '{name}': {done.stderr.strip().splitlines()[-1:] or done.returncode}"
-            )
+            said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+            raise UserError(f"sbatch refuses '{name}': {said[-1].removeprefix('sbatch: ')}")
         return done.stdout.strip().partition(";")[0]
 
     def _is_queued(self, job: str) -> bool:
