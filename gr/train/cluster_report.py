@@ -34,7 +34,7 @@ def examine_cluster(config: RunConfig | None, device: str = "auto") -> int:
         for one, offset in zip(everybodys, offsets, strict=True):
             one["clock"] = offset
         difference = difference_of(config, joined, everybodys)
-        unshared = _unshared(config, joined)
+        wrong = [difference, _unshared(config, joined), _absent(config, everybodys)]
         found = timed_exchanges(joined)
         if joined.is_main:
             console = Console(width=max(shutil.get_terminal_size().columns, WIDTH))
@@ -42,10 +42,20 @@ def examine_cluster(config: RunConfig | None, device: str = "auto") -> int:
             console.print(_exchanges(found, joined))
             for said in doubts(everybodys):
                 print(f"worth a look: {said}")
-            for said in filter(None, (difference, unshared)):
+            for said in filter(None, wrong):
                 print(f"error: {said}")
-            print("" if difference or unshared else "The processes fit together.", flush=True)
-        return 1 if difference or unshared else 0
+            print("" if any(wrong) else "The processes fit together.", flush=True)
+        return 1 if any(wrong) else 0
+
+
+def _absent(config: RunConfig | None, everybodys: Sequence[Mapping[str, Any]]) -> str:
+    """Whether nobody finds the dataset; where some do, that is a difference."""
+    if config is None or any(one["dataset"] is not None for one in everybodys):
+        return ""
+    return (
+        f"no process finds a dataset at '{config.data.path}' (data.path): prepare it, or mount it under that path on "
+        "all hosts"
+    )
 
 
 def _unshared(config: RunConfig | None, joined: Processes) -> str:

@@ -16,9 +16,9 @@ from tests.end_to_end.tiny import make_dataset, write_config
 
 
 def look(file: str) -> list:
-    """What the doctor says on this rank, then what a training with another rate on rank 1 does, and one in which rank 1
-    comes late to an exchange: [status, said, refusal, seconds of the check, :func:`examined`, refusal, whether another
-    rank says it]."""
+    """What the doctor says on this rank, and where there are no data, then what a training with another rate on rank 1
+    does, and one in which rank 1 comes late to an exchange: [status, said, status, said, refusal, seconds of the check,
+    :func:`examined`, refusal, whether another rank says it]."""
     from gr import config as configs
     from gr.errors import UserError
     from gr.train import job, watch
@@ -32,6 +32,9 @@ def look(file: str) -> list:
         with job.running(config) as joined:  # the group of all that follows
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 status = examine_cluster(config)
+            found += [status, out.getvalue()]
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                status = examine_cluster(configs.load(file, ["data.path=nowhere"]))
             found += [status, out.getvalue()]
             try:
                 job.run(configs.load(file, [f"optimizer.lr={0.01 + rank}"]))
@@ -74,10 +77,12 @@ def said(tmp_path_factory):
 
 
 def test_the_doctor_looks_at_all_processes(said):
-    ((status, text, *_), (other, nothing, *_)), _ = said
+    ((status, text, without, missing, *_), (other, nothing, *_)), _ = said
     assert (status, other, nothing) == (0, 0, "")
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "barrier")
     assert all(f"{kind} " in text for kind in kinds) and "The processes fit together." in text
+    assert without == 1 and "fit together" not in missing
+    assert "error: no process finds a dataset at 'nowhere' (data.path): prepare it" in missing
 
 
 def test_wrong_numbers_and_a_clock_that_is_ahead_are_found_by_all(said):
@@ -91,7 +96,7 @@ def test_wrong_numbers_and_a_clock_that_is_ahead_are_found_by_all(said):
 
 def test_another_config_on_one_rank_is_refused_before_anything_is_made(said):
     ranks, run = said
-    for _, _, refusal, *_ in ranks:
+    for _, _, _, _, refusal, *_ in ranks:
         assert (
             refusal.startswith("the config's optimizer.lr is 1.01 on rank 1 (")
             and "0.01 on rank 0" in refusal
@@ -108,4 +113,4 @@ def test_who_is_late_is_named_by_one_that_waited(said):
 
 def test_looking_at_each_other_costs_little(said):
     ranks, _ = said
-    assert max(seconds for _, _, _, seconds, *_ in ranks) < 1.0
+    assert max(seconds for _, _, _, _, _, seconds, *_ in ranks) < 1.0
