@@ -5,7 +5,7 @@ Shapes: B sequences, T actions in the batch, N longest sequence, D model width, 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ class GRU4Rec(nn.Module):
         gru = self.gru
         first_LBR = packed_TD.new_zeros(gru.num_layers, sequences, gru.hidden_size)
         settings = (gru.bias, gru.num_layers, gru.dropout, self.training, gru.bidirectional)
-        return torch.gru(packed_TD, batch_sizes_N, first_LBR, gru._flat_weights, *settings)[0]
+        weights: list[Any] = gru._flat_weights
+        return torch.gru(packed_TD, batch_sizes_N, first_LBR, weights, *settings)[0]
 
 
 def packing(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gr import config as configs
 from gr.data.outputs import output_folder
@@ -89,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
         machine = gpu(options.gpu, options.hbm_gib, options.gpus_per_node)
     machine = machine.changed(options.machine)
     given = {"sharding": shardings, "zero": zero, "batch": batch}
-    varied = {name: list(dict.fromkeys(values)) for name, values in given.items() if values}
+    varied: dict[str, Sequence[Any]] = {
+        name: list(dict.fromkeys(values)) for name, values in given.items() if values
+    }
 
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
