@@ -12,9 +12,10 @@ import pytest
 from gr.errors import UserError
 from gr.programs import sweep as program
 from gr.train import cells
+from gr.train.sweep import report
 from gr.train.sweep.backends.base import Resources
 from gr.train.sweep.plan import Budget, Dial, SweepConfig, members_of, read_sweep
-from gr.train.sweep.results import row_of
+from gr.train.sweep.results import Row, laws_of, row_of
 from gr.train.sweep.run import Outcome
 from gr.train.sweep.sweep import _data, sweep
 from tests.programs import run_python
@@ -72,7 +73,8 @@ def test_the_small_sweep_runs_and_is_not_repeated(out, started, capsys):
     assert len(started) == 1 and f"run.dir={gone}" in started[0]
     rows = json.loads((out / "results.json").read_text())["members"]
     assert [bool(row["why"]) for row in rows] == [True] + 5 * [False]
-    assert f"failed: {rows[0]['why']}" in capsys.readouterr().out and not rows[0]["measured"]
+    said = capsys.readouterr().out
+    assert said.count(f"hstu-width8-flops2e+08 failed: {rows[0]['why']}") == 2 and not rows[0]["measured"]
 
 
 def test_members_are_every_width_budget_and_combination(tmp_path):
@@ -194,6 +196,29 @@ def test_what_sbatch_refuses_is_said_in_its_words(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(UserError, match=r"^sbatch refuses 'one': error: invalid partition: gpu$"):
         Slurm(Resources()).run("one", ["true"], tmp_path / "one.txt")
+
+
+def test_places_that_cannot_be_are_refused_before_anything_is_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("something")
+    (tmp_path / "half/data").mkdir(parents=True)
+    for out, says in (
+        (tmp_path / "file", "is a file: give a folder"),
+        (Path("/dev/null/x"), "'/dev/null' is not a folder to write in"),
+        (tmp_path / "half", "holds no dataset (manifest.json is missing): move it away"),
+    ):
+        assert program.main(["--config", "scaling/small", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
+def test_why_members_failed_is_told_once_and_what_is_not_there_is_not_fitted(capsys):
+    plan, _ = read_sweep("scaling/small")
+    rows = [Row(f"one-{n}", "hstu", {}, "", why="no [disk] left") for n in range(6)]
+    report.show(plan, rows, laws_of(plan, rows))
+    said = capsys.readouterr().out
+    assert "one-0, one-1, one-2, one-3 and 2 more failed: no [disk] left\n" in said
+    assert said.count("no [disk] left") == 1 and "needs" not in said
+    assert "hstu: no member has finished, so that there is nothing to fit" in said
 
 
 def test_the_program_refuses_in_a_sentence(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +26,17 @@ def table(sweep: SweepConfig, rows: Sequence[Row]) -> list[list[str]]:
     found = [[*COLUMNS, *(name.replace("_", " ") for name in names)]]
     for row in rows:
         if row.why:
-            found.append([row.name, "", "", "", "", f"failed: {row.why}", *[""] * (len(names) - 1)])
+            found.append(
+                [
+                    row.name,
+                    "",
+                    "",
+                    "",
+                    "",
+                    row.why if row.why == "failed" else f"failed: {row.why}",
+                    *[""] * (len(names) - 1),
+                ]
+            )
             continue
         figures = [f"{row.parameters:,}", f"{row.steps:,}", f"{row.tokens:,}", f"{row.pflop_days:.3e}"]
         found.append([row.name, *figures, *(f"{row.measured[name]:.4f}" for name in names)])
@@ -90,8 +101,15 @@ def _figures(fit: Fit) -> list[str]:
 
 
 def show(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws]) -> None:
+    """Tables on the terminal; why members failed stands beneath theirs, each reason once."""
     console = Console()
-    console.print(_view("sweep", table(sweep, rows)))
+    short = [replace(row, why="failed" if row.why else "") for row in rows]
+    console.print(_view("sweep", table(sweep, short)))
+    for why in dict.fromkeys(row.why for row in rows if row.why):
+        failed = [row.name for row in rows if row.why == why]
+        more = f" and {len(failed) - 4} more" if len(failed) > 4 else ""
+        said = f"{', '.join(failed[:4])}{more} failed: {why}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     for title, group in _by_quantity(sweep, rows, laws):
         for name, lines in ((title, law_table(group)), (f"{title}: predictions", held_table(group))):
             if len(lines) > 1:

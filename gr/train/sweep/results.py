@@ -171,6 +171,9 @@ def laws_of(sweep: SweepConfig, rows: Sequence[Row], floor: float | None = None)
 
 def _laws(family: str, quantity: Quantity, fit: FitSection, rows: list[Row]) -> Laws:
     found = Laws(family, quantity)
+    if not rows:
+        found.why.append("no member has finished, so that there is nothing to fit")
+        return found
     if below := [row.name for row in rows if quantity.of(row) <= 0]:
         found.why.append(f"{below[0]} lies at or below what is said to be irreducible ({quantity.floor:g})")
         return found

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gr.data.dataset import SequenceDataset
+from gr.data.outputs import output_folder
 from gr.errors import UserError
 from gr.progress import default_progress
 from gr.train.evaluation import Evaluation
@@ -31,12 +32,13 @@ def sweep(
     if workers < 1:
         raise UserError(f"{workers} members at a time: one is the least")
     plan, file = read_sweep(config)
-    out = Path(out)
-    members, left_out = members_of(plan, file, out, _data(plan, out), overrides)
-    for sentence in left_out:
-        print(sentence, flush=True)
-    print(f"{len(members)} members in {out / 'members'}, {workers} at a time", flush=True)
+    if (out := output_folder(out)).is_file():
+        raise UserError(f"'{out}' is a file: give a folder for the members and the report")
     with opened(backend, resources) as at:
+        members, left_out = members_of(plan, file, out, _data(plan, out), overrides)
+        for sentence in left_out:
+            print(sentence, flush=True)
+        print(f"{len(members)} members in {out / 'members'}, {workers} at a time", flush=True)
         outcomes = train_members(members, out, workers, at)
     rows = [row_of(outcome, plan) for outcome in outcomes]
     laws = laws_of(plan, rows, _floor(plan, outcomes))
@@ -82,5 +84,9 @@ def _data(plan: SweepConfig, out: Path) -> str | None:
                     "--out, or move that folder away"
                 )
         return str(path)
+    if path.exists():
+        raise UserError(
+            f"'{path}' is there and holds no dataset (manifest.json is missing): move it away, or choose another --out"
+        )
     source.prepare(None, str(path), progress=default_progress())
     return str(path)
