@@ -26,6 +26,9 @@ from gr_kernels.candidate_scores import candidate_scores
 from gr_kernels.counter_random import derive_key, truncated_normal_rows
 from gr_kernels.tracing import on_paper_now
 
+Array = tuple[list[int], int, Tensor]
+"""Of what is cut by rows: (size of the whole, first of the rows that are here, those: their own memory)."""
+
 MAX_SCORES = 1 << 24
 """Scores that exist at once while all rows are gone through."""
 
@@ -120,6 +123,10 @@ class Table(ABC):
         """Parameters that form rows and belong to none of them, those that don't train too; a table that keeps its
         rows has none."""
         return iter(())
+
+    def state(self) -> dict[str, Array]:
+        """What it keeps from step to step beside rows and parameters, by name: to be saved, or filled."""
+        return {}
 
     @abstractmethod
     def pieces(self) -> list[Piece]:

@@ -20,12 +20,10 @@ from torch import Tensor
 
 from gr.config import COUNT, POSITIVE, ComponentConfig
 from gr.embeddings.buckets import Buckets, Changes
+from gr.embeddings.table import Array
 from gr.errors import UserError
 from gr.processes import Processes
 from gr_kernels.counter_random import derive_key, uniform_integers
-
-Array = tuple[list[int], int, Tensor]
-"""Of what is cut by buckets: (size of the whole, first of the buckets that are here, those: their own memory)."""
 
 MAPPING = ("keys", "counts")
 """The arrays that say which id has which row."""
@@ -120,7 +118,7 @@ class OpenVocabulary:
         }
 
     def state(self) -> dict[str, Array]:
-        """By name, to be saved or filled; (buckets, places of a bucket), but for the totals."""
+        """By name, to be saved or filled, a row a bucket; (buckets, places of a bucket), but for the totals."""
         own = self.own
         own.forget_index()
         arrays = {"keys": own.keys_GP, "counts": own.counts_GP, "seen": own.seen_GP, "totals": own.totals_G2}

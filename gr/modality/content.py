@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gr.embeddings.shares import Shares
+from gr.embeddings.table import Array
 from gr.modality.chunks import chunks
 from gr.modality.encoder import Encoder
 from gr.modes import evaluating
@@ -45,6 +46,10 @@ class Content(ABC):
     encoder: Encoder | None = None
     collective = False
 
+    def begin(self, step: int, batch: Sequence[Tensor]) -> None:  # noqa: B027  (most have no use for it)
+        """The step of that number begins, the run's first being 0, and its sequences and targets have these rows
+        (tensors of any shape); what :meth:`of_step` is asked for besides are candidates."""
+
     @abstractmethod
     def of_step(self, rows_U: Tensor) -> Tensor:
         """(U, E) float32, for a step with gradients; every process calls it together, once a step."""
@@ -67,6 +72,10 @@ class Content(ABC):
 
     learns = False
     """Whether it changes from step to step."""
+
+    def state(self) -> dict[str, Array]:
+        """What it keeps from step to step beside parameters (:meth:`gr.embeddings.table.Table.state`)."""
+        return {}
 
 
 class Fixed(Content):

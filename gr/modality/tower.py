@@ -25,7 +25,7 @@ from gr.embeddings.row_updates import Piece
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.search import DealtTable
 from gr.embeddings.shares import Shares
-from gr.embeddings.table import Table, TableSpec, leaves
+from gr.embeddings.table import Array, Table, TableSpec, leaves
 from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
 from gr.modality.collapse import effective_rank, mean_cosine, sample
@@ -115,6 +115,11 @@ class Tower(Table, nn.Module):
         return ((prefix + name, parameter) for name, parameter in nn.Module.named_parameters(self))
 
     # -- a step ---------------------------------------------------------------------------------------------------
+
+    def begin(self, step: int, batch: Sequence[Tensor]) -> None:
+        """Before the views of a step: its number, the run's first being 0, and the rows of its sequences and targets
+        (tensors of any shape); others are candidates alone."""
+        self.content.begin(step, batch)
 
     def views(self, wanted: Sequence[Tensor] = ()) -> dict[str, View]:
         """The rows that a step needs, formed, and the ids' that they are formed from; without gradients (an evaluation)
@@ -235,6 +240,9 @@ class Tower(Table, nn.Module):
     def pieces(self) -> list[Piece]:
         """None: it owns parameters, and no rows."""
         return []
+
+    def state(self) -> dict[str, Array]:
+        return self.content.state()
 
     def vectors(self, start: int, stop: int) -> Tensor:
         return self.catalogue()[start:stop]

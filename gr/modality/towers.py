@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gr.adapters.insert import freeze_layers, insert
 from gr.adapters.section import ADAPTERS, AdapterSection
-from gr.config import COUNT, FRACTION, ComponentConfig, Section
+from gr.config import COUNT, FRACTION, POSITIVE, ComponentConfig, Section
 from gr.embeddings.shares import Shares
 from gr.embeddings.table import Table, TableSpec
 from gr.errors import UserError
@@ -31,6 +31,7 @@ from gr.modality.content import Content, Encoded, Fixed, FixedShares, encoded
 from gr.modality.head import Fusion, Head, HeadSection
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.modality.reader import Reader, TextReader, TextSection
+from gr.modality.refreshed import Refreshed
 from gr.modality.surroundings import Surroundings
 from gr.modality.tower import DealtTower, Tower
 from gr.processes import Processes
@@ -95,7 +96,9 @@ class ContentConfig(ComponentConfig):
     Parquet file of item_id and vector (of ``cached``).  head: from content to an item's vector.  adapters: what is put
     into the encoder (of ``adapters``).  freeze: so many of a tuned encoder's first layers, and its embeddings, stay as
     they are.  dropout: inside an encoder that trains.  recompute: of what such a one forms keep nothing for the
-    backward pass, and form it again there: less memory, a third more time."""
+    backward pass, and form it again there: less memory, a third more time.  refresh: of items that stand in no sequence
+    and are no target of the global batch an encoder that trains forms vectors every so many steps alone, for all of the
+    catalogue, and gets no gradient through them; in every step and with gradients where nothing is said."""
 
     mode: Literal["frozen", "cached", "tuned", "adapters"] = "frozen"
     text: TextSection | None = None
@@ -106,6 +109,7 @@ class ContentConfig(ComponentConfig):
     freeze: COUNT = 0
     dropout: FRACTION = 0.0
     recompute: bool = False
+    refresh: POSITIVE | None = None
 
     @model_validator(mode="after")
     def _has_a_source(self) -> ContentConfig:
@@ -126,8 +130,15 @@ class ContentConfig(ComponentConfig):
         used = {
             "frozen": (),
             "cached": ("vectors",),
-            "tuned": ("freeze", "dropout", "recompute"),
-            "adapters": ("adapters.name", "adapters.size", "adapters.norms", "dropout", "recompute"),
+            "tuned": ("freeze", "dropout", "recompute", "refresh"),
+            "adapters": (
+                "adapters.name",
+                "adapters.size",
+                "adapters.norms",
+                "dropout",
+                "recompute",
+                "refresh",
+            ),
         }
         keys = dict.fromkeys(key for keys in used.values() for key in keys)
         return {key: f"mode is {self.mode}" for key in keys if key not in used[self.mode]}
@@ -252,7 +263,7 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
             )
     elif config.freeze:
         freeze_layers(encoder.model, config.freeze)
-    return Encoded(
+    formed = Encoded(
         encoder,
         items,
         processes,
@@ -261,6 +272,7 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
         recompute=config.recompute,
         bf16=around.bf16,
     )
+    return formed if config.refresh is None else Refreshed(formed, config.refresh)
 
 
 def _check_places(config: ContentConfig, reader: Reader, longest: int) -> None:

@@ -22,6 +22,7 @@ from gr.batch import SequenceBatch
 from gr.config import POSITIVE, ComponentConfig, InputSection, RunConfig, SimilaritySection, component
 from gr.embeddings.ranks import Excluded, Standing
 from gr.embeddings.table import TableSpec
+from gr.embeddings.view import View
 from gr.errors import UserError
 from gr.modality.collapse import advice
 from gr.modality.surroundings import Surroundings
@@ -105,6 +106,12 @@ class Retrieval(Model):
         self.similarity = Similarity(config.similarity)
         self.objective = run.objective.build(self.similarity, catalogue)
         self._check_prefixes(config)
+        if self.objective.needs_global_targets and getattr(config.item_tower, "refresh", None) is not None:
+            raise UserError(
+                f"model.item_tower.refresh is for candidates outside of the batch, and objective {run.objective.name} "
+                "has none: leave it out, or use sampled_softmax or full_softmax",
+                everywhere=True,
+            )
         if self.objective.needs_every_row and not self.items.has_cross_entropy:
             raise UserError(
                 f"objective {run.objective.name} needs the gradient of every row in every step, and model.table "
@@ -176,8 +183,18 @@ class Retrieval(Model):
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Supervision:
         return self.features.of_inputs(self.prepare(batch), self.task.supervise(batch, key, dropout_key))
 
+    def views(self, parts: Sequence[Supervision], context: StepContext) -> dict[str, View]:
+        if isinstance(self.items, Tower):
+            targets = [part.targets_S for part in parts]
+            self.items.begin(context.number, self._inputs(parts) + targets)
+        return super().views(parts, context)
+
+    def _inputs(self, parts: Sequence[Supervision]) -> list[Tensor]:
+        """Rows of the items that the encoder sees."""
+        return [part.rows_T(self.task.masks) for part in parts] if self.reads_items else []
+
     def wanted(self, parts: Sequence[Supervision], context: StepContext) -> dict[str, list[Tensor]]:
-        rows = [part.rows_T(self.task.masks) for part in parts] if self.reads_items else []
+        rows = self._inputs(parts)
         rows += [r for part in parts for r in self.objective.wanted(part, context)]
         return {"items": rows, **self.features.wanted(parts)}
 
@@ -220,8 +237,7 @@ class Retrieval(Model):
 
     def _seen(self, part: Supervision) -> dict[str, list[Tensor]]:
         """Rows that the encoder's input is made of."""
-        items = [part.rows_T(self.task.masks)] if self.reads_items else []
-        return {"items": items, **self.features.wanted([part])}
+        return {"items": self._inputs([part]), **self.features.wanted([part])}
 
     def _encode(self, part: Supervision, context: StepContext) -> Tensor:
         layout = part.layout

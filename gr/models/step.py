@@ -21,12 +21,14 @@ KEPT = 1 << 24
 class StepContext:
     """key: 64 bits, the same on every rank and micro-batch of a step.  candidates_G: int64 item rows, the targets of
     the whole global batch (all ranks, all micro-batches), for models whose ``needs_global_targets`` is true.
-    views: of each table, the rows that this rank's micro-batches need.  drawn: see :meth:`announced`."""
+    views: of each table, the rows that this rank's micro-batches need.  drawn: see :meth:`announced`.  number: the
+    step's, the run's first being 0."""
 
     key: int
     candidates_G: Tensor | None = None
     views: Mapping[str, View] = field(default_factory=dict)
     drawn: dict[int, Tensor] = field(default_factory=dict)
+    number: int = 0
 
     def announced(self, part: Any, draw: Callable[[], Tensor]) -> Tensor:
         """The candidates of a micro-batch, drawn to say which rows it will look at; as far as there is room they are

@@ -376,7 +376,7 @@ def check_tensors(
 def _words(name: str) -> str:
     """A tensor's name in a checkpoint, for people."""
     kind, _, rest = name.partition("/")
-    if kind in ("model", "vocabulary"):
+    if kind in ("model", "vocabulary", "kept"):
         return f"{'parameter' if kind == 'model' else kind} '{rest}'"
     moment, _, owner = rest.partition("/")
     return f"{moment} of '{owner}'"

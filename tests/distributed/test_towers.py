@@ -40,6 +40,8 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
     towers = {
         "tuned": ("local", {"name": "text", "mode": "tuned", **text}),
         "frozen": ("local", {"name": "fused", "fusion": "gated", **text}),
+        "refreshed": ("local", {"name": "text", "mode": "tuned", "refresh": 2, **text}),
+        "refreshed-dealt": ("mapped", {"name": "fused", "mode": "tuned", "refresh": 2, **text}),
         "tuned-dealt": ("mapped", {"name": "fused", "mode": "tuned", **text}),
         "frozen-dealt": ("mapped", {"name": "text", **text}),
         "cached-dealt": ("torchrec", {"name": "fused", "fusion": "gated", "mode": "cached", **of_file}),
@@ -51,6 +53,8 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
             file = tmp_path / f"{name}-{processes}.yaml"
             file.write_text(CONFIG.format(run=tmp_path / file.stem, data=tmp_path / "data"))
             asked = [f"model.item_tower={json.dumps(tower)}", f"model.table={table}", *PLAIN]
+            if "refresh" in tower:  # most items stand in no sequence of these
+                asked.append("train.global_batch=2")
             jobs.append({"config": file, "overrides": asked})
         assert run_jobs(tmp_path, jobs, processes) == [[None] * processes] * len(jobs)
 
@@ -66,6 +70,7 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
         assert abs(figures[0]["item_rank"] - figures[1]["item_rank"]) < 1e-3
         tensors, other = map(weights, folders)
         assert tensors.keys() == other.keys()
-        for key in (key for key in tensors if key.startswith("model/")):
+        assert ("kept/items/content" in tensors) == ("refresh" in towers[name][1])
+        for key in (key for key in tensors if key.startswith(("model/", "kept/"))):
             bound = of_weights(STEPS, sgd(RATE), TERMS)
             torch.testing.assert_close(other[key], tensors[key], rtol=0, atol=bound, msg=f"{name} {key}")

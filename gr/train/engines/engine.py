@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from gr.embeddings.local import LocalTable
 from gr.embeddings.row_updates import Gradient, Piece, RowOptimizer
-from gr.embeddings.table import Table
-from gr.embeddings.vocabulary import Array
+from gr.embeddings.table import Array, Table
 from gr.errors import UserError
 from gr.models.model import Model
 from gr.models.step import StepContext
@@ -192,9 +191,9 @@ class Engine(ABC):
     # -- state ----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters as ``model/NAME``, moments as ``optimizer/MOMENT/NAME`` and vocabularies as
-        ``vocabulary/TABLE/...``, whole."""
-        tensors = _of_tables(self.model) | of_buffers(self.model) | of_vocabularies(self.model)
+        """Parameters as ``model/NAME``, moments as ``optimizer/MOMENT/NAME``, vocabularies as ``vocabulary/TABLE/...``
+        and what tables keep besides as ``kept/TABLE/...``, whole."""
+        tensors = self._beside_parameters()
         for part in self.parts:
             tensors |= {name: value for name, value in part.tensors().items() if name not in tensors}
         for name, optimizer in self.row_optimizers.items():
@@ -209,7 +208,7 @@ class Engine(ABC):
     def load(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors to be filled with what a checkpoint has under ``names``: parameters and moments, in place where
         that is possible; :meth:`loaded` then takes in the rest."""
-        wanted = _of_tables(self.model) | of_buffers(self.model) | of_vocabularies(self.model)
+        wanted = self._beside_parameters()
         for part in self.parts:
             values = {f"model/{name}": value for name, value in part.values().items()}
             wanted |= {name: value for name, value in values.items() if name not in wanted}
@@ -228,6 +227,11 @@ class Engine(ABC):
             elif name in of_rows:
                 wanted[name] = of_rows[name]
         return wanted
+
+    def _beside_parameters(self) -> dict[str, Tensor]:
+        """All that is saved but dense parameters and moments."""
+        named = _named_arrays("kept", {name: table.state() for name, table in self.model.tables.items()})
+        return _of_tables(self.model) | of_buffers(self.model) | of_vocabularies(self.model) | named
 
     def lacking(self, tensors: Iterable[str]) -> list[str]:
         """Moments of parameters, as tensors of a checkpoint, that the optimisers count on and ``tensors`` hasn't."""
@@ -309,17 +313,21 @@ def parameters(model: Model) -> dict[str, Tensor]:
 
 def of_vocabularies(model: Model) -> dict[str, Tensor]:
     """What a model's vocabularies know, as ``vocabulary/TABLE/...``, their own memory: to be saved, or filled."""
-    return _named_arrays({name: vocabulary.state() for name, vocabulary in model.vocabularies.items()})
+    return _named_arrays(
+        "vocabulary", {name: vocabulary.state() for name, vocabulary in model.vocabularies.items()}
+    )
 
 
 def mappings_of(model: Model) -> dict[str, Tensor]:
     """The same of what says which id has which row, all that a model needs that isn't trained any more."""
-    return _named_arrays({name: vocabulary.mapping() for name, vocabulary in model.vocabularies.items()})
+    return _named_arrays(
+        "vocabulary", {name: vocabulary.mapping() for name, vocabulary in model.vocabularies.items()}
+    )
 
 
-def _named_arrays(arrays: Mapping[str, Mapping[str, Array]]) -> dict[str, Tensor]:
+def _named_arrays(kind: str, arrays: Mapping[str, Mapping[str, Array]]) -> dict[str, Tensor]:
     return {
-        f"vocabulary/{name}/{part}": Slices(size, [([first, 0], values)])
+        f"{kind}/{name}/{part}": Slices(size, [([first, 0], values)])
         for name, parts in arrays.items()
         for part, (size, first, values) in parts.items()
     }
