@@ -34,11 +34,10 @@ def output_file(path: str | os.PathLike) -> str:
     return text
 
 
-def output_files(options: Mapping[str, str | None]) -> None:
-    """Refuse files to be written (option -> path; the first one is only read) of which one would overwrite another."""
-    (reading, read), *writing = options.items()
-    taken = {_place(str(read)): reading}
-    for option, name in writing:
+def output_files(read: Mapping[str, str | None], written: Mapping[str, str | None]) -> None:
+    """Refuse files to be written (option -> path) of which one would overwrite another, or one that is ``read``."""
+    taken = {_place(name): option for option, name in read.items() if name is not None}
+    for option, name in written.items():
         if name is None:
             continue
         file = _place(output_file(name))

@@ -6,6 +6,8 @@ Shapes: n texts, L tokens of the longest of them, E the encoder's width.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,7 +38,7 @@ def transformers() -> Any:
 
 def load_tokenizer(encoder: str) -> Any:
     """The fast tokenizer that comes with ``encoder``."""
-    return loaded(encoder, transformers().AutoTokenizer.from_pretrained)
+    return loaded(encoder, _without_code("AutoTokenizer"))
 
 
 class Encoder(nn.Module):
@@ -104,9 +106,22 @@ def width_of(config: Any) -> int:
     return int(getattr(config, "hidden_size", 0) or (sizes[-1] if sizes else 0))
 
 
+def unread(config: Any) -> Literal["text", "pictures"] | None:
+    """What an encoder certainly doesn't read: of words or of pixels it says how many there are."""
+    words, pixels = hasattr(config, "vocab_size"), hasattr(config, "num_channels")
+    if isinstance(config, efficientnet.LiteConfig) or (pixels and not words):
+        return "text"
+    return "pictures" if words and not pixels else None
+
+
 def config_of(encoder: str) -> Any:
     """What an encoder says of itself, without its weights."""
-    return efficientnet.config_of(encoder) or loaded(encoder, transformers().AutoConfig.from_pretrained)
+    return efficientnet.config_of(encoder) or loaded(encoder, _without_code("AutoConfig"))
+
+
+def _without_code(kind: str) -> Callable[..., Any]:
+    """What loads a ``kind`` of transformers; where code comes with it transformers would ask whether to run that."""
+    return partial(getattr(transformers(), kind).from_pretrained, trust_remote_code=False)
 
 
 def _load_model(encoder: str) -> nn.Module:

@@ -92,6 +92,11 @@ def _refusing(encoder: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"encoder '{encoder}' comes with code of its own, which is never run: choose one of a kind that "
+                "transformers has"
+            ) from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         raise UserError(
             f"encoder '{encoder}' can't be loaded ({first}): give the path of a folder that save_pretrained wrote, or "

@@ -61,6 +61,8 @@ class ImageEncoder(Encoder):
 class ImageReader(Reader):
     """Pictures of items as pixels, and as vectors of an encoder that nothing moves."""
 
+    reads = "pictures"
+
     def __init__(self, section: ImageSection, processes: Processes) -> None:
         super().__init__(section, processes)
         self.section: ImageSection = section

@@ -5,20 +5,23 @@ What isn't an LMDB may lie behind any URL of fsspec.  Pictures are read as they 
 
 from __future__ import annotations
 
+import logging
 import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gr.errors import UserError
+
+log = logging.getLogger(__name__)
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -80,8 +83,26 @@ def open_pictures(path: str) -> PictureFiles:
         ) from None
 
 
+Where = TypeVar("Where")
+
+
 def _by_stem(files: Iterable[str]) -> dict[str, str]:
-    return {PurePosixPath(file).stem: file for file in sorted(files) if file.lower().endswith(ENDINGS)}
+    pictures = sorted(file for file in files if file.lower().endswith(ENDINGS))
+    return _by_name((PurePosixPath(file).stem, file) for file in pictures)
+
+
+def _by_name(pairs: Iterable[tuple[str, Where]]) -> dict[str, Where]:
+    """Where the picture of each name is; a line where there are several of one."""
+    found: dict[str, Where] = {}
+    again: set[str] = set()
+    for name, where in pairs:
+        if name in found:
+            again.add(name)
+        found[name] = where
+    if again:
+        said = "%s names have several pictures each ('%s' is one): the last one counts"
+        log.warning(said, f"{len(again):,}", min(again))
+    return found
 
 
 def _too_large(size: int | None) -> ValueError | None:
@@ -154,10 +175,7 @@ class _Parquet(PictureFiles):
         self.parquet = pq.ParquetFile(file)
         if missing := {"item_id", "image"} - set(self.parquet.schema_arrow.names):
             raise ValueError(f"it has no column {min(missing)}, and item_id and image (bytes) are wanted")
-        self.place: dict[str, tuple[int, int]] = {}
-        for group in range(self.parquet.num_row_groups):
-            ids = self.parquet.read_row_group(group, columns=["item_id"])["item_id"].to_pylist()
-            self.place.update({str(item): (group, row) for row, item in enumerate(ids)})
+        self.place = _by_name(self._places())
         self.names = frozenset(self.place)
         self._kept: tuple[int, pa.ChunkedArray] | None = None
 
@@ -169,6 +187,11 @@ class _Parquet(PictureFiles):
                 self._kept = group, self._images(group)
             found[name] = self._kept[1][row].as_py() or ValueError("it is empty")
         return [found[name] for name in names]
+
+    def _places(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        for group in range(self.parquet.num_row_groups):
+            ids = self.parquet.read_row_group(group, columns=["item_id"])["item_id"].to_pylist()
+            yield from ((str(item), (group, row)) for row, item in enumerate(ids))
 
     def _images(self, group: int) -> pa.ChunkedArray:
         images = self.parquet.read_row_group(group, columns=["image"])["image"]

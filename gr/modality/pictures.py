@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 MOST_PIXELS = 50_000_000
 """A picture that says it has more is not decoded: a small file can hold one that fills the memory."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""No others: of what is no picture of pixels (EPS) Pillow would start a program on it."""
 DECODERS = 4
 AT_ONCE = 64
 """Encoded pictures that are held at once where all are gone through."""
@@ -34,15 +38,29 @@ AT_ONCE = 64
 def decoded(content: bytes, side: int) -> np.ndarray:
     """(3, S, S) float32 in -1 .. 1 (mean and deviation 0.5, as IDvs.MoRec has it).  Raises OSError or ValueError for
     what is no picture, isn't whole, or is larger than ``MOST_PIXELS``."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(io.BytesIO(content)) as picture:
+    try:
+        opened = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is no picture in {', '.join(FORMATS)}") from None
+    with opened as picture:
         if picture.width * picture.height > MOST_PIXELS:
             raise ValueError(f"it has {picture.width} x {picture.height} pixels")
         picture.draft("RGB", (side, side))  # a JPEG is decoded no larger than needed
         small = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     pixels_SS3 = np.asarray(small, np.float32)
     return np.ascontiguousarray(pixels_SS3.transpose(2, 0, 1)) / 127.5 - 1
+
+
+@contextmanager
+def _about_size() -> Iterator[None]:
+    """Pillow warns of pictures that are refused anyway."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 class Pictures:
@@ -69,7 +87,7 @@ class Pictures:
         """(m, 3, S, S) float32 of items ``rows_m``."""
         names = [self.names[row] for row in rows_m.tolist()]
         contents = self._contents(names)
-        with ThreadPoolExecutor(DECODERS) as decoders:  # PIL lets go of the interpreter
+        with _about_size(), ThreadPoolExecutor(DECODERS) as decoders:  # PIL lets go of the interpreter
             found = list(decoders.map(self._pixels, names, contents))
         return (torch.from_numpy(np.stack(found)) if found else torch.zeros(0, 3, self.side, self.side),)
 

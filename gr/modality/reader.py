@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import torch
@@ -20,7 +20,15 @@ from gr.embeddings.shares import Shares
 from gr.errors import UserError, nearest
 from gr.modality import vectors
 from gr.modality.content import Items, encoded
-from gr.modality.encoder import POOLING, Encoder, TextEncoder, config_of, load_tokenizer, width_of
+from gr.modality.encoder import (
+    POOLING,
+    Encoder,
+    TextEncoder,
+    config_of,
+    load_tokenizer,
+    unread,
+    width_of,
+)
 from gr.modality.surroundings import Described
 from gr.modality.texts import Template, Tokens, most_tokens, say_empty, tokenised
 from gr.processes import Processes
@@ -57,9 +65,16 @@ class Reader(ABC):
     section: has encoder, pooling and batch.  ``width``: E.
     """
 
+    reads: Literal["text", "pictures"]
+
     def __init__(self, section: Any, processes: Processes) -> None:
         self.section, self.processes = section, processes
         self.config = config_of(section.encoder)
+        if unread(self.config) == self.reads:
+            raise UserError(
+                f"encoder '{section.encoder}' is a {self.config.model_type}, which reads no {self.reads}: choose "
+                "one that does"
+            )
         self.width = width_of(self.config)
 
     @abstractmethod
@@ -119,6 +134,8 @@ class Reader(ABC):
 
 class TextReader(Reader):
     """Texts of items as tokens, and as vectors."""
+
+    reads = "text"
 
     def __init__(self, section: TextSection, processes: Processes) -> None:
         super().__init__(section, processes)

@@ -6,7 +6,6 @@ Shapes: n items, V tokens of all of them.
 from __future__ import annotations
 
 import logging
-import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,22 +31,27 @@ class Template:
     def __init__(self, fields: Sequence[str], template: str | None) -> None:
         self.pattern = template if template is not None else " ".join(f"{{{field}}}" for field in fields)
         try:
-            parsed = list(string.Formatter().parse(self.pattern))
+            parsed = list(string.Formatter().parse(self.pattern))  # no more: it would look into values
         except ValueError as error:
             raise UserError(
                 f"model.item_tower.template {self.pattern!r} can't be read ({error}): correct it"
             ) from None
         self.names = [name for _, name, _, _ in parsed if name is not None]
-        if not self.names or any(not re.fullmatch(r"[^\W\d][\w ]*", name) for name in self.names):
+        plain = all(name and not spec and not how for _, name, spec, how in parsed if name is not None)
+        if not self.names or not plain:
             raise UserError(
-                f"model.item_tower.template {self.pattern!r} must name columns of the catalogue in braces, such as "
-                "'{title}'"
+                f"model.item_tower.template {self.pattern!r} must have names of the catalogue's columns in braces and "
+                "nothing else there, such as '{title}'"
             )
+        self._parsed = [(literal, name) for literal, name, _, _ in parsed]
 
     def texts(self, column: Callable[[str], Any], rows: int) -> list[str]:
         """The text of each item, white space made one blank each; ``column``: gives a column of theirs."""
         values = {name: as_texts(name, column(name), rows) for name in dict.fromkeys(self.names)}
-        filled = (self.pattern.format(**dict(zip(values, row))) for row in zip(*values.values()))
+        rows_of = (dict(zip(values, row)) for row in zip(*values.values()))
+        filled = (
+            "".join(said + (row[name] if name else "") for said, name in self._parsed) for row in rows_of
+        )
         return [" ".join(text.split()) for text in filled]
 
 
@@ -58,7 +62,20 @@ def as_texts(name: str, column: Any, rows: int) -> list[str]:
         raise UserError(f"column '{name}' has {len(array)} rows and there are {rows} items")
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
+    if not _is_readable(array.type):
+        raise UserError(
+            f"column '{name}' is of type {array.type}, which is no text: give items text, numbers or lists of these"
+        )
     return [_text(value) for value in array.to_pylist()]
+
+
+def _is_readable(kind: pa.DataType) -> bool:
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    bytes_kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return not pa.types.is_nested(kind) and not any(is_kind(kind) for is_kind in bytes_kinds)
 
 
 def _text(value: Any) -> str:
@@ -136,4 +153,10 @@ def say_empty(texts: Sequence[str], of: Sequence[str]) -> None:
 def most_tokens(tokenizer: Any, config: Mapping[str, Any] | Any, wanted: int) -> int:
     """``wanted``, or as many as the encoder has places for."""
     places = getattr(config, "max_position_embeddings", None) or wanted
-    return min(wanted, places, tokenizer.model_max_length)
+    most = min(wanted, places, tokenizer.model_max_length)
+    if most <= (marks := tokenizer.num_special_tokens_to_add()):
+        raise UserError(
+            f"max_tokens is {wanted}, and the encoder puts {marks} marks around a text, so that it would read nothing "
+            f"of it: set it to {marks + 1} at least"
+        )
+    return most

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.train.job import running
     from gr.train.runs import config_of, open_run
 
-    output_files({"--requests": options.requests, "--out": options.out})
+    output_files({"--requests": options.requests}, {"--out": options.out})
     with running(config_of(options.run, options.data_path)) as processes:
         run = open_run(options.run, options.checkpoint, processes, options.data_path)
         library.check_requests(run, options.requests)

@@ -61,11 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.train.job import running
     from gr.train.runs import config_of, open_run
 
-    names = ("users", "out", "user_vectors", "item_vectors")
-    files = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    read, written = (
+        {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+        for names in (("users", "new_items"), ("out", "user_vectors", "item_vectors"))
+    )
     if options.users != "all":
-        files["the file of unknown users"] = str(library.unknown_users_file(options.out))
-    output_files(files)
+        written["the file of unknown users"] = str(library.unknown_users_file(options.out))
+    output_files(read, written)
     ids = None if options.users == "all" else library.read_user_ids(options.users)
     config = config_of(options.run, options.data_path)
     with running(config) as processes:

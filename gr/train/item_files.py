@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gr.data.making.convert import is_number, is_text, plain
 from gr.data.stores import first_line
 from gr.errors import UserError
 
 
 def read_items(path: str | os.PathLike) -> pa.Table:
-    """The items of the file at ``path``, one at least, with their ``item_id``."""
+    """The items of the file at ``path``, one at least, each with an ``item_id`` of its own."""
     try:
         items = pq.read_table(path)
+    except FileNotFoundError:
+        raise UserError(f"no file '{path}' with items: write item_id and their columns as Parquet") from None
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"'{path}' can't be read as a Parquet file of items ({first_line(error)}): write it again"
@@ -23,4 +27,19 @@ def read_items(path: str | os.PathLike) -> pa.Table:
         raise UserError(f"'{path}' has no column item_id (it has {', '.join(items.column_names)}): rename it")
     if not len(items):
         raise UserError(f"'{path}' has no items: write some, or leave the option out")
+    _check_ids(items["item_id"], path)
     return items
+
+
+def _check_ids(column: pa.ChunkedArray, path: str | os.PathLike) -> None:
+    if not (is_text(column.type) or is_number(column.type)):
+        raise UserError(f"column item_id of '{path}' is of type {column.type}: write ids, integers or text")
+    if column.null_count:
+        raise UserError(f"'{path}' has {column.null_count:,} items without an item_id: fill it in")
+    counts = pc.value_counts(plain(column.combine_chunks()))
+    again = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(again):
+        raise UserError(
+            f"'{path}' has {len(again):,} ids more than once ({again[0]['values'].as_py()!r} is the first): leave one "
+            "of each"
+        )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr.data.making.convert import is_number, is_text, to_ids
+from gr.data.making.convert import MISSING, is_number, is_text, to_ids
 from gr.data.outputs import ROWS_PER_GROUP, beside, delivered, parquet_rows, remove_output
 from gr.data.requests import (
     Exclude,
@@ -179,9 +179,15 @@ def unseen_items(run: OpenRun, path: str | os.PathLike) -> tuple[pa.Array, Table
     known = run.data.dataset.catalogue.column("item_id").combine_chunks()
     column = items["item_id"].combine_chunks()
     integer = pa.types.is_integer(known.type)
-    ids = to_ids(column, integer=integer, fix=f"correct item_id of '{path}'").values.cast(known.type)
-    if ids.null_count:
-        raise UserError(f"'{path}' has {ids.null_count} items without an item_id: fill it in")
+    converted = to_ids(column, integer=integer, fix="")
+    if converted.bad is not None and converted.bad.any():
+        row = int(converted.bad.argmax())
+        what = converted.problem(row).what
+        said = "is empty" if what == MISSING else what
+        raise UserError(
+            f"item_id {column[row].as_py()!r} of '{path}' {said}: write ids as the catalogue's are"
+        )
+    ids = converted.values.cast(known.type)
     there = pc.is_in(ids, value_set=known)
     if found := pc.sum(there).as_py():
         first = ids.filter(there)[0].as_py()

