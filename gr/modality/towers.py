@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gr.adapters.insert import freeze_layers, insert
@@ -165,11 +165,15 @@ class Image:
 
 
 class Fused:
-    """Rows formed from text or pictures and from a table of ids.  fusion: see :class:`gr.modality.head.Fusion`."""
+    """Rows formed from text or pictures and from a table of ids."""
 
     class Config(ContentConfig):
+        """fusion: see :class:`gr.modality.head.Fusion`.  id_std: the spread of the ids' first rows, ``model.table_std``
+        where nothing is said; with 0 an item is at first what its content alone makes of it, as a new item is."""
+
         name: Literal["fused"] = "fused"
         fusion: Literal["add", "concat", "gated"] = "add"
+        id_std: Annotated[float, Field(ge=0)] | None = None
 
         def build(self, around: Surroundings) -> Tower:  # type: ignore[override]
             if around.by_rows and not around.spec.apart:
@@ -178,7 +182,8 @@ class Fused:
                     "all: use optimizer=adamw, or another objective",
                     everywhere=True,
                 )
-            ids = around.table.build(replace(around.spec, name=IDS), around.processes)
+            std = around.spec.std if self.id_std is None else self.id_std
+            ids = around.table.build(replace(around.spec, name=IDS, std=std), around.processes)
             return _tower(self, around, Fusion(self.fusion, around.spec.dim), ids)
 
 

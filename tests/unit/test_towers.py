@@ -193,6 +193,31 @@ def test_ids_beneath_a_tower_may_be_any_table(config, table, mode):
         torch.testing.assert_close(other[6], one[6], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("fusion", ["add", "concat", "gated"])
+@pytest.mark.parametrize("table", ["local", "mapped"])
+def test_ids_may_start_at_nothing(config, fusion, table):
+    """Then an item is to the bit what a new one with its text is, and where vectors are added, what text alone makes of
+    it; and its id learns."""
+    sampled = "objective={name: sampled_softmax, negatives: 16}"
+
+    def items_of(**tower):
+        parts = build(config(tower, sampled, f"model.table={table}", *PLAIN), CPU)
+        return parts, parts.model.items
+
+    parts, items = items_of(name="fused", fusion=fusion, id_std=0)
+    rows = items.vectors(0, ITEMS)
+    new = items.unseen(pa.table({"title": titles()}))
+    assert torch.equal(new.vectors_ID, rows)
+    _, random = items_of(name="fused", fusion=fusion)
+    assert not torch.equal(random.vectors(0, ITEMS), rows)
+    if fusion == "add":
+        assert torch.equal(items_of(name="text")[1].vectors(0, ITEMS), rows)
+    part = parts.model.supervise(next(parts.batches.epoch(0)).share, 7)
+    parts.engine.forward_backward([part], StepContext(7), part.count)
+    parts.engine.step(1.0)
+    assert items.beneath[0].vectors(0, ITEMS).abs().max() > 0
+
+
 def test_forming_again_changes_no_gradient(config):
     kept = first_step(build(config({"name": "text", "mode": "tuned"}, *PLAIN), CPU))
     again = first_step(build(config({"name": "text", "mode": "tuned", "recompute": True}, *PLAIN), CPU))
