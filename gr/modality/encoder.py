@@ -31,7 +31,10 @@ def transformers() -> Any:
         raise UserError(
             "an item tower of text needs the package 'transformers': make setup-encoders, or pip install 'gr[encoders]'"
         ) from None
+    from huggingface_hub.utils import logging as hub_logging  # transformers needs it
+
     package.utils.logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # it would tell of each time that it asks again
     package.utils.logging.disable_progress_bar()
     return package
 

@@ -6,6 +6,7 @@ Nothing here runs code that comes with an encoder, and nothing is read from a pi
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from gr.errors import UserError
 
+log = logging.getLogger(__name__)
 PACKAGE = "package:"
 
 
@@ -83,6 +85,8 @@ def loaded(encoder: str, load: Callable[..., Any]) -> Any:
                 f"encoder '{encoder}' is no folder of this machine, was not fetched before, and HF_HUB_OFFLINE forbids "
                 "to ask the hub: give the path of a folder, or fetch it first"
             ) from None
+    said = "encoder '%s' is fetched from the hub (where there is no network it gives up after about a minute)"
+    log.warning(said, encoder)
     return _refusing(encoder, lambda: load(encoder))
 
 

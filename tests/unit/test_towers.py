@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,8 @@ from gr.embeddings.view import View
 from gr.errors import UserError
 from gr.modality.collapse import effective_rank, mean_cosine
 from gr.modality.content import encoded
-from gr.modality.encoder import config_of, load_tokenizer
+from gr.modality.encoder import config_of, load_tokenizer, transformers
+from gr.modality.find import loaded
 from gr.modality.reader import TextReader, TextSection
 from gr.modality.texts import Template, as_texts, tokenised
 from gr.modality.vectors import as_table, read_file
@@ -566,6 +568,23 @@ def test_odd_encoders_are_refused(folder, config, tmp_path, monkeypatch):
     assert "has no config.json" in refused(pickled)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE forbids" in refused("nobody/no-such-encoder")
+
+
+def test_who_asks_the_hub_says_so_once(monkeypatch, caplog, capfd):
+    """And not of each time that there was no answer."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    transformers()
+
+    def load(encoder, local_files_only=False):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s")
+        raise OSError("no answer\nat all")
+
+    with pytest.raises(UserError, match=r"can't be loaded \(no answer\)"):
+        loaded("nobody/nothing", load)
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "encoder 'nobody/nothing' is fetched from the hub"
+    ]
+    assert "Retrying" not in capfd.readouterr().err
 
 
 def test_code_that_comes_with_an_encoder_is_not_run(tmp_path, monkeypatch):
