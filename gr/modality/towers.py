@@ -127,18 +127,12 @@ class ContentConfig(ComponentConfig):
         return self
 
     def idle(self) -> dict[str, str]:
+        training = ("dropout", "recompute", "refresh")
         used = {
             "frozen": (),
             "cached": ("vectors",),
-            "tuned": ("freeze", "dropout", "recompute", "refresh"),
-            "adapters": (
-                "adapters.name",
-                "adapters.size",
-                "adapters.norms",
-                "dropout",
-                "recompute",
-                "refresh",
-            ),
+            "tuned": ("freeze", *training),
+            "adapters": ("adapters.name", "adapters.size", "adapters.norms", *training),
         }
         keys = dict.fromkeys(key for keys in used.values() for key in keys)
         return {key: f"mode is {self.mode}" for key in keys if key not in used[self.mode]}
@@ -268,7 +262,7 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
             )
     elif config.freeze:
         freeze_layers(encoder.model, config.freeze)
-    formed = Encoded(
+    of_step = Encoded(
         encoder,
         items,
         processes,
@@ -277,7 +271,7 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
         recompute=config.recompute,
         bf16=around.bf16,
     )
-    return formed if config.refresh is None else Refreshed(formed, config.refresh)
+    return of_step if config.refresh is None else Refreshed(of_step, config.refresh)
 
 
 def _check_places(config: ContentConfig, reader: Reader, longest: int) -> None:

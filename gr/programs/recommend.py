@@ -39,7 +39,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--held-out", metavar="SPLIT", help=held_out)
     parser.add_argument("--user-vectors", metavar="FILE", help="write user_id, vector there")
-    parser.add_argument("--item-vectors", metavar="FILE", help="write item_id, vector there")
+    of_items = "write item_id, vector there, of the catalogue's items and then of new ones"
+    parser.add_argument("--item-vectors", metavar="FILE", help=of_items)
     new = "Parquet: item_id and what the run's item tower reads, of items that training never saw"
     parser.add_argument("--new-items", metavar="FILE", help=new)
     options = parser.parse_args(arguments)
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             wanted = {name: getattr(options, name) for name in asked}
             count = library.recommend(run, options.out, users=found, advance=stage.advance, **wanted)
         if options.item_vectors:
-            library.write_item_vectors(run, options.item_vectors)
+            library.write_item_vectors(run, options.item_vectors, options.new_items)
     print(f"wrote {count:,} users to {options.out} (step {run.step:,} of {options.run})")
     if found is not None and (listed := library.write_unknown_users(found, options.out)):
         print(

@@ -146,14 +146,21 @@ def write_unknown_users(found: FoundUsers, out: str | os.PathLike) -> str | None
     return file
 
 
-def write_item_vectors(run: OpenRun, out: str | os.PathLike) -> None:
-    """Write item_id, vector of the whole catalogue; inner products with :func:`query_vectors` are the scores."""
-    item_ids = run.data.dataset.catalogue.column("item_id").combine_chunks()
+def write_item_vectors(
+    run: OpenRun, out: str | os.PathLike, new_items: str | os.PathLike | None = None
+) -> None:
+    """Write item_id, vector of the whole catalogue, and of ``new_items`` behind it (see :func:`recommend`); inner
+    products with :func:`query_vectors` are the scores."""
     model = retrieval(run)
+    parts = [(run.data.dataset.catalogue.column("item_id").combine_chunks(), model.items)]
+    if new_items is not None:
+        parts.append(unseen_items(run, new_items))
     with parquet_rows(out) as write, torch.no_grad():
-        for start in range(0, len(item_ids), ROWS_PER_GROUP):
-            ids = item_ids[start : start + ROWS_PER_GROUP]
-            write(vectors_table("item_id", ids, item_vectors(model, range(start, start + len(ids)))))
+        for item_ids, items in parts:
+            for start in range(0, len(item_ids), ROWS_PER_GROUP):
+                ids = item_ids[start : start + ROWS_PER_GROUP]
+                vectors = item_vectors(model, range(start, start + len(ids)), items)
+                write(vectors_table("item_id", ids, vectors))
 
 
 def retrieval(run: OpenRun) -> Retrieval:
@@ -215,9 +222,10 @@ def query_vectors(model: Retrieval, queries_BD: Tensor) -> Tensor:
     return torch.cat([vectors_BD, torch.ones_like(vectors_BD[:, :1])], dim=1)
 
 
-def item_vectors(model: Retrieval, rows: range) -> Tensor:
-    """(len(rows), D) float32: normalised as the similarity does, then the item bias if there is one."""
-    scoring, items = model.similarity.scoring, model.items
+def item_vectors(model: Retrieval, rows: range, items: Table | None = None) -> Tensor:
+    """(len(rows), D) float32 of the catalogue's items, or of others: normalised as the similarity does, then the item
+    bias if there is one."""
+    scoring, items = model.similarity.scoring, model.items if items is None else items
     vectors = scoring.columns(items.vectors(rows.start, rows.stop).float())
     if scoring.normalize_eps is not None:
         vectors = F.normalize(vectors, dim=-1, eps=scoring.normalize_eps)

@@ -32,7 +32,7 @@ from gr.train.encoding import encode, read_tower
 from gr.train.exporting import export
 from gr.train.item_files import read_items
 from gr.train.parts import build
-from gr.train.recommend import recommend, unseen_items
+from gr.train.recommend import recommend, unseen_items, write_item_vectors
 from gr.train.runs import open_run
 from tests.end_to_end.tiny import CONFIG, weights
 from tests.packages import needs
@@ -425,6 +425,11 @@ def test_items_that_training_never_saw_are_recommended(folder, config, tmp_path)
         result = job.run(config(asked, "train.max_steps=1", "eval.splits=[]", run=name))
         run = open_run(result.path)
         recommend(run, tmp_path / "recs.parquet", k=ITEMS + 2, exclude="none", new_items=items)
+        write_item_vectors(run, tmp_path / "items.parquet", items)
+        vectors = pq.read_table(tmp_path / "items.parquet").to_pylist()
+        assert [row["item_id"] for row in vectors] == [*range(ITEMS), 1007, 1011]
+        for known, unseen in ((7, ITEMS), (11, ITEMS + 1)):
+            assert vectors[unseen]["vector"] == pytest.approx(vectors[known]["vector"], abs=1e-4)
         for row in pq.read_table(tmp_path / "recs.parquet").to_pylist()[:20]:
             scores = dict(zip(row["item_ids"], row["scores"], strict=True))
             assert len(scores) == ITEMS + 2 and row["scores"] == sorted(row["scores"], reverse=True)
