@@ -124,6 +124,10 @@ class Table(ABC):
         rows has none."""
         return iter(())
 
+    def outside_digest(self) -> str:
+        """Of weights that form its rows, stay as they are and are none of its parameters; "" where there are none."""
+        return ""
+
     def state(self) -> dict[str, Array]:
         """What it keeps from step to step beside rows and parameters, by name: to be saved, or filled."""
         return {}

@@ -73,14 +73,35 @@ class Content(ABC):
     learns = False
     """Whether it changes from step to step."""
 
+    def outside_digest(self) -> str:
+        """See :meth:`gr.embeddings.table.Table.outside_digest`."""
+        return ""
+
     def state(self) -> dict[str, Array]:
         """What it keeps from step to step beside parameters (:meth:`gr.embeddings.table.Table.state`)."""
         return {}
 
 
-class Fixed(Content):
-    """Vectors that nothing moves, (I, E), made when they are first asked for.  other: makes those of items that aren't
-    in the catalogue.  encoder: what makes them, where its weights may be another run's."""
+class _Made(Content):
+    """Vectors that nothing moves, made when they are first asked for.  other: makes those of items that aren't in the
+    catalogue.  encoder: what makes them, where its weights may be another run's.  digest: of the weights that make
+    them, where no run has trained these."""
+
+    def __init__(
+        self,
+        width: int,
+        other: Callable[[pa.Table], Tensor],
+        encoder: Encoder | None,
+        digest: Callable[[], str] | None,
+    ) -> None:
+        self.width, self._other, self.encoder, self._digest = width, other, encoder, digest
+
+    def outside_digest(self) -> str:
+        return "" if self._digest is None else self._digest()
+
+
+class Fixed(_Made):
+    """All of them on every process, (I, E)."""
 
     def __init__(
         self,
@@ -90,10 +111,10 @@ class Fixed(Content):
         device: torch.device,
         collective: bool = False,
         encoder: Encoder | None = None,
+        digest: Callable[[], str] | None = None,
     ) -> None:
-        self.encoder = encoder
-        self.width, self._make, self._other, self.device = width, make, other, device
-        self.collective = collective
+        super().__init__(width, other, encoder, digest)
+        self._make, self.device, self.collective = make, device, collective
         self._vectors_IE: Tensor | None = None
 
     def of_step(self, rows_U: Tensor) -> Tensor:
@@ -110,8 +131,8 @@ class Fixed(Content):
         return self._other(items).to(self.device)
 
 
-class FixedShares(Content):
-    """The same, of which each process holds a stretch and fetches the others that a step needs."""
+class FixedShares(_Made):
+    """Each process holds a stretch of them and fetches the others that a step needs."""
 
     def __init__(
         self,
@@ -120,9 +141,10 @@ class FixedShares(Content):
         other: Callable[[pa.Table], Tensor],
         processes: Processes,
         encoder: Encoder | None = None,
+        digest: Callable[[], str] | None = None,
     ) -> None:
-        self.width, self._make, self._other, self.processes = width, make, other, processes
-        self.encoder = encoder
+        super().__init__(width, other, encoder, digest)
+        self._make, self.processes = make, processes
         self.collective = processes.world.size > 1
         self._shares: Shares | None = None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -81,6 +82,12 @@ class Reader(ABC):
     def encoder(self, dropout: float = 0.0) -> Encoder:
         """With its pre-trained weights, on the processes' device."""
 
+    @cached_property
+    def digests(self) -> tuple[str, str]:
+        """The encoder's fingerprint, and its weights' digest."""
+        encoder = self.encoder()
+        return encoder.fingerprint(), encoder.weights_digest()
+
     @abstractmethod
     def items(self, catalogue: Described) -> Items:
         """What it reads of the whole catalogue."""
@@ -106,9 +113,9 @@ class Reader(ABC):
 
     def shares(self, catalogue: Described) -> Shares:
         """The same, a stretch on each process; the first one reads what is kept, and keeps what is new, for all."""
-        items, encoder, processes = self.items(catalogue), self.encoder(), self.processes
+        items, processes = self.items(catalogue), self.processes
         about = {
-            "encoder": encoder.fingerprint(),
+            "encoder": self.digests[0],
             "pooling": self.section.pooling,
             "batch": self.section.batch,
             **self.about(items),
@@ -119,7 +126,7 @@ class Reader(ABC):
             whole_IE = vectors.of_table(table, "what is kept beside the dataset")
         if processes.broadcast(table is not None):
             return Shares.dealt(catalogue.rows, whole_IE, processes.world)
-        found = self._encoded(encoder, items)
+        found = self._encoded(self.encoder(), items)
         whole_IE = found.collected()
         if processes.is_main:
             ids = catalogue.column("item_id").combine_chunks()

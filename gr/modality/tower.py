@@ -241,6 +241,9 @@ class Tower(Table, nn.Module):
         """None: it owns parameters, and no rows."""
         return []
 
+    def outside_digest(self) -> str:
+        return self.content.outside_digest()
+
     def state(self) -> dict[str, Array]:
         return self.content.state()
 

@@ -229,12 +229,12 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
             found_IE.shape[1], lambda: found_IE, partial(_given, found_IE.shape[1]), processes.device
         )
     reader = _reader(config.text, config.image, processes)
-    if config.mode == "frozen" and dealt:
-        return FixedShares(reader.width, partial(reader.shares, catalogue), reader.vectors_of, processes)
     if config.mode == "frozen":
-        several = processes.world.size > 1
-        make = partial(reader.vectors, catalogue)
-        return Fixed(reader.width, make, reader.vectors_of, processes.device, collective=several)
+        width, of_others, digest = reader.width, reader.vectors_of, lambda: reader.digests[1]
+        if dealt:
+            return FixedShares(width, partial(reader.shares, catalogue), of_others, processes, digest=digest)
+        several, make = processes.world.size > 1, partial(reader.vectors, catalogue)
+        return Fixed(width, make, of_others, processes.device, collective=several, digest=digest)
     encoder = reader.encoder(config.dropout)
     items = reader.items(catalogue)
     if config.mode == "adapters":

@@ -18,11 +18,12 @@ def frozen(model: Model) -> dict[str, nn.Parameter]:
 
 
 def frozen_digest(model: Model) -> str:
-    """32 hexadecimal digits of them; "" where all train."""
+    """32 hexadecimal digits of them, and of encoders whose vectors are formed once; "" where all train."""
     found = frozen(model)
-    if not found:
+    outside = [f"{name} {said}" for name, table in model.tables.items() if (said := table.outside_digest())]
+    if not found and not outside:
         return ""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b("".join(outside).encode(), digest_size=16)
     for name, values in sorted(found.items()):
         digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
         digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -393,6 +394,25 @@ def test_a_frozen_encoder_is_in_no_checkpoint(config):
     assert sorted(name.removeprefix("model/tables.items.") for name in names) == [
         *("head.first.bias", "head.first.weight", "head.more.0.bias", "head.more.0.weight")
     ]
+
+
+@pytest.mark.parametrize("table", ["local", "mapped"])
+def test_a_run_is_opened_with_the_frozen_encoder_that_it_was_trained_with(config, tmp_path, table):
+    """One that stands in its place is refused, however alike; it may have moved."""
+    tower = {"name": "text", "text": {"encoder": str(make_encoder(tmp_path / "encoder"))}}
+    sampled = "objective={name: sampled_softmax, negatives: 16}"
+    overrides = [sampled, f"model.table={table}", "train.max_steps=1", "eval.splits=[]"]
+    result = job.run(config(tower, *overrides))
+    scores = open_run(result.path).model.items.vectors(0, ITEMS)
+    export(result.path, tmp_path / "out")
+    (tmp_path / "encoder").rename(tmp_path / "before")
+    make_encoder(tmp_path / "encoder", seed=1)
+    for path in (result.path, tmp_path / "out"):
+        with pytest.raises(UserError, match="was trained onto frozen weights that are others now"):
+            open_run(path)
+    shutil.rmtree(tmp_path / "encoder")
+    (tmp_path / "before").rename(tmp_path / "encoder")
+    assert torch.equal(open_run(result.path).model.items.vectors(0, ITEMS), scores)
 
 
 def test_a_table_starts_from_its_texts(folder, config):
