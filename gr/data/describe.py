@@ -13,7 +13,9 @@ import numpy as np
 
 from gr.data.dataset import SequenceDataset
 from gr.data.making.times import EARLY, LIKELY, when
+from gr.data.outputs import delivered
 from gr.data.sequences import Sequences
+from gr.data.stores import is_url
 from gr.errors import UserError
 
 POPULAR = 10
@@ -156,19 +158,21 @@ def plot(dataset: SequenceDataset, found: Description, path: str | Path) -> None
         axis.set_minor_formatter(LogFormatter())
     name, users, items, actions = dataset.manifest.name, dataset.users, dataset.items, dataset.actions
     figure.suptitle(f"{name}: {users:,} users, {items:,} items, {actions:,} actions")
-    target = figure_file(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target)
+    if not is_url(str(path)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with delivered(path) as scratch:
+        figure.savefig(scratch, format=figure_format(path))
 
 
-def figure_file(path: str | Path) -> Path:
-    """``path``, if a figure can be saved in its format."""
+def figure_format(path: str | Path) -> str:
+    """The format of a figure called ``path``, if there is such a one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     file = Path(path)
-    if file.suffix.removeprefix(".") not in FigureCanvasAgg.get_supported_filetypes():
+    ending = file.suffix.removeprefix(".")
+    if ending not in FigureCanvasAgg.get_supported_filetypes():
         raise UserError(f"cannot save a figure as '{file.name}': end it in .png, .svg or .pdf")
-    return file
+    return ending
 
 
 def _times(rows: Sequences, health: Health) -> None:

@@ -26,7 +26,9 @@ def names(text: str) -> list[str]:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """RUN by position or as --run, and --checkpoint."""
-    parser.add_argument("folder", nargs="?", metavar="RUN", help="a run's folder, or an export")
+    parser.add_argument(
+        "folder", nargs="?", metavar="RUN", help="the folder or URL of a run, or of an export"
+    )
     parser.add_argument(
         "--run", metavar="RUN", help="the same as RUN (which torchrun would take for an option of its own)"
     )

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gr.data import describe_tables as tables
 from gr.data.dataset import SequenceDataset
-from gr.data.describe import describe, figure_file, plot
+from gr.data.describe import describe, figure_format, plot
 from gr.errors import program
 from gr.programs._arguments import new_parser, refuse_torchrun
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     refuse_torchrun("describe", "it reads the dataset once")
     if args.plot:
-        figure_file(args.plot)
+        figure_format(args.plot)
     dataset = SequenceDataset(args.dataset)
     found = describe(dataset)
     console = Console()

@@ -46,8 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     refuse_torchrun("rank", "with a part of the requests each if one isn't enough")
 
-    import pyarrow.parquet as pq
-
     from gr.data.outputs import output_files
     from gr.progress import default_progress
     from gr.train import rank as library
@@ -57,8 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     output_files({"--requests": options.requests}, {"--out": options.out})
     with running(config_of(options.run, options.data_path)) as processes:
         run = open_run(options.run, options.checkpoint, processes, options.data_path)
-        library.check_requests(run, options.requests)
-        total = pq.read_metadata(options.requests).num_rows
+        total = library.check_requests(run, options.requests)
         with default_progress().stage("ranking", total, "requests") as stage:
             done = library.rank(
                 run,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gr.config import read_yaml, validate
 from gr.data.dataset import SequenceDataset
-from gr.data.outputs import ROWS_PER_GROUP, parquet_rows
+from gr.data.outputs import ROWS_PER_GROUP, beside, parquet_rows
 from gr.errors import UserError
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.modality.reader import Reader, TextReader, TextSection
@@ -42,10 +42,10 @@ def encode(
     if items is None:
         if out is None and opened.folder.local is None:
             raise UserError(f"'{dataset}' is in a store: say with --out which file to write")
-        target = out if out is not None else str(Path(dataset, "vectors.parquet"))
+        target = out if out is not None else str(Path(opened.folder.path, "vectors.parquet"))
         ids, found = opened.catalogue.ids, reader.vectors(opened.catalogue)
     else:
-        target = out if out is not None else str(Path(items).with_suffix(".vectors.parquet"))
+        target = out if out is not None else beside(items, ".vectors.parquet")
         table = read_items(items)
         ids, found = table["item_id"].combine_chunks(), reader.vectors_of(table)
     if processes.is_main:

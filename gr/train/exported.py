@@ -1,4 +1,4 @@
-"""An export: a model out of its run, in a folder of its own that is evaluated and recommends as the run does.
+"""An export: a model out of its run, in a folder or store of its own, that is evaluated and recommends as the run does.
 
     export.json                    what this is: step, dataset, where each tensor lies; sizes and digests of the others
     config.yaml                    the run's, resolved
@@ -17,20 +17,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from gr.data.stores import first_line, remedy
 from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Axis
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import mappings_of, parameters
-from gr.train.place import StorePath, place
+from gr.train.place import AnyPath, files_in, place
 from gr.train.slices import held_parts
-from gr.train.tensor_files import Part, read_into
+from gr.train.tensor_files import Part, TensorReader
 
 FORMAT_VERSION = 2
 MANIFEST, ITEMS, INDEX = "export.json", "items.parquet", "model.safetensors.index.json"
@@ -67,15 +70,9 @@ class Manifest:
 
 
 def is_export(path: str | Path) -> bool:
-    """Whether a folder is one, however damaged."""
-    folder = place(path)
-    if isinstance(folder, StorePath):
-        if (folder / MANIFEST).is_file():
-            raise UserError(
-                f"'{path}' is an export, which is read from a path of this machine: copy it there"
-            )
-        return False
-    return (folder / MANIFEST).is_file() or any(folder.glob("model*.safetensors"))
+    """Whether a folder, or a place in a store, is one, however damaged."""
+    names = _names(path)
+    return MANIFEST in names or any(fnmatch(name, "model*.safetensors") for name in names)
 
 
 def to_json(manifest: Manifest) -> str:
@@ -83,11 +80,12 @@ def to_json(manifest: Manifest) -> str:
 
 
 def read_manifest(path: str | Path) -> Manifest:
+    if MANIFEST not in _names(path):
+        raise _damaged(path, f"{MANIFEST} is missing")
     try:
-        said: dict[str, Any] = json.loads((Path(path) / MANIFEST).read_text())
+        with _reading(path):
+            said: dict[str, Any] = json.loads((place(path) / MANIFEST).read_text())
         version, digest = said["format_version"], said["digest"]
-    except FileNotFoundError:
-        raise _damaged(path, f"{MANIFEST} is missing") from None
     except (ValueError, KeyError, TypeError):  # bytes that are no UTF-8, no JSON, not this JSON
         raise _damaged(path, f"{MANIFEST} is not what was written") from None
     if digest != _digest(said):
@@ -107,15 +105,17 @@ def read_manifest(path: str | Path) -> Manifest:
 def check(path: str | Path, manifest: Manifest, files: Sequence[str] | None = None) -> None:
     """Refuse an export of which a file isn't what was written; ``files``: those whose content is read, all without
     it."""
-    for name, expected in manifest.files.items():
-        file = Path(path) / name
-        if not file.is_file():
-            raise _damaged(path, f"{name} is missing")
-        if (size := file.stat().st_size) != expected.bytes:
-            raise _damaged(path, f"{name} has {size:,} bytes, not {expected.bytes:,}")
-    for name in manifest.files if files is None else files:
-        if fingerprint(Path(path) / name) != manifest.files[name]:
-            raise _damaged(path, f"{name} is not what was written")
+    folder = place(path)
+    with _reading(path):
+        there = files_in(folder)
+        for name, expected in manifest.files.items():
+            if name not in there:
+                raise _damaged(path, f"{name} is missing")
+            if (size := there[name]) != expected.bytes:
+                raise _damaged(path, f"{name} has {size:,} bytes, not {expected.bytes:,}")
+        for name in manifest.files if files is None else files:
+            if fingerprint(folder / name) != manifest.files[name]:
+                raise _damaged(path, f"{name} is not what was written")
 
 
 def load(path: str | Path, model: Model, checkpoint_name: str = "last", world: Axis = Axis()) -> Cursor:
@@ -134,13 +134,14 @@ def load(path: str | Path, model: Model, checkpoint_name: str = "last", world: A
     wanted = parameters(model) | mappings_of(model)
     sizes = {f"model/{name}": size for name, size in manifest.sizes.items()} | manifest.vocabularies
     checkpoint.check_tensors(f"export '{path}'", sizes, wanted, model)
-    for name, tensor in wanted.items():
-        for offsets, values in held_parts(tensor).items():
-            read_into(Path(path), manifest.tensors, name.removeprefix("model/"), offsets, values)
+    with _reading(path), TensorReader(place(path), manifest.tensors) as reader:
+        for name, tensor in wanted.items():
+            for offsets, values in held_parts(tensor).items():
+                reader.read_into(name.removeprefix("model/"), offsets, values)
     return Cursor(manifest.generation, epoch=manifest.epoch, step=manifest.step)
 
 
-def fingerprint(file: Path) -> Fingerprint:
+def fingerprint(file: AnyPath) -> Fingerprint:
     with file.open("rb") as content:
         return Fingerprint(file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
 
@@ -148,6 +149,23 @@ def fingerprint(file: Path) -> Fingerprint:
 def _digest(said: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in said.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _names(path: str | Path) -> set[str]:
+    with _reading(path):
+        return set(files_in(place(path)))
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Around what reads there: a disk or store that doesn't answer says nothing of the export."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _damaged(path, "a file of it went while it was read") from None
+    except OSError as error:
+        fix = remedy(error, "see to the disk or the store, and run it again")
+        raise UserError(f"cannot read '{path}' ({first_line(error)}): {fix}") from None
 
 
 def _damaged(path: str | Path, how: str) -> UserError:

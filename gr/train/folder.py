@@ -29,7 +29,7 @@ from gr.config import RunConfig
 from gr.data.outputs import sync
 from gr.data.stores import first_line, remedy
 from gr.errors import UserError
-from gr.train.place import StorePath, place
+from gr.train.place import StorePath, files_in, place
 
 FETCHED = {"config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl"}
 
@@ -56,8 +56,7 @@ class RunFolder:
     def _fetch(self, path: StorePath) -> None:
         """The files that a run goes on with, as they are there."""
         try:
-            there = path.store.files(path.root)
-            for name in FETCHED.intersection(there):
+            for name in FETCHED.intersection(files_in(path)):
                 path.download(name, self.here / name)
                 self._pushed[self.here / name] = _state(self.here / name)
         except OSError as error:

@@ -6,22 +6,23 @@ import os
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from gr.data.making.convert import is_number, is_text, plain
-from gr.data.stores import first_line
+from gr.data.stores import first_line, remedy
 from gr.errors import UserError
+from gr.train.place import parquet_file, place
 
 
 def read_items(path: str | os.PathLike) -> pa.Table:
     """The items of the file at ``path``, one at least, each with an ``item_id`` of its own."""
     try:
-        items = pq.read_table(path)
+        items = parquet_file(place(path)).read()
     except FileNotFoundError:
         raise UserError(f"no file '{path}' with items: write item_id and their columns as Parquet") from None
     except (OSError, pa.ArrowException) as error:
+        fix = remedy(error, "write it again")
         raise UserError(
-            f"'{path}' can't be read as a Parquet file of items ({first_line(error)}): write it again"
+            f"'{path}' can't be read as a Parquet file of items ({first_line(error)}): {fix}"
         ) from None
     if "item_id" not in items.column_names:
         raise UserError(f"'{path}' has no column item_id (it has {', '.join(items.column_names)}): rename it")

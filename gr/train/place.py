@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch.distributed.checkpoint as dcp
 
 from gr.data.folder import Folder
@@ -154,6 +155,20 @@ def place(where: str | os.PathLike | StorePath) -> AnyPath:
         return Path(text)
     local = Folder(text).local
     return StorePath(text) if local is None else local
+
+
+def files_in(folder: AnyPath) -> dict[str, int]:
+    """Name -> bytes of the files directly in a folder; empty where there is none."""
+    if isinstance(folder, StorePath):
+        return folder.store.files(folder.root)
+    if not folder.is_dir():
+        return {}
+    return {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+
+
+def parquet_file(file: AnyPath) -> pq.ParquetFile:
+    """A Parquet file, opened where it is.  Raises FileNotFoundError, OSError, pyarrow's ArrowException."""
+    return pq.ParquetFile(file.open() if isinstance(file, StorePath) else file)
 
 
 def remove_tree(path: AnyPath) -> None:

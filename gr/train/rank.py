@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,11 +23,12 @@ from gr.data.making.times import YEAR_2200
 from gr.data.outputs import parquet_rows
 from gr.data.requests import FoundUsers, as_id, find_users
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
-from gr.data.stores import first_line
+from gr.data.stores import first_line, remedy
 from gr.errors import UserError
 from gr.models.pointwise import Pointwise
 from gr.models.two_tower.model import TwoTower
 from gr.train import rank_fields
+from gr.train.place import parquet_file, place
 from gr.train.runs import OpenRun
 
 REQUESTS = 1024
@@ -91,24 +91,26 @@ def ranking(run: OpenRun) -> Pointwise | TwoTower:
     return run.model
 
 
-def check_requests(run: OpenRun, asked: str | os.PathLike) -> None:
-    """Refuse a file of requests that the run's model can't answer, before anything is computed."""
-    _opened(asked, ranking(run), run.data.dataset)
+def check_requests(run: OpenRun, asked: str | os.PathLike) -> int:
+    """How many requests a file has; refuses one that the run's model can't answer, before anything is computed."""
+    source, _ = _opened(asked, ranking(run), run.data.dataset)
+    return source.metadata.num_rows
 
 
 def _opened(
     asked: str | os.PathLike, model: Pointwise | TwoTower, dataset: SequenceDataset
 ) -> tuple[pq.ParquetFile, list[str]]:
     """The file of requests, and its columns to read."""
-    file = Path(asked)
-    if not file.is_file():
-        raise UserError(f"there is no file '{file}' with requests: give Parquet with user_id and item_ids")
+    file = place(asked)
     try:
-        source = pq.ParquetFile(file)
-    except (OSError, pa.ArrowInvalid) as error:
+        source = parquet_file(file)
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(
-            f"'{file}' cannot be read as Parquet ({first_line(error)}): write the requests again"
+            f"there is no file '{file}' with requests: give Parquet with user_id and item_ids"
         ) from None
+    except (OSError, pa.ArrowInvalid) as error:
+        fix = remedy(error, "write the requests again")
+        raise UserError(f"'{file}' cannot be read as Parquet ({first_line(error)}): {fix}") from None
     there = source.schema_arrow.names
     fields = isinstance(model, TwoTower)
     extra = [] if isinstance(model, TwoTower) else model.columns_of_requests

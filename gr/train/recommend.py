@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,11 +27,13 @@ from gr.data.requests import (
     recommendation_requests,
     requests,
 )
+from gr.data.stores import remedy
 from gr.embeddings.table import Table
 from gr.errors import UserError
 from gr.modality.tower import Tower
 from gr.models.retrieval import Retrieval
 from gr.train.item_files import read_items
+from gr.train.place import AnyPath, parquet_file, place
 from gr.train.runs import OpenRun
 
 AS_TEXT = pa.csv.ConvertOptions(column_types={"user_id": pa.string()}, strings_can_be_null=True)
@@ -237,24 +237,26 @@ def item_vectors(model: Retrieval, rows: range, items: Table | None = None) -> T
 def read_user_ids(path: str | os.PathLike) -> list[str]:
     """Raw ids, as text, from a text file (one a line; empty lines are no ids), or a Parquet or CSV file's
     ``user_id``."""
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no file '{file}' with users: give a list of ids, or --users all")
+    file = place(path)
     kind = file.suffix.lower()
-    if kind not in (".parquet", ".csv"):
-        try:
-            return [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise UserError(
-                f"'{file}' is not text: list the ids one a line, or name it .parquet or .csv if it is such a file"
-            ) from None
     try:
-        table = pq.read_table(file) if kind == ".parquet" else pa.csv.read_csv(file, convert_options=AS_TEXT)
-    except (OSError, pa.ArrowInvalid) as error:
+        if kind not in (".parquet", ".csv"):
+            lines = _content(file).decode("utf-8-sig").splitlines()
+            return [line.strip() for line in lines if line.strip()]
+        if kind == ".parquet":
+            table = parquet_file(file).read()
+        else:
+            table = pa.csv.read_csv(pa.BufferReader(_content(file)), convert_options=AS_TEXT)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"no file '{file}' with users: give a list of ids, or --users all") from None
+    except UnicodeDecodeError:
         raise UserError(
-            f"'{file}' cannot be read as {kind[1:]} ({' '.join(str(error).split()).rstrip('.')}): "
-            "write it again, or list the ids one a line in a text file"
+            f"'{file}' is not text: list the ids one a line, or name it .parquet or .csv if it is such a file"
         ) from None
+    except (OSError, pa.ArrowInvalid) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        fix = remedy(error, "write it again, or list the ids one a line in a text file")
+        raise UserError(f"'{file}' cannot be read as {kind[1:] or 'text'} ({said}): {fix}") from None
     if "user_id" not in table.column_names:
         raise UserError(
             f"'{file}' has no column user_id (it has {', '.join(table.column_names)}): rename the column"
@@ -266,6 +268,11 @@ def read_user_ids(path: str | os.PathLike) -> list[str]:
     if None in ids:
         raise UserError(f"row {ids.index(None) + 1} of '{file}' has no user_id: remove it or fill it in")
     return ids
+
+
+def _content(file: AnyPath) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read()
 
 
 def vectors_table(key: str, ids: pa.Array, vectors: Tensor) -> pa.Table:

@@ -54,7 +54,7 @@ def open_run(
     model = build_model(config, data, processes)
     start(model, config, processes, begun=True)
     if chosen is None:
-        cursor = exported.load(Path(path), model, checkpoint_name, processes.world)
+        cursor = exported.load(path, model, checkpoint_name, processes.world)
     else:
         cursor = checkpoint.load(chosen, model)
     if dim is not None:

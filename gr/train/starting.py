@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -23,8 +22,8 @@ from gr.train import checkpoint, exported
 from gr.train.engines.engine import of_buffers
 from gr.train.folder import RunFolder
 from gr.train.frozen import frozen
-from gr.train.place import StoreReader
-from gr.train.tensor_files import read_into
+from gr.train.place import StoreReader, place
+from gr.train.tensor_files import TensorReader
 
 log = logging.getLogger(__name__)
 PRETRAINED = ".encoder.model."
@@ -131,8 +130,9 @@ def _sources(section: StartFrom) -> list[Source]:
         exported.check(section.run, manifest)
 
         def read(tensors: Mapping[str, Tensor]) -> None:
-            for name, values in tensors.items():
-                read_into(Path(section.run), manifest.tensors, name, [0] * values.dim(), values)
+            with TensorReader(place(section.run), manifest.tensors) as files:
+                for name, values in tensors.items():
+                    files.read_into(name, [0] * values.dim(), values)
 
         source = Source(f"export '{section.run}', step {manifest.step}", manifest.sizes, read)
         digest = manifest.frozen

@@ -6,9 +6,11 @@ A tensor larger than a file is cut along its rows: rows 0 to 999 of ``tables.ite
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr.errors import UserError
+from gr.train.place import AnyPath
 
 LARGEST = 1 << 30
 """Bytes of tensors in a file, at most."""
@@ -93,41 +95,61 @@ def write(file: Path, parts: Sequence[Part], values: Callable[[Part], Iterator[T
             raise ValueError(f"the values for '{file}' are {out.tell() - 8 - len(text)} bytes, not {end}")
 
 
-def read_into(
-    folder: Path, parts: Mapping[str, Sequence[Part]], name: str, offsets: Sequence[int], values: Tensor
-) -> None:
-    """Fill ``values``, which stand at ``offsets`` in the tensor ``name``, from the files (``parts``: as :func:`layout`
-    gives them), a block of rows at a time."""
-    safe_open = _safe_open()
-    for file, entries in parts.items():
-        for part in entries:
-            if part.name != name:
-                continue
+class TensorReader:
+    """Reads the files in ``folder`` whose ``parts`` :func:`layout` gave, of this machine or of a store.  A context
+    manager: a file is opened once, and closed at the end.
+
+    The files are taken to be what was written; whoever isn't sure compares their digests first.
+    """
+
+    def __init__(self, folder: AnyPath, parts: Mapping[str, Sequence[Part]]) -> None:
+        self.folder = folder
+        self._places: dict[str, list[tuple[str, Part]]] = {}
+        for file, entries in parts.items():
+            for part in entries:
+                self._places.setdefault(part.name, []).append((file, part))
+        self._opened: dict[str, tuple[io.BufferedIOBase, dict[str, int]]] = {}
+        self._closing = ExitStack()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def read_into(self, name: str, offsets: Sequence[int], values: Tensor) -> None:
+        """Fill ``values``, which stand at ``offsets`` in the tensor ``name``, a block of rows at a time."""
+        for file, part in self._places[name]:
             if not values.dim():
-                with safe_open(folder / file, framework="pt") as opened:
-                    values.copy_(opened.get_tensor(part.key))
+                with torch.no_grad():
+                    values.copy_(self._rows(file, part, 0, 1).reshape(()))
                 continue
             first, last = max(part.start, offsets[0]), min(part.stop, offsets[0] + len(values))
-            if first >= last:
-                continue
-            columns = [slice(o, o + n) for o, n in zip(offsets[1:], values.shape[1:], strict=True)]
-            step = max(BLOCK_NUMBERS // max(values[:1].numel(), 1), 1)
-            with safe_open(folder / file, framework="pt") as opened:
-                entry = opened.get_slice(part.key)
-                for start in range(first, last, step):
-                    stop = min(start + step, last)
-                    block = entry[(slice(start - part.start, stop - part.start), *columns)]
-                    with torch.no_grad():
-                        values[start - offsets[0] : stop - offsets[0]].copy_(block)
+            columns = tuple(slice(o, o + n) for o, n in zip(offsets[1:], values.shape[1:], strict=True))
+            step = max(BLOCK_NUMBERS // max(math.prod(part.size[1:]), 1), 1)
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                block = self._rows(file, part, start - part.start, stop - part.start)
+                with torch.no_grad():
+                    values[start - offsets[0] : stop - offsets[0]].copy_(block[(slice(None), *columns)])
 
+    def _rows(self, file: str, part: Part, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of an entry."""
+        source, begins = self._file(file)
+        row = DTYPES[part.dtype].itemsize * math.prod(part.size[1:])
+        values = np.empty((stop - start, *part.size[1:]), DTYPES[part.dtype])
+        source.seek(begins[part.key] + start * row)
+        if source.readinto(values.reshape(-1).view(np.uint8).data) != values.nbytes:
+            raise ValueError(f"'{self.folder / file}' ends within '{part.key}'")
+        return torch.from_numpy(values)
 
-def _safe_open() -> Any:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise UserError(
-            f"an export is read with the package safetensors, and it can't be imported ({error}): "
-            "pip install safetensors",
-            everywhere=True,
-        ) from None
-    return safe_open
+    def _file(self, name: str) -> tuple[io.BufferedIOBase, dict[str, int]]:
+        """An opened file, and where the numbers of each of its entries begin."""
+        if name not in self._opened:
+            source = self._closing.enter_context((self.folder / name).open("rb"))
+            length = int.from_bytes(source.read(8), "little")
+            header = json.loads(source.read(length))
+            header.pop("__metadata__", None)
+            begins = {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items()}
+            self._opened[name] = source, begins
+        return self._opened[name]

@@ -207,7 +207,8 @@ def test_parts_of_a_checkpoint_are_read_once_and_a_few_rows_at_a_time(tmp_path, 
     monkeypatch.setattr(tensor_files, "BLOCK_NUMBERS", 30)
     for first, last, left, right in ((0, 50, 0, 14), (17, 43, 3, 9), (19, 20, 13, 14), (40, 40, 0, 14)):
         found = torch.full((last - first, right - left), torch.nan)
-        tensor_files.read_into(tmp_path, parts, "tables.a.weight", (first, left), found)
+        with tensor_files.TensorReader(tmp_path, parts) as reader:
+            reader.read_into("tables.a.weight", (first, left), found)
         assert torch.equal(found, values[first:last, left:right])
 
 
@@ -226,7 +227,8 @@ def test_a_table_that_was_saved_by_columns_is_exported_by_rows(tmp_path, monkeyp
             tmp_path / file, entries, lambda part: saved.rows(part.name, range(part.start, part.stop))
         )
     found = torch.full((50, 14), torch.nan)
-    tensor_files.read_into(tmp_path, files, "tables.a.weight", (0, 0), found)
+    with tensor_files.TensorReader(tmp_path, files) as reader:
+        reader.read_into("tables.a.weight", (0, 0), found)
     assert torch.equal(found, values)
 
 
