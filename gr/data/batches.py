@@ -296,20 +296,23 @@ def share(plan: Plan, index: int, rows: Stretches, rank: int, ranks: int) -> Glo
     whole = rows.copied(None if ranks == 1 else [ITEM])
     described, rank_G = _dealt(index, whole, ranks)
     own = whole if ranks == 1 else rows.take(np.flatnonzero(rank_G == rank)).copied()
-    return next(collated(plan, Shares((described,), (len(own),), own), lent=False))
+    return _collated(plan, described, own, lent=False)
 
 
 def collated(plan: Plan, shares: Shares, start: int = 0, *, lent: bool = True) -> Iterator[GlobalBatch]:
     """The shares of global batches ``start`` and later as tensors, which have their own memory.  ``lent``: the rows lie
     in somebody else's."""
-    from gr.data.collate import collate
-
     first = 0
     for batch, count in zip(shares.batches, shares.counts, strict=True):
         if batch.index >= start:
-            rows = shares.rows.slice(first, first + count)
-            yield GlobalBatch(**vars(batch), share=collate(rows, plan.columns, lent))
+            yield _collated(plan, batch, shares.rows.slice(first, first + count), lent)
         first += count
+
+
+def _collated(plan: Plan, batch: Described, rows: Sequences, lent: bool) -> GlobalBatch:
+    from gr.data.collate import collate
+
+    return GlobalBatch(**vars(batch), share=collate(rows, plan.columns, lent))
 
 
 def _dealt(index: int, rows: Sequences, ranks: int) -> tuple[Described, np.ndarray]:

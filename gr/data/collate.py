@@ -50,10 +50,10 @@ def tensor(column: Column, copy: bool = True) -> torch.Tensor | Jagged:
         distinct = pa.array(column.tolist(), pa.string()).dictionary_encode()  # each text is hashed once
         hashes = hash_ids(distinct.dictionary.to_numpy(zero_copy_only=False)).view(np.int64)
         return torch.from_numpy(hashes[distinct.indices.to_numpy(zero_copy_only=False)])
-    whole = np.issubdtype(column.dtype, np.integer)
+    whole = column.dtype.kind in "iu"
     return torch.from_numpy(column.astype(np.int64 if whole else np.float32, copy=copy))
 
 
 def _is_numeric(column: Column) -> bool:
     values = column.values if isinstance(column, Jagged) else column
-    return bool(np.issubdtype(values.dtype, np.number))
+    return values.dtype.kind in "iuf"

@@ -191,7 +191,10 @@ class SequenceDataset:
         try:
             footer = self._footer(entry.file)
             with self.folder.parquet(entry.file, footer, [entry.row_group], stored) as parquet:
-                table = parquet.read_row_group(entry.row_group, columns=stored)
+                # with one thread, Arrow's pool of threads is only a detour
+                table = parquet.read_row_group(
+                    entry.row_group, columns=stored, use_threads=pa.cpu_count() > 1
+                )
         except (OSError, pa.ArrowException, IndexError) as error:
             raise UserError(
                 f"cannot read {', '.join(info.name for info in infos)} in {where} ({first_line(error)}): "

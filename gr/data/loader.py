@@ -7,8 +7,8 @@ Memory is two windows of blocks at most (the one being cut and the one being rea
 from __future__ import annotations
 
 import atexit
-import queue
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -92,33 +92,42 @@ def pinned(batches: Iterator[GlobalBatch], pin: bool) -> Iterator[GlobalBatch]:
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
-    """``items``, produced in a thread at most ``depth`` ahead; its errors are raised here."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
+    """``items``, produced in a thread at most ``depth`` ahead; its errors are raised here.
+
+    Whoever comes to find nothing ready produces the next one itself: handing it over would cost more than it spares.
+    """
+    ready: deque[tuple[T | None, BaseException | None]] = deque()
+    producing = threading.Lock()
+    room = threading.Semaphore(depth)
     stop = threading.Event()
 
-    def put(entry: tuple[T | None, BaseException | None]) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
+    def produce() -> tuple[T | None, BaseException | None]:
         try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((None, StopIteration()))
+            return next(items), None
         except BaseException as error:
-            put((None, error))
+            stop.set()
+            return None, error
 
-    thread = threading.Thread(target=produce, name="gr-read-ahead", daemon=True)
+    def produce_ahead() -> None:
+        while room.acquire() and not stop.is_set():
+            with producing:
+                if not stop.is_set():
+                    ready.append(produce())
+
+    def taken() -> tuple[T | None, BaseException | None]:
+        if not ready:
+            with producing:
+                if not ready:
+                    return produce()
+        room.release()
+        return ready.popleft()
+
+    thread = threading.Thread(target=produce_ahead, name="gr-read-ahead", daemon=True)
     thread.start()
 
     def finish() -> None:
         stop.set()
+        room.release()
         thread.join()
 
     # A daemon thread inside a torch operation when the interpreter ends aborts the process (SIGABRT, "terminate
@@ -126,7 +135,7 @@ def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
     atexit.register(finish)
     try:
         while True:
-            item, error = ready.get()
+            item, error = taken()
             if isinstance(error, StopIteration):
                 return
             if error is not None:

@@ -9,6 +9,7 @@ number.  The positions so numbered do not know of ranks, workers or prefetching;
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -40,12 +41,7 @@ class Order:
 
     def blocks(self, epoch: int, window: int) -> np.ndarray:
         """The blocks of a window, sorted."""
-        full, short = divmod(self.rows, self.block_rows)
-        start, stop = window * self.window_blocks, (window + 1) * self.window_blocks
-        blocks = np.arange(start, min(stop, full))
-        if self.shuffle:
-            blocks = np.sort(permute(blocks, full, derive(self.fingerprint, self.seed, epoch)))
-        return np.append(blocks, full) if short and start <= full < stop else blocks
+        return _blocks(self, epoch, window).copy()
 
     def window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks of a window, sorted, and the ordinals of its rows in the order of their positions."""
@@ -56,6 +52,17 @@ class Order:
         if self.shuffle:
             ordinals = ordinals[np.lexsort((ordinals, keyed(ordinals, key)))]
         return blocks, ordinals
+
+
+@lru_cache(maxsize=64)
+def _blocks(order: Order, epoch: int, window: int) -> np.ndarray:
+    """Of few blocks, the permutation is most of the work: who reads and who cuts both ask for them."""
+    full, short = divmod(order.rows, order.block_rows)
+    start, stop = window * order.window_blocks, (window + 1) * order.window_blocks
+    blocks = np.arange(start, min(stop, full))
+    if order.shuffle:
+        blocks = np.sort(permute(blocks, full, derive(order.fingerprint, order.seed, epoch)))
+    return np.append(blocks, full) if short and start <= full < stop else blocks
 
 
 def permute(index: np.ndarray, size: int, key: int, rounds: int = 6) -> np.ndarray:

@@ -56,7 +56,7 @@ class Sequences:
 
     @property
     def lengths_R(self) -> np.ndarray:
-        return np.diff(self.offsets_R1)
+        return self.offsets_R1[1:] - self.offsets_R1[:-1]
 
     @property
     def owner_A(self) -> np.ndarray:
@@ -104,7 +104,7 @@ class Sequences:
     def keep(self, kept_A: np.ndarray) -> Sequences:
         """All rows with the actions that are kept (A, bool) alone."""
         source = np.flatnonzero(kept_A)
-        offsets = np.concatenate([[0], np.cumsum(kept_A)]).astype(np.int64)[self.offsets_R1]
+        offsets = offsets_of(kept_A)[self.offsets_R1]
         return self._each(lambda column: gather(column, source), lambda column: column, offsets)
 
     def slice(self, start: int, stop: int) -> Sequences:
@@ -156,7 +156,7 @@ class Sequences:
             return parts[0]
         lengths = np.concatenate([p.lengths_R for p in parts])
         return Sequences(
-            offsets_R1=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            offsets_R1=offsets_of(lengths),
             ordinals_R=np.concatenate([p.ordinals_R for p in parts]),
             columns={name: join([p.columns[name] for p in parts]) for name in parts[0].columns},
             user_columns={
@@ -280,7 +280,7 @@ class Stretches:
         """The rows in memory of their own; ``columns``: of actions, all without it."""
         if len(self.parts) > 1 and (ready := self.ready()) is not self:
             return ready.copied(columns)
-        offsets_R1 = np.concatenate([[0], np.cumsum(self.lengths_R)]).astype(np.int64)
+        offsets_R1 = offsets_of(self.lengths_R)
         one_by_one = len(self) > 0 and offsets_R1[-1] >= LONG * len(self)
         places = zip(self.part_R.tolist(), self.begin_R.tolist(), self.end_R.tolist())
         stretches = list(places) if one_by_one else []
@@ -311,10 +311,17 @@ LONG = 24
 """Mean length of rows from which they are copied one by one; shorter ones are gathered, value by value."""
 
 
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """(n + 1,) int64: where each of n lists of these ``lengths`` begins, put one after the other, and the end."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
 def runs(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of the runs ``begin[i]:end[i]`` put one after the other, and where each of their elements comes from."""
     lengths = np.maximum(end - begin, 0)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    offsets = offsets_of(lengths)
     # element j of run i comes from begin[i] + j: one arange, shifted run by run
     return offsets, np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
 
@@ -334,7 +341,7 @@ def join(columns: list[Column]) -> Column:
     if not lists:
         return np.concatenate(columns)  # type: ignore[arg-type]
     lengths = np.concatenate([np.diff(column.offsets) for column in lists])
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    offsets = offsets_of(lengths)
     return Jagged(offsets, np.concatenate([column.values for column in lists]))
 
 

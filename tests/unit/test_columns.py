@@ -182,7 +182,9 @@ def test_only_the_columns_asked_for_are_read_and_carried(dataset, monkeypatch):
     monkeypatch.setattr(
         pq.ParquetFile,
         "read_row_group",
-        lambda self, group, columns: asked.append(set(columns)) or read(self, group, columns=columns),
+        lambda self, group, columns, **how: (
+            asked.append(set(columns)) or read(self, group, columns=columns, **how)
+        ),
     )
     order = Order(dataset.manifest.fingerprint, 1, 5, 2, window_blocks=1)
     leave, timed = (

@@ -19,6 +19,49 @@ def test_all_items_in_order_and_no_thread_left():
     assert reading_threads() == []
 
 
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_every_item_comes_once_and_in_order_whoever_makes_it(depth):
+    spins = [(n * 7919) % 13 * 50 for n in range(2000)]
+
+    def items():
+        for n, spin in enumerate(spins):
+            sum(range(spin))
+            yield n
+
+    received = []
+    for n in read_ahead(items(), depth):
+        received.append(n)
+        sum(range(spins[-n - 1]))
+    assert received == list(range(2000)) and reading_threads() == []
+
+
+def made_by():
+    """Items that are the names of the threads that made them, and what tells that the third was made."""
+    third = threading.Event()
+
+    def items():
+        for n in range(6):
+            if n == 2:
+                third.set()
+            yield threading.current_thread().name
+
+    return items(), third
+
+
+def test_who_waits_for_an_item_makes_it():
+    items, _ = made_by()
+    assert set(read_ahead(items, 0)) == {threading.current_thread().name}
+
+
+def test_the_thread_makes_items_while_nobody_asks():
+    items, third = made_by()
+    received = read_ahead(items, 2)
+    next(received)
+    assert third.wait(60)
+    assert [next(received), next(received)] == ["gr-read-ahead"] * 2
+    assert len(list(received)) == 3
+
+
 def test_leaving_early_ends_the_thread():
     items = read_ahead(count(), 2)
     assert [next(items), next(items)] == [0, 1]
