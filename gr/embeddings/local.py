@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gr.config import ComponentConfig
 from gr.embeddings.row_updates import Gradient, Piece, SparseGradient
 from gr.embeddings.scoring import Scoring
-from gr.embeddings.table import Table, TableSpec, leaves, local_gradients, matrix
+from gr.embeddings.table import Table, TableSpec, filled_now, leaves, local_gradients, matrix
 from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
 from gr.processes import Axis, Processes
@@ -35,7 +35,8 @@ class LocalTable(Table, nn.Module):
         super().__init__()
         self.spec, self.processes = spec, processes
         self.whole = self.dense = True
-        self.weight = nn.Parameter(spec.first_rows(0, spec.rows))
+        rows = spec.first_rows(0, spec.rows) if filled_now() else torch.zeros(spec.rows, spec.dim)
+        self.weight = nn.Parameter(rows)
         self.bias = nn.Parameter(torch.zeros(spec.rows)) if spec.bias else None
 
     def keep_rows(self) -> None:

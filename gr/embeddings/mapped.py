@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gr.config import ComponentConfig
 from gr.embeddings.row_updates import CHUNK_NUMBERS, Gradient, Piece, SparseGradient
-from gr.embeddings.table import Table, TableSpec, leaves, local_gradients, matrix
+from gr.embeddings.table import Table, TableSpec, filled_now, leaves, local_gradients, matrix
 from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
 from gr.processes import Processes
@@ -51,9 +51,10 @@ class MappedTable(Table):
         self._storage: dict[str, Tensor] = {}
         self.weight_ID = self.storage("weight", spec.dim)
         self.bias_I = self.storage("bias", 1)[:, 0] if spec.bias else None
-        own = self.pieces()[0]
-        for start, stop in own.chunks():
-            own.values_RC[start:stop] = spec.first_rows(own.row0 + start, own.row0 + stop)
+        if filled_now():
+            own = self.pieces()[0]
+            for start, stop in own.chunks():
+                own.values_RC[start:stop] = spec.first_rows(own.row0 + start, own.row0 + stop)
         processes.barrier()
 
     def storage(self, name: str, width: int) -> Tensor:

@@ -27,7 +27,7 @@ from gr.embeddings.planned import PlannedTable, planned_cluster
 from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer, SparseGradient
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.search import DealtTable
-from gr.embeddings.table import Table, TableSpec, leaves, local_gradients
+from gr.embeddings.table import Table, TableSpec, filled_now, leaves, local_gradients
 from gr.embeddings.torchrec_plan import Wanted, check_sharding, plan, shard
 from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
@@ -120,15 +120,15 @@ class TorchRecTable(DealtTable):
         """First values, shard by shard in blocks of rows: a function of (seed, table, row, column) alone."""
         for held in self.shards:
             rows, columns = held.values_RC.shape
-            held.values_RC.zero_()
-            last = min(held.col0 + columns, self.dim)
-            if last <= held.col0:
+            wide = max(min(held.col0 + columns, self.dim) - held.col0, 0)
+            held.values_RC[:, wide:].zero_()  # the bias, and what makes a row longer
+            if not wide or not filled_now():
                 continue
             block = max((1 << 22) // self.dim, 1)
             for start in range(0, rows, block):
                 stop = min(start + block, rows)
                 first = self.spec.first_rows(held.row0 + start, held.row0 + stop)
-                held.values_RC[start:stop, : last - held.col0] = first[:, held.col0 : last]
+                held.values_RC[start:stop, :wide] = first[:, held.col0 : held.col0 + wide]
         self.refilled()
 
     def refilled(self) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,25 @@ Array = tuple[list[int], int, Tensor]
 
 MAX_SCORES = 1 << 24
 """Scores that exist at once while all rows are gone through."""
+
+
+_LATER: ContextVar[bool] = ContextVar("rows_come_later", default=False)
+
+
+@contextmanager
+def rows_come_later(later: bool = True) -> Iterator[None]:
+    """Inside, tables are made whose every row will be loaded before anybody looks: no time is spent on first values,
+    and no memory is touched that the system gives page by page."""
+    before = _LATER.set(later)
+    try:
+        yield
+    finally:
+        _LATER.reset(before)
+
+
+def filled_now() -> bool:
+    """Whether a table that is made starts from first values."""
+    return not _LATER.get()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from gr.adapters.insert import freeze_layers, insert
 from gr.adapters.section import ADAPTERS, AdapterSection
 from gr.config import COUNT, FRACTION, POSITIVE, ComponentConfig, Section
 from gr.embeddings.shares import Shares
-from gr.embeddings.table import Table, TableSpec
+from gr.embeddings.table import Table, TableSpec, filled_now
 from gr.errors import UserError
 from gr.modality import vectors
 from gr.modality.content import Content, Encoded, Fixed, FixedShares, encoded
@@ -61,7 +61,7 @@ class Id:
 
         def build(self, around: Surroundings) -> Table:  # type: ignore[override]
             table: Table = around.table.build(around.spec, around.processes)
-            if self.start is not None:
+            if self.start is not None and filled_now():
                 start_from(table, around.spec, _content_of(self.start, around))
             return table
 

@@ -128,8 +128,10 @@ def _go_on(
 def _opened(folder: RunFolder, config: RunConfig, processes: Processes) -> tuple[Parts, Cursor]:
     """A run as its newest complete checkpoint left it, its files too."""
     newest = checkpoint.newest(folder.checkpoints, processes)
-    begun = None if newest is None else _begun_with(newest)
-    parts = processes.together(lambda: build(config, processes, begun, begun=newest is not None))
+    saved = None if newest is None else checkpoint.read_state(newest)["cursor"]
+    # an epoch that was begun is gone through to its end; between two, training goes on with the newest data
+    begun = saved["generation"] if saved and saved["batch"] else None
+    parts = processes.together(lambda: build(config, processes, begun, begun=saved and saved["generation"]))
     cursor = Cursor(parts.data.dataset.manifest.generation)
     if newest is not None:
         cursor = processes.together(lambda: _load(newest, config, parts))
@@ -341,13 +343,6 @@ def _locked(folder: RunFolder, processes: Processes) -> Iterator[None]:
     with ExitStack() as held:
         processes.together(lambda: held.enter_context(folder.locked()) if processes.is_main else None)
         yield
-
-
-def _begun_with(newest: AnyPath) -> str | None:
-    """The generation of the data whose epoch was begun, and is gone through to its end; None between two epochs, where
-    training goes on with the newest."""
-    cursor = checkpoint.read_state(newest)["cursor"]
-    return cursor["generation"] if cursor["batch"] else None
 
 
 def _load(path: AnyPath, config: RunConfig, parts: Parts) -> Cursor:

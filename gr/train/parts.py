@@ -12,6 +12,7 @@ from gr.data.order import Order
 from gr.data.periods import Chronological
 from gr.data.split import Split
 from gr.data.transforms.transform import Transform, filters, samplers
+from gr.embeddings.table import rows_come_later
 from gr.errors import UserError
 from gr.models.model import Model
 from gr.processes import Processes
@@ -42,10 +43,11 @@ class Parts:
 
 
 def build(
-    config: RunConfig, processes: Processes, generation: str | None = None, *, begun: bool = False
+    config: RunConfig, processes: Processes, generation: str | None = None, *, begun: str | None = None
 ) -> Parts:
     """Everything that ``config`` describes, on this process's device; refuses what can't train or be evaluated.
-    ``generation``: of the dataset, where it may not be the newest.  ``begun``: a checkpoint will be loaded."""
+    ``generation``: of the dataset, where it may not be the newest.  ``begun``: a checkpoint will be loaded, of this
+    generation of the dataset; tables are empty until then, but where they have grown."""
     data = processes.together(lambda: _open_to_train(config, generation))
     if processes.is_main:
         warn_of_idle_keys(config)
@@ -90,10 +92,10 @@ def _check_one_pass(config: RunConfig, split: Split) -> None:
         )
 
 
-def _build(config: RunConfig, data: Data, processes: Processes, begun: bool) -> Parts:
+def _build(config: RunConfig, data: Data, processes: Processes, begun: str | None) -> Parts:
     check_targets(config, data)
-    model = build_model(config, data, processes)
-    start(model, config, processes, begun=begun)
+    model = build_model(config, data, processes, loaded=begun == data.dataset.manifest.generation)
+    start(model, config, processes, begun=begun is not None)
     _check_something_trains(model, config)
     _check_context(model, config)
     if config.train.activation_checkpointing:
@@ -206,11 +208,14 @@ def made_transforms(config: RunConfig) -> list[Transform]:
     return [transform.build() for transform in config.data.transforms]
 
 
-def build_model(config: RunConfig, data: Data, processes: Processes) -> Model:
+def build_model(config: RunConfig, data: Data, processes: Processes, loaded: bool = False) -> Model:
+    """``loaded``: what the run has learnt on this very dataset will be loaded.  What it froze (``train.start_from``)
+    stays away from its checkpoints, tables too, and is filled as for a new run."""
     dataset = data.dataset
     if dataset.items < 1:
         raise UserError("the dataset's catalogue is empty: prepare it again from a log with items")
-    model = config.model.build(config, data.catalogue, processes)
+    with rows_come_later(loaded and config.train.start_from is None):
+        model = config.model.build(config, data.catalogue, processes)
     if "time" in model.needs and not dataset.has_timestamps:
         raise UserError(
             f"the encoder uses times and dataset '{config.data.path}' has none: "

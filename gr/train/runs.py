@@ -51,7 +51,7 @@ def open_run(
     config, folder = config_of(path, data_path), RunFolder(path)
     chosen = None if exported.is_export(path) else find_checkpoint(folder, checkpoint_name)
     data = open_data(config, trained_on(path, chosen))
-    model = build_model(config, data, processes)
+    model = build_model(config, data, processes, loaded=True)
     start(model, config, processes, begun=True)
     if chosen is None:
         cursor = exported.load(path, model, checkpoint_name, processes.world)
