@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -138,9 +137,9 @@ def go_on(run: Path) -> list[float]:
 
 def test_what_one_process_is_told_or_finds_all_do(folder):
     """A signal to one stops all after the same step; all know which validation was the best, save there, and stop
-    early together; and all go on with what the first one finds where another metric is to choose."""
-    names = ("told", "early")
-    told, early = ({"config": write_config(folder, folder / "data", folder / name)} for name in names)
+    early together; all go on with what the first one finds where a run is judged otherwise than before."""
+    names = ("told", "early", "judged")
+    told, early, judged = ({"config": write_config(folder, folder / "data", folder / name)} for name in names)
     told |= {"overrides": ["eval.splits=[]", "checkpoint.every_steps=null"], "told": [1, 3]}
     early["overrides"] = [
         *(
@@ -151,27 +150,26 @@ def test_what_one_process_is_told_or_finds_all_do(folder):
         ),
         *("eval.every_steps=3", "checkpoint={every_steps: null, every_epochs: 99, keep: 1}"),
     ]
-    stopping = "train.early_stopping={metric: ndcg@10, patience: 1}"
-    again = {"resume": folder / "again", "overrides": [stopping, "train.timeout=60"]}
-    assert run_jobs(folder, [told, early], 2) == [[None, None]] * 2
-    shutil.copytree(folder / "early", folder / "again")
-    assert run_jobs(folder, [again], 2) == [[None, None]]
+    judged["overrides"] = ["train.epochs=1", "eval.splits=[valid]", "checkpoint={every_steps: null, keep: 1}"]
+    again = {"resume": folder / "judged", "overrides": ["eval.exclude=none", "train.timeout=30"]}
+    assert run_jobs(folder, [told, early, judged, again], 2) == [[None, None]] * 4
     saved = {name: [step for step, _ in listed(RunFolder(folder / name).checkpoints)] for name in names}
     assert saved["told"] == [4]
     valid = [r for r in RunFolder(folder / "early").read_metrics() if r.get("split") == "valid"]
     best = max(valid, key=lambda row: row["mrr"])["step"]
     assert saved["early"] == [best, valid[-1]["step"]] and valid[-3]["step"] == best < 200
-    newest = listed(RunFolder(folder / "again").checkpoints)[-1][1]
-    assert read_state(newest)["cursor"]["best"]["metric"] == "ndcg@10"
+    newest = listed(RunFolder(folder / "judged").checkpoints)[-1][1]
+    assert read_state(newest)["cursor"]["best"] == {}, "no validation so far can be compared"
 
 
 def test_a_folder_that_processes_do_not_share_is_refused(folder, tmp_path):
-    """Each process has a disk of its own: a relative run.dir in different working directories."""
+    """Each process has a disk of its own: a relative run.dir in different working directories, one of which holds a
+    folder of that name."""
     config = write_config(folder, folder / "data", Path("run"))
     port, processes = free_port(), []
     for rank in range(2):
         disk = tmp_path / f"disk-{rank}"
-        disk.mkdir()
+        (disk / "run" if rank else disk).mkdir(parents=True)
         command = [
             sys.executable,
             str(ROOT / "launch/train.py"),
@@ -196,6 +194,8 @@ def test_a_folder_that_processes_do_not_share_is_refused(folder, tmp_path):
         ),
         ("", ""),
     ]
-    assert [list((tmp_path / f"disk-{rank}").iterdir()) for rank in range(2)] == [[], []], (
-        "nothing is left behind"
-    )
+    left = [
+        [str(file.relative_to(tmp_path)) for file in (tmp_path / f"disk-{rank}").rglob("*")]
+        for rank in (0, 1)
+    ]
+    assert left == [[], ["disk-1/run"]], "nothing is left behind"
