@@ -172,9 +172,10 @@ def test_a_digest_tells_samples_their_order_and_their_items(dataset):
         dataset.read_rows(1, 10),
         rows.take(np.arange(9)[::-1]),
         replace(rows, columns={**rows.columns, "item": rows.items_A[::-1]}),
+        replace(rows, ordinals_R=rows.ordinals_R + 1),  # of other users who did the same
     ]
     plan = Plan(LeaveOneOut(LeaveOneOut.Config()), Order("f", 3, 57, 8, 2), global_batch=9, max_length=12)
-    assert len({share(plan, 0, Stretches.of(given), 0, 1).digest for given in (rows, *others)}) == 4
+    assert len({share(plan, 0, Stretches.of(given), 0, 1).digest for given in (rows, *others)}) == 5
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
