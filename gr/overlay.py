@@ -72,7 +72,9 @@ def parse_override(text: str) -> dict[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", key):
         raise UserError(f"'{text}' is not an override: write key.key=value, for example train.epochs=3")
-    nested = yaml12.load(value, f"the value of '{shortened(text)}'")
+    # tabs alone, as a shell gives a delimiter, are no YAML
+    tabs = value and not value.strip("\t")
+    nested: Any = value if tabs else yaml12.load(value, f"the value of '{shortened(text)}'")
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return nested

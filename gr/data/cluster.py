@@ -45,6 +45,9 @@ def import_ray() -> Any:
         raise UserError(
             f"this needs Ray, which is not installed ({first_line(error)}): make setup-ray, or pip install 'gr[ray]'"
         ) from None
+    if not hasattr(ray, "is_initialized"):
+        where = getattr(ray, "__file__", None) or next(iter(ray.__path__))
+        raise UserError(f"'{where}' is called as Ray is and found in its place: give it another name")
     if imported and not ray.is_initialized():
         _read_variables_again()
     return ray

@@ -122,3 +122,35 @@ def test_a_full_disk_leaves_the_dataset_that_was_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert datasets.SequenceDataset(tmp_path / "out").manifest == before
     assert pq.read_metadata(tmp_path / "out" / "catalogue.parquet").num_rows == 2
+
+
+@pytest.mark.parametrize("ending", ["csv.xz", "zip", "tar"])
+def test_what_has_to_be_unpacked_first_is_said(tmp_path, ending):
+    file = write_text(tmp_path / "log", "u,i,t\n1,2,3\n", f"a.{ending}")
+    for source, name, schema in ((file.parent, file.name, {}), (file, file, {"format": "csv"})):
+        assert refusal(source, tmp_path / "out", **schema) == (
+            f"'{name}' is packed in a way that isn't read: unpack it, or pack each file by itself as .gz, .bz2, .zst"
+        )
+    write(tmp_path / "log", "b.parquet", u=[1])
+    assert make(tmp_path / "log", tmp_path / "out").said  # beside data it is left out, which is said
+
+
+def test_text_in_another_encoding_is_said_at_its_header(tmp_path):
+    file = tmp_path / "log.csv"
+    file.write_bytes(f"u,i,t\n1,2,{NOW}\n".encode("utf-16"))
+    assert refusal(file, tmp_path / "out") == (
+        f"'{file}' has zeros among the bytes of its first line, so it is no text in utf-8: set csv.encoding (utf-16, "
+        "for example), or write the file again"
+    )
+    assert make(file, tmp_path / "out", csv={"encoding": "utf-16"}).rows == {1: [(2, NOW)]}
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ";", "|"])
+def test_a_header_that_was_not_cut_names_its_delimiter(tmp_path, delimiter):
+    header = delimiter.join("uit")
+    file = write_text(tmp_path, f"{header}\n{delimiter.join(['1', '2', str(NOW)])}\n", "log.tsv")
+    assert refusal(file, tmp_path / "out") == (
+        f"'{file}' has no column 'u': it has one column, {header!r}; set csv.delimiter to {delimiter!r} if these are "
+        "several"
+    )
+    assert make(file, tmp_path / "out", csv={"delimiter": delimiter}).rows == {1: [(2, NOW)]}

@@ -212,3 +212,12 @@ def test_a_row_a_user_is_refused_with_the_remedy(tmp_path):
     made = make(write_text(tmp_path, 'u,i,t\n1,"[1, 2]",1\n2,[4],2\n'), tmp_path / "out")  # lists in text
     assert made.said == made.facts["doubts"]
     assert "'[1, 2]' looks like a list, and is read as one id" in made.said[0]
+
+
+def test_an_unsigned_id_that_no_integer_holds_is_said_to_be_too_large(tmp_path):
+    file = write(tmp_path, "log.parquet", u=pa.array([7, 2**63 + 5], pa.uint64()))
+    assert refusal(file, tmp_path / "out") == (
+        f"'{file}', row group 0, row 1, column 'u': {2**63 + 5} is larger than any integer id, 2^63 - 1; "
+        f"set user_ids: string if ids are text, {ASIDE}"
+    )
+    assert sorted(make(file, tmp_path / "out", user_ids="string").rows) == ["7", str(2**63 + 5)]

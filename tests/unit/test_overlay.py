@@ -10,6 +10,7 @@ from gr import config as configs
 from gr.config import ComponentConfig, Section, component, overridden
 from gr.data.making.sources.base import make_source
 from gr.errors import UserError
+from gr.overlay import parse_override
 
 ROOT = Path(__file__).resolve().parents[2]
 HSTU = ROOT / "configs/ml-1m/hstu.yaml"
@@ -176,3 +177,9 @@ def test_a_component_inside_a_component_is_known_by_the_name_of_the_outer_one():
         ({}, ["outer.part.width=3", "outer.part=inner", "outer=outer"]),
     ):
         assert overridden(raw, overrides, Whole)["outer"]["part"] == {"name": "inner", "width": 3}
+
+
+def test_tabs_alone_are_a_value_as_the_shell_gives_them():
+    assert parse_override("csv.delimiter=\t") == {"csv": {"delimiter": "\t"}}
+    with pytest.raises(UserError, match="is not valid YAML"):
+        parse_override("csv.delimiter=\t,")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gr.data.cluster import import_ray
 from gr.data.columns import to_table
 from gr.data.making import ids, in_process, log, on_ray, partitions, ray_steps
 from gr.data.making.engine import Engine
@@ -446,3 +448,13 @@ def test_what_was_seen_of_a_files_times_adds_up():
     for part in parts:
         total.merge(part)
     assert total == whole
+
+
+def test_a_module_that_is_called_as_ray_is_named(monkeypatch):
+    other = ModuleType("ray")
+    other.__file__ = "elsewhere/ray.py"
+    monkeypatch.setitem(sys.modules, "ray", other)
+    with pytest.raises(
+        UserError, match=r"^'elsewhere/ray\.py' is called as Ray is and found in its place: give"
+    ):
+        import_ray()

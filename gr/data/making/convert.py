@@ -105,7 +105,8 @@ def to_ids(column: pa.Array, integer: bool, fix: str) -> Converted:
     if not integer:
         return checked(_as_text(exact), problems)
     values, bad = cast_rows(exact, pa.int64())
-    problems += some(bad, "is not an integer id", fix)
+    large = pa.types.is_unsigned_integer(exact.type)
+    problems += some(bad, "is larger than any integer id, 2^63 - 1" if large else "is not an integer id", fix)
     if is_text(column.type):
         problems += some(_zero_first(column), "would become another id as an integer", fix)
     return checked(values, problems)

@@ -54,6 +54,11 @@ def csv_columns(file: DataFile, form: Csv) -> list[str]:
         raise _unreadable(file, error) from None
     if header is None:
         raise UserError(f"'{file.name}' is empty: remove it, or give the columns' names as csv.names")
+    if any("\0" in name for name in header):
+        raise UserError(
+            f"'{file.name}' has zeros among the bytes of its first line, so it is no text in {form.encoding}: set "
+            "csv.encoding (utf-16, for example), or write the file again"
+        )
     return [name.removeprefix("\ufeff") for name in header]
 
 

@@ -31,6 +31,8 @@ PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".tsv", ".txt", ".dat")
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 COMPRESSED = tuple(CODECS)
+PACKED = (".xz", ".lzma", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".lzo", ".snappy", ".z")
+"""Endings of files that somebody has to unpack first."""
 READ_BUFFER, READ_BUFFER_OF_A_STORE = 2**20, 2**23
 WHOLE_ROW_GROUP = 2**27
 """Bytes of a row group that are fetched from a store at once; a larger one is read through buffers."""
@@ -231,6 +233,11 @@ def find_files(
             f"cannot open '{source}' ({first_line(error)}): {remedy(error, 'check the URL and its access')}"
         ) from None
     kind = "data" if format == "auto" else format
+    if packed := [path for path in paths or left_out if path.lower().endswith(PACKED)]:
+        raise UserError(
+            f"'{packed[0]}' is packed in a way that isn't read: unpack it, or pack each file by itself as "
+            f"{', '.join(COMPRESSED)}"
+        )
     if not paths and left_out:
         raise UserError(
             f"no {kind} file at '{source}' by the names ({_listed(left_out)}): "
@@ -318,9 +325,18 @@ def _listed(names: list[str]) -> str:
 def require_column(file: str, column: str, names: Sequence[str], others: Iterable[str] = ()) -> None:
     """Refuse a file without the column, or with two of the name; ``others`` could have been asked for too."""
     if column not in names:
-        raise UserError(f"'{file}' has no column '{column}': {nearest(column, [*names, *others])}")
+        fix = _separated(names) or nearest(column, [*names, *others])
+        raise UserError(f"'{file}' has no column '{column}': {fix}")
     if list(names).count(column) > 1:
         raise UserError(f"'{file}' has more than one column '{column}': give each a name of its own")
+
+
+def _separated(names: Sequence[str]) -> str:
+    """What to do where one name looks like several of them in a row."""
+    found = [delimiter for delimiter in "\t;|," if len(names) == 1 and delimiter in names[0]]
+    if not found:
+        return ""
+    return f"it has one column, {names[0]!r}; set csv.delimiter to {found[0]!r} if these are several"
 
 
 def _format_by_name(path: str) -> str:
