@@ -25,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", metavar="FILE", help="with --cluster: what is to be trained")
     parser.add_argument("overrides", nargs="*", metavar="key.key=value", help="changes to the config")
     options = parser.parse_intermixed_args(arguments)
+    if options.overrides and not options.config:
+        raise UserError(
+            f"'{options.overrides[0]}' changes a config, and there is none: say --config FILE, too"
+        )
     if options.cluster:
         from gr import config as configs
         from gr.train.cluster_report import examine_cluster

@@ -29,6 +29,8 @@ PEAKS = {
 CPU_PRODUCTS, CPU_SPEED = 0.1 * TERA, 10.0 * GB
 """Of a core: until they are measured (gr/scaling/calibration.py)."""
 
+SHARES = ("products", "attention", "moved", "exchanged")
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -76,8 +78,12 @@ class Machine:
                 raise UserError(f"--machine {setting}: {key} is a number, as in {key}=0.5") from None
             if not 0 < values[key] < float("inf"):
                 raise UserError(f"--machine {setting}: {key} must be above 0")
+            if key in SHARES and values[key] > 1:
+                raise UserError(f"--machine {setting}: {key} is a share of a ceiling, 1 at most")
+        if (count := values.get("per_machine", 1)) != int(count):
+            raise UserError(f"--machine per_machine={count:g}: a machine has a whole number of devices")
         if "per_machine" in values:
-            values["per_machine"] = int(values["per_machine"])
+            values["per_machine"] = int(count)
         return replace(self, **values)  # type: ignore[arg-type]
 
     def cluster(self, processes: int) -> Cluster:

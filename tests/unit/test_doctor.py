@@ -197,3 +197,11 @@ def test_the_code_of_a_run_is_a_commit_only_where_these_files_are_tracked(tmp_pa
     assert commit is not None and re.fullmatch("[0-9a-f]{40}", commit)
     (package / "__init__.py").write_text("changed = True\n")
     assert environment.code_version() == f"{commit}+changes"
+
+
+def test_changes_of_a_config_that_is_not_there_are_refused(capsys):
+    from gr.programs import doctor as program
+
+    for words in (["train.seed=2"], ["--cluster", "train.seed=2"]):
+        assert program.main(words) == 2
+        assert "'train.seed=2' changes a config, and there is none" in capsys.readouterr().err

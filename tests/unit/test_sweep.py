@@ -12,7 +12,7 @@ import pytest
 from gr.errors import UserError
 from gr.programs import sweep as program
 from gr.train import cells
-from gr.train.sweep import report
+from gr.train.sweep import figures, report
 from gr.train.sweep.backends.base import Resources
 from gr.train.sweep.plan import Budget, Dial, SweepConfig, members_of, read_sweep
 from gr.train.sweep.results import Row, laws_of, row_of
@@ -219,6 +219,30 @@ def test_why_members_failed_is_told_once_and_what_is_not_there_is_not_fitted(cap
     assert "one-0, one-1, one-2, one-3 and 2 more failed: no [disk] left\n" in said
     assert said.count("no [disk] left") == 1 and "needs" not in said
     assert "hstu: no member has finished, so that there is nothing to fit" in said
+
+
+def test_a_family_without_a_law_is_in_the_picture_by_its_name():
+    from matplotlib.figure import Figure
+
+    plan, _ = read_sweep("scaling/small")
+    rows = [
+        Row(
+            f"one-{n}",
+            "hstu",
+            {},
+            "",
+            parameters=9,
+            tokens=9,
+            flops=10.0**n,
+            measured={"loss": 5.0 / n, "training_loss": 5.0},
+        )
+        for n in (1, 2)
+    ]
+    law = next(law for law in laws_of(plan, rows) if law.quantity.metric == "loss")
+    axes = Figure().subplots()
+    figures._scaling(axes, law, rows, "#123456")
+    assert law.chosen is None
+    assert axes.get_legend_handles_labels()[1] == ["hstu: too few points for a law"]
 
 
 def test_the_program_refuses_in_a_sentence(tmp_path):

@@ -77,9 +77,11 @@ def draw(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws], folder: 
 
 def _scaling(axes: Axes, law: Laws, rows: Sequence[Row], colour: str) -> None:
     """Members, the points that were fitted, the law with its band, and held-out points with their predictions."""
+    fit = law.chosen
     axes.scatter(
         [row.pflop_days for row in rows],
         [law.quantity.of(row) for row in rows],
+        label=None if fit is not None else f"{law.family}: too few points for a law",
         s=14,
         facecolors="none",
         edgecolors=colour,
@@ -90,7 +92,6 @@ def _scaling(axes: Axes, law: Laws, rows: Sequence[Row], colour: str) -> None:
     if law.fitted:
         places, values = zip(*((p.pflop_days, p.value) for p in law.fitted))
         axes.scatter(places, values, s=26, color=colour, zorder=4)
-    fit = law.chosen
     if fit is None:
         return
     computes = [row.pflop_days for row in rows]
