@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,9 +90,9 @@ def test_a_rank_that_stands_still_is_named_and_ends_the_program_at_the_timeout(t
     assert status == 2
     (error,) = [line for line in said if line.startswith("error: ")]
     assert any("rank 1 on" in line and "train.timeout ends the run after 6 s" in line for line in said)
-    assert error.startswith(
-        f"error: an exchange took longer than train.timeout, {TIMEOUT_S} s: nothing is heard of rank 1 on {host()} "
-    )
+    # it has been silent for four seconds of the six, or nearly
+    who = f"(late is|nothing is heard of) rank 1 on {re.escape(host())}[: ]"
+    assert re.match(f"error: an exchange took longer than train.timeout, {TIMEOUT_S} s: {who}", error), error
     assert "evaluation of hstu after step 1" in error and error.endswith("; start it again")
     assert took < 60
     assert not any("Traceback" in line for line in said), said
