@@ -4,7 +4,7 @@
 
 Each setting is an environment of a pytest process of its own; the exit status is 1 if any of them has a failure. A
 setting that asks for what the processor lacks runs with what it has. What Triton's interpreter computes, in NumPy, is
-left out; with `-- -k ""` it is not.
+left out; with `-- -k ""` it is not. `-- --deselect=tests/distributed` leaves out those over several processes.
 """
 
 from __future__ import annotations
