@@ -3,7 +3,9 @@
 #   bash launch/cluster/hosts.sh HOSTS --config configs/ml-1m/hstu.yaml run.dir=/shared/runs/NAME
 # HOSTS: a file with a host's name or address a line, as the other hosts reach it; what follows a # is a comment.  The
 # first is the one where all meet.  What follows goes to launch/train.py.  The checkout, the environment, data.path and
-# run.dir have the same paths everywhere, and ssh asks for no password.  Ctrl-C ends all of them: they save first.
+# run.dir have the same paths everywhere, and ssh asks for no password.  Variables that begin with GLOO_, NCCL_,
+# TORCH_NCCL_ or OMP_ go along; others, such as a store's credentials, are set on the hosts.  Ctrl-C ends all of them: they
+# save first.
 set -euo pipefail
 
 if [ $# -lt 2 ] || [ ! -r "$1" ]; then
@@ -41,12 +43,15 @@ done
 job="gr-$(date +%s)-$$"
 arguments=$(printf '%q ' "$@")
 
+along=() # ssh takes none of this side's variables with it
+for name in "${!GLOO_@}" "${!NCCL_@}" "${!TORCH_NCCL_@}" "${!OMP_@}"; do along+=("$name=${!name}"); done
+
 running=() readers=()
 for number in "${!hosts[@]}"; do
     host=${hosts[$number]}
     settings=(GR_NODES="${#hosts[@]}" GR_NODE="$number" GR_MEETING="${hosts[0]}:$GR_PORT" GR_ADDRESS="$host" GR_JOB="$job"
         GR_CHECKOUT="$GR_CHECKOUT" GR_PYTHON="$GR_PYTHON" GR_PROCESSES="$GR_PROCESSES" GR_RESTARTS="$GR_RESTARTS"
-        GR_PROGRAM="$GR_PROGRAM" RAY_AUTH_TOKEN_PATH="$RAY_AUTH_TOKEN_PATH")
+        GR_PROGRAM="$GR_PROGRAM" RAY_AUTH_TOKEN_PATH="$RAY_AUTH_TOKEN_PATH" "${along[@]}")
     command="exec env $(printf '%q ' "${settings[@]}")bash $(printf %q "$GR_CHECKOUT/launch/cluster/node.sh") $arguments"
     exec {lines}> >(exec sed -u "s/^/[$host] /")
     readers+=($!)

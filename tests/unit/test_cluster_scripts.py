@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 from pathlib import Path
@@ -31,6 +32,17 @@ def test_hosts_are_those_of_the_file_whatever_stands_around_them(tmp_path):
     assert [line.partition("] ")[0] for line in lines] == ["[10.0.0.3", "[node-a", "[node-b"]
     assert all("GR_NODES=3 " in line and "GR_MEETING=node-a:29500" in line for line in lines)
     assert "GR_NODE=2 " in lines[0] and "GR_ADDRESS=node-b " in lines[2]
+
+
+def test_settings_of_the_exchange_go_along_and_credentials_do_not(tmp_path):
+    (tmp_path / "hosts").write_text("node-a\nnode-b\n")
+    settings = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_IB_HCA": "mlx5_0,mlx5_1", "OMP_NUM_THREADS": "3"}
+    secret = {"AWS_SECRET_ACCESS_KEY": "hidden"}
+    done = bash("hosts.sh", str(tmp_path / "hosts"), "--config", "x", GR_SSH="echo", **settings, **secret)
+    for line in done.stdout.splitlines():
+        words = shlex.split(line)
+        assert {f"{name}={value}" for name, value in settings.items()} <= set(words)
+    assert len(done.stdout.splitlines()) == 2 and "hidden" not in done.stdout
 
 
 @pytest.mark.parametrize(
