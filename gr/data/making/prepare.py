@@ -111,7 +111,7 @@ class Work:
         described: Described | None,
         progress: Progress,
         writer: DatasetWriter,
-        of_users: UserFields | None,
+        of_users: UserFields | None = None,
     ):
         self.executor, self.actions, self.out, self.options = executor, actions, out, options
         self.described_by, self.progress, self.writer = described, progress, writer
