@@ -28,8 +28,8 @@ class Launched(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """torchrun's ``job`` (its --rdzv-id, a random one with --standalone), and how often it, or the scheduler that
-    starts torchrun (GR_RESTART), has started it again."""
+    """The ``job`` by its scheduler's name (GR_JOB), or else torchrun's (its --rdzv-id, a random one with --standalone),
+    and how often torchrun, or the scheduler that starts it (GR_RESTART), has started it again."""
 
     job: str | None = None
     number: int = 0
@@ -41,7 +41,10 @@ def attempt(environment: Mapping[str, str] | None = None) -> Attempt:
     (On several machines a process may be told a smaller number than others: agents count for themselves.)"""
     given = os.environ if environment is None else environment
     counts = (name for name in ("TORCHELASTIC_RESTART_COUNT", "GR_RESTART") if name in given)
-    return Attempt(given.get("TORCHELASTIC_RUN_ID"), sum(_count(given, name) for name in counts))
+    job = given.get("TORCHELASTIC_RUN_ID")
+    if job is not None:
+        job = given.get("GR_JOB", job)
+    return Attempt(job, sum(_count(given, name) for name in counts))
 
 
 def host() -> str:

@@ -66,8 +66,9 @@ if [ "$ingest" = "ray None" ]; then
     done
 fi
 
+# Whoever is left of the job's turn before meets nobody of this one, by the number of restarts in the meeting's name.
 # Told to leave, all processes finish their step and save; those that haven't by then are killed.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GR_GRACE
 exec "$GR_PYTHON" -m torch.distributed.run --nnodes "$GR_NODES" --nproc-per-node "$GR_PROCESSES" \
     --max-restarts "$GR_RESTARTS" --rdzv-backend c10d --rdzv-endpoint "$GR_MEETING" --rdzv-conf "is_host=$is_host" \
-    --rdzv-id "$GR_JOB" --local-addr "$GR_ADDRESS" "$GR_PROGRAM" "${arguments[@]}"
+    --rdzv-id "$GR_JOB-$GR_RESTART" --local-addr "$GR_ADDRESS" "$GR_PROGRAM" "${arguments[@]}"

@@ -55,6 +55,9 @@ def test_what_torchrun_says_of_a_job():
     said = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2"}
     assert attempt(said) == Attempt("a", 2)
     assert attempt({**said, "GR_RESTART": "3"}) == Attempt("a", 5), "a scheduler has started torchrun again"
+    again = {**said, "TORCHELASTIC_RUN_ID": "a-3", "GR_JOB": "a", "GR_RESTART": "3"}
+    assert attempt(again) == Attempt("a", 5), "whose meetings have other names, and the job one"
+    assert attempt({"GR_JOB": "a"}) == Attempt(None, 0), "torchrun hasn't started it"
     with pytest.raises(UserError, match="TORCHELASTIC_RESTART_COUNT is 'x', not a whole number"):
         attempt({**said, "TORCHELASTIC_RESTART_COUNT": "x"})
 
