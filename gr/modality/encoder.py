@@ -5,16 +5,15 @@ Shapes: n texts, L tokens of the longest of them, E the encoder's width.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from gr.errors import UserError
 from gr.modality import efficientnet
+from gr.modality.digest import digest_of
 from gr.modality.find import folder_of, loaded
 
 POOLING = Literal["mean", "cls"]
@@ -76,18 +75,11 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Of its weights and its kind: 32 hexadecimal digits."""
-        return self._digest(self.config.to_json_string())
+        return digest_of(self.model.state_dict(), self.config.to_json_string())
 
     def weights_digest(self) -> str:
         """Of its weights alone, whatever a release of transformers says of them."""
-        return self._digest("")
-
-    def _digest(self, said: str) -> str:
-        digest = hashlib.blake2b(said.encode(), digest_size=16)
-        for name, values in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
-            digest.update(values.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of(self.model.state_dict())
 
 
 class TextEncoder(Encoder):

@@ -4,11 +4,9 @@ as small as they are.  A checkpoint keeps its digest instead, and is loaded onto
 
 from __future__ import annotations
 
-import hashlib
-
-import torch
 from torch import nn
 
+from gr.modality.digest import digest_of
 from gr.models.model import Model
 
 
@@ -23,8 +21,4 @@ def frozen_digest(model: Model) -> str:
     outside = [f"{name} {said}" for name, table in model.tables.items() if (said := table.outside_digest())]
     if not found and not outside:
         return ""
-    digest = hashlib.blake2b("".join(outside).encode(), digest_size=16)
-    for name, values in sorted(found.items()):
-        digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
-        digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest_of(found, "".join(outside))

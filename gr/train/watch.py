@@ -50,7 +50,7 @@ QUIET_SECONDS = 600.0  # before the same rank is called slow again
 QUIET_STEP_SECONDS = 60.0  # before another step is
 SILENT_BEATS = 4
 CERTAIN_SECONDS = (
-    8.0  # until whoever is lost has been silent for so many beats, also to one that just began to listen
+    8.0  # until the lost have been silent for so many beats, also to one that began to listen just now
 )
 STOOD_LOOKS = 20  # a look so late: the whole process stood still
 SLOW_STEP, SLOW_STEP_SECONDS = 5.0, 3.0  # times the median of the last steps, and at least so long
@@ -110,9 +110,8 @@ class Watch:
     ) -> None:
         try:
             if self._others is not None and isinstance(error, RuntimeError | ToldToEnd):
-                with (
-                    deaf()
-                ):  # torchrun tells the others to end when it misses one, long before who it is is certain
+                # torchrun tells the others to end when it misses one, long before who it is is certain
+                with deaf():
                     self._explain(error)
         finally:
             self._ended.set()
@@ -336,9 +335,8 @@ class Watch:
         assert self._others is not None
         text = str(error)
         if isinstance(error, ToldToEnd):
-            orphaned = (
-                os.getppid() != self._parent
-            )  # then torchrun's store, by which others are heard of, is gone
+            # an orphan's store, torchrun's, by which others are heard of, is gone
+            orphaned = os.getppid() != self._parent
             lost = "" if orphaned else self._lost()
             why = (
                 f"after {lost} was lost"

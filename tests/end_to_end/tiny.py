@@ -11,9 +11,11 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -21,6 +23,10 @@ from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.sequences import Sequences
 from gr.train.folder import RunFolder, read_rows
 from tests.programs import TORCHRUN, run_python, torchrun
+
+if TYPE_CHECKING:
+    from gr.config import RunConfig
+    from gr.train.job import RunResult
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -154,3 +160,17 @@ def assert_same_run(first: Path, second: Path) -> None:
     one, other = weights(first), weights(second)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def stopped_and_resumed(config: RunConfig) -> RunResult:
+    """Train, in this process; stop after the third step, whose row is past the last checkpoint's if there is one every
+    second step; and go on to the end."""
+    from gr.train import job
+
+    def stop(folder: RunFolder) -> None:
+        if len(folder.read_metrics()) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(config, on_step=stop)
+    return job.resume(config.run.dir)

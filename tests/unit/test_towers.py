@@ -35,7 +35,7 @@ from gr.train.item_files import read_items
 from gr.train.parts import build
 from gr.train.recommend import recommend, unseen_items, write_item_vectors
 from gr.train.runs import open_run
-from tests.end_to_end.tiny import CONFIG, weights
+from tests.end_to_end.tiny import CONFIG, stopped_and_resumed, weights
 from tests.packages import needs
 from tests.precision import tolerance
 from tests.towers import ITEMS, make_encoder, make_image_encoder, make_titled, titles
@@ -311,14 +311,8 @@ def test_a_run_with_kept_vectors_that_was_stopped_ends_as_one_that_was_not(confi
     overrides = [FEW, "train.max_steps=5", "eval.splits=[]", "checkpoint.every_steps=2"]
     whole = job.run(config(tower, *overrides, run="whole"))
 
-    def stop(folder):
-        if len(folder.read_metrics()) == 3:
-            raise KeyboardInterrupt
-
     halves = config(tower, *overrides, run="halves")
-    with pytest.raises(KeyboardInterrupt):
-        job.run(halves, on_step=stop)
-    assert job.resume(halves.run.dir).metrics == whole.metrics
+    assert stopped_and_resumed(halves).metrics == whole.metrics
     one, other = weights(Path(whole.path)), weights(Path(halves.run.dir))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert one["kept/items/content"].shape == (ITEMS, 16)
@@ -349,13 +343,7 @@ def test_a_tuned_run_that_was_stopped_ends_as_one_that_was_not(config):
     rows = job.run(whole).metrics
     halves = config(tower, *overrides, run="halves")
 
-    def stop(folder):
-        if len(folder.read_metrics()) == 3:  # after the third step, whose row is past the checkpoint's
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        job.run(halves, on_step=stop)
-    assert job.resume(halves.run.dir).metrics == rows
+    assert stopped_and_resumed(halves).metrics == rows
     one, other = weights(Path(whole.run.dir)), weights(Path(halves.run.dir))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert any("tables.items.encoder" in name for name in one)
@@ -368,14 +356,8 @@ def test_a_run_whose_ids_lie_elsewhere_goes_on_and_is_exported(config, tmp_path)
     overrides = ["model.table=mapped", "eval.splits=[]", "checkpoint.every_steps=2", "train.max_steps=4"]
     whole = job.run(config(tower, *overrides, run="whole"))
 
-    def stop(folder):
-        if len(folder.read_metrics()) == 3:
-            raise KeyboardInterrupt
-
     halves = config(tower, *overrides, run="halves")
-    with pytest.raises(KeyboardInterrupt):
-        job.run(halves, on_step=stop)
-    job.resume(halves.run.dir)
+    stopped_and_resumed(halves)
     one, other = weights(Path(whole.path)), weights(Path(halves.run.dir))
     assert all(torch.equal(one[name], other[name]) for name in one) and "model/tables.item_ids.weight" in one
     export(whole.path, tmp_path / "out", overrides=["model.table=local"])

@@ -18,7 +18,7 @@ from gr.train.parts import build
 from gr.train.reproduction.transfer import Adapted, hypotheses_of, read_transfer, transfer
 from gr.train.runs import open_run
 from gr.train.saved_weights import SavedWeights
-from tests.end_to_end.tiny import CONFIG, make_dataset, weights
+from tests.end_to_end.tiny import CONFIG, make_dataset, stopped_and_resumed, weights
 from tests.packages import needs
 from tests.towers import make_encoder, titles
 
@@ -113,13 +113,7 @@ def test_adapters_begin_as_their_source_and_are_all_that_is_kept(folder, config,
 
     halves = trained_onto(folder, source, config, name, f"halves-{name}")
 
-    def stop(folder):
-        if len(folder.read_metrics()) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        job.run(halves, on_step=stop)
-    assert job.resume(halves.run.dir).metrics == rows
+    assert stopped_and_resumed(halves).metrics == rows
     one, other = weights(Path(run.run.dir)), weights(Path(halves.run.dir))
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from gr.train.cells import Cell, Trained, train_cells
 from gr.train.folder import RunFolder
 from gr.train.reproduction.hypotheses import Hypothesis, tested, to_json
 from gr.train.reproduction.prepared import prepare, refuse_torchrun
+from gr.train.reproduction.views import mean_and_spread
 from gr.train.saved_weights import SavedWeights
 from gr.train.selection import best_validation, selection_metric
 
@@ -143,7 +143,9 @@ def print_transfer(found: Sequence[Adapted], table: TransferTable) -> None:
         for column in ("numbers", *table.columns, "epochs"):
             view.add_column(column, justify="right")
         for row in (row for row in found if row.direction == direction.name):
-            figures = [_spread([result[column] for result in row.results]) for column in table.columns]
+            figures = [
+                mean_and_spread([result[column] for result in row.results]) for column in table.columns
+            ]
             epochs = "/".join(str(result["epoch"] + 1) for result in row.results)
             view.add_row(row.name, f"{row.trained:,}", *figures, epochs)
         if view.row_count:
@@ -232,8 +234,3 @@ def _trained(trained: Trained) -> int:
     newest = checkpoint.newest(RunFolder(trained.cell.folder).checkpoints)
     assert newest is not None, "a finished run has a checkpoint"
     return sum(math.prod(size) for size in SavedWeights(newest).sizes.values())
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = statistics.mean(values)
-    return f"{mean:.4f}" + (f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else "")

@@ -119,7 +119,9 @@ def _lines(table: PublishedTable, result: Measured) -> list[Line]:
     for label, rows in (("last epoch", result.last), (chosen, result.chosen)):
         if rows:
             epochs = "/".join(str(row["epoch"] + 1) for row in rows)
-            means = [_spread([row[column] for row in rows if column in row]) for column in table.columns]
+            means = [
+                mean_and_spread([row[column] for row in rows if column in row]) for column in table.columns
+            ]
             lines.append((f"  {label} ({epochs})", means))
     if table.oracle:
         oracle = result.baselines["oracle"]
@@ -158,7 +160,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _spread(values: list[float]) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Of a figure's seeds: "" without any, and no spread of one."""
     if not values:
         return ""
     mean = statistics.mean(values)

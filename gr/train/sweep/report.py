@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,23 +19,14 @@ LAW_COLUMNS = ("family", "law", "points", "coefficients, with 95 % intervals", "
 HELD_COLUMNS = ("family", "held out", "PFLOP-days", "predicted", "95 % interval", "± %", "measured", "")
 
 
-def table(sweep: SweepConfig, rows: Sequence[Row]) -> list[list[str]]:
-    """The members, a heading first."""
+def table(sweep: SweepConfig, rows: Sequence[Row], *, reasons: bool = True) -> list[list[str]]:
+    """The members, a heading first.  reasons: with why members failed."""
     names = list(dict.fromkeys((sweep.fit.of, *sweep.fit.also, TRAINING)))
     found = [[*COLUMNS, *(name.replace("_", " ") for name in names)]]
     for row in rows:
         if row.why:
-            found.append(
-                [
-                    row.name,
-                    "",
-                    "",
-                    "",
-                    "",
-                    row.why if row.why == "failed" else f"failed: {row.why}",
-                    *[""] * (len(names) - 1),
-                ]
-            )
+            failed = f"failed: {row.why}" if reasons else "failed"
+            found.append([row.name, *[""] * (len(COLUMNS) - 1), failed, *[""] * (len(names) - 1)])
             continue
         figures = [f"{row.parameters:,}", f"{row.steps:,}", f"{row.tokens:,}", f"{row.pflop_days:.3e}"]
         found.append([row.name, *figures, *(f"{row.measured[name]:.4f}" for name in names)])
@@ -103,8 +93,7 @@ def _figures(fit: Fit) -> list[str]:
 def show(sweep: SweepConfig, rows: Sequence[Row], laws: Sequence[Laws]) -> None:
     """Tables on the terminal; why members failed stands beneath theirs, each reason once."""
     console = Console()
-    short = [replace(row, why="failed" if row.why else "") for row in rows]
-    console.print(_view("sweep", table(sweep, short)))
+    console.print(_view("sweep", table(sweep, rows, reasons=False)))
     for why in dict.fromkeys(row.why for row in rows if row.why):
         failed = [row.name for row in rows if row.why == why]
         more = f" and {len(failed) - 4} more" if len(failed) > 4 else ""

@@ -73,10 +73,8 @@ def _data(plan: SweepConfig, out: Path) -> str | None:
     if (path / "manifest.json").is_file():
         provenance = SequenceDataset(path).manifest.provenance
         made = {"dataset": provenance.get("source"), **provenance.get("options", {})}
-        asked = {
-            "dataset": plan.dataset,
-            **source.options.model_dump(mode="json"),
-        }  # what isn't said has its default
+        # what isn't said has its default
+        asked = {"dataset": plan.dataset, **source.options.model_dump(mode="json")}
         for key, value in asked.items():
             if key in made and made[key] != value:
                 raise UserError(
