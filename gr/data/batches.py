@@ -34,6 +34,10 @@ if TYPE_CHECKING:  # what reads on a cluster's nodes does without torch
     from gr.processes import Processes
 
 
+SOME = 1 << 14
+"""Items of a batch that go into its digest at a time."""
+
+
 @dataclass(frozen=True)
 class Described:
     """A global batch without its rows.
@@ -293,9 +297,9 @@ def shares(plan: Plan, epoch: int, index: int, rows: Stretches, ranks: int) -> l
 
 def share(plan: Plan, index: int, rows: Stretches, rank: int, ranks: int) -> GlobalBatch:
     """What ``rank`` of ``ranks`` trains on of the global batch ``index``, whose rows are given."""
-    whole = rows.copied(None if ranks == 1 else [ITEM])
+    whole = rows.copied(as_batched=True) if ranks == 1 else rows.copied([ITEM])
     described, rank_G = _dealt(index, whole, ranks)
-    own = whole if ranks == 1 else rows.take(np.flatnonzero(rank_G == rank)).copied()
+    own = whole if ranks == 1 else rows.take(np.flatnonzero(rank_G == rank)).copied(as_batched=True)
     return _collated(plan, described, own, lent=False)
 
 
@@ -318,7 +322,8 @@ def _collated(plan: Plan, batch: Described, rows: Sequences, lent: bool) -> Glob
 def _dealt(index: int, rows: Sequences, ranks: int) -> tuple[Described, np.ndarray]:
     """The global batch ``index``, whose rows are given, and (G,) the rank that each of them goes to."""
     digest = hashlib.blake2b(np.ascontiguousarray(rows.ordinals_R, "<i8").data, digest_size=8)
-    digest.update(np.ascontiguousarray(rows.items_A, "<i4").data)
+    for start in range(0, len(rows.items_A), SOME):  # those that are wider become int32 again within the cache
+        digest.update(np.ascontiguousarray(rows.items_A[start : start + SOME], "<i4").data)
     lengths_G, skews = rows.lengths_R, (1.0, 1.0)
     rank_G = deal(lengths_G, ranks)
     if ranks > 1:

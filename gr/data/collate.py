@@ -10,7 +10,7 @@ import torch
 
 from gr.batch import TARGETS_FROM, Jagged, SequenceBatch
 from gr.data.hashing import hash_ids
-from gr.data.sequences import ITEM, Column, Sequences
+from gr.data.sequences import ITEM, Column, Sequences, batched_dtype
 
 
 def collate(rows: Sequences, columns: Iterable[str] | None = None, lent: bool = True) -> SequenceBatch:
@@ -50,8 +50,7 @@ def tensor(column: Column, copy: bool = True) -> torch.Tensor | Jagged:
         distinct = pa.array(column.tolist(), pa.string()).dictionary_encode()  # each text is hashed once
         hashes = hash_ids(distinct.dictionary.to_numpy(zero_copy_only=False)).view(np.int64)
         return torch.from_numpy(hashes[distinct.indices.to_numpy(zero_copy_only=False)])
-    whole = column.dtype.kind in "iu"
-    return torch.from_numpy(column.astype(np.int64 if whole else np.float32, copy=copy))
+    return torch.from_numpy(column.astype(batched_dtype(column.dtype), copy=copy))
 
 
 def _is_numeric(column: Column) -> bool:

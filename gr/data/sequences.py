@@ -276,10 +276,11 @@ class Stretches:
         held = sum(len(part[ITEM]) for part in self.parts)
         return self if 2 * self.lengths_R.sum() >= held else Stretches.of(self.copied())
 
-    def copied(self, columns: Iterable[str] | None = None) -> Sequences:
-        """The rows in memory of their own; ``columns``: of actions, all without it."""
+    def copied(self, columns: Iterable[str] | None = None, *, as_batched: bool = False) -> Sequences:
+        """The rows in memory of their own; ``columns``: of actions, all without it.  ``as_batched``: numbers of actions
+        become what batches hold on the way (:func:`batched_dtype`), which spares a copy."""
         if len(self.parts) > 1 and (ready := self.ready()) is not self:
-            return ready.copied(columns)
+            return ready.copied(columns, as_batched=as_batched)
         offsets_R1 = offsets_of(self.lengths_R)
         one_by_one = len(self) > 0 and offsets_R1[-1] >= LONG * len(self)
         places = zip(self.part_R.tolist(), self.begin_R.tolist(), self.end_R.tolist())
@@ -290,7 +291,8 @@ class Stretches:
             nonlocal elements
             arrays = [part[name] for part in self.parts]
             if stretches and not isinstance(arrays[0], Jagged):
-                return np.concatenate([arrays[part][begin:end] for part, begin, end in stretches])  # type: ignore[arg-type]
+                dtype = batched_dtype(arrays[0].dtype) if as_batched else arrays[0].dtype
+                return np.concatenate([arrays[part][begin:end] for part, begin, end in stretches], dtype=dtype)  # type: ignore[arg-type]
             if elements is None:
                 elements = runs(self.begin_R, self.end_R)[1]
             return gather(arrays[0], elements)
@@ -309,6 +311,11 @@ class Stretches:
 
 LONG = 24
 """Mean length of rows from which they are copied one by one; shorter ones are gathered, value by value."""
+
+
+def batched_dtype(dtype: np.dtype) -> np.dtype:
+    """What numbers of a column become in a batch: whole ones int64, others float32; texts stay as they are."""
+    return np.dtype({"i": np.int64, "u": np.int64, "f": np.float32}.get(dtype.kind, dtype))
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

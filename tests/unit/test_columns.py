@@ -20,7 +20,7 @@ from gr.data.hashing import hash_ids
 from gr.data.loader import Direct
 from gr.data.order import Order
 from gr.data.requests import recommendation_requests, requests
-from gr.data.sequences import Sequences, join
+from gr.data.sequences import Sequences, Stretches, join
 from gr.data.split import GlobalTime, LeaveOneOut
 from gr.errors import UserError
 
@@ -247,6 +247,25 @@ def test_batches_carry_numbers_cut_and_moved_alike():
         texts = rows.columns[name] if name == "device" else rows.columns[name].values
         assert values.dtype == torch.int64 and len(set(texts.tolist())) > 1
         assert values.tolist() == hash_ids(texts).view(np.int64).tolist()
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [60, 90, 0, 75]], ids=["short", "long"])
+def test_rows_copied_as_batches_hold_them_make_the_same_batch(lengths):
+    rows = made(lengths)
+    parts = Stretches.concatenate([Stretches.of(rows), Stretches.of(rows)])
+    stretches = parts.take(np.array([6, 0, 3, 1, 2]))
+    plain_rows, widened = stretches.copied(), stretches.copied(as_batched=True)
+    columns = ["time", "tags", "value", "device"]
+    expected, batch = collate(plain_rows, columns), collate(widened, columns, lent=False)
+    assert torch.equal(batch.offsets_B1, expected.offsets_B1)
+    for name, column in expected.columns.items():
+        mine, its = batch.columns[name], column
+        if isinstance(its, Jagged):
+            assert torch.equal(mine.offsets, its.offsets)
+            mine, its = mine.values, its.values
+        assert mine.dtype == its.dtype and torch.equal(mine, its), name
+    one_by_one = lengths is not LENGTHS  # then they are widened on the way
+    assert widened.items_A.dtype == (np.int64 if one_by_one else np.int32)
 
 
 def test_a_multi_valued_column_is_cut_without_asking_the_device():
