@@ -139,16 +139,18 @@ def measure(args: argparse.Namespace) -> None:
     rounds = []
     base = peak_bytes()
     with loader.opened(Processes(torch.device("cpu"))):
-        for epoch in range(args.rounds + 1):
+        spent = 0.0
+        while len(rounds) <= args.rounds or spent < args.seconds:
             begun, own, start = core_seconds(), time.process_time(), time.perf_counter()
             alone = {"actions": bare(dataset)}
             alone |= {"core_seconds": time.process_time() - own, "seconds": time.perf_counter() - start}
             start = time.perf_counter()
-            ours = {"actions": sum(batch.share.actions for batch in loader.epoch(epoch))}
+            ours = {"actions": sum(batch.share.actions for batch in loader.epoch(len(rounds)))}
             ours["seconds"] = time.perf_counter() - start
             # a cluster reads ahead while pyarrow reads: what isn't pyarrow's is the engine's
             ours["core_seconds"] = core_seconds() - begun - alone["core_seconds"]
             rounds.append({"bare": alone, "engine": ours})
+            spent += alone["seconds"] + ours["seconds"]
         peak = peak_bytes()
         below = [peak_bytes(pid) for pid in processes_below(os.getpid())]
     print(
@@ -180,6 +182,7 @@ def main() -> None:
     parser.add_argument("--window-blocks", type=int, default=4, help="memory follows this")
     parser.add_argument("--block-rows", type=int, default=0, help="0: 1024, and 32 of long sequences")
     parser.add_argument("--rounds", type=int, default=3, help="after the first one")
+    parser.add_argument("--seconds", type=float, default=5, help="more rounds of a small dataset, for so long")
     parser.add_argument("--threads", type=int, default=1, help="of Arrow and torch")
     parser.add_argument("--scratch", help="folder for the generated datasets (about 8 bytes an action)")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -216,7 +219,7 @@ def main() -> None:
 
 def child(args: argparse.Namespace, dataset: Path, engine: str) -> dict:
     command = [sys.executable, __file__, "--measure", str(dataset), "--engines", engine]
-    for name in ("batch", "window_blocks", "rounds", "threads"):
+    for name in ("batch", "window_blocks", "rounds", "seconds", "threads"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from gr.processes import Processes
 
 T = TypeVar("T")
+
+WORTH_A_THREAD = 0.1
+"""The part of the time of producing that a reader has to be away for a thread to be worth its hand-overs."""
 
 
 class InProcess:
@@ -95,18 +99,25 @@ def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
     """``items``, produced in a thread at most ``depth`` ahead; its errors are raised here.
 
     Whoever comes to find nothing ready produces the next one itself: handing it over would cost more than it spares.
+    So would a thread beside a reader that comes back at once: it goes on only where the reader stays away.
     """
     ready: deque[tuple[T | None, BaseException | None]] = deque()
     producing = threading.Lock()
     room = threading.Semaphore(depth)
     stop = threading.Event()
+    produced_s = away_s = 0.0
+    worth_it, owed = True, 0  # owed: places in ``ready`` that the thread hasn't been told of
 
     def produce() -> tuple[T | None, BaseException | None]:
+        nonlocal produced_s
+        begun = time.perf_counter()
         try:
             return next(items), None
         except BaseException as error:
             stop.set()
             return None, error
+        finally:
+            produced_s += time.perf_counter() - begun
 
     def produce_ahead() -> None:
         while room.acquire() and not stop.is_set():
@@ -115,11 +126,12 @@ def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
                     ready.append(produce())
 
     def taken() -> tuple[T | None, BaseException | None]:
+        nonlocal owed
         if not ready:
             with producing:
                 if not ready:
                     return produce()
-        room.release()
+        owed += 1
         return ready.popleft()
 
     thread = threading.Thread(target=produce_ahead, name="gr-read-ahead", daemon=True)
@@ -140,7 +152,13 @@ def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
                 return
             if error is not None:
                 raise error
+            if owed and worth_it:
+                room.release(owed)
+                owed = 0
+            left = time.perf_counter()
             yield item  # type: ignore[misc]
+            away_s += time.perf_counter() - left
+            worth_it = away_s > WORTH_A_THREAD * produced_s
     finally:
         finish()
         atexit.unregister(finish)

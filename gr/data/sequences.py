@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pyarrow as pa
 
 from gr.batch import TARGETS_FROM, UNKNOWN, Jagged
 
@@ -292,7 +293,8 @@ class Stretches:
             arrays = [part[name] for part in self.parts]
             if stretches and not isinstance(arrays[0], Jagged):
                 dtype = batched_dtype(arrays[0].dtype) if as_batched else arrays[0].dtype
-                return np.concatenate([arrays[part][begin:end] for part, begin, end in stretches], dtype=dtype)  # type: ignore[arg-type]
+                out = room(int(offsets_R1[-1]), dtype)
+                return np.concatenate([arrays[part][begin:end] for part, begin, end in stretches], out=out)  # type: ignore[arg-type]
             if elements is None:
                 elements = runs(self.begin_R, self.end_R)[1]
             return gather(arrays[0], elements)
@@ -316,6 +318,14 @@ LONG = 24
 def batched_dtype(dtype: np.dtype) -> np.dtype:
     """What numbers of a column become in a batch: whole ones int64, others float32; texts stay as they are."""
     return np.dtype({"i": np.int64, "u": np.int64, "f": np.float32}.get(dtype.kind, dtype))
+
+
+def room(count: int, dtype: np.dtype) -> np.ndarray:
+    """(count,) values to be written: numbers in memory of Arrow's pool, which keeps what is given back, since a page
+    that comes from the system costs more than to fill it."""
+    if dtype.hasobject:
+        return np.empty(count, dtype)
+    return np.frombuffer(pa.allocate_buffer(count * dtype.itemsize), dtype)
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
