@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from itertools import count
 
 import pytest
@@ -60,6 +61,21 @@ def test_the_thread_makes_items_while_nobody_asks():
     assert third.wait(60)
     assert [next(received), next(received)] == ["gr-read-ahead"] * 2
     assert len(list(received)) == 3
+
+
+@pytest.mark.parametrize("away_s, least, most", [(0.0, 0, 20), (0.004, 150, 200)])
+def test_a_reader_that_comes_back_at_once_makes_its_items_itself(away_s, least, most):
+    def items():
+        for _ in range(200):
+            time.sleep(0.002)
+            yield threading.current_thread().name
+
+    by_the_thread = 0
+    for name in read_ahead(items(), 2):
+        by_the_thread += name == "gr-read-ahead"
+        if away_s:
+            time.sleep(away_s)
+    assert least <= by_the_thread <= most
 
 
 def test_leaving_early_ends_the_thread():
