@@ -182,7 +182,9 @@ def main() -> None:
     parser.add_argument("--window-blocks", type=int, default=4, help="memory follows this")
     parser.add_argument("--block-rows", type=int, default=0, help="0: 1024, and 32 of long sequences")
     parser.add_argument("--rounds", type=int, default=3, help="after the first one")
-    parser.add_argument("--seconds", type=float, default=5, help="more rounds of a small dataset, for so long")
+    parser.add_argument(
+        "--seconds", type=float, default=5, help="more rounds of a small dataset, for so long"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of Arrow and torch")
     parser.add_argument("--scratch", help="folder for the generated datasets (about 8 bytes an action)")
     parser.add_argument("--json", type=Path, default=RESULTS)

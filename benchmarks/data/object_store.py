@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=100, help="actions a user, on average")
     parser.add_argument("--latency-ms", type=float, nargs="+", default=[0.0, 20.0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     os.environ |= {
         "AWS_ACCESS_KEY_ID": "nobody",
@@ -223,7 +223,7 @@ def main() -> None:
         "rounds": options.rounds,
         "columns": COLUMNS,
     }
-    options.output.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
