@@ -2,9 +2,10 @@
 
     python tests/instruction_sets.py [--only NAME ...] [-- PYTEST ARGUMENTS]
 
-Each setting is an environment of a pytest process of its own; the exit status is 1 if any of them has a failure. A
-setting that asks for what the processor lacks runs with what it has. What Triton's interpreter computes, in NumPy, is
-left out; with `-- -k ""` it is not. `-- --deselect=tests/distributed` leaves out those over several processes.
+Each setting is an environment of a pytest process of its own; the exit status is 1 if any of them has a failure. One
+that asks ATen for what the processor lacks is left out, and said; MKL and oneDNN take what there is. What Triton's
+interpreter computes, in NumPy, is left out; with `-- -k ""` it is not. `-- --deselect=tests/distributed` leaves out
+those over several processes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "threads-2": {"GR_TEST_THREADS": "2"},
     "threads-4": {"GR_TEST_THREADS": "4"},
 }
+NEEDS = {"aten-avx2": "avx2", "aten-avx512": "avx512f", "all-avx2": "avx2"}
+"""Flags of the processor without which ATen's kernels are illegal instructions."""
 TESTS = [
     "tests/kernels",
     *(
@@ -55,7 +58,11 @@ def main() -> int:
     parser.add_argument("pytest", nargs="*", help="more arguments of pytest, after --")
     arguments = parser.parse_args()
     failed = []
+    flags = Path("/proc/cpuinfo").read_text().split()
     for name in arguments.only:
+        if NEEDS.get(name, "") not in ["", *flags]:
+            print(f"{name:16} left out: the processor has no {NEEDS[name]}", flush=True)
+            continue
         begun = time.monotonic()
         ignored = [f"--ignore=tests/kernels/{file}.py" for file in LEFT_OUT]
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton"]
@@ -74,6 +81,7 @@ def main() -> int:
                 print(f"    {line}")
         words = " ".join(f"{key}={value}" for key, value in SETTINGS[name].items()) or "as it comes"
         last = lines[-1] if lines else "no output"
+        last = f"ended by signal {-done.returncode}" if done.returncode < 0 else last
         print(f"{name:16} {words}: {last.strip('= ')} ({time.monotonic() - begun:.0f} s)", flush=True)
         if done.returncode:
             failed.append(name)
