@@ -74,7 +74,10 @@ class Folder:
         ``row_groups`` (all without it) are fetched at once."""
         if self.local is not None:
             # a path would be looked at by fsspec first, which takes longer than opening it
-            with pa.OSFile(str(self.local / file)) as opened, pq.ParquetFile(opened, metadata=footer) as parquet:
+            with (
+                pa.OSFile(str(self.local / file)) as opened,
+                pq.ParquetFile(opened, metadata=footer) as parquet,
+            ):
                 yield parquet
             return
         source = RangedFile(self.store, f"{self.root}/{file}", self._size(file))
