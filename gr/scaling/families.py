@@ -151,12 +151,12 @@ def _two_tower(account: ModelAccounting, actions_B: Array, targets: int | None) 
     if isinstance(network, IntTower):
         config = network.config
         heads = len(network.used) * config.heads
-        # its gradient is a matter of rows (gr.models.two_tower.layers.max_similarity)
+        # its gradient is a matter of rows (gr.models.two_tower.fe_block)
         found = _sum(found, Part(2 * S * heads * config.item_heads * config.head_dim, 0.0))
-        if (
-            config.cir
-        ):  # at most: each liked impression meets all items, and how many are liked lengths don't tell
-            found = _sum(found, products(S * S, config.tower[-1]))
+        if config.cir:
+            # at most: each liked impression meets all items, and how many are liked lengths don't tell; gradients are
+            # formed with the loss (gr.models.two_tower.contrast)
+            found = _sum(found, Part(6 * S * S * config.tower[-1], 0.0))
     return {"linear": found} if cross is None else {"linear": found, "cross": cross}
 
 

@@ -7,7 +7,6 @@ import torch
 
 from gr.data.dataset import SequenceDataset
 from gr.errors import UserError
-from gr.models.two_tower.layers import max_similarity
 from gr.models.two_tower.scoring import Encoding, last_layer, score_all, score_some, search
 from gr.programs import index as program
 from gr.train import job
@@ -36,7 +35,7 @@ def heads_of(users=3, items=50, heads=6, per_item=4, width=8, seed=1):
 @pytest.mark.parametrize("items", [1, 50, 2049])
 def test_scores_of_all_items_are_those_of_pairs(items):
     user, heads = heads_of(items=items)
-    pairs = max_similarity(user[:1].expand(items, -1, -1), heads.transpose(0, 1))
+    pairs = (user[0] @ heads.permute(1, 2, 0)).amax(2).sum(1)
     torch.testing.assert_close(score_all(user[0], heads), pairs)
     some = torch.arange(0, items, 2)
     torch.testing.assert_close(score_some(user[0], heads, some), pairs[some])

@@ -14,7 +14,7 @@ from gr.batch import UNKNOWN, Jagged, SequenceBatch
 from gr.data.columns import ColumnInfo
 from gr.errors import UserError
 from gr.models.step import StepContext
-from gr.models.two_tower.layers import EPS, MOMENTUM, BatchNorm, factorised, max_similarity
+from gr.models.two_tower.layers import EPS, MOMENTUM, BatchNorm, factorised
 from gr.processes import Axis, Processes
 from tests.unit.models_common import assert_slopes, generator, in_double, randomise
 
@@ -334,14 +334,10 @@ def test_evaluation_and_training_give_the_same_logits_where_nothing_is_normalise
     torch.testing.assert_close(model.logits(companions)[2:3], alone, rtol=0, atol=0)
 
 
-def test_parts_alone():
+def test_products_of_all_pairs_of_fields():
     x = torch.randn(5, 6, 3, generator=generator(1), dtype=torch.float64)
     pairs = sum((x[:, i] * x[:, j]).sum(1) for i in range(6) for j in range(i))
     torch.testing.assert_close(factorised(x)[:, 0], pairs)
-    user, item = x[:, :4], x[:, 4:]
-    best = torch.stack([sum(max(u @ v for v in item[s]) for u in user[s]) for s in range(5)])
-    torch.testing.assert_close(max_similarity(user, item), best)
-    assert torch.autograd.gradcheck(max_similarity, (user.requires_grad_(), item.requires_grad_()), eps=1e-8)
 
 
 @pytest.mark.parametrize("network", SMALL)

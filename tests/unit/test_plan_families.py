@@ -78,6 +78,6 @@ def test_it_is_with_the_items_of_all_processes():
     one, four = (rehearsed(run, two_tower.CATALOGUE, given, processes) for processes in (1, 4))
     more = sum(o.flops for o in four.operations) - sum(o.flops for o in one.operations)
     assert more == 3 * 2 * likes * (3 * 64) * width, "scores, and their gradients by likes and by items"
-    rows = 64 * (4 * width + 3 * 8)  # the items' tops; who, which item, and whether it is liked
+    rows = 64 * (4 * width + 2 * 8)  # the items' tops; which item, and who likes it
     assert four.exchanged["rows of layers"] == 3 * rows
     assert four.exchanged["sums of layers"] > 2 * 3 / 4 * 4 * 64 * width

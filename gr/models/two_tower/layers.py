@@ -1,19 +1,16 @@
 """Layers of pre-ranking networks.
 
-Shapes: S impressions, F fields, D width of a field's vector, E numbers of a row, W width of a layer, H, J heads, K
-width of a head.
+Shapes: S impressions, F fields, D width of a field's vector, E numbers of a row, W width of a layer, H heads,
+K width of a head.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gr.models import init
@@ -174,34 +171,3 @@ class Interacting(nn.Module):
         q_SHFK, k_SHFK, v_SHFK = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         found_SHFK = F.scaled_dot_product_attention(q_SHFK, k_SHFK, v_SHFK, scale=1.0)
         return F.relu(found_SHFK.transpose(1, 2).flatten(2) + residual)
-
-
-def max_similarity(user_SHK: Tensor, item_SJK: Tensor) -> Tensor:
-    """(S,) MaxSim of pairs: over the user's heads h, the sum of max_j <u_h, v_j> (Khattab and Zaharia, arXiv
-    2004.12832)."""
-    return _MaxSimilarity.apply(user_SHK, item_SJK)  # type: ignore[no-any-return]
-
-
-class _MaxSimilarity(Function):
-    """Its gradient is a matter of rows: a user's head gets the one item's head that it met, and that one the user's.
-    Neither needs a product with the (S, H, J) choices, or these as numbers."""
-
-    @staticmethod
-    def forward(ctx: Any, user_SHK: Tensor, item_SJK: Tensor) -> Tensor:  # type: ignore[override]
-        best_SH, chosen_SH = torch.bmm(user_SHK, item_SJK.transpose(1, 2)).max(2)
-        ctx.save_for_backward(user_SHK, item_SJK, chosen_SH)
-        return best_SH.sum(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_S: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        user_SHK, item_SJK, chosen_SH = ctx.saved_tensors
-        heads, gradient_S11 = item_SJK.shape[1], gradient_S[:, None, None]
-        first_S1 = torch.arange(len(gradient_S), device=gradient_S.device)[:, None] * heads
-        rows_N = (chosen_SH + first_S1).flatten()
-        scaled_SJK = (item_SJK * gradient_S11).to(item_SJK.dtype)
-        d_user_SHK = scaled_SJK.flatten(0, 1).index_select(0, rows_N).view_as(user_SHK)
-        met = torch.ops.aten.embedding_dense_backward(
-            user_SHK.flatten(0, 1), rows_N, scaled_SJK.shape[0] * heads, -1, False
-        )
-        return d_user_SHK, (met.view_as(item_SJK) * gradient_S11).to(item_SJK.dtype)

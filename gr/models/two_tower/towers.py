@@ -25,10 +25,12 @@ from gr.embeddings.view import View
 from gr.errors import UserError, nearest
 from gr.models import init
 from gr.models.layers import Linear
-from gr.models.two_tower.exchange import gathered
+from gr.models.two_tower.contrast import contrast
+from gr.models.two_tower.exchange import first_row, gathered
+from gr.models.two_tower.fe_block import max_similarity
 from gr.models.two_tower.fields import Looked
 from gr.models.two_tower.joint import STD, WIDTHS
-from gr.models.two_tower.layers import LightSE, Tower, max_similarity
+from gr.models.two_tower.layers import LightSE, Tower
 from gr.models.two_tower.network import Bias, Network, Pairs, Shape
 from gr.processes import Axis
 from gr_kernels.counter_random import derive_key
@@ -212,8 +214,9 @@ class IntTower(Towers):
 
     def user_side(self, user: Looked, key: int = 0) -> tuple[Tensor, Tensor]:
         """(S, L H, K) the heads, the layers' one after another from the lowest used; and (S, W) the top."""
-        heads, top_SW = self._user_heads(user, key)
-        return torch.cat(heads, dim=1), top_SW
+        layers = self._layers("user", user, key)
+        each = [heads(x_SW) for heads, x_SW in zip(self.user_heads, layers[-len(self.used) :], strict=True)]
+        return torch.cat(each, dim=1).unflatten(1, (-1, self.config.head_dim)), layers[-1]
 
     def item_side(self, item: Looked, key: int = 0) -> tuple[Tensor, Tensor]:
         """(S, J, K) the heads, and (S, W) the top."""
@@ -221,25 +224,16 @@ class IntTower(Towers):
         return self.item_heads(top_SW).unflatten(1, (-1, self.config.head_dim)), top_SW
 
     def forward(self, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
-        heads, user_SW = self._user_heads(pairs.user, pairs.key)
+        layers = self._layers("user", pairs.user, pairs.key)
         item_SJK, item_SW = self.item_side(pairs.item, pairs.key)
-        each_S = [max_similarity(user_SHK, item_SJK) for user_SHK in heads]
-        logits_S = self.bias(torch.stack(each_S).sum(0))
+        used = zip(layers[-len(self.used) :], self.user_heads, strict=True)
+        met_S = max_similarity([(x_SW, heads.adapted, heads.bias) for x_SW, heads in used], item_SJK)
+        logits_S = self.bias(met_S)
         if pairs.labels_S is None or not self.config.cir:
             return logits_S, None
         users_S = pairs.rows[self.config.user_field]
         assert isinstance(users_S, Tensor)
-        with with_numbers():
-            liked_S = pairs.labels_S == 1
-            like_N = liked_S.nonzero()[:, 0]
-        loss = self._contrast(user_SW, item_SW, users_S, pairs.items_S, liked_S, like_N)
-        return logits_S, self.config.cir * loss
-
-    def _user_heads(self, user: Looked, key: int) -> tuple[list[Tensor], Tensor]:
-        """(S, H, K) of each layer that is used, from the lowest; and (S, W) the top."""
-        layers = self._layers("user", user, key)
-        used = zip(self.user_heads, layers[-len(self.used) :], strict=True)
-        return [heads(x_SW).unflatten(1, (-1, self.config.head_dim)) for heads, x_SW in used], layers[-1]
+        return logits_S, self.config.cir * self._contrast(layers[-1], item_SW, users_S, pairs)
 
     def _layers(self, side: str, looked: Looked, key: int) -> list[Tensor]:
         if self.config.light_se:
@@ -247,23 +241,14 @@ class IntTower(Towers):
             looked = replace(looked, vectors_SFD=block(looked.vectors_SFD))
         return self.towers[side].layers(looked.flat, derive_key(key, side))  # type: ignore[operator,union-attr]
 
-    def _contrast(
-        self,
-        user_SW: Tensor,
-        item_SW: Tensor,
-        users_S: Tensor,
-        items_S: Tensor,
-        liked_S: Tensor,
-        like_N: Tensor,
-    ) -> Tensor:
+    def _contrast(self, user_SW: Tensor, item_SW: Tensor, users_S: Tensor, pairs: Pairs) -> Tensor:
         """The sum over this process's likes, N of its impressions, of their InfoNCE losses."""
+        with with_numbers():
+            liked_S = pairs.labels_S == 1
+            like_N = liked_S.nonzero()[:, 0]
         item_GW = gathered(F.normalize(item_SW, dim=1), self.axis)
-        users_G, items_G, liked_G = (self.axis.gather(x) for x in (users_S, items_S, liked_S.long()))
-        own_NW = F.normalize(user_SW[like_N], dim=1)
-        own_N = (own_NW * F.normalize(item_SW[like_N], dim=1)).sum(1) / self.config.temperature
-        scores_NG = own_NW @ item_GW.T / self.config.temperature
+        items_G, fans_G = (self.axis.gather(x) for x in (pairs.items_S, users_S.where(liked_S, -1)))
         # neither the liked item itself nor what its user likes, too, is something to be kept away from
-        same_NG = items_S[like_N][:, None] == items_G
-        same_NG |= (users_S[like_N][:, None] == users_G) & (liked_G == 1)
-        others_N = scores_NG.masked_fill(same_NG, -torch.inf).logsumexp(1)
-        return (torch.logaddexp(own_N, others_N) - own_N).sum()
+        same = [(pairs.items_S[like_N], items_G), (users_S[like_N], fans_G)]
+        own_N = like_N + first_row(len(item_SW), self.axis)
+        return contrast(F.normalize(user_SW[like_N], dim=1), item_GW, own_N, same, self.config.temperature)

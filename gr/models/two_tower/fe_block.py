@@ -1,0 +1,116 @@
+"""FE-Block: the heads of a user's layers meet an item's heads by MaxSim (IntTower, arXiv 2210.09890; Khattab and
+Zaharia, arXiv 2004.12832).
+
+A batch's user heads would be the largest tensors of a step, written to memory and read again several times.  On a CPU
+those of some impressions exist at a time, in its cache, forward and backward.
+
+Shapes: S impressions, C of a chunk, W width of a layer, E numbers of its heads, N heads of all layers, J heads of an
+item, K width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from gr_kernels.logits import full, full_precision
+from gr_kernels.products import NARROW
+from gr_kernels.rows import chunks
+from gr_kernels.tracing import device_type
+
+NUMBERS = 1 << 20
+"""Of the user heads that exist at a time: 4 MB.  With fewer, products of a layer would be slower."""
+
+Layer = tuple[Tensor, Tensor, Tensor]
+"""x_SW, weight_EW and bias_E of a layer of a user's tower, whose heads are x W^T + b."""
+
+
+def max_similarity(layers: Sequence[Layer], item_SJK: Tensor) -> Tensor:
+    """(S,) of pairs: over the heads h of all of a user's layers, the sum of max_j <u_h, v_j>; in at least float32.
+
+    The user's heads are computed in ``item_SJK``'s dtype.  Of equal products the first counts, as in torch's ``max``.
+    Differentiable once."""
+    flat = [tensor.to(item_SJK.dtype) for layer in layers for tensor in layer]
+    with full_precision(item_SJK):
+        if torch.is_grad_enabled():
+            return _MaxSimilarity.apply(item_SJK, *flat)  # type: ignore[no-any-return]
+        return _meet(item_SJK, flat, None, None)
+
+
+class _MaxSimilarity(Function):
+    """Its gradient is a matter of rows: a user's head gets the one item's head that it met, and that one the user's.
+    So nothing is kept of users' heads but which met which, and of each of an item's heads the sum of those that met it.
+    The gradient of an impression's result scales the narrow side of every product."""
+
+    @staticmethod
+    def forward(ctx: Any, item_SJK: Tensor, *flat: Tensor) -> Tensor:  # type: ignore[override]
+        heads = sum(weight.shape[0] for weight in flat[1::3]) // item_SJK.shape[2]
+        met_SJK = torch.empty_like(item_SJK)
+        chosen_SN = torch.empty(len(item_SJK), heads, dtype=torch.int64, device=item_SJK.device)
+        total_S = _meet(item_SJK, flat, chosen_SN, met_SJK)
+        ctx.save_for_backward(item_SJK, met_SJK, chosen_SN, *flat)
+        return total_S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_S: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        item_SJK, met_SJK, chosen_SN, *flat = ctx.saved_tensors
+        gradient_S1 = gradient_S[:, None].to(item_SJK.dtype)
+        found = [torch.empty_like(x) if n % 3 == 0 else torch.zeros_like(x) for n, x in enumerate(flat)]
+        for some in _chunks(item_SJK, chosen_SN.shape[1]):
+            g_C1, place_R = gradient_S1[some], _places(chosen_SN[some], item_SJK.shape[1])
+            met_RK = item_SJK[some].flatten(0, 1).index_select(0, place_R)
+            met_CE = met_RK.view(len(g_C1), chosen_SN.shape[1] * item_SJK.shape[2])
+            of_layers = met_CE.split([weight.shape[0] for weight in flat[1::3]], dim=1)
+            for layer, met_CE in enumerate(of_layers):
+                x_SW, weight_EW, _ = flat[3 * layer : 3 * layer + 3]
+                d_x_SW, d_weight_EW, d_bias_E = found[3 * layer : 3 * layer + 3]
+                torch.mm(met_CE, weight_EW, out=d_x_SW[some]).mul_(g_C1)
+                torch.addmm(d_weight_EW, met_CE.t(), x_SW[some] * g_C1, out=d_weight_EW)
+                torch.addmv(d_bias_E, met_CE.t(), g_C1[:, 0], out=d_bias_E)
+        return met_SJK * gradient_S1[:, :, None], *found
+
+
+def _meet(
+    item_SJK: Tensor, flat: Sequence[Tensor], chosen_SN: Tensor | None, met_SJK: Tensor | None
+) -> Tensor:
+    """(S,) the sums; where asked for, into ``chosen_SN`` which of the item's heads each head met, and into ``met_SJK``
+    the sum of the heads that met each of the item's."""
+    heads = sum(weight.shape[0] for weight in flat[1::3]) // item_SJK.shape[2]
+    total_S = full(item_SJK.new_empty(len(item_SJK)))
+    for some in _chunks(item_SJK, heads):
+        item_CJK = item_SJK[some]
+        user_CE = item_SJK.new_empty(len(item_CJK), heads * item_SJK.shape[2])
+        of_layers = user_CE.split([weight.shape[0] for weight in flat[1::3]], dim=1)
+        for x_SW, weight_EW, bias_E, out_CE in zip(flat[::3], flat[1::3], flat[2::3], of_layers, strict=True):
+            torch.addmm(bias_E, x_SW[some], weight_EW.t(), out=out_CE)
+        user_CNK = user_CE.view(len(item_CJK), heads, item_SJK.shape[2])
+        best_CN, chosen_CN = torch.bmm(user_CNK, item_CJK.transpose(1, 2)).max(2)
+        torch.sum(best_CN, 1, dtype=total_S.dtype, out=total_S[some])
+        if chosen_SN is not None and met_SJK is not None:
+            chosen_SN[some] = chosen_CN
+            place_R = _places(chosen_CN, item_SJK.shape[1])
+            # the heads' rows, added up by place
+            met_RK = torch.ops.aten.embedding_dense_backward(
+                user_CNK.flatten(0, 1), place_R, item_CJK.shape[0] * item_CJK.shape[1], -1, False
+            )
+            met_SJK[some] = met_RK.view_as(item_CJK)
+    return total_S
+
+
+def _places(chosen_CN: Tensor, heads: int) -> Tensor:
+    """(C N,) int64: the chosen ones' places among all item heads of a chunk, J = ``heads`` an item."""
+    first_C1 = torch.arange(len(chosen_CN), device=chosen_CN.device)[:, None] * heads
+    return (chosen_CN + first_C1).flatten()
+
+
+def _chunks(item_SJK: Tensor, heads: int) -> list[slice]:
+    """Of the impressions: all at once on GPUs, and where sums over chunks would be rounded to 16 bits."""
+    if device_type(item_SJK.device) != "cpu" or item_SJK.dtype in NARROW:
+        return [slice(0, len(item_SJK))]
+    return chunks(len(item_SJK), heads * item_SJK.shape[2], NUMBERS)
