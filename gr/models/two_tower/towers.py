@@ -227,8 +227,8 @@ class IntTower(Towers):
         layers = self._layers("user", pairs.user, pairs.key)
         item_SJK, item_SW = self.item_side(pairs.item, pairs.key)
         used = zip(layers[-len(self.used) :], self.user_heads, strict=True)
-        met_S = max_similarity([(x_SW, heads.adapted, heads.bias) for x_SW, heads in used], item_SJK)
-        logits_S = self.bias(met_S)
+        of_user = [(x_SW, heads.adapted, heads.bias) for x_SW, heads in used]
+        logits_S = self.bias(max_similarity(of_user, item_SJK))  # type: ignore[arg-type]
         if pairs.labels_S is None or not self.config.cir:
             return logits_S, None
         users_S = pairs.rows[self.config.user_field]
@@ -243,6 +243,7 @@ class IntTower(Towers):
 
     def _contrast(self, user_SW: Tensor, item_SW: Tensor, users_S: Tensor, pairs: Pairs) -> Tensor:
         """The sum over this process's likes, N of its impressions, of their InfoNCE losses."""
+        assert pairs.labels_S is not None
         with with_numbers():
             liked_S = pairs.labels_S == 1
             like_N = liked_S.nonzero()[:, 0]
