@@ -49,7 +49,8 @@ class Fit:
 
     coefficients: E (with ``floor``), A, alpha (B, beta).  intervals: 95 % of each.  r2: of log loss.  aic, aicc: of the
     residuals of log loss as normal, their spread counted as a coefficient; aicc (for few points) is infinite where
-    there are not enough.  delta: Huber's, in log loss.  residuals_M: log loss, measured minus fitted.
+    there are not enough.  delta: Huber's, in log loss.  residuals_M: log loss, measured minus fitted.  x_MV: logarithms
+    of the variables less their mean; theta_P: what was fitted, as :func:`derivatives` takes it.
     """
 
     variables: tuple[str, ...]
@@ -61,14 +62,15 @@ class Fit:
     aicc: float
     delta: float
     residuals_M: Array
+    x_MV: Array = field(repr=False)
+    theta_P: Array = field(repr=False)
     _centre_V: Array = field(repr=False)
-    _theta_P: Array = field(repr=False)
     _replicates_RP: Array = field(repr=False)
     _noise_R: Array = field(repr=False)
 
     def loss(self, *at: float | Array) -> Array:
         """(M,) the law's loss at these values of its variables, an array or a number each."""
-        return np.exp(_log_loss(self._theta_P[None], self._x(at), self.floor)[0])
+        return np.exp(_log_loss(self.theta_P[None], self._x(at), self.floor)[0])
 
     def band(self, *at: float | Array) -> tuple[Array, Array]:
         """(low_M, high_M): the 95 % interval of the law itself at each place."""
@@ -172,8 +174,9 @@ def fit(
         aicc=aicc,
         delta=delta,
         residuals_M=residuals_M,
+        x_MV=x_MV,
+        theta_P=theta_P,
         _centre_V=centre_V,
-        _theta_P=theta_P,
         _replicates_RP=replicates_RP,
         _noise_R=rng.choice(widened_M, replicates) * scale_R1[:, 0],
     )
@@ -237,27 +240,32 @@ def _log_loss(theta_RP: Array, x_MV: Array, floor: bool) -> Array:
     return np.logaddexp.reduce(_log_terms(theta_RP, x_MV, floor), axis=2)
 
 
+def derivatives(theta_RP: Array, x_MV: Array, floor: bool) -> Array:
+    """(R, M, P) of the log loss at each place, by log E (with a floor), then for each variable by the log of its term
+    at the centre and by its exponent."""
+    terms, first = _log_terms(theta_RP, x_MV, floor), int(floor)
+    share = np.exp(terms - np.logaddexp.reduce(terms, axis=2)[:, :, None])
+    slope_RMP = np.empty((*terms.shape[:2], theta_RP.shape[1]))
+    slope_RMP[:, :, :first] = share[:, :, :first]
+    slope_RMP[:, :, first::2] = share[:, :, first:]
+    slope_RMP[:, :, first + 1 :: 2] = -share[:, :, first:] * x_MV
+    return slope_RMP
+
+
 def _bent(
     theta_RP: Array, x_MV: Array, y_RM: Array, floor: bool, delta: float, slopes: bool = True
 ) -> tuple[Array, Array]:
     """(R, M) what a sum of squares makes Huber's loss of the residuals, and (R, M, P) its derivatives.
 
     It is sign(r) sqrt(2 huber(r)), which has a continuous derivative: methods of least squares take it as it is."""
-    terms = _log_terms(theta_RP, x_MV, floor)
-    log_loss_RM = np.logaddexp.reduce(terms, axis=2)
-    r_RM = log_loss_RM - y_RM
+    r_RM = _log_loss(theta_RP, x_MV, floor) - y_RM
     far_RM = np.abs(r_RM) > delta
     outer_RM = np.sqrt(np.where(far_RM, 2 * delta * np.abs(r_RM) - delta**2, delta**2))
     bent_RM = np.where(far_RM, np.sign(r_RM) * outer_RM, r_RM)
     if not slopes:
         return bent_RM, bent_RM
-    share = np.exp(terms - log_loss_RM[:, :, None]) * np.where(far_RM, delta / outer_RM, 1.0)[:, :, None]
-    first = int(floor)
-    slope_RMP = np.empty((*r_RM.shape, theta_RP.shape[1]))
-    slope_RMP[:, :, :first] = share[:, :, :first]
-    slope_RMP[:, :, first::2] = share[:, :, first:]
-    slope_RMP[:, :, first + 1 :: 2] = -share[:, :, first:] * x_MV
-    return bent_RM, slope_RMP
+    slope_RMP = derivatives(theta_RP, x_MV, floor)
+    return bent_RM, slope_RMP * np.where(far_RM, delta / outer_RM, 1.0)[:, :, None]
 
 
 def _damped(theta_RP: Array, x_MV: Array, y_RM: Array, floor: bool, delta: float) -> tuple[Array, Array]:

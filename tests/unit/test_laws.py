@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from gr.errors import UserError
-from gr.scaling import laws
+from gr.scaling import design, laws
 
 TRUE = {"E": 2.0, "A": 30.0, "alpha": 0.3}
 DRAWS = 100
@@ -89,6 +91,71 @@ def test_size_and_data_and_the_best_way_to_spend_compute():
     assert best.parameters * best.tokens == pytest.approx(1e15)
     for factor in (0.8, 1.25):
         assert law.loss(best.parameters * factor, best.tokens / factor)[0] > best.loss
+
+
+def size_and_data(sizes, tokens, noise=0.002):
+    """What members of a known law reach."""
+    sizes, tokens = np.asarray(sizes, float), np.asarray(tokens, float)
+    losses = 1.7 + 400 * sizes**-0.34 + 410 * tokens**-0.28
+    return sizes, tokens, losses * np.exp(noise * np.random.default_rng(0).standard_normal(len(sizes)))
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_members_that_tell_a_law_of_size_and_data_are_known_by_it(count):
+    grid = np.meshgrid(np.logspace(4, 7, count), np.logspace(5, 8, count))
+    law = laws.fit_size_and_data(*size_and_data(*(a.ravel() for a in grid)), replicates=20)
+    found = design.told(law)
+    assert found.enough and found.within < 0.1
+    assert law.coefficients["alpha"] == pytest.approx(0.34, rel=0.1)
+    assert law.coefficients["beta"] == pytest.approx(0.28, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "says"),
+    [
+        (
+            np.logspace(4, 7, 10),
+            np.logspace(5, 8, 10),
+            "of 10 sizes and 10 amounts of data leave alpha open, and ± 50 %",
+        ),
+        (
+            [1e4, 1e5] * 5,
+            np.repeat(np.logspace(5, 8, 5), 2),
+            "of 2 sizes and 5 amounts of data leave alpha open",
+        ),
+        (
+            np.tile([1e4, 1.3e4, 1.7e4], 3),
+            np.repeat([1e5, 1.3e5, 1.7e5], 3),
+            "9 members of 3 sizes and 3 amounts",
+        ),
+    ],
+    ids=["both grow together", "two sizes", "a narrow grid"],
+)
+def test_members_that_do_not_are_known_and_those_that_lack_would_do(sizes, tokens, says):
+    """A law may fit them as well as can be and say nothing, exact as they are."""
+    sizes, tokens, losses = size_and_data(sizes, tokens, noise=0.0)
+    law = laws.fit_size_and_data(sizes, tokens, losses, replicates=20)
+    assert law.r2 > 0.999 and not design.told(law).enough
+    more = design.missing(sizes, tokens, design.SCATTER)
+    said = design.why_not(sizes, tokens, law)
+    assert (
+        re.search(says, said) and f"train {len(more)} more, such as {more[0][0]:,.0f} parameters on" in said
+    )
+    whole = [np.concatenate([those, these]) for those, these in zip((sizes, tokens), zip(*more))]
+    assert design.told(laws.fit_size_and_data(*size_and_data(*whole), replicates=20)).enough
+
+
+def test_three_members_say_how_many_are_missing_and_which():
+    sizes, tokens = [1e4, 1e5, 1e6], [1e5, 1e6, 1e7]
+    more = design.missing(sizes, tokens, design.SCATTER)
+    assert len(more) >= 3
+    said = design.why_not(sizes, tokens, None)
+    assert said.startswith(
+        f"3 members of 3 sizes and 3 amounts of data are too few for five coefficients: train {len(more)} more, such as"
+    )
+    assert said.count("parameters on") == min(len(more), design.NAMED)
+    whole = [[*those, *these] for those, these in zip((sizes, tokens), zip(*more))]
+    assert design.told(laws.fit_size_and_data(*size_and_data(*whole), replicates=20)).enough
 
 
 def test_the_frontier_is_what_nothing_cheaper_beats():

@@ -245,6 +245,36 @@ def test_a_family_without_a_law_is_in_the_picture_by_its_name():
     assert axes.get_legend_handles_labels()[1] == ["hstu: too few points for a law"]
 
 
+@pytest.mark.parametrize("count", [3, 16])
+def test_a_law_of_size_and_data_is_printed_where_members_tell_it(capsys, count):
+    plan, _ = read_sweep("scaling/small")
+    pairs = [(10.0**n, 10.0**d) for n in (4, 5, 6, 7) for d in (5, 6, 7, 8)][:: 16 // count][:count]
+    rows = [
+        Row(
+            f"one-{size:g}-{tokens:g}",
+            "hstu",
+            {},
+            "",
+            parameters=int(size),
+            tokens=int(tokens),
+            steps=1,
+            flops=6 * size * tokens,
+            measured={"loss": 1.7 + 400 * size**-0.34 + 410 * tokens**-0.28, "training_loss": 5.0},
+        )
+        for size, tokens in pairs
+    ]
+    laws = laws_of(plan, rows)
+    report.show(plan, rows, laws)
+    said = " ".join(capsys.readouterr().out.split())
+    law = next(law for law in laws if law.quantity.metric == "loss")
+    if count == 16:
+        assert law.size_and_data.coefficients["beta"] == pytest.approx(0.28, rel=0.01)
+        assert said.count("by L(N, D), ") == 1
+        return
+    assert law.size_and_data is None and not law.optima and "by L(N, D), " not in said
+    assert "hstu: L(N, D) isn't told: 3 members of 3 sizes and 3 amounts of data are too few for five" in said
+
+
 def test_the_program_refuses_in_a_sentence(tmp_path):
     done = run_python(["launch/sweep.py", "--config", "scaling/smal", "--out", tmp_path])
     assert done.returncode == 2 and "did you mean 'scaling/small'?" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from gr.config import RunConfig
 from gr.errors import UserError
+from gr.scaling.design import told, why_not
 from gr.scaling.flops import Accounting
 from gr.scaling.isoflop import Valley, best_size, valley
 from gr.scaling.laws import Fit, Optimum, Prediction, fit_compute, fit_size_and_data, frontier, optimal
@@ -201,19 +203,26 @@ def _laws(family: str, quantity: Quantity, fit: FitSection, rows: list[Row]) -> 
             found.held_out.append(HeldOut(point.name, point.pflop_days, predicted, point.value, percent))
     if quantity.floor:
         return found
-    try:
-        found.size_and_data = fit_size_and_data(
-            [r.parameters or 0 for r in rows],
-            [r.tokens or 0 for r in rows],
-            [quantity.of(r) for r in rows],
-            replicates=fit.replicates,
-        )
-        # operations for each parameter and token, of this family: six and what attention and the loss add
-        each = sum((r.flops or 0) / ((r.parameters or 1) * (r.tokens or 1)) for r in rows) / len(rows)
-        found.optima = [optimal(found.size_and_data, p.pflop_days * PFLOP_DAY, each) for p in points]
-    except UserError as error:
-        found.why.append(f"L(N, D): {error}")
+    _size_and_data(found, fit, rows, points)
     return found
+
+
+def _size_and_data(found: Laws, fit: FitSection, rows: list[Row], points: list[Point]) -> None:
+    """L(N, D) where the members tell it; else why not, and which would."""
+    sizes, tokens = (
+        [float(n or 0) for n in numbers] for numbers in zip(*((r.parameters, r.tokens) for r in rows))
+    )
+    losses = [found.quantity.of(r) for r in rows]
+    law = None
+    with suppress(UserError):  # too few, or all alike: said below, with those that are missing
+        law = fit_size_and_data(sizes, tokens, losses, replicates=fit.replicates)
+    if law is None or not told(law).enough:
+        found.why.append(f"L(N, D) isn't told: {why_not(sizes, tokens, law)}")
+        return
+    found.size_and_data = law
+    # operations for each parameter and token, of this family: six and what attention and the loss add
+    each = sum((r.flops or 0) / (n * d) for r, n, d in zip(rows, sizes, tokens)) / len(rows)
+    found.optima = [optimal(law, p.pflop_days * PFLOP_DAY, each) for p in points]
 
 
 def _points(
