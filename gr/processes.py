@@ -105,6 +105,23 @@ class Axis:
         dist.all_to_all_single(out, rows.contiguous(), arriving, list(counts), group=self.group)
         return out, arriving
 
+    def swap(self, sent: Tensor, to: int, received: Tensor, source: int) -> Callable[[], None]:
+        """Begin to send contiguous rows to process ``to``, and to receive others from ``source``; what waits for both.
+        Both sides know how many there are, and nothing is sent where there are none."""
+        operations = []
+        if sent.numel():
+            operations.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=to))
+        if received.numel():
+            operations.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=source))
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            operations.clear()  # which kept the rows until now
+
+        return wait
+
 
 @dataclass(frozen=True)
 class Processes:

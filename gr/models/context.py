@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gr.config import RunConfig
+from gr.errors import UserError
 from gr.models.cut import QUAD, Cut, Stretch
 from gr.models.layout import JaggedLayout
 from gr.processes import Axis
@@ -44,6 +45,10 @@ from gr_kernels.hstu_attention import (
     attend_part_backward,
 )
 from gr_kernels.hstu_attention.problem import Activation
+from gr_kernels.tracing import with_numbers
+
+if TYPE_CHECKING:
+    from gr.models.model import Model
 
 PIECE = 1024  # rows that travel at a time, of which a process holds a handful of copies
 
@@ -85,6 +90,52 @@ def shared_attention(
     )
     times_T = None if time is None else layout.query_times_T
     return _Attention.apply(q_THQ, k_THQ, v_THV, position, time, _Work(cut, problem, times_T))  # type: ignore[no-any-return]
+
+
+def check_shareable(model: Model, config: RunConfig) -> None:
+    """Refuse to share sequences that can't be (UserError)."""
+    context, rows = config.train.context, config.data.max_length
+    if context == 1:
+        return
+    objective = config.objective
+    if objective is not None and objective.component().reads_sequences(objective):  # type: ignore[attr-defined]
+        raise UserError(
+            f"train.context is {context}, and objective {objective.name} with outside=sequence looks at whole "
+            "sequences: use train.context=1, or outside=target",
+            everywhere=True,
+        )
+    if not model.cuttable:
+        encoder = getattr(config.model, "encoder", None)
+        if encoder is None:
+            raise UserError(
+                f"train.context is {context}, and model {config.model.name} reads no sequence that processes could "
+                "share: use train.context=1",
+                everywhere=True,
+            )
+        raise UserError(
+            f"train.context is {context}, and model.encoder {encoder.name} reads a sequence row after "
+            "row, which no two processes can share: use train.context=1, or an encoder with attention",
+            everywhere=True,
+        )
+    if context > rows:
+        raise UserError(
+            f"train.context is {context}, and a sequence has {rows} rows at most (data.max_length): some of the "
+            "processes that share one would have none, so lower train.context",
+            everywhere=True,
+        )
+    if model.vocabularies:
+        raise UserError(
+            f"train.context is {context}, and model.input.features has an open vocabulary, which would count the ids "
+            "of a shared sequence once a process: use train.context=1, or columns whose values are rows",
+            everywhere=True,
+        )
+    engine = config.train.engine.component()
+    if not engine.shares_sequences:
+        raise UserError(
+            f"train.context is {context}, and train.engine {config.train.engine.name} has only been tried with whole "
+            "sequences: use train.engine=ddp (or all_reduce), or train.context=1",
+            everywhere=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -149,12 +200,15 @@ class _Work:
         keys = self.cut.stretches[key_number]
         for queries, number, rows_T in self._stretches(self.cut.axis.rank):
             seen = not self.problem.mask.causal or number >= key_number
-            if seen and queries.rows:
+            if not seen or not queries.rows:
+                continue
+            with with_numbers():
                 times_S = None if self.query_times_T is None else self.query_times_T[rows_T]
                 key_times_S = None if times_S is None else self.cut.key_times[key_number]
                 key_times_P = None if key_times_S is None else key_times_S[piece.within]
                 bias = RelativeBias(position, time, times_S, key_times_P, self.problem.bias.buckets)
-                yield rows_T, self._call(queries, keys, piece.within, bias)
+                problem = self._call(queries, keys, piece.within, bias)
+            yield rows_T, problem
 
     def _pieces(self, rank: int, whole: bool = False) -> Iterator[_Piece]:
         for half, (stretch, _, rows) in enumerate(self._stretches(rank)):
@@ -292,7 +346,7 @@ def _fetch(
     rows = slice(0, 0) if out is None else out.holds
     kv = torch.cat([k_THQ[rows].flatten(1), v_THV[rows].flatten(1)], dim=1)
     kv_P = kv.new_empty((0 if back is None else back.rows, kv.shape[1]))
-    return kv_P, _exchange(axis, kv, reader, kv_P, source)
+    return kv_P, axis.swap(kv, reader, kv_P, source)
 
 
 def _send_home(d_kv_P: Tensor, d_kv: Tensor, exchanged: _Exchanged, axis: Axis) -> Callable[[], None]:
@@ -300,7 +354,7 @@ def _send_home(d_kv_P: Tensor, d_kv: Tensor, exchanged: _Exchanged, axis: Axis) 
     for these, and adds them up."""
     reader, out, source, _ = exchanged
     found = d_kv.new_empty((0 if out is None else out.rows, d_kv.shape[1]))
-    arrived = _exchange(axis, d_kv_P, source, found, reader)
+    arrived = axis.swap(d_kv_P, source, found, reader)
 
     def add_up() -> None:
         arrived()
@@ -308,24 +362,6 @@ def _send_home(d_kv_P: Tensor, d_kv: Tensor, exchanged: _Exchanged, axis: Axis) 
             d_kv[out.holds] += found
 
     return add_up
-
-
-def _exchange(axis: Axis, sent: Tensor, to: int, received: Tensor, source: int) -> Callable[[], None]:
-    """Begin to send and to receive rows, contiguous; what waits for both.  Both sides know how many there are, and
-    nothing is sent where there are none."""
-    operations = []
-    if sent.numel():
-        operations.append(dist.P2POp(dist.isend, sent, group=axis.group, group_peer=to))
-    if received.numel():
-        operations.append(dist.P2POp(dist.irecv, received, group=axis.group, group_peer=source))
-    works = dist.batch_isend_irecv(operations) if operations else []
-
-    def wait() -> None:
-        for work in works:
-            work.wait()
-        operations.clear()  # which kept the rows until now
-
-    return wait
 
 
 def _nothing() -> None:

@@ -23,7 +23,7 @@ from gr.models.cut import Cut
 from gr_kernels.dispatch import Implementation, preferred
 from gr_kernels.jagged import jagged_dropout
 from gr_kernels.jagged.dropout.op import IMPLEMENTATIONS
-from gr_kernels.tracing import device_type
+from gr_kernels.tracing import device_type, on_paper_now
 
 _LEVELS = 1 << 16
 _DRAWN = 1 << 20  # numbers at a time, where most of them are for other processes
@@ -87,6 +87,9 @@ def _draws_of(cut: Cut, shape: Sequence[int]) -> Tensor:
     numbers = math.prod(shape[1:])
     drawn_TE = torch.empty(shape[0], numbers, dtype=torch.int16)
     step = max(_DRAWN // max(numbers, 1) // 4, 1) * 4  # rows, whose words are whole
+    if on_paper_now():  # which has no numbers to find rows by
+        _draws(min(step, cut.whole.rows) * numbers)
+        return drawn_TE.view(tuple(shape))
     order_T = cut.numbers_T.argsort()
     sorted_T = cut.numbers_T[order_T]
     for first in range(0, cut.whole.rows, step):

@@ -14,6 +14,7 @@ from gr.data.split import Split
 from gr.data.transforms.transform import Transform, filters, samplers
 from gr.embeddings.table import rows_come_later
 from gr.errors import UserError
+from gr.models.context import check_shareable
 from gr.models.model import Model
 from gr.processes import Processes
 from gr.train.engines.engine import Engine
@@ -97,7 +98,7 @@ def _build(config: RunConfig, data: Data, processes: Processes, begun: str | Non
     model = build_model(config, data, processes, loaded=begun == data.dataset.manifest.generation)
     start(model, config, processes, begun=begun is not None)
     _check_something_trains(model, config)
-    _check_context(model, config)
+    check_shareable(model, config)
     if config.train.activation_checkpointing:
         _recompute(model, config)
     engine = config.train.engine.build(
@@ -131,52 +132,6 @@ def _check_something_trains(model: Model, config: RunConfig) -> None:
         raise UserError(
             f"train.engine {config.train.engine.name} has only been tried with sequence encoders that train whole: use "
             "train.engine=ddp (or all_reduce)",
-            everywhere=True,
-        )
-
-
-def _check_context(model: Model, config: RunConfig) -> None:
-    """Refuse to share sequences that can't be."""
-    context, rows = config.train.context, config.data.max_length
-    if context == 1:
-        return
-    objective = config.objective
-    if objective is not None and objective.component().reads_sequences(objective):  # type: ignore[attr-defined]
-        raise UserError(
-            f"train.context is {context}, and objective {objective.name} with outside=sequence looks at whole "
-            "sequences: use train.context=1, or outside=target",
-            everywhere=True,
-        )
-    if not model.cuttable:
-        encoder = getattr(config.model, "encoder", None)
-        if encoder is None:
-            raise UserError(
-                f"train.context is {context}, and model {config.model.name} reads no sequence that processes could "
-                "share: use train.context=1",
-                everywhere=True,
-            )
-        raise UserError(
-            f"train.context is {context}, and model.encoder {encoder.name} reads a sequence row after "
-            "row, which no two processes can share: use train.context=1, or an encoder with attention",
-            everywhere=True,
-        )
-    if context > rows:
-        raise UserError(
-            f"train.context is {context}, and a sequence has {rows} rows at most (data.max_length): some of the "
-            "processes that share one would have none, so lower train.context",
-            everywhere=True,
-        )
-    if model.vocabularies:
-        raise UserError(
-            f"train.context is {context}, and model.input.features has an open vocabulary, which would count the ids "
-            "of a shared sequence once a process: use train.context=1, or columns whose values are rows",
-            everywhere=True,
-        )
-    engine: type[Engine] = config.train.engine.component()
-    if not engine.shares_sequences:
-        raise UserError(
-            f"train.context is {context}, and train.engine {config.train.engine.name} has only been tried with whole "
-            "sequences: use train.engine=ddp (or all_reduce), or train.context=1",
             everywhere=True,
         )
 

@@ -12,12 +12,12 @@ from benchmarks.training import context as memory_benchmark
 from gr.batch import Jagged
 from gr.errors import UserError
 from gr.models import context, dropout
+from gr.models.context import check_shareable
 from gr.models.cut import Cut, cut
 from gr.models.hstu import HSTU as HSTU_ENCODER
 from gr.models.step import StepContext
 from gr.models.tasks import Known
 from gr.processes import Axis, _on_mesh
-from gr.train.parts import _check_context
 from gr_kernels.dispatch import preferring
 from tests.precision import UNIT, growth
 from tests.unit import test_models_ranking as ranking
@@ -60,7 +60,7 @@ class Post:
 
 
 def exchange(axis, sent, to, received, source):
-    """gr.models.context._exchange between threads."""
+    """Axis.swap between threads."""
     if sent.numel():
         axis.group.queue(axis.rank, to).put(sent.clone())
 
@@ -73,7 +73,7 @@ def exchange(axis, sent, to, received, source):
 
 def together(work, size, monkeypatch):
     """What ``work(axis)`` returns on each of ``size`` threads that share sequences."""
-    monkeypatch.setattr(context, "_exchange", exchange)
+    monkeypatch.setattr(Axis, "swap", exchange)
     monkeypatch.setattr(context, "PIECE", 8)
     post, results, failures = Post(), [None] * size, []
 
@@ -257,7 +257,7 @@ class Encoded(torch.nn.Module):
 
 def test_what_cannot_be_shared_is_refused_in_a_sentence():
     config = run_config(train={"context": 4})
-    _check_context(Encoded(), config)
+    check_shareable(Encoded(), config)
     refused = {
         "row after row": (replace_cuttable(False), config),
         "4, and a sequence has 3 rows at most": (Encoded(), run_config(length=3, train={"context": 4})),
@@ -265,7 +265,7 @@ def test_what_cannot_be_shared_is_refused_in_a_sentence():
     }
     for words, (model, config) in refused.items():
         with pytest.raises(UserError, match=words) as caught:
-            _check_context(model, config)
+            check_shareable(model, config)
         assert "\n" not in str(caught.value) and caught.value.everywhere
     assert not retrieval(run_config({"name": "gru4rec"}), ITEMS).cuttable
     assert retrieval(run_config(), ITEMS).cuttable

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gr_kernels.tracing import on_paper_now, with_numbers
+
 NEVER = 2**63 - 1  # the threshold of a bucket that no time difference reaches
 LONGEST = NEVER - 1  # |dt| is at most this
 _MANTISSA_BITS = 23  # of a float32
@@ -58,15 +60,20 @@ class TimeBuckets:
 
     def _bucket(self, size: Tensor) -> Tensor:
         """Bucket of every |dt|, which is overwritten."""
-        cells = _cells(self) if size.device.type == "cpu" else None
-        if cells is None:
-            return torch.bucketize(size, device_thresholds(self, size.device), right=True)
-        return cells.bucket(size)
+        with with_numbers():  # kept from call to call
+            cells = _cells(self) if size.device.type == "cpu" else None
+        if cells is not None:
+            return cells.bucket(size)
+        with with_numbers():
+            thresholds = device_thresholds(self, size.device)
+        return torch.bucketize(size, thresholds, right=True)
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """|a - b| of int64 times that broadcast, exactly, up to LONGEST."""
-    if a.device.type == "cpu" and _span(a, b) <= LONGEST:  # nearly always: one pass instead of five
+    if a.device.type == "cpu" and (
+        on_paper_now() or _span(a, b) <= LONGEST
+    ):  # nearly always: one pass instead of five
         return (a - b).abs_()
     difference = torch.maximum(a, b) - torch.minimum(a, b)  # negative where it is 2^63 or more
     return torch.where(difference < 0, LONGEST, difference).clamp_max_(LONGEST)

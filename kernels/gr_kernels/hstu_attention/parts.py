@@ -13,6 +13,8 @@ B sequences, T query and S key rows in the call, H heads, Q query/key width, V v
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from gr_kernels.hstu_attention import blocked, reference, triton_op
 from gr_kernels.hstu_attention.checks import check
 from gr_kernels.hstu_attention.problem import Gradients, Problem
 from gr_kernels.hstu_attention.schema import Backward, Forward
+from gr_kernels.operators import define
+from gr_kernels.tracing import on_paper_now, once, with_numbers
 
 
 class _Both:
@@ -29,6 +33,62 @@ class _Both:
     def __init__(self, forward: Forward, backward: Backward) -> None:
         self.forward, self.backward = forward, backward
 
+
+def pairs(problem: Problem) -> int:
+    """How many pairs of a row and a key that it sees there are in a call, causal or full."""
+    assert problem.part is not None and problem.query_offsets is not None
+    n_B, m_B = problem.offsets.diff(), problem.query_offsets.diff()
+    if not problem.mask.causal:
+        return int((n_B * m_B).sum())
+    first_B = problem.part.query_starts - problem.part.key_starts + 1  # keys that the first row sees
+    fewer_B = (n_B - first_B).clamp_min(0).minimum(m_B)  # rows that don't see all of them
+    return int((fewer_B * first_B + fewer_B * (fewer_B - 1) // 2 + (m_B - fewer_B) * n_B).sum())
+
+
+def _forward_on_paper(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    _define_on_paper()
+    with with_numbers():
+        count = pairs(problem)
+    out, lse = torch.ops.gr_kernels.hstu_attention_part(q, k, v, count)
+    return out, lse if problem.activation == "softmax" else None
+
+
+def _backward_on_paper(
+    d_out: Tensor, out: Tensor | None, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, problem: Problem
+) -> Gradients:
+    _define_on_paper()
+    with with_numbers():
+        count = pairs(problem)
+    d_q, d_k, d_v = torch.ops.gr_kernels.hstu_attention_part_backward(d_out, q, k, v, count)
+    d_tables = (
+        None if x is None else torch.empty_like(x) for x in (problem.bias.position, problem.bias.time)
+    )
+    return d_q, d_k, d_v, *d_tables  # type: ignore[return-value]
+
+
+def _only_on_paper(*arguments: object) -> NoReturn:
+    raise TypeError("gr_kernels::hstu_attention_part is for plans: attend_part computes")
+
+
+@once
+def _define_on_paper() -> None:
+    """What a plan sees in the place of a kernel that no tensor without numbers can be given to."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+        return q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty(
+            (q.shape[1], q.shape[0]), dtype=torch.float32
+        )
+
+    def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in (q, k, v))
+
+    rows = "Tensor q, Tensor k, Tensor v, int pairs"
+    define("hstu_attention_part", f"({rows}) -> (Tensor, Tensor)", _only_on_paper, forward)
+    outputs = "(Tensor, Tensor, Tensor)"
+    define("hstu_attention_part_backward", f"(Tensor d_out, {rows}) -> {outputs}", _only_on_paper, backward)
+
+
+_ON_PAPER = _Both(_forward_on_paper, _backward_on_paper)
 
 IMPLEMENTATIONS = (
     Implementation(
@@ -104,4 +164,6 @@ def _both(q: Tensor, k: Tensor, v: Tensor, problem: Problem, implementation: str
         raise ValueError("attend_part: the problem needs part and query_offsets.")
     check(q, k, v, problem)
     choice = choose("attend_part", IMPLEMENTATIONS, q.device, (q, k, v, problem), implementation)
+    if on_paper_now() and choice.implementation.device:  # plain PyTorch runs there, too
+        return _ON_PAPER
     return choice.implementation.run  # type: ignore[no-any-return]
