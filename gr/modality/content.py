@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 import torch
@@ -23,7 +23,7 @@ from gr.embeddings.table import Array
 from gr.modality.chunks import chunks
 from gr.modality.encoder import Encoder
 from gr.modes import evaluating
-from gr.processes import Processes
+from gr.processes import Axis, Processes
 from gr.progress import PlainProgress, Progress
 
 
@@ -33,9 +33,27 @@ class Items(Protocol):
     @property
     def lengths_n(self) -> Tensor: ...
 
+    @property
+    def held(self) -> int:
+        """Bytes that they take in the machine's memory."""
+        ...
+
     def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
         """What the encoder is called with for items ``rows_m``, on the CPU."""
         ...
+
+    def shaped(self, count: int, length: int) -> tuple[Tensor, ...]:
+        """What it would be called with for so many items, the longest of that length: empty ones."""
+        ...
+
+
+class Sent(NamedTuple):
+    """What a process sends in a step, for plans.  bytes: on average.  all_to_all: to each what it asked for, else the
+    same to all."""
+
+    what: str
+    bytes: float
+    all_to_all: bool = False
 
 
 class Content(ABC):
@@ -72,6 +90,21 @@ class Content(ABC):
 
     learns = False
     """Whether it changes from step to step."""
+
+    # -- what it takes, for plans (gr/scaling/towers.py), which have U rows of a process's view, G of everybody's,
+    # and F of those that stand in sequences or are targets
+
+    def encodes(self, rows_G: Tensor, batch_F: Tensor) -> Tensor:
+        """Of the distinct rows of a step those that are encoded in it, with gradients."""
+        return rows_G[:0]
+
+    def keeps(self, rows: int, processes: int) -> dict[str, float]:
+        """Bytes on each of so many processes, by kind, that stay from step to step beside parameters."""
+        return {}
+
+    def sends(self, own: int, encoded: int, rows: int, processes: int) -> list[Sent]:
+        """In a step with so many rows of its own (U) and ``encoded`` by all; ``rows``: I."""
+        return []
 
     def outside_digest(self) -> str:
         """See :meth:`gr.embeddings.table.Table.outside_digest`."""
@@ -130,6 +163,9 @@ class Fixed(_Made):
     def unseen(self, items: pa.Table) -> Tensor:
         return self._other(items).to(self.device)
 
+    def keeps(self, rows: int, processes: int) -> dict[str, float]:
+        return {"vectors of items": 4.0 * rows * self.width}
+
 
 class FixedShares(_Made):
     """Each process holds a stretch of them and fetches the others that a step needs."""
@@ -160,11 +196,23 @@ class FixedShares(_Made):
     def unseen(self, items: pa.Table) -> Tensor:
         return self._other(items).to(self.processes.device)
 
+    def keeps(self, rows: int, processes: int) -> dict[str, float]:
+        return {"vectors of items": 4.0 * -(-rows // processes) * self.width}
+
+    def sends(self, own: int, encoded: int, rows: int, processes: int) -> list[Sent]:
+        return fetched(own, self.width, processes)
+
     def _held(self) -> Shares:
         if self._shares is None:
             made = self._make()
             self._shares = Shares(made.rows, made.own_RE.to(self.processes.device), made.axis)
         return self._shares
+
+
+def fetched(own: int, width: int, processes: int) -> list[Sent]:
+    """For so many rows of shares, by their numbers."""
+    others = (processes - 1) / processes
+    return [Sent("row numbers", 8.0 * own * others, True), Sent("vectors", 4.0 * own * width * others, True)]
 
 
 class Encoded(Content):
@@ -192,15 +240,15 @@ class Encoded(Content):
         self.encoder, self.items, self.processes = encoder, items, processes
         self.width, self.most, self.recompute, self.bf16 = encoder.width, most, recompute, bf16
         self.collective = processes.world.size > 1
+        self.formed_G = torch.empty(0, dtype=torch.int64)
+        """The rows that all processes encoded in the last step, each once."""
         self._step: _Step | None = None
 
     def of_step(self, rows_U: Tensor) -> Tensor:
-        world, device, lengths_I = self.processes.world, rows_U.device, self.items.lengths_n
+        world, device = self.processes.world, rows_U.device
         rows_G = world.gather(rows_U).unique().cpu()
-        # dealt by length, so that everybody has about as many tokens
-        order_G = torch.argsort(lengths_I[rows_G], stable=True)
-        own_R = order_G[world.rank :: world.size]
-        parts = chunks(lengths_I[rows_G[own_R]], self.most)
+        self.formed_G = rows_G
+        order_G, own_R, parts = self.dealt(rows_G, world)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             outputs = [self._chunk(rows_G[own_R[part]], device) for part in parts]
         step = _Step(rows_G, own_R, parts, outputs)
@@ -213,6 +261,15 @@ class Encoded(Content):
         step.place_U = torch.searchsorted(rows_G.to(device), rows_U)
         self._step = step
         return vectors_GE.index_select(0, step.place_U)
+
+    def dealt(self, rows_G: Tensor, axis: Axis) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(order_G, own_R, parts): places of ``rows_G`` as they are dealt out, those of this process of ``axis``, and
+        the chunks that it encodes these in."""
+        lengths_G = self.items.lengths_n[rows_G]
+        # by length, so that everybody has about as many tokens
+        order_G = torch.argsort(lengths_G, stable=True)
+        own_R = order_G[axis.rank :: axis.size]
+        return order_G, own_R, chunks(lengths_G[own_R], self.most)
 
     def take_back(self, gradient_UE: Tensor) -> None:
         step, self._step = self._step, None
@@ -227,10 +284,28 @@ class Encoded(Content):
             torch.autograd.backward(step.outputs, gradients)
 
     def _chunk(self, rows_m: Tensor, device: torch.device) -> Tensor:
-        inputs = [part.to(device) for part in self.items.inputs(rows_m)]
+        return self.form([part.to(device) for part in self.items.inputs(rows_m)])
+
+    def form(self, inputs: Sequence[Tensor]) -> Tensor:
+        """(m, E) of a chunk, by what the encoder is called with."""
         if self.recompute:
             return checkpoint(self.encoder, *inputs, use_reentrant=False)
         return self.encoder(*inputs)
+
+    def encodes(self, rows_G: Tensor, batch_F: Tensor) -> Tensor:
+        return rows_G
+
+    def keeps(self, rows: int, processes: int) -> dict[str, float]:
+        on_host = self.processes.device.type == "cpu"  # tokens stay in the machine's memory
+        return {"tokens of items": float(self.items.held)} if on_host else {}
+
+    def sends(self, own: int, encoded: int, rows: int, processes: int) -> list[Sent]:
+        own_share, size = -(-encoded // processes), 4.0 * self.width
+        return [
+            Sent("row numbers", 8.0 * own * (processes - 1)),
+            Sent("vectors", size * own_share * (processes - 1)),
+            Sent("gradients of vectors", 2 * size * encoded * (processes - 1) / processes),
+        ]
 
     def all(self) -> Tensor:
         return self.processes.world.gather(self.own())

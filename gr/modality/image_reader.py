@@ -16,11 +16,12 @@ from gr.config import POSITIVE, Section
 from gr.errors import UserError, nearest
 from gr.modality.encoder import Encoder
 from gr.modality.picture_files import open_pictures
-from gr.modality.pictures import Pictures
+from gr.modality.pictures import Pictures, Unseen
 from gr.modality.reader import Reader, digest
 from gr.modality.surroundings import Described
 from gr.modality.texts import as_texts
 from gr.processes import Processes
+from gr_kernels.tracing import on_paper_now
 
 
 class ImageSection(Section):
@@ -66,13 +67,14 @@ class ImageReader(Reader):
     def __init__(self, section: ImageSection, processes: Processes) -> None:
         super().__init__(section, processes)
         self.section: ImageSection = section
-        self.files = open_pictures(section.images)
+        self.files = None if on_paper_now() else open_pictures(section.images)
 
     def encoder(self, dropout: float = 0.0) -> ImageEncoder:
         made = ImageEncoder(self.section.encoder, self.section.pooling, dropout)
         return made.to(self.processes.device)
 
     def items_of(self, column: Any, names: Iterable[str], rows: int) -> Pictures:
+        assert self.files is not None
         wanted = self.section.column
         if wanted not in names:
             raise UserError(
@@ -88,6 +90,9 @@ class ImageReader(Reader):
 
     def items(self, catalogue: Described) -> Pictures:
         return self.items_of(catalogue.column, catalogue.column_names, catalogue.rows)
+
+    def foreseen(self, catalogue: Described) -> Unseen:
+        return Unseen(catalogue.rows, self.section.size)
 
     def items_in(self, items: pa.Table) -> Pictures:
         return self.items_of(items.column, items.column_names, len(items))

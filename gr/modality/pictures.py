@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,30 @@ def _about_size() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Unseen:
+    """Pictures of ``rows`` items that a plan needn't look at."""
+
+    rows: int
+    side: int
+
+    @property
+    def held(self) -> int:
+        """Nothing: they are read when they are asked for."""
+        return 0
+
+    @property
+    def lengths_n(self) -> Tensor:
+        return torch.ones(1, dtype=torch.int64).expand(self.rows)  # a number in memory
+
+    def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
+        raise TypeError("pictures that nobody has seen are for plans")
+
+    def shaped(self, count: int, length: int) -> tuple[Tensor, ...]:
+        """(m, 3, S, S)."""
+        return (torch.zeros(count, 3, self.side, self.side),)
+
+
 class Pictures:
     """Of n items, by their names; what an encoder takes of some of them."""
 
@@ -78,6 +103,15 @@ class Pictures:
     def lengths_n(self) -> Tensor:
         """All alike."""
         return torch.ones(len(self.names), dtype=torch.int64)
+
+    @property
+    def held(self) -> int:
+        """Nothing: they are read when they are asked for."""
+        return 0
+
+    def shaped(self, count: int, length: int) -> tuple[Tensor, ...]:
+        """(m, 3, S, S)."""
+        return Unseen(len(self), self.side).shaped(count, length)
 
     @property
     def missing(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -31,8 +32,9 @@ from gr.modality.encoder import (
     width_of,
 )
 from gr.modality.surroundings import Described
-from gr.modality.texts import Template, Tokens, most_tokens, say_empty, tokenised
+from gr.modality.texts import Template, Tokens, Unread, most_tokens, say_empty, tokenised
 from gr.processes import Processes
+from gr_kernels.tracing import on_paper_now
 
 
 class TextSection(Section):
@@ -93,6 +95,10 @@ class Reader(ABC):
         """What it reads of the whole catalogue."""
 
     @abstractmethod
+    def foreseen(self, catalogue: Described) -> Items:
+        """The same for a plan, as far as it can be read where the plan is made."""
+
+    @abstractmethod
     def items_in(self, items: pa.Table) -> Items:
         """What it reads of items that a table describes."""
 
@@ -147,7 +153,7 @@ class TextReader(Reader):
     def __init__(self, section: TextSection, processes: Processes) -> None:
         super().__init__(section, processes)
         self.section: TextSection = section
-        self.tokenizer = load_tokenizer(section.encoder)
+        self.tokenizer = None if on_paper_now() else load_tokenizer(section.encoder)
 
     def encoder(self, dropout: float = 0.0) -> TextEncoder:
         return TextEncoder(self.section.encoder, self.section.pooling, dropout).to(self.processes.device)
@@ -177,6 +183,16 @@ class TextReader(Reader):
         if self.processes.is_main:
             catalogue.keep("tokens", about, tokens.to_table())
         return tokens
+
+    def foreseen(self, catalogue: Described) -> Tokens | Unread:
+        """Of texts that aren't there, or that no tokenizer is there for, the longest that there can be."""
+        if list(catalogue.column_names):
+            with suppress(UserError):
+                self.tokenizer = load_tokenizer(self.section.encoder)
+        if self.tokenizer is not None:
+            return self.items(catalogue)
+        places = getattr(self.config, "max_position_embeddings", None)
+        return Unread(catalogue.rows, min(self.section.max_tokens, places or self.section.max_tokens))
 
     def about(self, items: Any) -> dict[str, Any]:
         return {"tokens": digest(items.ids_V.numpy().tobytes() + items.offsets_n1.numpy().tobytes())}

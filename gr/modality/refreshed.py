@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gr.embeddings.shares import Shares
 from gr.embeddings.table import Array
-from gr.modality.content import Content, Encoded, encoded
+from gr.modality.content import Content, Encoded, Sent, encoded, fetched
 from gr.modality.encoder import Encoder
 from gr.progress import Progress
 
@@ -63,6 +63,24 @@ class Refreshed(Content):
         assert self._fresh_U is not None, "a step's gradients come back once"
         fresh_U, self._fresh_U = self._fresh_U, None
         self.formed.take_back(gradient_UE[fresh_U])
+
+    def encodes(self, rows_G: Tensor, batch_F: Tensor) -> Tensor:
+        return batch_F
+
+    def keeps(self, rows: int, processes: int) -> dict[str, float]:
+        kept = {"vectors of items": 4.0 * -(-rows // processes) * self.width}
+        return kept | self.formed.keeps(rows, processes)
+
+    def sends(self, own: int, encoded: int, rows: int, processes: int) -> list[Sent]:
+        fresh = min(own, encoded)
+        others = [
+            part._replace(what=f"{part.what} that are kept")
+            for part in fetched(max(own - encoded, 0), self.width, processes)
+        ]
+        again = 4.0 * self.width * rows / processes * (processes - 1) / processes / self.every
+        formed = self.formed.sends(fresh, encoded, rows, processes)
+        numbers = Sent("row numbers of the batch", 8.0 * fresh * (processes - 1))
+        return [numbers, *formed, *others, Sent("vectors formed again", again, True)]
 
     def all(self) -> Tensor:
         return self.formed.all()

@@ -111,6 +111,15 @@ class Tokens:
         source_mL = (self.offsets_n1[rows_m, None] + place_L).clamp_max(len(self.ids_V) - 1)
         return torch.where(mask_mL, self.ids_V[source_mL].long(), self.pad), mask_mL.long()
 
+    @property
+    def held(self) -> int:
+        return self.ids_V.nbytes + self.offsets_n1.nbytes
+
+    @staticmethod
+    def shaped(count: int, length: int) -> tuple[Tensor, ...]:
+        """(m, L) ids and mask."""
+        return torch.zeros(count, length, dtype=torch.int64), torch.ones(count, length, dtype=torch.int64)
+
     def to_table(self) -> pa.Table:
         lists = pa.ListArray.from_arrays(self.offsets_n1.int().numpy(), self.ids_V.numpy())
         return pa.table({"tokens": lists})
@@ -120,6 +129,27 @@ class Tokens:
         lists = table["tokens"].combine_chunks()
         offsets = torch.tensor(lists.offsets.to_numpy(), dtype=torch.int64)
         return Tokens(offsets - offsets[0], torch.tensor(lists.flatten().to_numpy(), dtype=torch.int32), pad)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Texts of ``rows`` items of which a plan knows no more than that each has ``most`` tokens at most."""
+
+    rows: int
+    most: int
+
+    @property
+    def lengths_n(self) -> Tensor:
+        return torch.tensor([self.most]).expand(self.rows)  # a number in memory
+
+    @property
+    def held(self) -> int:
+        return 4 * self.rows * self.most + 8 * (self.rows + 1)
+
+    shaped = staticmethod(Tokens.shaped)
+
+    def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
+        raise TypeError("texts that nobody has read are for plans")
 
 
 def tokenised(texts: Sequence[str], tokenizer: Any, most: int) -> Tokens:

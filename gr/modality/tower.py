@@ -133,8 +133,15 @@ class Tower(Table, nn.Module):
         if not self.whole:
             numbering = Numbering.of(wanted, self.rows, device)
             rows_U = numbering.rows_U.to(device)
-        self._content_UE = self.content.of_step(rows_U).detach().requires_grad_(self.content.learns)
+        content_UE = self.content.of_step(rows_U).detach().requires_grad_(self.content.learns)
         beneath = {table.name: table.view([rows_U]) for table in self.beneath}
+        return self.form(content_UE, rows_U, numbering, beneath)
+
+    def form(
+        self, content_UE: Tensor, rows_U: Tensor, numbering: Numbering | None, beneath: dict[str, View]
+    ) -> dict[str, View]:
+        """The view of ``rows_U`` (all, where nothing is numbered) with that content, over views of the ids' rows."""
+        self._content_UE = content_UE
         id_UD = next((_rows_of(view, rows_U) for view in beneath.values()), None)
         self._formed_UD = self._fused(id_UD, self._content_UE)
         learns = self._formed_UD.requires_grad
@@ -152,19 +159,26 @@ class Tower(Table, nn.Module):
         """Send the gradients that a step's micro-batches left at its ``view`` to what formed it; every process of the
         run calls this together, after the last backward pass.  All parameters have a gradient afterwards: what an
         optimiser has moved once it moves always."""
+        gradient_UE = self.unform(view)
+        if self.content.learns:
+            if gradient_UE is None:
+                gradient_UE = view.weight_UD.new_zeros(len(view.weight_UD), self.content.width)
+            self.content.take_back(gradient_UE)
+        dense = [table.parameters() for table in self.beneath if isinstance(table, nn.Module) and table.dense]
+        for parameter in chain(self.parameters(), *dense):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def unform(self, view: View) -> Tensor | None:
+        """(U, E) the gradient of the content, if it has one, from what micro-batches left at its ``view``: through
+        head, fusion and ids, which have theirs then."""
         formed_UD, content_UE = self._formed_UD, self._content_UE
         assert formed_UD is not None and content_UE is not None, "a view's gradients come back once"
         self._formed_UD = self._content_UE = self._leaf_ID = None
         gradient_UD = view.weight_UD.grad
         if gradient_UD is not None:
             formed_UD.backward(gradient_UD)
-        if self.content.learns:
-            nothing = torch.zeros_like(content_UE)
-            self.content.take_back(nothing if content_UE.grad is None else content_UE.grad)
-        dense = [table.parameters() for table in self.beneath if isinstance(table, nn.Module) and table.dense]
-        for parameter in chain(self.parameters(), *dense):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        return content_UE.grad
 
     def cross_entropy(self, queries_TD: Tensor, targets_T: Tensor, scoring: Scoring) -> Tensor:
         assert self._leaf_ID is not None, "a view of all rows comes first"

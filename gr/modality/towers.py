@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import pyarrow as pa
 import torch
@@ -35,6 +35,7 @@ from gr.modality.refreshed import Refreshed
 from gr.modality.surroundings import Surroundings
 from gr.modality.tower import DealtTower, Tower
 from gr.processes import Processes
+from gr_kernels.tracing import on_paper_now, with_numbers
 
 
 class StartSection(Section):
@@ -61,7 +62,7 @@ class Id:
 
         def build(self, around: Surroundings) -> Table:  # type: ignore[override]
             table: Table = around.table.build(around.spec, around.processes)
-            if self.start is not None and filled_now():
+            if self.start is not None and filled_now() and not on_paper_now():
                 start_from(table, around.spec, _content_of(self.start, around))
             return table
 
@@ -215,6 +216,9 @@ def _given(width: int, items: pa.Table) -> Tensor:
 def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False) -> Content:
     """dealt: whether of vectors that nothing moves each process holds a stretch."""
     catalogue, processes = around.catalogue, around.processes
+    if config.mode == "cached" and on_paper_now():
+        assert config.vectors is not None
+        return _foreseen(vectors.width_of(config.vectors), around, dealt)
     if config.mode == "cached":
         assert config.vectors is not None
         ids = catalogue.column("item_id").combine_chunks()
@@ -236,9 +240,11 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
         several, make = processes.world.size > 1, partial(reader.vectors, catalogue)
         return Fixed(width, make, of_others, processes.device, collective=several, digest=digest)
     encoder = reader.encoder(config.dropout)
-    items = reader.items(catalogue)
+    with with_numbers():
+        items = reader.foreseen(catalogue) if on_paper_now() else reader.items(catalogue)
+        longest = int(items.lengths_n.max())
     if config.mode == "adapters":
-        _check_places(config, reader, int(items.lengths_n.max()))
+        _check_places(config, reader, longest)
         insert(encoder.model, config.adapters, around.spec.seed)
         encoder.to(processes.device)
         if config.adapters.name == "frozen":  # as another run has tuned it: its vectors are formed once
@@ -272,6 +278,17 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
         bf16=around.bf16,
     )
     return of_step if config.refresh is None else Refreshed(of_step, config.refresh)
+
+
+def _foreseen(width: int, around: Surroundings, dealt: bool) -> Content:
+    """Vectors that nothing moves as a plan has them, which looks at none."""
+
+    def made(*anything: object) -> NoReturn:
+        raise TypeError("a plan looks at no vectors")
+
+    if dealt:
+        return FixedShares(width, made, made, around.processes)
+    return Fixed(width, made, made, around.processes.device)
 
 
 def _check_places(config: ContentConfig, reader: Reader, longest: int) -> None:

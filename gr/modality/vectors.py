@@ -97,6 +97,21 @@ def read_file(path: str, item_ids: pa.Array) -> Tensor:
     return found_IE
 
 
+def width_of(path: str) -> int:
+    """E, from the first rows of a file."""
+    try:
+        with pq.ParquetFile(path) as parquet:
+            first = next(parquet.iter_batches(1, columns=["vector"]), None)
+    except (OSError, pa.ArrowException, KeyError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"'{path}' can't be read as a Parquet file of item_id and vector ({said}): write it with the program encode"
+        ) from None
+    if first is None or not first.num_rows or "vector" not in first.schema.names:
+        raise UserError(f"'{path}' has no vectors: write it with the program encode")
+    return of_table(pa.Table.from_batches([first]), f"'{path}'").shape[1]
+
+
 def _places(ids_n: pa.Array, item_ids: pa.Array, what: str) -> np.ndarray:
     """(n,) int64: which of ``item_ids`` each is, or -1."""
     if ids_n.type != item_ids.type:

@@ -185,9 +185,12 @@ class Retrieval(Model):
 
     def views(self, parts: Sequence[Supervision], context: StepContext) -> dict[str, View]:
         if isinstance(self.items, Tower):
-            targets = [part.targets_S for part in parts]
-            self.items.begin(context.number, self._inputs(parts) + targets)
+            self.items.begin(context.number, self.of_batch(parts))
         return super().views(parts, context)
+
+    def of_batch(self, parts: Sequence[Supervision]) -> list[Tensor]:
+        """Rows of the items that stand in sequences or are targets; others are candidates alone."""
+        return self._inputs(parts) + [part.targets_S for part in parts]
 
     def _inputs(self, parts: Sequence[Supervision]) -> list[Tensor]:
         """Rows of the items that the encoder sees."""
