@@ -5,8 +5,10 @@ Shapes: U rows of a view, W width of a table as stored, R processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from gr.config import RunConfig
 from gr.embeddings.planned import PlannedTable
@@ -75,19 +77,32 @@ def memory(paper: Paper, rehearsal: Rehearsal) -> Memory:
     optimizer = config.optimizer.build()
     moments = len(optimizer.moments)
     dense = {name: 4.0 * count for name, count in paper.dense.items()}
-    of_tables = sum(size for name, size in dense.items() if name.startswith("tables."))
-    network = sum(dense.values()) - of_tables
+    tower = paper.tower
+    of_tower = (
+        0.0 if tower is None else sum(s for n, s in dense.items() if n.startswith(f"tables.{tower.name}."))
+    )
+    of_tables = sum(size for name, size in dense.items() if name.startswith("tables.")) - of_tower
+    network = sum(dense.values()) - of_tables - of_tower
     kept = {
         "table rows": of_tables,
         "table moments": moments * of_tables,
         "dense parameters": network * sharing.part(3),
         "dense moments": moments * network * sharing.part(1),
+        "frozen parameters": _bytes(p for p in paper.model.parameters() if not p.requires_grad),
     }
+    if tower is not None:
+        kept["item tower's weights"] = _bytes([p for _, p in tower.named_shared("")]) + _bytes(
+            tower.buffers()
+        )
+        kept["item tower's moments"] = moments * of_tower
+        kept |= tower.content.keeps(tower.rows, processes)
     if not sharing.keeps_gradients:
         kept["dense gradients"] = network * sharing.part(2)
     held: dict[int, list[float]] = {0: [0.0, 0.0]}
     moved, rows = 0.0, 0.0
     for table in paper.model.tables.values():
+        if table is tower:
+            continue
         if isinstance(table, PlannedTable):
             for part in table.plan.held:
                 both = held.setdefault(part.rank, [0.0, 0.0])
@@ -113,10 +128,14 @@ def memory(paper: Paper, rehearsal: Rehearsal) -> Memory:
     step["views of rows"] = rows
     step["exchanged rows"] = rows if processes > 1 else 0.0  # what others ask for, on its way
     step["indices"] = float(rehearsal.indices)
-    gradients = of_tables + (network if sharing.keeps_gradients else 0.0)
+    gradients = of_tables + of_tower + (network if sharing.keeps_gradients else 0.0)
     return Memory(
         {k: v for k, v in kept.items() if v}, {k: v for k, v in step.items() if v}, gradients + moved
     )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> float:
+    return float(sum(t.numel() * t.element_size() for t in tensors))
 
 
 def _view(table: Table, rows: int) -> float:

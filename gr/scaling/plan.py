@@ -21,6 +21,7 @@ from gr.config import RunConfig
 from gr.embeddings.planned import PlannedTable
 from gr.embeddings.torchrec_plan import NoRoom, TablePlan
 from gr.errors import UserError
+from gr.models.context import check_shareable
 from gr.models.model import Catalogue
 from gr.scaling.families import ModelAccounting
 from gr.scaling.imagined import ImaginedCatalogue, batch, drawn_lengths, heaviest_share
@@ -44,7 +45,8 @@ class Source(Protocol):
     def batches(
         self, config: RunConfig, needs: frozenset[str], processes: int
     ) -> tuple[np.ndarray, SequenceBatch]:
-        """(actions (G,) of the sequences of a global batch, the share of the process with the most work)."""
+        """(actions (G,) of the sequences of a global batch, the share of the process with the most work, or of those
+        that share its sequences)."""
         ...
 
 
@@ -132,17 +134,20 @@ class Planner:
 
     def plan(self, config: RunConfig, processes: int, settings: dict[str, Any], advise: bool = True) -> Plan:
         """Of a variant of the config on so many devices.  advise: say what would make it fit, where it doesn't."""
-        if config.train.context > 1:
+        groups, rest = divmod(processes, config.train.context)
+        if rest:
             raise UserError(
-                "processes that share a sequence attend to it in pieces, whose work and memory no plan counts: "
-                "use train.context=1"
+                f"{processes} processes can't be cut into groups of {config.train.context} that share a sequence "
+                "(train.context): plan for a multiple, or change it"
             )
-        if config.train.global_batch < processes:
+        if config.train.global_batch < groups:
+            each = "processes" if config.train.context == 1 else "groups of processes"
             raise UserError(
-                f"train.global_batch is {config.train.global_batch}, fewer sequences than {processes} processes: raise "
+                f"train.global_batch is {config.train.global_batch}, fewer sequences than {groups} {each}: raise "
                 "it, or plan for fewer"
             )
         paper, no_room = self._paper(config, processes)
+        check_shareable(paper.model, config)
         actions_G, rehearsal = self._rehearsed(paper, processes)
         account = ModelAccounting(paper.model, config)
         found = memory(paper, rehearsal)
@@ -157,7 +162,7 @@ class Planner:
             memory=found,
             exchanges=exchanges(paper, rehearsal),
             time=step_time(paper, rehearsal, self.machine),
-            flops=account.step(actions_G).total,
+            flops=account.step(actions_G).total + _of_tower(rehearsal),
             tokens=account.tokens(actions_G),
             problem=problem,
         )
@@ -225,12 +230,20 @@ class Planner:
             str(named["data"]),
             *(
                 getattr(config.train, part)
-                for part in ("global_batch", "micro_batch_actions", "activation_checkpointing", "precision")
+                for part in (
+                    "global_batch",
+                    "micro_batch_actions",
+                    "activation_checkpointing",
+                    "precision",
+                    "context",
+                )
             ),
         )
         if key not in self._rehearsals:
-            actions_G, share = self.source.batches(config, paper.model.needs, processes)
-            self._rehearsals[key] = actions_G, paper.rehearse(share, keep)
+            groups, needs = processes // config.train.context, paper.model.needs
+            actions_G, share = self.source.batches(config, needs, groups)
+            whole = None if paper.tower is None or groups == 1 else self.source.batches(config, needs, 1)[1]
+            self._rehearsals[key] = actions_G, paper.rehearse(share, keep, whole)
         return self._rehearsals[key]
 
     def _problem(self, found: Memory) -> str:
@@ -277,6 +290,9 @@ def _changes(
         return
     if not train.activation_checkpointing:
         yield [("train.activation_checkpointing=true", (["train.activation_checkpointing=true"], processes))]
+    tower: Any = getattr(config.model, "item_tower", None)
+    if getattr(tower, "mode", "") in ("tuned", "adapters") and not tower.recompute:
+        yield [(o := "model.item_tower.recompute=true", ([o], processes))]
     smaller = [train.micro_batch_actions >> n for n in range(1, 7)]
     smaller = [actions for actions in smaller if actions >= config.data.max_length]
     yield [(o := f"train.micro_batch_actions={actions}", ([o], processes)) for actions in smaller]
@@ -322,3 +338,7 @@ def _sharded(config: RunConfig) -> list[str]:
 def _parameters(paper: Paper) -> int:
     rows = sum(t.rows * (t.dim + t.spec.bias) for t in paper.model.tables.values() if not t.dense)
     return rows + sum(paper.dense.values())
+
+
+def _of_tower(rehearsal: Rehearsal) -> float:
+    return 0.0 if rehearsal.encoding is None else rehearsal.encoding.flops.total

@@ -141,6 +141,13 @@ def _step(plan: Plan, tokens: float | None, price: float | None) -> Table:
         "operations",
         f"{plan.flops / 1e15:,.3f} PFLOP ({plan.flops / max(plan.tokens, 1) / 1e9:,.3f} GFLOP a token)",
     )
+    if (encoding := plan.rehearsal.encoding) is not None:
+        share = encoding.flops.total / max(plan.flops, 1)
+        table.add_row(
+            "items encoded, with gradients",
+            f"{encoding.items:,}, of which {encoding.own:,} by a process in {encoding.chunks} parts; the item tower "
+            f"takes {share:.0%} of the operations",
+        )
     table.add_row("micro-batches of a process", str(plan.rehearsal.micro_batches))
     table.add_row("time", f"{1e3 * time.seconds:,.1f} ms, bound by {time.bound}")
     for name, seconds in (
@@ -193,6 +200,7 @@ def as_json(plan: Plan, tokens: float | None = None, price: float | None = None)
             "flops": plan.flops,
             "micro_batches": plan.rehearsal.micro_batches,
             "rows": plan.rehearsal.rows,
+            "encoded": _encoded(plan),
             "exchanges": {
                 e.name: {"sent": e.sent, "seconds": plan.time.exchanges[e.name]} for e in plan.exchanges
             },
@@ -207,6 +215,15 @@ def as_json(plan: Plan, tokens: float | None = None, price: float | None = None)
         "mfu": plan.mfu,
         "budget": None if tokens is None else plan.budget(tokens, price),
     }
+
+
+def _encoded(plan: Plan) -> dict[str, Any] | None:
+    """Of an item tower."""
+    encoding = plan.rehearsal.encoding
+    if encoding is None:
+        return None
+    flops = {name: {"forward": p.forward, "backward": p.backward} for name, p in encoding.flops.parts.items()}
+    return {"items": encoding.items, "own": encoding.own, "parts": encoding.chunks, "flops": flops}
 
 
 def report(

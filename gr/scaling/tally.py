@@ -98,6 +98,8 @@ class Tally(TorchDispatchMode):
             arguments = dict(zip((argument.name for argument in func._schema.arguments), args)) | dict(kwargs)
             flops, gathered = _of_kernel(arguments, self.squares, "_backward" in name)
             self.peak = max(self.peak, self.live + _inside(name, arguments))
+        elif name in OF_CPUS:
+            flops = _of_flash_attention(given, "_backward" in name)
         elif (counted := self.counters.get(func._overloadpacket)) is not None:
             flops = float(counted(*args, **kwargs, out_val=out))
         moved = gathered + sum({_key(t): t.numel() * t.element_size() for t in (*given, *made)}.values())
@@ -120,7 +122,8 @@ def _of_kernel(named: Mapping[str, Any], squares: float, backward: bool) -> tupl
     """Of a call of one of gr_kernels' operators, by its arguments' names: operations, and bytes that it gathers."""
     if {"q", "k", "v"} <= named.keys():
         q, v = named["q"], named["v"]
-        flops = 2 * q.shape[1] * (q.shape[2] + v.shape[2]) * squares / (2 if named["causal"] else 1)
+        pairs = named["pairs"] if "pairs" in named else squares / (2 if named["causal"] else 1)
+        flops = 2.0 * q.shape[1] * (q.shape[2] + v.shape[2]) * pairs
         return flops * (ATTENTION_BACKWARD if backward else 1), 0
     twice = 2 if backward else 1
     if (weight := named.get("weight")) is not None:
@@ -137,6 +140,19 @@ def _of_kernel(named: Mapping[str, Any], squares: float, backward: bool) -> tupl
             return 2.0 * pairs * queries.shape[1] * products, 0
         return 2.0 * pairs * queries.shape[1] * twice, pairs * queries.shape[1] * 4 * twice if own else 0
     return 0.0, 0
+
+
+OF_CPUS = frozenset(
+    f"aten::_scaled_dot_product_flash_attention_for_cpu{which}" for which in ("", "_backward")
+)
+"""Attention that torch's counter doesn't know."""
+
+
+def _of_flash_attention(given: list[Tensor], backward: bool) -> float:
+    """given: q, k, v (B, H, rows, width) and others; backward with the gradient of the result in front."""
+    q, k, v = given[1:4] if backward else given[:3]
+    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return 2.0 * pairs * (q.shape[3] + v.shape[3]) * (ATTENTION_BACKWARD if backward else 1)
 
 
 def _inside(name: str, named: Mapping[str, Any]) -> int:

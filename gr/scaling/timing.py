@@ -76,6 +76,9 @@ def exchanges(paper: Paper, rehearsal: Rehearsal) -> list[Exchange]:
             found.append(Exchange(f"gradients of {table.name}", (8.0 * count + 4.0 * size) * (processes - 1)))
     times = 1 / max(rehearsal.share_of_step, 1e-9)
     found += [Exchange(kind, size * times) for kind, size in rehearsal.exchanged.items()]
+    if rehearsal.encoding is not None and paper.tower is not None:
+        of = paper.tower.name
+        found += [Exchange(f"{s.what} of {of}", s.bytes, s.all_to_all) for s in rehearsal.encoding.sent]
     dense = 4.0 * sum(count for name, count in paper.dense.items() if not name.startswith("tables."))
     tables = 4.0 * sum(count for name, count in paper.dense.items() if name.startswith("tables."))
     ring = dense * others
@@ -96,17 +99,20 @@ def exchanges(paper: Paper, rehearsal: Rehearsal) -> list[Exchange]:
 def step_time(paper: Paper, rehearsal: Rehearsal, machine: Machine) -> StepTime:
     """Of the process with the most work."""
     compute = memory = backward = 0.0
-    for operation in rehearsal.operations:
-        seconds, by_arithmetic = _seconds(operation, machine)
-        compute += seconds if by_arithmetic else 0.0
-        memory += 0.0 if by_arithmetic else seconds
     times = 1 / max(rehearsal.share_of_step, 1e-9)
-    compute, memory = compute * times, memory * times
+    done = [(operation, times) for operation in rehearsal.operations]
+    done += [(operation, 1.0) for operation in rehearsal.once]
+    beside = [] if rehearsal.encoding is None else rehearsal.encoding.work
+    for operation, often in [*done, *beside]:
+        seconds, by_arithmetic = _seconds(operation, machine)
+        compute += often * seconds if by_arithmetic else 0.0
+        memory += 0.0 if by_arithmetic else often * seconds
     backward = 2 / 3 * (compute + memory)
     memory += _moving(paper, rehearsal) / (machine.speed * machine.moved)
-    started = len(rehearsal.operations) * rehearsal.micro_batches * machine.call
-    beside = machine.device == "cpu"  # nothing is started ahead
-    calls = started if beside else max(started - compute - memory, 0.0)
+    count = len(rehearsal.operations) * rehearsal.micro_batches + len(rehearsal.once) + len(beside)
+    started = count * machine.call
+    # on a CPU nothing is started ahead
+    calls = started if machine.device == "cpu" else max(started - compute - memory, 0.0)
     found = exchanges(paper, rehearsal)
     taken = {
         e.name: machine.seconds_together(e.sent, paper.on.processes, all_to_all=e.all_to_all) for e in found

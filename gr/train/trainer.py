@@ -152,9 +152,9 @@ class Trainer:
         ]
         own = sum(part.count for part in parts)
         targets, stops, *sums = self._agree([own, int(stop), *self.work.own(share.lengths, own)])
-        done = self.work.done(sums, targets)
         context = StepContext(key, self._candidates(parts), number=cursor.step)
         loss = self.engine.forward_backward(parts, context, targets)
+        done = self.work.done(sums, targets)
         norm = self.engine.step(rate_factor(self.config.schedule, cursor.step, self.total_steps))
         self._unchecked = (loss, batch)
         cursor.advance(batch.digest)

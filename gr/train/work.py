@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from gr.config import RunConfig
+from gr.modality.tower import Tower
 from gr.models.model import Model
 from gr.processes import Processes
 from gr.scaling.ceiling import data_sheet, measured
 from gr.scaling.families import ModelAccounting
+from gr.scaling.towers import TowerWork
 
 PFLOP_DAY = 1e15 * 86400
 
@@ -34,6 +36,7 @@ class Work:
 
     def __init__(self, model: Model, config: RunConfig, processes: Processes) -> None:
         self.account, self.processes = ModelAccounting(model, config), processes
+        self.towers = [TowerWork(table) for table in model.tables.values() if isinstance(table, Tower)]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
     def own(self, lengths_B: Sequence[int], targets: int) -> list[int]:
@@ -45,9 +48,13 @@ class Work:
         return [round(real), round(more), self.account.tokens(mine)]
 
     def done(self, sums: Sequence[int], targets: int) -> Done:
-        """From everybody's sums, and the targets of the global batch."""
+        """From everybody's sums, and the targets of the global batch; after the step's gradients, when an encoder of
+        items knows what it has encoded (all processes together)."""
         loss = round(self.account.loss(targets))
         flops, padded, tokens = sums
+        for tower in self.towers:
+            found, longest = tower.last()
+            flops, padded = flops + round(found), padded + round(longest)
         return Done(flops + loss, padded + loss, tokens)
 
     def rates(self, flops_per_s: float, padded_per_s: float) -> dict[str, float]:

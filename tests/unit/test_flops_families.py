@@ -10,14 +10,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gr import config as configs
-from gr.errors import UserError
-from gr.modality.head import Head, HeadSection
 from gr.models import encoder as encoders, hstu
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.scaling.families import ModelAccounting
 from gr.scaling.flops import ATTENTION_BACKWARD
-from gr.scaling.towers import item_tower
 from tests.unit import (
     test_models_histories as histories,
     test_models_interleaved as interleaved,
@@ -45,10 +42,6 @@ def plain(monkeypatch):
         lambda x, w, widths, **unused: F.silu(F.linear(F.layer_norm(x, x.shape[-1:]), w)).split(
             widths, dim=-1
         ),
-    )
-    # which CPU kernels are that torch's counter doesn't know
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, k, v, **unused: (q @ k.transpose(-1, -2)).softmax(-1) @ v
     )
     monkeypatch.setattr(hstu, "gated_output", lambda o, u, x, w, b, **unused: x + F.linear(u * o, w, b))
 
@@ -183,72 +176,3 @@ def test_two_towers(name):
         )  # a weight for the one number
         return
     check(model, config, given)
-
-
-@pytest.mark.parametrize("trained", [True, False])
-def test_item_towers(trained):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=20,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        attn_implementation="eager",
-    )
-    encoder = transformers.BertModel(config, add_pooling_layer=False).requires_grad_(trained)
-    head = Head(HeadSection(layers=2), 32, 16)
-    ids_nL = torch.randint(0, 20, (5, 12))
-    with FlopCounterMode(display=False) as counter:
-        loss = head(encoder(ids_nL).last_hidden_state.mean(1)).sum()
-        forward = counter.get_total_flops()
-        loss.backward()
-    found = item_tower(encoder, [head], [12] * 5, trained=trained)
-    again = (ATTENTION_BACKWARD - 2) * found.parts["encoder attention"].forward * trained
-    assert forward == pytest.approx(found.forward, rel=0.02)
-    assert counter.get_total_flops() - forward == pytest.approx(found.backward - again, rel=0.02)
-
-
-def picture_encoder(kind):
-    """(a small one, the tokens of a picture of 32 pixels)."""
-    transformers = pytest.importorskip("transformers")
-    if kind == "vit":
-        settings = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-        }
-        config = transformers.ViTConfig(image_size=32, patch_size=8, attn_implementation="eager", **settings)
-        return transformers.ViTModel(config, add_pooling_layer=False), 17
-    sizes = {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2]}
-    return transformers.ResNetModel(transformers.ResNetConfig(layer_type="basic", **sizes)), 0
-
-
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_convolutions_of_pictures_are_counted(kind, trained):
-    encoder, tokens = picture_encoder(kind)
-    encoder.requires_grad_(trained).train()
-    with FlopCounterMode(display=False) as counter:
-        hidden = encoder(torch.randn(5, 3, 32, 32)).last_hidden_state
-        forward = counter.get_total_flops()
-        if trained:
-            hidden.sum().backward()
-    found = item_tower(encoder, [], [tokens] * 5, trained=trained, pixels=32)
-    assert encoder.training
-    again = (ATTENTION_BACKWARD - 2) * found.parts["encoder attention"].forward * trained
-    assert found.parts["convolutions"].forward > 0.02 * found.forward, "nobody would notice"
-    assert forward == pytest.approx(found.forward, rel=0.02)
-    assert counter.get_total_flops() - forward == pytest.approx(found.backward - again, rel=0.02)
-
-
-def test_windows_of_tokens_are_not_counted_and_said():
-    transformers = pytest.importorskip("transformers")
-    encoder = transformers.SwinModel(
-        transformers.SwinConfig(
-            image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4
-        )
-    )
-    with pytest.raises(UserError, match="swin encoder aren't counted: its tokens attend in windows"):
-        item_tower(encoder, [], [64], pixels=32)

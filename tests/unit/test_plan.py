@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.training.planned_memory import measured_peak
 from gr import config as configs
+from gr.errors import UserError
 from gr.processes import Processes
 from gr.programs import plan as program
 from gr.scaling.imagined import drawn_lengths, heaviest_share
@@ -121,6 +122,44 @@ def test_what_is_shared_out_is_kept_once_and_what_does_not_fit_is_said_with_what
     assert any(remedy.startswith("train.activation_checkpointing=true") for remedy in tight.remedies)
     without = Planner(run, Imagined(run), gpu("h100", 0.25)).grid([1], {})[0]
     assert "no plan puts table 'items'" in without.problem and without.remedies[0].startswith("2 nodes")
+
+
+def test_processes_that_share_sequences_share_their_work_and_memory_and_exchange_pieces():
+    run = configs.override(expected(), ["data.expected.lengths=[512,1024]", "data.max_length=1024"])
+    run = configs.override(run, ["model.table=local", "data.expected.items=1000", "train.global_batch=4"])
+    found = {}
+    for size in (1, 2, 4):
+        shared = configs.override(run, [f"train.context={size}"])
+        found[size] = Planner(shared, Imagined(shared), gpu("h100")).plan(shared, size, {})
+    assert len({plan.flops for plan in found.values()}) == 1  # the model's own, whoever does it
+    lengths = drawn_lengths([512, 1024], 4, 1024)
+    layers, wide = 3, 2 * (32 + 32)
+    for size, plan in found.items():
+        work = sum(o.flops for o in plan.rehearsal.operations if o.attends)
+        assert work == pytest.approx(3.5 * layers * wide * float((lengths**2).sum()) / size, rel=0.01)
+    working = [plan.rehearsal.working for plan in found.values()]
+    assert working[2] < 0.45 * working[0] and working[1] < 0.75 * working[0]  # pieces don't get fewer
+    sent = {size: {e.name: e.sent for e in plan.exchanges} for size, plan in found.items()}
+    # of two, one sees half of the other's keys and values, who sees all: they go there twice, bfloat16, and their
+    # gradients come home, float32
+    rows = int(lengths.sum())
+    assert sent[2]["pieces of shared sequences"] == layers * wide * (2 * 2 * rows / 2 + 4 * rows / 4)
+    assert not sent[1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (["train.context=3"], "8 processes can't be cut into groups of 3 that share a sequence"),
+        (["train.context=2", "train.engine=fsdp"], "train.engine fsdp has only been tried with whole"),
+        (["train.context=2", "model.encoder={name: gru4rec}"], "reads a sequence row after row"),
+        (["train.context=2", "train.global_batch=3"], "fewer sequences than 4 groups of processes"),
+    ],
+)
+def test_sequences_that_cannot_be_shared_are_refused_as_in_training(asked, says):
+    run = configs.override(expected(), asked)
+    with pytest.raises(UserError, match=says):
+        Planner(run, Imagined(run), gpu("h100")).plan(run, 8, {})
 
 
 def test_a_step_on_more_rows_takes_more():
