@@ -295,10 +295,6 @@ class Encoded(Content):
     def encodes(self, rows_G: Tensor, batch_F: Tensor) -> Tensor:
         return rows_G
 
-    def keeps(self, rows: int, processes: int) -> dict[str, float]:
-        on_host = self.processes.device.type == "cpu"  # tokens stay in the machine's memory
-        return {"tokens of items": float(self.items.held)} if on_host else {}
-
     def sends(self, own: int, encoded: int, rows: int, processes: int) -> list[Sent]:
         own_share, size = -(-encoded // processes), 4.0 * self.width
         return [

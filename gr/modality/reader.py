@@ -153,7 +153,7 @@ class TextReader(Reader):
     def __init__(self, section: TextSection, processes: Processes) -> None:
         super().__init__(section, processes)
         self.section: TextSection = section
-        self.tokenizer = None if on_paper_now() else load_tokenizer(section.encoder)
+        self.tokenizer: Any = None if on_paper_now() else load_tokenizer(section.encoder)
 
     def encoder(self, dropout: float = 0.0) -> TextEncoder:
         return TextEncoder(self.section.encoder, self.section.pooling, dropout).to(self.processes.device)

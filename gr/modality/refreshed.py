@@ -68,8 +68,7 @@ class Refreshed(Content):
         return batch_F
 
     def keeps(self, rows: int, processes: int) -> dict[str, float]:
-        kept = {"vectors of items": 4.0 * -(-rows // processes) * self.width}
-        return kept | self.formed.keeps(rows, processes)
+        return {"vectors of items": 4.0 * -(-rows // processes) * self.width}
 
     def sends(self, own: int, encoded: int, rows: int, processes: int) -> list[Sent]:
         fresh = min(own, encoded)

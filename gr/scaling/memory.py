@@ -15,6 +15,7 @@ from gr.embeddings.planned import PlannedTable
 from gr.embeddings.row_updates import CHUNK_NUMBERS
 from gr.embeddings.table import Table, TableSpec
 from gr.scaling.rehearsal import Paper, Rehearsal
+from gr.scaling.towers import encoded_of
 
 BUCKET = 1 << 26
 """Numbers of DeepSpeed's exchange buffers (gr.train.engines.zero)."""
@@ -96,6 +97,9 @@ def memory(paper: Paper, rehearsal: Rehearsal) -> Memory:
         )
         kept["item tower's moments"] = moments * of_tower
         kept |= tower.content.keeps(tower.rows, processes)
+        encoded = encoded_of(tower)
+        if encoded is not None and paper.on.device == "cpu":  # a GPU's tokens stay in the machine's memory
+            kept["tokens of items"] = float(encoded.items.held)
     if not sharing.keeps_gradients:
         kept["dense gradients"] = network * sharing.part(2)
     held: dict[int, list[float]] = {0: [0.0, 0.0]}

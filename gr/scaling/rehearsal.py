@@ -92,7 +92,7 @@ class Everybody(Axis):
 
     def swap(self, sent: Tensor, to: int, received: Tensor, source: int) -> Callable[[], None]:
         self._note("pieces of shared sequences", 1, sent)
-        return list  # which does nothing
+        return lambda: None
 
     def _note(self, kind: str, times: float, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()

@@ -32,10 +32,6 @@ LENGTHS = 8
 """Lengths at which chunks are rehearsed; what lies between counts as the next longer one."""
 
 
-def towers_of(tables: Sequence[object]) -> list[Tower]:
-    return [table for table in tables if isinstance(table, Tower)]
-
-
 def encoded_of(tower: Tower) -> Encoded | None:
     """What forms a tower's content in steps; None where nothing does."""
     content = tower.content
