@@ -74,10 +74,12 @@ def why_not(parameters: Sequence[float], tokens: Sequence[float], law: Fit | Non
         value = f"{found.name} = {law.coefficients[found.name]:.3g}"
         known = f"{value} ± {100 * found.within:,.0f} %" if found.within < OPEN else f"{found.name} open"
         have += f"leave {known}, and ± {100 * KNOWN:.0f} % is asked"
+    if not more:
+        return f"{have}, though they would tell a law of the usual exponents: train sizes, or data, further apart"
     named = [f"{n:,.0f} parameters on {d:,.0f} tokens" for n, d in more[:NAMED]]
     others = f" and {len(more) - NAMED} more" if len(more) > NAMED else ""
     count = f"{len(more)} more" if len(more) < MOST else f"{MOST} more at least"
-    return f"{have}: train {count}, such as {'; '.join(named)}{others}"
+    return f"{have}: by a law of the usual exponents train {count}, such as {'; '.join(named)}{others}"
 
 
 def missing(

@@ -145,13 +145,25 @@ def test_members_that_do_not_are_known_and_those_that_lack_would_do(sizes, token
     assert design.told(laws.fit_size_and_data(*size_and_data(*whole), replicates=20)).enough
 
 
+def test_a_law_that_size_has_no_part_in_is_not_told_by_members_that_would_tell_another():
+    sizes, tokens = (a.ravel() for a in np.meshgrid(np.logspace(4, 7, 4), np.logspace(5, 8, 4)))
+    losses = (1.7 + 410 * tokens**-0.28) * np.exp(0.005 * np.random.default_rng(0).standard_normal(16))
+    law = laws.fit_size_and_data(sizes, tokens, losses, replicates=20)
+    assert not design.told(law).enough and not design.missing(sizes, tokens, design.SCATTER)
+    said = design.why_not(sizes, tokens, law)
+    assert re.search(
+        "16 members .* leave alpha .* would tell a law of the usual exponents: train sizes, or", said
+    )
+
+
 def test_three_members_say_how_many_are_missing_and_which():
     sizes, tokens = [1e4, 1e5, 1e6], [1e5, 1e6, 1e7]
     more = design.missing(sizes, tokens, design.SCATTER)
     assert len(more) >= 3
     said = design.why_not(sizes, tokens, None)
     assert said.startswith(
-        f"3 members of 3 sizes and 3 amounts of data are too few for five coefficients: train {len(more)} more, such as"
+        f"3 members of 3 sizes and 3 amounts of data are too few for five coefficients: by a law of the usual "
+        f"exponents train {len(more)} more, such as"
     )
     assert said.count("parameters on") == min(len(more), design.NAMED)
     whole = [[*those, *these] for those, these in zip((sizes, tokens), zip(*more))]
