@@ -34,6 +34,13 @@ ATTENTION_OUT = r"\.(attention\.output\.dense|out_proj|o_proj|out_lin|after_atte
 FEED_FORWARD_IN = r"\.(intermediate\.dense|fc1|lin1)$"
 FEED_FORWARD_OUT = r"(?<!attention)\.(output\.dense|fc2|lin2|after_ffn|after_output)$"
 BLOCK = r"\.(layer|layers|blocks)\.\d+$"
+LAYERS = (
+    r"(?P<stage>.*?\bstages\.\d+)\.layers\.\d+\.",  # ResNet
+    r"(?P<stage>.*?\blayers\.\d+)\.blocks\.\d+\.",  # Swin
+    r".*?\b(layer|layers|h|_blocks)\.\d+\.",
+)
+"""What a parameter of a layer is called, up to where the layer's name ends; the first that fits any is an encoder's."""
+BEFORE_LAYERS = re.compile(r"embed|stem|\b(_bn0|wte|wpe)\b")
 PATCHED = ("vit", "vit_mae", "deit")
 """Kinds of encoders of pictures whose tokens may be more than the patches."""
 
@@ -60,11 +67,25 @@ def insert(model: Any, section: AdapterSection, seed: int) -> None:
 
 
 def freeze_layers(model: nn.Module, layers: int) -> None:
-    """What comes before layer number ``layers`` stays as it is: embeddings too."""
-    for name, parameter in model.named_parameters():
-        number = re.search(r"\blayers?\.(\d+)\.", name)
-        if (number is None and "embed" in name) or (number is not None and int(number[1]) < layers):
-            parameter.requires_grad_(False)
+    """The first so many ``layers`` stay as they are, counted through all stages where there are some, and what comes
+    before them: embeddings, a stem."""
+    names = [name for name, _ in model.named_parameters()]
+    pattern = next((p for p in LAYERS if any(re.match(p, name) for name in names)), None)
+    found = {name: match for name in names if pattern and (match := re.match(pattern, name))}
+    order = list(dict.fromkeys(match[0] for match in found.values()))
+    if layers >= len(order):
+        has = f"has {len(order)}" if order else "has none that their names tell"
+        raise UserError(
+            f"model.item_tower.freeze is {layers}, and the encoder, a {type(model).__name__}, {has}: leave one to "
+            "train, or use model.item_tower.mode=frozen"
+        )
+    # what joins two stages goes with the one that it lies in
+    training = {match.groupdict().get("stage") for match in found.values() if match[0] in order[layers:]}
+    stages = {match.groupdict().get("stage") for match in found.values()} - training
+    for name in names:
+        in_stage = any(name.startswith(f"{stage}.") for stage in stages)
+        if found[name][0] in order[:layers] if name in found else in_stage or BEFORE_LAYERS.search(name):
+            model.get_parameter(name).requires_grad_(False)
 
 
 def _named(name: str, module: nn.Module) -> Named:
@@ -181,10 +202,14 @@ def _run_beside(side: Side, blocks: list[nn.Module]) -> None:
     """Give ``side`` what each of the blocks gives, and its sum to what the last one does."""
     states: list[Tensor] = []
 
-    def watch(number: int) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-            states[:] = [side(number, output, states.pop() if number else None)]
-            return output + states.pop() if number + 1 == len(blocks) else None
+    def watch(number: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            hidden, *more = output if isinstance(output, tuple) else (output,)
+            states[:] = [side(number, hidden, states.pop() if number else None)]
+            if number + 1 < len(blocks):
+                return None
+            hidden = hidden + states.pop()
+            return (hidden, *more) if isinstance(output, tuple) else hidden
 
         return hook
 
@@ -221,14 +246,15 @@ def _frozen(model: nn.Module, size: int) -> Named:
 def _prompt(model: Any, size: int) -> Named:
     """The model keeps it as ``prompt``; who calls one of texts puts it in front."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    words = kind is not None and hasattr(model.get_input_embeddings(), "num_embeddings")
-    if not words and kind not in PATCHED:
+    words = _words(model)
+    if words is None and kind not in PATCHED:
         raise UserError(
             f"adapters prompt stand before the tokens of a text or behind the patches of a picture, and a "
             f"{type(model).__name__} has neither: choose others"
         )
-    model.prompt = prompt = Prompt(size, model.config.hidden_size)
-    if not words:
+    # of a text it goes in where its words do, which some encoders have narrower than what comes out
+    model.prompt = prompt = Prompt(size, model.config.hidden_size if words is None else words.embedding_dim)
+    if words is None:
 
         def behind(module: nn.Module, inputs: Any, output: Any) -> Any:
             if isinstance(output, tuple):
@@ -237,6 +263,15 @@ def _prompt(model: Any, size: int) -> Named:
 
         model.embeddings.register_forward_hook(behind)
     return [("prompt.vectors", prompt.vectors)]
+
+
+def _words(model: Any) -> nn.Embedding | None:
+    """The embeddings of words, of a network that reads such."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no network of transformers, or a convolutional one
+        return None
+    return found if isinstance(found, nn.Embedding) else None
 
 
 METHODS: dict[str, Callable[[Any, int], Named]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import cache
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gr.adapters.insert import insert
+from gr.adapters.insert import freeze_layers, insert
 from gr.adapters.section import AdapterSection
 from gr.adapters.slot import Slot
 from gr.errors import UserError
@@ -43,6 +44,9 @@ KINDS = {
     "mae": ("ViTMAEConfig", PIXELS | SHAPE | {"mask_ratio": 0.0}),
     "swin": ("SwinConfig", PIXELS | SWIN),
 }
+TUPLES = {"mpnet": ("MPNetConfig", TEXT | SHAPE), "deberta": ("DebertaV2Config", TEXT | SHAPE)}
+"""Whose blocks give more than one thing."""
+STAGES = {"resnet": ("ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2]})}
 OURS = {
     "hstu": HSTU.Config(heads=2, qk_dim=8, v_dim=8),
     "sasrec": SASRec.Config(heads=2, ffn=24, affine_norms=True, final_norm=True),
@@ -57,7 +61,7 @@ def encoder_of(kind):
     """A tiny encoder of transformers with weights of unit size."""
     import transformers
 
-    name, settings = KINDS[kind]
+    name, settings = (KINDS | TUPLES | STAGES)[kind]
     torch.manual_seed(0)
     return randomise(
         transformers.AutoModel.from_config(getattr(transformers, name)(**settings)).eval(), std=0.3
@@ -229,7 +233,7 @@ def test_parallel_is_beside_both_sublayers(kind):
     assert all(torch.equal(given, wanted) for given, wanted in zip(seen, inputs, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit", "hstu", "sasrec"])
+@pytest.mark.parametrize("kind", ["bert", "vit", "hstu", "sasrec", *TUPLES])
 def test_k_adapter_adds_a_sum_over_all_blocks(kind):
     """h + s, s_i = s_{i-1} + bottleneck_i(h_i + s_{i-1}); behind a last norm where there is one."""
     model = fresh(kind)
@@ -239,7 +243,10 @@ def test_k_adapter_adds_a_sum_over_all_blocks(kind):
     hidden = []
     blocks = next(m for n, m in model.named_modules() if n.endswith(("layer", "layers", "blocks")))
     for block in blocks:
-        block.register_forward_hook(lambda module, given, output: hidden.append(output), prepend=True)
+        block.register_forward_hook(
+            lambda module, given, output: hidden.append(output[0] if type(output) is tuple else output),
+            prepend=True,
+        )
     found = run(kind, model)
     s = torch.zeros(())
     for step, h in zip(side.steps, hidden, strict=True):
@@ -250,6 +257,35 @@ def test_k_adapter_adds_a_sum_over_all_blocks(kind):
     torch.testing.assert_close(found, wanted if norm is None else norm(wanted), rtol=1e-5, atol=1e-5)
     frozen = [p for n, p in model.named_parameters() if not n.startswith("side")]
     assert not any(p.requires_grad for p in frozen)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "training"),
+    [
+        ("bert", 1, r"encoder\.layer\.1\.|pooler"),
+        ("opt", 1, r"layers\.1\.|decoder\.final_layer_norm"),
+        ("vit", 1, r"layers\.1\.|layernorm\.|pooler"),
+        ("swin", 1, r"layers\.1\.|^layernorm"),
+        ("resnet", 1, r"stages\.0\.layers\.1\.|stages\.1\."),
+        ("resnet", 3, r"stages\.1\.layers\.1\."),
+    ],
+)
+def test_the_first_layers_of_every_kind_can_stay(kind, layers, training):
+    """Counted through all stages; embeddings stay, a last norm trains."""
+    model = fresh(kind)
+    model.requires_grad_(True)
+    freeze_layers(model, layers)
+    named = dict(model.named_parameters())
+    found = {name for name, parameter in named.items() if parameter.requires_grad}
+    assert found == {name for name in named if re.search(training, name)} and len(found) < len(named)
+
+
+@pytest.mark.parametrize(("kind", "has"), [("swin", "has 2"), ("dense", "has none that their names tell")])
+def test_layers_that_are_not_there_cannot_stay(kind, has):
+    with pytest.raises(
+        UserError, match=f"freeze is 2, and the encoder, a [A-Za-z]+, {has}: leave one to train"
+    ):
+        freeze_layers(nn.Linear(2, 2) if kind == "dense" else fresh(kind), 2)
 
 
 def test_layers_formed_again_have_the_same_gradients_with_adapters():
@@ -277,6 +313,7 @@ def test_a_prompt_stands_behind_the_patches_of_a_picture():
     [
         ("hstu", "prompt", "adapters prompt stand before the tokens of a text"),
         ("swin", "prompt", "a SwinModel has neither"),
+        ("resnet", "prompt", "a ResNetModel has neither"),
         ("gru", "houlsby", "adapters houlsby find no place in a GRU4Rec"),
         ("gru", "lora", "adapters lora find no place in a GRU4Rec"),
         ("hstu", "compacter", "choose a size that 4 divides"),
