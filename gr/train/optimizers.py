@@ -177,9 +177,15 @@ def check_rules(rules: Sequence[ParameterGroup], names: Sequence[str]) -> None:
         if not taken:
             raise UserError(
                 f"optimizer.groups match '{rule.match}' fits no parameter, or none that an earlier rule leaves: "
-                f"names are {', '.join(names)}"
+                f"names begin with {', '.join(dict.fromkeys(_part(name) for name in names))}"
             )
         left = [name for name in left if name not in taken]
+
+
+def _part(name: str) -> str:
+    """The part of a model that a parameter belongs to, as its name begins: tables.items.encoder, encoder, input."""
+    words = name.split(".")
+    return ".".join(words[:3] if words[0] == "tables" else words[:1])
 
 
 def set_rate(param_groups: Sequence[dict[str, Any]], factor: float) -> None:
