@@ -24,6 +24,7 @@ from gr.embeddings.ranks import Excluded, Standing, best_rows, target_standing
 from gr.embeddings.row_updates import Gradient, Maths, Piece, RowOptimizer
 from gr.embeddings.scoring import Scoring
 from gr.embeddings.view import Numbering, View, gradient_of
+from gr.modality.digest import Sketch
 from gr_kernels.candidate_scores import candidate_scores
 from gr_kernels.counter_random import derive_key, truncated_normal_rows
 from gr_kernels.tracing import on_paper_now
@@ -148,6 +149,15 @@ class Table(ABC):
     def outside_digest(self) -> str:
         """Of weights that form its rows, stay as they are and are none of its parameters; "" where there are none."""
         return ""
+
+    def encoder_digest(self) -> str:
+        """Of the weights of the encoder that forms its rows, as it came to the run; "" where there is none."""
+        return ""
+
+    def sketch(self, rows: int | None = None) -> Sketch | None:
+        """Of the vectors in a file that its first ``rows`` are formed from, all without it; None where no file is.
+        Every process calls this together."""
+        return None
 
     def state(self) -> dict[str, Array]:
         """What it keeps from step to step beside rows and parameters, by name: to be saved, or filled."""

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from gr.embeddings.shares import Shares
 from gr.embeddings.table import Array
 from gr.modality.chunks import chunks
+from gr.modality.digest import Sketch, sketched, sums_of
 from gr.modality.encoder import Encoder
 from gr.modes import evaluating
 from gr.processes import Axis, Processes
@@ -79,6 +80,10 @@ class Content(ABC):
     def all(self) -> Tensor:
         """(I, E) float32 of the whole catalogue as it is now, without gradients; every process calls it together."""
 
+    def some(self, rows_n: Tensor) -> Tensor:
+        """(n, E) the same of some distinct rows (int64) in ascending order alone, the same ones on every process."""
+        return self.all().index_select(0, rows_n)
+
     def own(self) -> Tensor:
         """(R, E) this process's stretch of :meth:`all`; every process calls it together.  Not of vectors that every
         process has."""
@@ -110,6 +115,17 @@ class Content(ABC):
         """See :meth:`gr.embeddings.table.Table.outside_digest`."""
         return ""
 
+    def encoder_digest(self) -> str:
+        """See :meth:`gr.embeddings.table.Table.encoder_digest`."""
+        return "" if self.came is None else self.came()
+
+    came: Callable[[], str] | None = None
+    """The same, where an encoder came to the run."""
+
+    def sketch(self, rows: int | None = None) -> Sketch | None:
+        """See :meth:`gr.embeddings.table.Table.sketch`."""
+        return None
+
     def state(self) -> dict[str, Array]:
         """What it keeps from step to step beside parameters (:meth:`gr.embeddings.table.Table.state`)."""
         return {}
@@ -118,7 +134,7 @@ class Content(ABC):
 class _Made(Content):
     """Vectors that nothing moves, made when they are first asked for.  other: makes those of items that aren't in the
     catalogue.  encoder: what makes them, where its weights may be another run's.  digest: of the weights that make
-    them, where no run has trained these."""
+    them, where no run has trained these.  file: what they come from, where nothing makes them."""
 
     def __init__(
         self,
@@ -126,8 +142,9 @@ class _Made(Content):
         other: Callable[[pa.Table], Tensor],
         encoder: Encoder | None,
         digest: Callable[[], str] | None,
+        file: str | None,
     ) -> None:
-        self.width, self._other, self.encoder, self._digest = width, other, encoder, digest
+        self.width, self._other, self.encoder, self._digest, self._file = width, other, encoder, digest, file
 
     def outside_digest(self) -> str:
         return "" if self._digest is None else self._digest()
@@ -145,8 +162,9 @@ class Fixed(_Made):
         collective: bool = False,
         encoder: Encoder | None = None,
         digest: Callable[[], str] | None = None,
+        file: str | None = None,
     ) -> None:
-        super().__init__(width, other, encoder, digest)
+        super().__init__(width, other, encoder, digest, file)
         self._make, self.device, self.collective = make, device, collective
         self._vectors_IE: Tensor | None = None
 
@@ -159,6 +177,12 @@ class Fixed(_Made):
         if self._vectors_IE is None:
             self._vectors_IE = self._make().to(self.device)
         return self._vectors_IE
+
+    def sketch(self, rows: int | None = None) -> Sketch | None:
+        if self._file is None:
+            return None
+        vectors_RE = self.all()[:rows]
+        return sketched(self._file, len(vectors_RE), sums_of(vectors_RE, 0))
 
     def unseen(self, items: pa.Table) -> Tensor:
         return self._other(items).to(self.device)
@@ -178,8 +202,9 @@ class FixedShares(_Made):
         processes: Processes,
         encoder: Encoder | None = None,
         digest: Callable[[], str] | None = None,
+        file: str | None = None,
     ) -> None:
-        super().__init__(width, other, encoder, digest)
+        super().__init__(width, other, encoder, digest, file)
         self._make, self.processes = make, processes
         self.collective = processes.world.size > 1
         self._shares: Shares | None = None
@@ -190,8 +215,19 @@ class FixedShares(_Made):
     def all(self) -> Tensor:
         return self.processes.world.gather(self.own())
 
+    def some(self, rows_n: Tensor) -> Tensor:
+        return self._held().fetch(rows_n)
+
     def own(self) -> Tensor:
         return self._held().own_RE
+
+    def sketch(self, rows: int | None = None) -> Sketch | None:
+        if self._file is None:
+            return None
+        held = self._held()
+        rows = held.rows if rows is None else rows
+        own_RE = held.own_RE[: max(rows - held.own.start, 0)]
+        return sketched(self._file, rows, self.processes.world.sum(sums_of(own_RE, held.own.start)))
 
     def unseen(self, items: pa.Table) -> Tensor:
         return self._other(items).to(self.processes.device)
@@ -218,7 +254,8 @@ def fetched(own: int, width: int, processes: int) -> list[Sent]:
 class Encoded(Content):
     """Vectors that an encoder with parameters of its own forms.
 
-    items: what it reads of the catalogue; read: of items that aren't in it.  most: items that it takes at once.
+    items: what it reads of the catalogue; read: of items that aren't in it.  said: is given what has been read, to say
+    what couldn't be.  most: items that it takes at once.
     recompute: keep nothing of a chunk for the backward pass, and form it again there.  bf16: compute steps in bfloat16.
     """
 
@@ -231,12 +268,13 @@ class Encoded(Content):
         items: Items,
         processes: Processes,
         read: Callable[[pa.Table], Items],
+        said: Callable[[Items], None],
         *,
         most: int,
         recompute: bool = False,
         bf16: bool = False,
     ) -> None:
-        self._read = read
+        self._read, self._said = read, said
         self.encoder, self.items, self.processes = encoder, items, processes
         self.width, self.most, self.recompute, self.bf16 = encoder.width, most, recompute, bf16
         self.collective = processes.world.size > 1
@@ -306,13 +344,33 @@ class Encoded(Content):
     def all(self) -> Tensor:
         return self.processes.world.gather(self.own())
 
+    def some(self, rows_n: Tensor) -> Tensor:
+        some = _Some(self.items, rows_n.cpu())
+        found = encoded(self.encoder, some, self.processes, self.most, Progress())
+        self._said(self.items)
+        return self.processes.world.gather(found.own_RE)
+
     def own(self) -> Tensor:
-        return encoded(self.encoder, self.items, self.processes, self.most).own_RE
+        return self._all_of(self.items).own_RE
 
     def unseen(self, items: pa.Table) -> Tensor:
-        return self.processes.world.gather(
-            encoded(self.encoder, self._read(items), self.processes, self.most).own_RE
-        )
+        return self.processes.world.gather(self._all_of(self._read(items)).own_RE)
+
+    def _all_of(self, items: Items) -> Shares:
+        found = encoded(self.encoder, items, self.processes, self.most)
+        self._said(items)
+        return found
+
+
+class _Some:
+    """Some of ``items``: what an encoder reads of these alone."""
+
+    def __init__(self, items: Items, rows_n: Tensor) -> None:
+        self._items, self._rows_n = items, rows_n
+        self.lengths_n = items.lengths_n[rows_n]
+
+    def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
+        return self._items.inputs(self._rows_n[rows_m])
 
 
 class _Step:

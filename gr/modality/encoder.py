@@ -19,7 +19,9 @@ from gr.modality.find import folder_of, loaded
 from gr_kernels.tracing import on_paper_now, with_numbers
 
 POOLING = Literal["mean", "cls"]
-RATES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
+RATES = ("dropout", "attention_dropout", "activation_dropout")
+LAYER_RATES = ("layerdrop", "drop_prob")
+"""Of leaving whole layers out, or what they add (stochastic depth, which Swin and BEiT come with)."""
 
 
 def transformers() -> Any:
@@ -48,8 +50,8 @@ def load_tokenizer(encoder: str) -> Any:
 class Encoder(nn.Module):
     """An encoder that transformers' AutoModel loads, called with what its kind takes: vectors (n, E) float32.
 
-    encoder: as :func:`gr.modality.find.folder_of` reads it.  dropout: of everything in it that drops (a pre-trained
-    one's own rates are lost).  Parameters are float32.
+    encoder: as :func:`gr.modality.find.folder_of` reads it.  dropout: of everything in it that drops numbers (a
+    pre-trained one's own rates are lost); layers are never left out.  Parameters are float32.
     """
 
     def __init__(self, encoder: str, pooling: POOLING, dropout: float = 0.0) -> None:
@@ -61,9 +63,9 @@ class Encoder(nn.Module):
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
-            for name in RATES:  # OPT's layers keep rates as numbers
+            for name in (*RATES, *LAYER_RATES):  # some keep rates as numbers
                 if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0 if name == "layerdrop" else dropout)
+                    setattr(module, name, dropout if name in RATES else 0.0)
         self.train()  # what was loaded comes as it is evaluated
 
     def _apply(self, fn: Any, recurse: bool = True) -> Encoder:
@@ -79,12 +81,8 @@ class Encoder(nn.Module):
                 module.training = False
         return self
 
-    def fingerprint(self) -> str:
-        """Of its weights and its kind: 32 hexadecimal digits."""
-        return digest_of(self.model.state_dict(), self.config.to_json_string())
-
     def weights_digest(self) -> str:
-        """Of its weights alone, whatever a release of transformers says of them."""
+        """Of its weights alone, whatever a release of transformers says of them: 32 hexadecimal digits."""
         return digest_of(self.model.state_dict())
 
 
@@ -110,6 +108,10 @@ class TextEncoder(Encoder):
 
 def width_of(config: Any) -> int:
     """E; 0 of a kind that has none."""
+    if (
+        projected := getattr(config, "word_embed_proj_dim", None)
+    ) is not None:  # OPT, whose small ones differ
+        return int(projected)
     sizes = getattr(config, "hidden_sizes", None)
     return int(getattr(config, "hidden_size", 0) or (sizes[-1] if sizes else 0))
 

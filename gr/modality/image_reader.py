@@ -16,7 +16,7 @@ from gr.config import POSITIVE, Section
 from gr.errors import UserError, nearest
 from gr.modality.encoder import Encoder
 from gr.modality.picture_files import open_pictures
-from gr.modality.pictures import Pictures, Unseen
+from gr.modality.pictures import Pictures, Unseen, say_bad, say_missing
 from gr.modality.reader import Reader, digest
 from gr.modality.surroundings import Described
 from gr.modality.texts import as_texts
@@ -68,6 +68,13 @@ class ImageReader(Reader):
         super().__init__(section, processes)
         self.section: ImageSection = section
         self.files = None if on_paper_now() else open_pictures(section.images)
+        self._said: set[str] = set()
+        patch = getattr(self.config, "patch_size", 1)
+        if section.size < (least := max(patch) if isinstance(patch, (list, tuple)) else patch):
+            raise UserError(
+                f"model.item_tower.image.size is {section.size} pixels, and encoder '{section.encoder}' looks at "
+                f"patches of {least}: make pictures that large at least"
+            )
 
     def encoder(self, dropout: float = 0.0) -> ImageEncoder:
         made = ImageEncoder(self.section.encoder, self.section.pooling, dropout)
@@ -81,11 +88,9 @@ class ImageReader(Reader):
                 f"model.item_tower reads column '{wanted}', which is none of the items': {nearest(wanted, names)}"
             )
         pictures = Pictures(self.files, as_texts(wanted, column(wanted), rows), self.section.size)
-        if pictures.missing == rows:
-            raise UserError(
-                f"none of the {rows:,} items has a picture in '{self.section.images}', by {wanted} ("
-                f"'{pictures.names[0]}' is one): name the files by it, or set column"
-            )
+        pictures.check(self.section.images, wanted)
+        if self.processes.is_main:
+            say_missing(pictures.missing, rows)
         return pictures
 
     def items(self, catalogue: Described) -> Pictures:
@@ -103,4 +108,9 @@ class ImageReader(Reader):
         return {"names": digest("\n".join(items.names)), "pictures": content, "size": self.section.size}
 
     def said(self, items: Any) -> None:
-        items.say_bad()
+        everybodys: dict[str, str] = {}
+        for bad in self.processes.everybodys(items.bad):
+            everybodys |= bad
+        if self.processes.is_main and everybodys.keys() != self._said:
+            say_bad(everybodys)
+        self._said = set(everybodys)

@@ -30,6 +30,9 @@ MOST_BYTES = 1 << 26
 READERS = 8
 """Files of a folder that are read at a time: a store answers each after a while."""
 
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+"""Kinds of a column of pictures."""
+
 Content = bytes | Exception
 """A picture as it is encoded, or why it can't be had."""
 
@@ -41,8 +44,8 @@ class PictureFiles(ABC):
 
     @abstractmethod
     def read(self, names: Sequence[str]) -> list[Content]:
-        """Of names that are there.  What is wrong with one picture is found at its place; raises OSError or
-        pa.ArrowException where it isn't with a picture."""
+        """Of names that are there.  What is wrong with one picture is found at its place; raises whatever a file or a
+        store does where it isn't with a picture."""
 
 
 def open_pictures(path: str) -> PictureFiles:
@@ -69,14 +72,9 @@ def open_pictures(path: str) -> PictureFiles:
             )
         kind = {".zip": _Zip, ".tar": _Tar}.get(PurePosixPath(where).suffix, _Parquet)
         return kind(system.open(where, "rb"))
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        pa.ArrowException,
-    ) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a store's own too, such as that it has no key to it
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the pictures at '{path}' can't be read ({first}): give a folder, a zip, a tar, Parquet or an LMDB"
@@ -173,8 +171,14 @@ class _Parquet(PictureFiles):
 
     def __init__(self, file: BinaryIO) -> None:
         self.parquet = pq.ParquetFile(file)
-        if missing := {"item_id", "image"} - set(self.parquet.schema_arrow.names):
+        schema = self.parquet.schema_arrow
+        if missing := {"item_id", "image"} - set(schema.names):
             raise ValueError(f"it has no column {min(missing)}, and item_id and image (bytes) are wanted")
+        kind = inner = schema.field("image").type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            inner = kind.field("bytes").type
+        if not any(is_kind(inner) for is_kind in BYTES):
+            raise ValueError(f"column image is of type {kind}, and bytes, or a struct with bytes, are wanted")
         self.place = _by_name(self._places())
         self.names = frozenset(self.place)
         self._kept: tuple[int, pa.ChunkedArray] | None = None

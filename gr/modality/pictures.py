@@ -11,14 +11,13 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -32,6 +31,8 @@ MOST_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """No others: of what is no picture of pixels (EPS) Pillow would start a program on it."""
 DECODERS = 4
+FIRST = 8
+"""Pictures that are looked at together to find one that can be read."""
 AT_ONCE = 64
 """Encoded pictures that are held at once where all are gone through."""
 
@@ -138,7 +139,7 @@ class Pictures:
         there = [name for name in dict.fromkeys(names) if name in self.files.names]
         try:
             found = dict(zip(there, self.files.read(there), strict=True))
-        except (OSError, pa.ArrowException) as error:
+        except Exception as error:  # of a store, which may raise anything
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"pictures can't be read any more ({first}): see that they are where they were, and go on"
@@ -155,15 +156,35 @@ class Pictures:
                 self.bad[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
         return np.zeros((3, self.side, self.side), np.float32)
 
-    def say_bad(self) -> None:
-        """A line where items have no picture, or none that can be read."""
-        if self.missing:
-            log.warning(
-                "%s of %s items have no picture: they share an empty one",
-                f"{self.missing:,}",
-                f"{len(self):,}",
+    def check(self, where: str, column: str) -> None:
+        """Refuse pictures, which are at ``where`` by what ``column`` says, where no item has one, or none that can be
+        read: all items would be one."""
+        there = [row for row, name in enumerate(self.names) if name in self.files.names]
+        if not there:
+            raise UserError(
+                f"none of the {len(self):,} items has a picture in '{where}', by {column} ('{self.names[0]}' is one): "
+                "name the files by it, or set column"
             )
-        if self.bad:
-            name, why = next(iter(self.bad.items()))
-            said = "%s pictures can't be read, their items have an empty one ('%s' is one: %s)"
-            log.warning(said, f"{len(self.bad):,}", name, why)
+        for start in range(0, len(there), FIRST):
+            self.inputs(torch.tensor(some := there[start : start + FIRST]))
+            if any(self.names[row] not in self.bad for row in some):
+                return
+        name, why = next(iter(self.bad.items()))
+        raise UserError(
+            f"none of the {len(there):,} pictures of items in '{where}' can be read ('{name}' is one: {why}): see what "
+            "they are"
+        )
+
+
+def say_missing(missing: int, items: int) -> None:
+    """A line where items have no picture."""
+    if missing:
+        log.warning("%s of %s items have no picture: they share an empty one", f"{missing:,}", f"{items:,}")
+
+
+def say_bad(bad: Mapping[str, str]) -> None:
+    """A line where pictures, by name, can't be read."""
+    if bad:
+        name, why = next(iter(bad.items()))
+        said = "%s pictures can't be read, their items have an empty one ('%s' is one: %s)"
+        log.warning(said, f"{len(bad):,}", name, why)

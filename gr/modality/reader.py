@@ -85,10 +85,14 @@ class Reader(ABC):
         """With its pre-trained weights, on the processes' device."""
 
     @cached_property
-    def digests(self) -> tuple[str, str]:
-        """The encoder's fingerprint, and its weights' digest."""
-        encoder = self.encoder()
-        return encoder.fingerprint(), encoder.weights_digest()
+    def weights_digest(self) -> str:
+        """Of the encoder, which is loaded for it where it wasn't yet."""
+        return self.encoder().weights_digest()
+
+    @property
+    def fingerprint(self) -> str:
+        """The encoder's weights and its kind: 32 hexadecimal digits."""
+        return digest(self.weights_digest + self.config.to_json_string())
 
     @abstractmethod
     def items(self, catalogue: Described) -> Items:
@@ -107,11 +111,12 @@ class Reader(ABC):
         """What tells these items' contents from others (JSON)."""
 
     def said(self, items: Any) -> None:  # noqa: B027  (most have nothing to say)
-        """A line in the log about those that couldn't be read."""
+        """A line in the log about those that couldn't be read, if it hasn't been said; all processes call this
+        together."""
 
     def vectors_of(self, items: pa.Table) -> Tensor:
         """(n, E) float32 of n items that a table describes; all processes ask together."""
-        return self.processes.world.gather(self._encoded(self.encoder(), self.items_in(items)).own_RE)
+        return self.processes.world.gather(self.encoded(self.encoder(), self.items_in(items)).own_RE)
 
     def vectors(self, catalogue: Described) -> Tensor:
         """(I, E) float32 of the whole catalogue, kept beside the dataset; all processes ask together."""
@@ -121,7 +126,7 @@ class Reader(ABC):
         """The same, a stretch on each process; the first one reads what is kept, and keeps what is new, for all."""
         items, processes = self.items(catalogue), self.processes
         about = {
-            "encoder": self.digests[0],
+            "encoder": self.fingerprint,
             "pooling": self.section.pooling,
             "batch": self.section.batch,
             **self.about(items),
@@ -132,14 +137,15 @@ class Reader(ABC):
             whole_IE = vectors.of_table(table, "what is kept beside the dataset")
         if processes.broadcast(table is not None):
             return Shares.dealt(catalogue.rows, whole_IE, processes.world)
-        found = self._encoded(self.encoder(), items)
+        found = self.encoded(self.encoder(), items)
         whole_IE = found.collected()
         if processes.is_main:
             ids = catalogue.column("item_id").combine_chunks()
             catalogue.keep("vectors", about, vectors.as_table(ids, whole_IE))
         return found
 
-    def _encoded(self, encoder: Encoder, items: Items) -> Shares:
+    def encoded(self, encoder: Encoder, items: Items) -> Shares:
+        """All ``items`` by that encoder, and a line about those that couldn't be read."""
         found = encoded(encoder, items, self.processes, self.section.batch)
         self.said(items)
         return found

@@ -84,6 +84,9 @@ class Refreshed(Content):
     def all(self) -> Tensor:
         return self.formed.all()
 
+    def some(self, rows_n: Tensor) -> Tensor:
+        return self.formed.some(rows_n)
+
     def own(self) -> Tensor:
         return self.formed.own()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,16 @@ log = logging.getLogger(__name__)
 CHARACTERS_A_TOKEN = 64
 """No more characters of a text than so many for each token that is kept are given to a tokenizer."""
 AT_ONCE = 4096
+FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "longformer",
+    "roberta-prelayernorm",
+)
+"""Kinds of encoders that have fewer places than they say."""
 
 
 class Template:
@@ -180,10 +190,19 @@ def say_empty(texts: Sequence[str], of: Sequence[str]) -> None:
         )
 
 
-def most_tokens(tokenizer: Any, config: Mapping[str, Any] | Any, wanted: int) -> int:
+def places_of(config: Any) -> int | None:
+    """How many tokens an encoder has places for; None where it says nothing of it."""
+    places = getattr(config, "max_position_embeddings", None)
+    if places is None or places < 1:
+        return None
+    # RoBERTa and its kin count places from the one behind the padding's
+    taken = (config.pad_token_id or 0) + 1 if config.model_type in FROM_PADDING else 0
+    return int(places) - taken
+
+
+def most_tokens(tokenizer: Any, config: Any, wanted: int) -> int:
     """``wanted``, or as many as the encoder has places for."""
-    places = getattr(config, "max_position_embeddings", None) or wanted
-    most = min(wanted, places, tokenizer.model_max_length)
+    most = min(wanted, places_of(config) or wanted, tokenizer.model_max_length)
     if most <= (marks := tokenizer.num_special_tokens_to_add()):
         raise UserError(
             f"max_tokens is {wanted}, and the encoder puts {marks} marks around a text, so that it would read nothing "

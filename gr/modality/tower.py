@@ -30,6 +30,7 @@ from gr.embeddings.view import Numbering, View
 from gr.errors import UserError
 from gr.modality.collapse import effective_rank, mean_cosine, sample
 from gr.modality.content import Content
+from gr.modality.digest import Sketch
 from gr.modality.head import Fusion, Head, initialise
 from gr.modes import evaluating
 from gr.processes import Processes
@@ -213,12 +214,16 @@ class Tower(Table, nn.Module):
 
     def _kept(self, content: Callable[[], Tensor], rows: range) -> Tensor:
         """(len(rows), D) ``rows`` as they are now, formed again where a parameter has moved."""
-        moved = [parameter._version for parameter in self.parameters()]
-        moved += [piece.values_RC._version for table in self.beneath for piece in table.pieces()]
+        moved = self._moved()
         if self._catalogue is None or self._catalogue[0] != moved:
             with evaluating(self):
                 self._catalogue = moved, self._formed(content(), rows)
         return self._catalogue[1]
+
+    def _moved(self) -> list[int]:
+        """What is another list when a parameter, or a row of an id, has moved."""
+        pieces = [piece for table in self.beneath for piece in table.pieces()]
+        return [values._version for values in (*self.parameters(), *(piece.values_RC for piece in pieces))]
 
     def _formed(self, content_RE: Tensor, rows: range) -> Tensor:
         """(R, D) of ``rows`` with that content, a chunk at a time; as many chunks on every process where ids come from
@@ -241,14 +246,21 @@ class Tower(Table, nn.Module):
             content_UE = self.content.unseen(items).to(self.head.first.weight.device)
             return Given(f"unseen {self.name}", self._fused(None, content_UE))
 
-    def sampled(self, rows_n: Tensor) -> Tensor:
-        """(n, D) some rows as they are now, in ascending order."""
+    def kept_rows(self, rows_n: Tensor) -> Tensor:
+        """(n, D) of distinct rows in ascending order, out of all as they are kept for evaluations."""
         return self.catalogue().index_select(0, rows_n)
 
     def watched(self) -> dict[str, float]:
-        """What tells whether rows have collapsed, of a sample of them; every process calls this together."""
+        """What tells whether rows have collapsed, of a sample of them; every process calls this together.  Where no
+        evaluation has formed all rows since some moved, the sample's are formed alone."""
         rows_n = sample(self.rows).to(self.head.first.weight.device)
-        vectors_nD = self.sampled(rows_n)
+        if self._catalogue is not None and self._catalogue[0] == self._moved():
+            vectors_nD = self.kept_rows(rows_n)
+        else:
+            with evaluating(self):
+                content_nE = self.content.some(rows_n)
+                ids = [_rows_of(table.view([rows_n]), rows_n) for table in self.beneath]
+                vectors_nD = self._fused(next(iter(ids), None), content_nE)
         return {"item_cosine": mean_cosine(vectors_nD), "item_rank": effective_rank(vectors_nD)}
 
     def pieces(self) -> list[Piece]:
@@ -257,6 +269,12 @@ class Tower(Table, nn.Module):
 
     def outside_digest(self) -> str:
         return self.content.outside_digest()
+
+    def encoder_digest(self) -> str:
+        return self.content.encoder_digest()
+
+    def sketch(self, rows: int | None = None) -> Sketch | None:
+        return self.content.sketch(rows)
 
     def state(self) -> dict[str, Array]:
         return self.content.state()
@@ -317,5 +335,5 @@ class DealtTower(Tower, DealtTable):
     def vectors(self, start: int, stop: int) -> Tensor:
         return self.kept().fetch(torch.arange(start, stop, device=self.head.first.weight.device))
 
-    def sampled(self, rows_n: Tensor) -> Tensor:
+    def kept_rows(self, rows_n: Tensor) -> Tensor:
         return self.kept().fetch(rows_n)

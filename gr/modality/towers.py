@@ -27,12 +27,13 @@ from gr.embeddings.shares import Shares
 from gr.embeddings.table import Table, TableSpec, filled_now
 from gr.errors import UserError
 from gr.modality import vectors
-from gr.modality.content import Content, Encoded, Fixed, FixedShares, encoded
+from gr.modality.content import Content, Encoded, Fixed, FixedShares
 from gr.modality.head import Fusion, Head, HeadSection
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.modality.reader import Reader, TextReader, TextSection
 from gr.modality.refreshed import Refreshed
 from gr.modality.surroundings import Surroundings
+from gr.modality.texts import places_of
 from gr.modality.tower import DealtTower, Tower
 from gr.processes import Processes
 from gr_kernels.tracing import on_paper_now, with_numbers
@@ -136,7 +137,9 @@ class ContentConfig(ComponentConfig):
             "adapters": ("adapters.name", "adapters.size", "adapters.norms", *training),
         }
         keys = dict.fromkeys(key for keys in used.values() for key in keys)
-        return {key: f"mode is {self.mode}" for key in keys if key not in used[self.mode]}
+        idle = {key: f"mode is {self.mode}" for key in keys if key not in used[self.mode]}
+        encoders = dict.fromkeys(("text", "image"), "mode is cached, and vectors come from a file")
+        return idle | encoders if self.mode == "cached" else idle
 
 
 class Text:
@@ -222,19 +225,26 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
     if config.mode == "cached":
         assert config.vectors is not None
         ids = catalogue.column("item_id").combine_chunks()
+        own = processes.world.own(len(ids)) if dealt else range(len(ids))
+        # each looks for items of its own in the file, and one may find that some are missing
+        read = partial(vectors.read_file, config.vectors, ids[own.start : own.stop])
+        own_RE = processes.together(read)
+        width = own_RE.shape[1]
+        given = partial(_given, width)
         if dealt:
-            own = processes.world.own(len(ids))
-            own_RE = vectors.read_file(config.vectors, ids[own.start : own.stop])
             shares = Shares(len(ids), own_RE, processes.world)
-            width = own_RE.shape[1]
-            return FixedShares(width, lambda: shares, partial(_given, width), processes)
-        found_IE = vectors.read_file(config.vectors, ids)
-        return Fixed(
-            found_IE.shape[1], lambda: found_IE, partial(_given, found_IE.shape[1]), processes.device
-        )
+            return FixedShares(width, lambda: shares, given, processes, file=config.vectors)
+        return Fixed(width, lambda: own_RE, given, processes.device, file=config.vectors)
     reader = _reader(config.text, config.image, processes)
+    content = _by_encoder(config, around, reader, dealt)
+    content.came = lambda: reader.weights_digest
+    return content
+
+
+def _by_encoder(config: ContentConfig, around: Surroundings, reader: Reader, dealt: bool) -> Content:
+    catalogue, processes = around.catalogue, around.processes
     if config.mode == "frozen":
-        width, of_others, digest = reader.width, reader.vectors_of, lambda: reader.digests[1]
+        width, of_others, digest = reader.width, reader.vectors_of, lambda: reader.weights_digest
         if dealt:
             return FixedShares(width, partial(reader.shares, catalogue), of_others, processes, digest=digest)
         several, make = processes.world.size > 1, partial(reader.vectors, catalogue)
@@ -248,13 +258,13 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
         insert(encoder.model, config.adapters, around.spec.seed)
         encoder.to(processes.device)
         if config.adapters.name == "frozen":  # as another run has tuned it: its vectors are formed once
-            world, most = processes.world, reader.section.batch
+            world = processes.world
 
             def formed() -> Shares:
-                return encoded(encoder, items, processes, most)
+                return reader.encoded(encoder, items)
 
             def of(others: pa.Table) -> Tensor:
-                return world.gather(encoded(encoder, reader.items_in(others), processes, most).own_RE)
+                return world.gather(reader.encoded(encoder, reader.items_in(others)).own_RE)
 
             if dealt:
                 return FixedShares(encoder.width, formed, of, processes, encoder)
@@ -273,6 +283,7 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
         items,
         processes,
         reader.items_in,
+        reader.said,
         most=reader.section.batch,
         recompute=config.recompute,
         bf16=around.bf16,
@@ -295,7 +306,7 @@ def _check_places(config: ContentConfig, reader: Reader, longest: int) -> None:
     """Refuse a prompt that an encoder has no places for."""
     if config.adapters.name != "prompt" or config.text is None:
         return
-    places = getattr(reader.config, "max_position_embeddings", None)
+    places = places_of(reader.config)
     if places is not None and config.adapters.size + longest > places:
         raise UserError(
             f"adapters.size is {config.adapters.size} tokens before texts of up to {longest}, and the encoder has "

@@ -5,8 +5,6 @@ Shapes: n rows of a file, I items of a catalogue, E width of a vector, D of a ta
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,7 +37,8 @@ def of_table(table: pa.Table, what: str) -> Tensor:
         raise UserError(
             f"column vector of {what} is of type {column.type}: write lists of floats, all of one length"
         )
-    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 can't hold is refused below
+        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     if column.null_count or not len(column) or len(flat) % len(column) or not _even(column):
         raise UserError(_not_even(what))
     if not np.isfinite(flat).all():
@@ -59,14 +58,17 @@ def _even(column: pa.Array) -> bool:
 
 
 def read_file(path: str, item_ids: pa.Array) -> Tensor:
-    """(I, E) float32: the vectors that the file at ``path`` has for ``item_ids`` (I raw ids), in their order; others
-    that it has are passed over.  The file is gone through a piece at a time."""
+    """(I, E) float32: the vectors that the file at ``path``, or a URL of fsspec, has for ``item_ids`` (I raw ids), in
+    their order; others that it has are passed over.  The file is gone through a piece at a time."""
+    import fsspec
+
     what = f"'{path}'"
-    if not Path(path).is_file():
-        raise UserError(f"no file {what} with vectors of items: write it with the program encode")
     found_IE, counts_I = torch.empty(0, 0), np.zeros(len(item_ids), dtype=np.int64)
     try:
-        with pq.ParquetFile(path) as parquet:
+        system, where = fsspec.core.url_to_fs(path)
+        if not system.isfile(where):
+            raise UserError(f"no file {what} with vectors of items: write it with the program encode")
+        with system.open(where, "rb") as file, pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             if missing := [name for name in ("item_id", "vector") if name not in names]:
                 raise UserError(f"{what} has no column {missing[0]}: write it with the program encode")
@@ -81,8 +83,10 @@ def read_file(path: str, item_ids: pa.Array) -> Tensor:
                 wanted_n = np.flatnonzero(place_n >= 0)
                 found_IE[torch.from_numpy(place_n[wanted_n])] = vectors_nE[torch.from_numpy(wanted_n)]
                 counts_I += np.bincount(place_n[wanted_n], minlength=len(counts_I))
-    except (OSError, pa.ArrowException) as error:
-        first = (str(error).splitlines() or [""])[0]
+    except UserError:
+        raise
+    except Exception as error:  # a store's own too, such as that it has no key to it
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{what} can't be read as a Parquet file of item_id and vector ({first}): write it again with the program "
             "encode"

@@ -43,7 +43,7 @@ from gr.processes import Axis, Processes
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import Engine, of_vocabularies, parameters
 from gr.train.folder import RunFolder
-from gr.train.frozen import frozen_digest
+from gr.train.frozen import check_noted
 from gr.train.place import LAST, AnyPath, StorePath, StoreReader, remove_tree
 from gr.train.slices import Slices, shared_out
 
@@ -59,10 +59,10 @@ def save(
     cursor: Cursor,
     config: dict[str, Any],
     processes: Processes,
-    frozen: str = "",
+    noted: Mapping[str, Any] | None = None,
 ) -> AnyPath:
     """Write ``tensors`` (an engine's) as the checkpoint of ``cursor.step``; every rank calls this, and digests what it
-    wrote.  frozen: the digest of what the model keeps as it is.  Its path.
+    wrote.  noted: of what the model is made of and isn't written (:func:`gr.train.frozen.noted`).  Its path.
 
     UserError, on every rank: it can't be written; older ones are whole."""
     final = folder / f"step-{cursor.step:08d}"
@@ -90,7 +90,7 @@ def save(
             "format_version": FORMAT_VERSION,
             "cursor": asdict(cursor),
             "config": config,
-            "frozen": frozen,
+            **(noted or {}),
         }
         files = {name: fingerprint for of_rank in written for name, fingerprint in of_rank.items()}
         processes.together(lambda: _publish(scratch, final, state, files) if processes.is_main else None)
@@ -287,7 +287,7 @@ def find_checkpoint(folder: RunFolder, name: str) -> AnyPath:
 
 
 def read_state(path: AnyPath) -> dict[str, Any]:
-    """``cursor``, ``config``, ``format_version`` and ``frozen`` of a checkpoint."""
+    """``cursor``, ``config``, ``format_version`` of a checkpoint, and what was noted of the model."""
     state = json.loads((path / "state.json").read_text())
     if state["format_version"] != FORMAT_VERSION:
         raise UserError(
@@ -302,7 +302,7 @@ def load(path: AnyPath, model: Model, engine: Engine | None = None, *, growing: 
     cursor.  ``growing``: tables may have more rows than there; those behind keep their first values, and no moments."""
     state = read_state(path)
     cursor = Cursor(**state["cursor"])
-    check_frozen(f"checkpoint '{path}'", state.get("frozen", ""), model)
+    check_noted(f"checkpoint '{path}'", state, model)
     reader = StoreReader(path)
     sizes = {name: entry.size for name, entry in described(reader).items()}
     if engine is None:
@@ -345,15 +345,6 @@ def fill(wanted: dict[str, Tensor], reader: dcp.FileSystemReader) -> None:
     """Fill tensors, or slices of them, from a checkpoint; what isn't ``wanted`` isn't read."""
     with quiet():
         dcp.load(wanted, storage_reader=reader, no_dist=True)
-
-
-def check_frozen(what: str, digest: str, model: Model) -> None:
-    """Refuse to load trained weights onto others than those that they were trained on."""
-    if digest and digest != frozen_digest(model):
-        raise UserError(
-            f"{what} was trained onto frozen weights that are others now: bring back the encoder and the run of "
-            "train.start_from that it began with (train.start_from.checkpoint names a step)"
-        )
 
 
 def check_tensors(

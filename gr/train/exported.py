@@ -31,6 +31,7 @@ from gr.processes import Axis
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.engines.engine import mappings_of, parameters
+from gr.train.frozen import check_noted
 from gr.train.place import AnyPath, files_in, place
 from gr.train.slices import held_parts
 from gr.train.tensor_files import Part, TensorReader
@@ -51,8 +52,8 @@ class Fingerprint:
 class Manifest:
     """``run``: the name of its folder.  ``generation``: the dataset's.  ``model``: its kind.  ``sizes``: of the
     parameters, by name; ``vocabularies``: of their arrays.  ``tensors``: file -> its parts of both.  ``files``: all but
-    the manifest itself.  ``frozen``: the digest of what its model kept as it was, which isn't here.  ``digest``: of all
-    else that stands here."""
+    the manifest itself.  ``frozen``, ``encoders``, ``vectors``: of what its model is made of and isn't here
+    (:func:`gr.train.frozen.noted`).  ``digest``: of all else that stands here."""
 
     gr: str
     run: str
@@ -65,6 +66,8 @@ class Manifest:
     files: dict[str, Fingerprint]
     vocabularies: dict[str, list[int]] = field(default_factory=dict)
     frozen: str = ""
+    encoders: dict[str, str] = field(default_factory=dict)
+    vectors: dict[str, dict[str, Any]] = field(default_factory=dict)
     digest: str = ""
     format_version: int = field(default=FORMAT_VERSION)
 
@@ -129,8 +132,8 @@ def load(path: str | Path, model: Model, checkpoint_name: str = "last", world: A
             f"export '{path}' is of step {manifest.step} and has no checkpoint '{checkpoint_name}': leave --checkpoint "
             "out, or choose one of the run itself"
         )
+    check_noted(f"export '{path}'", asdict(manifest), model)
     check(path, manifest, list(manifest.files)[world.rank :: world.size])
-    checkpoint.check_frozen(f"export '{path}'", manifest.frozen, model)
     wanted = parameters(model) | mappings_of(model)
     sizes = {f"model/{name}": size for name, size in manifest.sizes.items()} | manifest.vocabularies
     checkpoint.check_tensors(f"export '{path}'", sizes, wanted, model)

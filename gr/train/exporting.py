@@ -42,6 +42,10 @@ CHANGEABLE = (
     "eval",
     "model.table",
     "model.input.features.*.table",
+    "model.item_tower.image.encoder",
+    "model.item_tower.image.images",
+    "model.item_tower.text.encoder",
+    "model.item_tower.vectors",
     "model.user.fields.*.table",
     "model.item.fields.*.table",
     "train.device",
@@ -96,6 +100,8 @@ def export(
             vocabularies={name: list(size) for name, size in mappings.items()},
             tensors=files,
             frozen=state.get("frozen", ""),
+            encoders=state.get("encoders", {}),
+            vectors=state.get("vectors", {}),
             files={name: fingerprint(scratch / name) for name in (folder.config.name, ITEMS)} | written,
         )
         (scratch / MANIFEST).write_text(to_json(manifest))

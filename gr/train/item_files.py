@@ -26,6 +26,8 @@ def read_items(path: str | os.PathLike) -> pa.Table:
         ) from None
     if "item_id" not in items.column_names:
         raise UserError(f"'{path}' has no column item_id (it has {', '.join(items.column_names)}): rename it")
+    if again := [name for name in items.column_names if items.column_names.count(name) > 1]:
+        raise UserError(f"'{path}' has several columns '{again[0]}': leave one of them")
     if not len(items):
         raise UserError(f"'{path}' has no items: write some, or leave the option out")
     _check_ids(items["item_id"], path)

@@ -47,6 +47,8 @@ CHANGEABLE = (
     *("train.context", "train.timeout", "train.activation_checkpointing", "model.input.features.*.table"),
     *("model.user.fields.*.table", "model.item.fields.*.table"),
     "model.item_tower.recompute",
+    *("model.item_tower.text.encoder", "model.item_tower.image.encoder", "model.item_tower.image.images"),
+    "model.item_tower.vectors",
     "train.start_from",
 )
 """Keys that may change on resume: none of them changes the batches or the model's mathematics.

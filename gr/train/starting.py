@@ -33,11 +33,12 @@ PRETRAINED = ".encoder.model."
 @dataclass(frozen=True)
 class Source:
     """Weights of a run or of an export.  what: what people call it.  sizes: of its parameters, by name.  fill: tensors
-    by name."""
+    by name.  encoders: by table, the digest of an encoder that they were trained onto and that isn't among them."""
 
     what: str
     sizes: Mapping[str, Sequence[int]]
     fill: Callable[[Mapping[str, Tensor]], None]
+    encoders: Mapping[str, str]
 
 
 def start(model: Model, config: RunConfig, processes: Processes, *, begun: bool = False) -> None:
@@ -69,6 +70,8 @@ def start(model: Model, config: RunConfig, processes: Processes, *, begun: bool 
                     "this model: give both the same model and data.max_length",
                     everywhere=True,
                 )
+        if not begun:
+            _check_encoders(source, model, found)
         source.fill({name: tensor for name, tensor in found.items() if not begun or name in still})
         taken |= found
     newest = sources[-1]
@@ -86,6 +89,20 @@ def start(model: Model, config: RunConfig, processes: Processes, *, begun: bool 
         )
     if processes.is_main and not begun:
         _say(model, own, taken, newest)
+
+
+def _check_encoders(source: Source, model: Model, found: Iterable[str]) -> None:
+    """Refuse a head, or a fusion, that was trained onto the vectors of another encoder than this model's."""
+    for name, digest in source.encoders.items():
+        if not any(parameter.startswith(f"tables.{name}.") for parameter in found):
+            continue
+        now = model.tables[name].encoder_digest()
+        if now and now != digest:
+            raise UserError(
+                f"{source.what} was trained onto another encoder than model.item_tower names, and doesn't have it: "
+                "name that one, or start from a run that tuned its own",
+                everywhere=True,
+            )
 
 
 def _say(model: Model, own: Mapping[str, Tensor], taken: Mapping[str, Tensor], source: Source) -> None:
@@ -134,7 +151,9 @@ def _sources(section: StartFrom) -> list[Source]:
                 for name, values in tensors.items():
                     files.read_into(name, [0] * values.dim(), values)
 
-        source = Source(f"export '{section.run}', step {manifest.step}", manifest.sizes, read)
+        source = Source(
+            f"export '{section.run}', step {manifest.step}", manifest.sizes, read, manifest.encoders
+        )
         digest = manifest.frozen
     else:
         folder = RunFolder.existing(section.run)
@@ -149,7 +168,8 @@ def _sources(section: StartFrom) -> list[Source]:
             checkpoint.fill({f"model/{name}": values for name, values in tensors.items()}, reader)
 
         state = checkpoint.read_state(path)
-        source = Source(f"run '{section.run}', step {state['cursor']['step']}", sizes, read)
+        step, encoders = state["cursor"]["step"], state.get("encoders", {})
+        source = Source(f"run '{section.run}', step {step}", sizes, read, encoders)
         digest = state.get("frozen", "")
     under = configs.load(RunFolder.existing(section.run).config).train.start_from if digest else None
     return [*(_sources(under) if under is not None else []), source]

@@ -28,7 +28,7 @@ from gr.processes import Processes
 from gr.train import checkpoint
 from gr.train.cursor import Cursor
 from gr.train.folder import RunFolder
-from gr.train.frozen import frozen_digest
+from gr.train.frozen import noted
 from gr.train.host_copy import HostCopy
 from gr.train.log import MetricsLog, StepProgress
 from gr.train.memory import give_back_freed_memory, peak_bytes
@@ -75,9 +75,7 @@ class Trainer:
         )
         self.progress = StepProgress(self.total_steps, cursor.step, processes.is_main)
         self.work = Work(parts.model, config, processes)
-        self.writer = CheckpointWriter(
-            folder, config, processes, self.progress.say, frozen_digest(parts.model)
-        )
+        self.writer = CheckpointWriter(folder, config, processes, self.progress.say, noted(parts.model))
         self.last_loss = float("nan")
         self._unchecked: tuple[HostCopy, GlobalBatch] | None = None
         self._spent_before: float | None = None
@@ -181,17 +179,26 @@ class Trainer:
         self._at("evaluation")
         self._check_finite()
         evaluation = self.evaluation.at(self.cursor.epoch)
-        watched, said = self.model.watched()
-        if said is not None and self.processes.is_main:
-            log.warning(said)
-        for split in self.config.eval.splits:
+        watched: dict[str, float] = {}
+        if not self.config.eval.splits:
+            self._watched()
+        for number, split in enumerate(self.config.eval.splits):
             result = evaluation.run(split, self.model)
+            if not number:  # afterwards: it has formed all rows, where rows are formed
+                watched = self._watched()
             row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step}
             row |= evaluation.split.describe() | result.row() | watched
             self.cursor.metrics_rows += self.metrics.write(row)
             self._say(row, result.notes)
             if split == "valid":
                 self._compare_with_best(row)
+
+    def _watched(self) -> dict[str, float]:
+        """What the model has to say of itself."""
+        figures, said = self.model.watched()
+        if said is not None and self.processes.is_main:
+            log.warning(said)
+        return figures
 
     def run_baselines(self) -> None:
         """What needs no training, on the same requests: the figures to beat (and the oracle's, not to be beaten)."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from threading import Thread
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor
 
@@ -30,7 +31,8 @@ from gr.train.snapshot import release, snapshot
 class CheckpointWriter:
     """A context: at its end nothing is being written any more.  All processes call its methods together.
 
-    say: gives a line to whoever watches.  frozen: the digest of what the model keeps as it is.
+    say: gives a line to whoever watches.  noted: of what the model is made of and no checkpoint holds
+    (:func:`gr.train.frozen.noted`).
     """
 
     def __init__(
@@ -39,9 +41,9 @@ class CheckpointWriter:
         config: RunConfig,
         processes: Processes,
         say: Callable[[str], None],
-        frozen: str = "",
+        noted: Mapping[str, Any] | None = None,
     ) -> None:
-        self.frozen = frozen
+        self.noted = noted
         self.folder, self.config, self.processes, self.say = folder, config, processes, say
         self._apart = processes
         self._held = ExitStack()
@@ -148,7 +150,7 @@ class CheckpointWriter:
         folder, keep = self.folder.checkpoints, self.config.checkpoint.keep
         if processes.is_main:
             self.folder.sync_metrics()
-        checkpoint.save(folder, tensors, cursor, to_dict(self.config), processes, self.frozen)
+        checkpoint.save(folder, tensors, cursor, to_dict(self.config), processes, self.noted)
         if processes.is_main:
             best = cursor.best.get("step")
             checkpoint.prune(folder, keep, cursor.step, None if best is None else int(best))

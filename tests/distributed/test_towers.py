@@ -7,12 +7,15 @@ import json
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 
 from gr.data.dataset import SequenceDataset
+from gr.modality.digest import Sketch
 from gr.modality.reader import TextReader, TextSection
 from gr.modality.vectors import as_table
 from gr.processes import Processes
+from gr.train.checkpoint import read_state
 from gr.train.folder import RunFolder
 from tests.distributed.jobs import run_jobs
 from tests.distributed.rounding import of_losses, of_weights, sgd
@@ -56,7 +59,14 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
             if "refresh" in tower:  # most items stand in no sequence of these
                 asked.append("train.global_batch=2")
             jobs.append({"config": file, "overrides": asked})
-        assert run_jobs(tmp_path, jobs, processes) == [[None] * processes] * len(jobs)
+        # of one file a vector is missing that the last process alone looks for
+        lacking = tmp_path / "lacking.parquet"
+        pq.write_table(as_table(catalogue.ids[:-1], found[:-1]), lacking)
+        asked = [*jobs[-1]["overrides"], f"model.item_tower.vectors={lacking}", "model.table=mapped"]
+        jobs.append({"config": jobs[-1]["config"], "overrides": asked})
+        *said, refused = run_jobs(tmp_path, jobs, processes)
+        assert said == [[None] * processes] * len(towers)
+        assert all("has no vector for 1 of" in sentence for sentence in refused)
 
     run(1)
     run(2)
@@ -68,6 +78,10 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
         figures = [[r for r in RunFolder(f).read_metrics() if r["kind"] == "eval"][-1] for f in folders]
         assert abs(figures[0]["mrr"] - figures[1]["mrr"]) < 0.02, "but for a pair of items that change places"
         assert abs(figures[0]["item_rank"] - figures[1]["item_rank"]) < 1e-3
+        if "vectors" in towers[name][1]:
+            paths = [sorted((f / "checkpoints").glob("step-*"))[-1] for f in folders]
+            of_one, of_two = (Sketch(**read_state(path)["vectors"]["items"]) for path in paths)
+            assert of_one.sums == pytest.approx(of_two.sums) and not of_one.differs(of_two)
         tensors, other = map(weights, folders)
         assert tensors.keys() == other.keys()
         assert ("kept/items/content" in tensors) == ("refresh" in towers[name][1])

@@ -20,7 +20,7 @@ from gr.errors import UserError
 from gr.modality import picture_files
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.modality.picture_files import open_pictures
-from gr.modality.pictures import Pictures, decoded
+from gr.modality.pictures import Pictures, decoded, say_bad
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.train.encoding import encode, read_tower
@@ -129,7 +129,7 @@ def test_pictures_that_cannot_be_had_are_empty_and_counted(folder, tmp_path, mon
     (pictures / "12.jpg").unlink()
     pixels = items.inputs(torch.arange(3))[0]
     assert not pixels[:2].any() and pixels[2].any() and items.bad["11"] == "it has 200,000 bytes"
-    items.say_bad()
+    say_bad(items.bad)
     assert "2 pictures can't be read" in caplog.text
 
     def away(file):
@@ -187,13 +187,52 @@ def test_what_a_picture_becomes_does_not_hang_on_those_beside_it(folder, kind):
     reader = ImageReader(section, CPU)
     encoder, items = reader.encoder().train(), reader.items_in(pa.table({"item_id": list(range(8))}))
     before = {name: values.clone() for name, values in encoder.named_buffers()}
-    assert before and len(encoder.fingerprint()) == 32
+    assert before and len(reader.fingerprint) == 32
     together = encoder(*items.inputs(torch.arange(8)))
     assert together.requires_grad and together.shape == (8, reader.width)
     torch.testing.assert_close(
         encoder(*items.inputs(torch.tensor([1])))[0], together[1], rtol=1e-4, atol=1e-4
     )
     assert all(torch.equal(values, before[name]) for name, values in encoder.named_buffers())
+
+
+def test_vectors_of_pictures_are_kept_for_these_pictures(folder, tmp_path):
+    """Another size, or another picture of the same name, is encoded anew."""
+    catalogue, pictures = make_titled(tmp_path / "data").catalogue, tmp_path / "pictures"
+    shutil.copytree(folder / "pictures", pictures)
+
+    def vectors_of(size):
+        section = ImageSection(encoder=str(folder / "vit"), images=str(pictures), size=size)
+        return ImageReader(section, CPU).vectors(catalogue)
+
+    small, large = vectors_of(16), vectors_of(24)
+    shutil.copy(pictures / "2.jpg", pictures / "0.jpg")
+    replaced = vectors_of(16)
+    assert not torch.equal(small[2], large[2]) and torch.equal(small[2], replaced[2])
+    assert not torch.equal(small[0], replaced[0])
+
+
+@pytest.mark.parametrize("kind", ["swin", "beit"])
+def test_layers_that_an_encoder_would_leave_out_in_training_stay(folder, tmp_path, kind):
+    """Stochastic depth, with which Swin and BEiT come: a step would be another one each time."""
+    import transformers as package
+
+    if kind == "swin":
+        encoder = make_image_encoder(tmp_path / kind, kind)
+        assert package.AutoConfig.from_pretrained(encoder).drop_path_rate == 0.1
+    else:
+        shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        beit = package.BeitConfig(image_size=16, patch_size=8, vocab_size=9, drop_path_rate=0.9, **shape)
+        package.BeitModel(beit, add_pooling_layer=False).save_pretrained(encoder := tmp_path / kind)
+    section = ImageSection(encoder=str(encoder), images=str(folder / "pictures"), size=16, pooling="mean")
+    reader = ImageReader(section, CPU)
+    encoder, (pixels,) = (
+        reader.encoder(),
+        reader.items_in(pa.table({"item_id": range(32)})).inputs(torch.arange(32)),
+    )
+    with torch.no_grad():
+        assert torch.equal(encoder.train()(pixels), encoder.eval()(pixels))
+    assert not any(getattr(module, "drop_prob", None) for module in reader.encoder(0.3).modules())
 
 
 def test_vectors_of_pictures_are_written_as_those_of_texts_are(folder, tmp_path):
@@ -207,6 +246,60 @@ def test_vectors_of_pictures_are_written_as_those_of_texts_are(folder, tmp_path)
     asked = [f"model.item_tower={json.dumps(cached)}"]
     rows = build(configs.load(folder / "tiny.yaml", asked), CPU).model.items.catalogue()
     assert torch.equal(rows, built(folder, {"name": "image"}).model.items.catalogue())
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        ["text"] * ITEMS,
+        pa.nulls(ITEMS),
+        [[1, 2]] * ITEMS,
+        [{"path": "x"}] * ITEMS,
+        [{"bytes": "text"}] * ITEMS,
+    ],
+)
+def test_a_column_of_pictures_has_bytes(folder, tmp_path, column):
+    """Else all items would have an empty picture."""
+    pq.write_table(pa.table({"item_id": range(ITEMS), "image": column}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"column image is of type .*, and bytes, or a struct with bytes"):
+        built(folder, {"name": "image"}, images=str(tmp_path / "p.parquet"))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "tuned"])
+def test_pictures_of_which_none_can_be_read_are_refused(folder, tmp_path, mode):
+    (tmp_path / "pictures").mkdir()
+    for item in range(20):
+        (tmp_path / f"pictures/{item}.jpg").write_bytes(b"<html>not found</html>")
+    with pytest.raises(
+        UserError, match=r"none of the 20 pictures of items in .* can be read .*it is no picture"
+    ):
+        built(
+            folder, {"name": "image", "mode": mode}, images=str(tmp_path / "pictures")
+        ).model.items.catalogue()
+    shutil.copy(folder / "pictures/12.jpg", tmp_path / "pictures")
+    built(folder, {"name": "image", "mode": mode}, images=str(tmp_path / "pictures"))
+
+
+def test_a_tuned_encoder_says_once_what_it_could_not_read(folder, caplog):
+    items = built(folder, {"name": "image", "mode": "tuned"}).model.items
+    items.catalogue()
+    items.forget()
+    items.catalogue()
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("1 of 60 items have no picture" in line for line in lines) == 1
+    assert sum("3 pictures can't be read" in line for line in lines) == 1
+
+
+def test_a_store_without_a_key_to_it_is_a_sentence(folder, monkeypatch):
+    class NoCredentialsError(Exception):
+        """As botocore's."""
+
+    def nobody(*_):
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", nobody)
+    with pytest.raises(UserError, match=r"can't be read \(Unable to locate credentials\)"):
+        open_pictures("s3://bucket/pictures.zip")
 
 
 def test_what_is_refused(folder, tmp_path):
@@ -226,6 +319,8 @@ def test_what_is_refused(folder, tmp_path):
     for name, sentence in sentences.items():
         with pytest.raises(UserError, match=sentence):
             built(folder, {"name": "image", "mode": "tuned"}, images=str(tmp_path / name))
+    with pytest.raises(UserError, match=r"size is 7 pixels, and encoder '.*' looks at patches of 8"):
+        built(folder, {"name": "image"}, size=7)
     with pytest.raises(UserError, match="is a bert, which reads no pictures"):
         built(folder, {"name": "image"}, encoder=str(make_encoder(tmp_path / "bert")))
     with pytest.raises(UserError, match="a tower of name text reads no image"):

@@ -6,10 +6,11 @@ import json
 import logging
 import re
 import shutil
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,10 +18,15 @@ import torch
 from safetensors.torch import save_file
 
 from gr import config as configs
+from gr.data.dataset import SequenceDataset
+from gr.embeddings.shares import Shares
 from gr.embeddings.view import View
 from gr.errors import UserError
+from gr.modality import collapse, encoder as encoders
+from gr.modality.chunks import BUCKET, chunks
 from gr.modality.collapse import effective_rank, mean_cosine
-from gr.modality.content import encoded
+from gr.modality.content import Fixed, FixedShares, encoded
+from gr.modality.digest import sketched, sums_of
 from gr.modality.encoder import config_of, load_tokenizer, transformers
 from gr.modality.find import loaded
 from gr.modality.reader import TextReader, TextSection
@@ -333,6 +339,47 @@ def test_a_text_is_encoded_by_itself(folder, config):
             torch.testing.assert_close(together[item], alone[0], **CLOSE)
 
 
+def test_texts_of_a_chunk_are_about_as_long():
+    """None is padded by as many tokens as a bucket has, none is left out."""
+    lengths = torch.randint(1, 40, (300,), generator=torch.Generator().manual_seed(0))
+    parts = chunks(lengths, 16)
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
+    assert all(1 <= len(part) <= 16 for part in parts) and len(parts) < 300 // 16 + 40 // BUCKET + 2
+    assert all(lengths[part].max() - lengths[part].min() < BUCKET for part in parts)
+
+
+def test_vectors_are_kept_beside_the_dataset_for_what_they_were_made_of(tmp_path, monkeypatch):
+    """And are read where that is asked for again."""
+    catalogue, encoder = make_titled(tmp_path / "data").catalogue, str(make_encoder(tmp_path / "encoder"))
+    asked = [{}, {"pooling": "cls"}, {"max_tokens": 4}, {"fields": ["item_id"]}]
+
+    def vectors_of(settings):
+        return TextReader(TextSection(encoder=encoder, **settings), CPU).vectors(catalogue)
+
+    found = [vectors_of(settings) for settings in asked]
+    make_encoder(tmp_path / "encoder", seed=1)
+    others = vectors_of({})
+    assert not any(torch.equal(*pair) for pair in combinations([*found, others], 2))
+    make_encoder(tmp_path / "encoder")
+    monkeypatch.setattr(TextReader, "encoded", None)  # nothing is encoded any more
+    assert all(torch.equal(vectors_of(settings), of) for settings, of in zip(asked, found, strict=True))
+
+
+@pytest.mark.parametrize("refresh", [None, 1])
+def test_steps_in_bfloat16_encode_in_it_and_evaluations_do_not(config, refresh):
+    tower = {"name": "text", "mode": "tuned", "refresh": refresh}
+    asked = ["train.precision=bf16", FEW, *PLAIN]
+    parts = build(config({k: v for k, v in tower.items() if v is not None}, *asked), CPU)
+    items, kinds = parts.model.items, []
+    layer = items.encoder.model.encoder.layer[0].intermediate.dense
+    layer.register_forward_hook(lambda module, given, output: kinds.append(output.dtype))
+    loss, gradients = first_step(parts)
+    assert set(kinds) == {torch.bfloat16} and all(g.dtype == torch.float32 for g in gradients.values())
+    kinds.clear()
+    items.catalogue()
+    assert set(kinds) == {torch.float32}
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +442,114 @@ def test_a_run_is_opened_with_the_frozen_encoder_that_it_was_trained_with(config
     shutil.rmtree(tmp_path / "encoder")
     (tmp_path / "before").rename(tmp_path / "encoder")
     assert torch.equal(open_run(result.path).model.items.vectors(0, ITEMS), scores)
+
+
+@pytest.fixture
+def vectors_of_titles(folder, tmp_path):
+    """A file of them, as an encoder made them."""
+    catalogue = SequenceDataset(folder / "data").catalogue
+    found = TextReader(TextSection(encoder=str(folder / "encoder")), CPU).vectors(catalogue)
+    pq.write_table(as_table(catalogue.ids, found), file := tmp_path / "vectors.parquet")
+    return file, catalogue.ids, found
+
+
+@pytest.mark.parametrize("table", ["local", "mapped"])
+def test_a_run_is_opened_with_the_vectors_that_it_was_trained_with(
+    config, tmp_path, table, vectors_of_titles
+):
+    """Encoded again, in another order, they are the same; others that stand in their place are refused, one too."""
+    file, ids, found = vectors_of_titles
+    tower = {"name": "text", "mode": "cached", "text": None, "vectors": str(file)}
+    sampled = "objective={name: sampled_softmax, negatives: 16}"
+    result = job.run(config(tower, sampled, f"model.table={table}", "train.max_steps=1", "eval.splits=[]"))
+    export(result.path, tmp_path / "out")
+    places = [result.path, tmp_path / "out"]
+
+    order = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(0))
+    rounded = (found * (1 + 2.0**-13 * torch.randn_like(found)))[order]
+    pq.write_table(as_table(ids.take(pa.array(order.numpy())), rounded), file)
+    for path in places:
+        open_run(path)
+    for others in (found.flip(0), torch.cat([found[:-1], -found[-1:]])):
+        pq.write_table(as_table(ids, others), file)
+        for what, path in (("checkpoint", places[0]), ("export", places[1])):
+            said = f"{what} '{path}.* was trained with other vectors than '{file}' has now"
+            with pytest.raises(UserError, match=said) as refused:
+                open_run(path)
+            assert "\n" not in str(refused.value)
+        with pytest.raises(UserError, match="was trained with other vectors than"):
+            job.resume(result.path, ["train.max_steps=2"])
+    pq.write_table(as_table(ids, found), moved := tmp_path / "moved.parquet")
+    file.unlink()
+    assert job.resume(result.path, ["train.max_steps=2", f"model.item_tower.vectors={moved}"]).finished
+    export(result.path, tmp_path / "again", overrides=[f"model.item_tower.vectors={moved}"])
+    assert torch.equal(scores_of_some(tmp_path / "again"), scores_of_some(result.path))
+
+
+def scores_of_some(path):
+    run = open_run(path)
+    return run.model.similarity.topk(run.model.items, torch.eye(16), 9)[0]
+
+
+def test_a_sketch_is_a_sum_over_stretches(vectors_of_titles):
+    """And the first items of a catalogue that has grown are known by it."""
+    _, _, found = vectors_of_titles
+    parts = [sums_of(found[a:b], a) for a, b in ((0, 7), (7, 7), (7, ITEMS))]
+    whole = sketched("v", ITEMS, sums_of(found, 0))
+    assert [sum(terms) for terms in zip(*parts)] == pytest.approx(sums_of(found, 0), rel=1e-9)
+    assert not whole.differs(sketched("v", ITEMS, [sum(terms) for terms in zip(*parts)]))
+    dealt = FixedShares(16, lambda: Shares(ITEMS, found, CPU.world), None, CPU, file="v")
+    for content in (Fixed(16, lambda: found, None, torch.device("cpu"), file="v"), dealt):
+        assert content.sketch() == whole and content.sketch(9) == sketched("v", 9, sums_of(found[:9], 0))
+        assert content.sketch(9).differs(whole)
+    assert whole.size == pytest.approx(found.norm().item())
+
+
+def test_an_encoder_that_stays_is_digested_once(config, monkeypatch):
+    """What is kept beside the dataset and the checkpoint know it by the same digits."""
+    digested = []
+    real = encoders.digest_of
+    monkeypatch.setattr(
+        encoders, "digest_of", lambda tensors, said="": digested.append(len(tensors)) or real(tensors, said)
+    )
+    job.run(config({"name": "text"}, "train.max_steps=1", "eval.splits=[]"))
+    assert len(digested) == 1
+
+
+@pytest.mark.parametrize(
+    ("tower", "table"),
+    [
+        ({"name": "text", "refresh": 2}, "local"),
+        ({"name": "fused", "fusion": "gated"}, "local"),
+        ({"name": "fused", "fusion": "gated"}, "mapped"),
+    ],
+)
+def test_the_watch_for_collapse_encodes_a_sample_where_nothing_else_asks_for_all(
+    config, monkeypatch, tower, table
+):
+    monkeypatch.setattr(collapse, "SAMPLE", 8)
+    sampled = "objective={name: sampled_softmax, negatives: 16}"
+    parts = build(config({"mode": "tuned", **tower}, sampled, f"model.table={table}"), CPU)
+    items, read = parts.model.items, []
+    source = getattr(items.content, "formed", items.content).items
+    inputs = source.inputs
+    source.__dict__["inputs"] = lambda rows: (read.append(len(rows)), inputs(rows))[1]
+    alone, _ = parts.model.watched()
+    assert sum(read) == 8
+    items.vectors(0, ITEMS)
+    read.clear()
+    of_all, _ = parts.model.watched()
+    assert not read
+    assert alone == pytest.approx(of_all, rel=1e-4)
+
+
+@pytest.mark.parametrize("splits", ["[]", "[valid]"])
+def test_a_run_that_evaluates_nothing_never_encodes_all_items(config, splits, capsys):
+    tower = {"name": "text", "mode": "tuned"}
+    rows = job.run(config(tower, "train.max_steps=1", f"eval.splits={splits}")).metrics
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    assert ("encoding items" in capsys.readouterr().err) == bool(evaluated) == (splits != "[]")
+    assert all({"item_cosine", "item_rank"} <= row.keys() for row in evaluated)
 
 
 def test_a_table_starts_from_its_texts(folder, config):
@@ -462,6 +617,13 @@ def test_ids_of_new_items_are_ids(folder, config, tmp_path, ids, sentence):
     pq.write_table(pa.table({"item_id": ids, "title": ["red", "blue"]}), file)
     with pytest.raises(UserError, match=re.escape(sentence.format(file=file))):
         unseen_items(run, file)
+
+
+def test_columns_of_new_items_have_names_of_their_own(tmp_path):
+    columns = [pa.array([1]), pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["item_id", "title", "title"]), tmp_path / "new.parquet")
+    with pytest.raises(UserError, match="has several columns 'title'"):
+        read_items(tmp_path / "new.parquet")
 
 
 def test_a_file_of_new_items_has_to_be_there(tmp_path):
@@ -536,6 +698,16 @@ def test_collapsed_vectors_are_noticed(config):
         ({"name": "text"}, ["model.table=mapped", "objective=full_softmax"], "use model.table=local"),
         ({"name": "text"}, ["model.similarity.item_bias=true"], "item_bias is a number for each row"),
         ({"name": "fused"}, ["optimizer=lazy_adam", "objective=full_softmax"], "use optimizer=adamw"),
+        (
+            {"name": "text", "mode": "tuned", "freeze": 2},
+            [],
+            "freeze is 2, and the encoder, a BertModel, has 2",
+        ),
+        (
+            {"name": "text", "mode": "tuned"},
+            ["optimizer.groups=[{match: ^tables.items.encodr, lr: 0.1}]"],
+            "leaves: names begin with tables.items.head, tables.items.encoder, input, encoder$",
+        ),
         (
             {"name": "text", "mode": "tuned", "refresh": 2},
             ["objective=in_batch"],
@@ -620,6 +792,43 @@ def test_odd_texts_have_vectors(folder, caplog):
         short.tokens_of(lambda name: pa.array(texts), ["title"], len(texts))
 
 
+def encoder_like(folder, path, name, **settings):
+    """A tiny encoder of another kind, with the tokenizer of the folder's."""
+    import transformers as package
+
+    shutil.copytree(folder / "encoder", path, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 18, "hidden_size": 16}
+    torch.manual_seed(0)
+    package.AutoModel.from_config(getattr(package, name)(**layers | settings)).save_pretrained(path)
+    return str(path)
+
+
+def test_encoders_that_are_narrower_outside_than_inside(folder, config, tmp_path):
+    """OPT's small ones give vectors as wide as a word's, Electra takes words narrower than what it gives."""
+    opt = {"word_embed_proj_dim": 8, "ffn_dim": 32, "pad_token_id": 0}
+    opt = encoder_like(folder, tmp_path / "opt", "OPTConfig", **opt)
+    for tower in ({"mode": "tuned"}, {"mode": "adapters", "adapters": {"name": "prompt", "size": 3}}):
+        items = build(config({"name": "text", "text": {"encoder": opt}, **tower}), CPU).model.items
+        assert items.content.all().shape == (ITEMS, 8)
+    electra = encoder_like(
+        folder, tmp_path / "electra", "ElectraConfig", embedding_size=8, intermediate_size=32
+    )
+    tower = {"mode": "adapters", "adapters": {"name": "prompt", "size": 3}, "text": {"encoder": electra}}
+    loss, gradients = first_step(build(config({"name": "text", **tower}), CPU))
+    assert gradients["tables.items.encoder.model.prompt.vectors"].shape == (3, 8)
+
+
+def test_an_encoder_that_counts_places_from_its_padding_has_fewer(folder, config, tmp_path):
+    """RoBERTa: with two marks, and places for 7 of which one is the padding's and one before it."""
+    settings = {"intermediate_size": 32, "max_position_embeddings": 7, "pad_token_id": 1}
+    text = {"encoder": encoder_like(folder, tmp_path / "roberta", "RobertaConfig", **settings)}
+    items = build(config({"name": "text", "mode": "tuned", "text": text}), CPU).model.items
+    assert items.content.items.lengths_n.max() == 5 and items.catalogue().isfinite().all()
+    tower = {"mode": "adapters", "adapters": {"name": "prompt", "size": 1}, "text": text}
+    with pytest.raises(UserError, match="has places for 5"):
+        build(config({"name": "text", **tower}), CPU)
+
+
 def test_templates():
     columns = {"title": ["a  b", None], "tags": [["x", "y"], []], "year": [1999, 2000]}
 
@@ -639,11 +848,14 @@ def test_templates():
 
 
 def test_files_of_vectors(tmp_path):
-    import pyarrow as pa
-
     ids, file = pa.array([4, 7, 9]), tmp_path / "v.parquet"
     pq.write_table(as_table(pa.array([9, 8, 4, 7]), torch.arange(8.0).view(4, 2)), file)
     assert read_file(str(file), ids).tolist() == [[4, 5], [6, 7], [0, 1]]
+    fsspec.filesystem("memory").pipe_file("/v.parquet", file.read_bytes())
+    assert read_file("memory://v.parquet", ids).tolist() == [[4, 5], [6, 7], [0, 1]]
+    for where, sentence in (("memory://w.parquet", "no file"), ("abc://v.parquet", "Protocol not known")):
+        with pytest.raises(UserError, match=sentence):
+            read_file(where, ids)
     with pytest.raises(UserError, match="no vector for 1 of 3 items"):
         read_file(str(file), pa.array([4, 5, 9]))
     lists = {

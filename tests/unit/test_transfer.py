@@ -159,6 +159,18 @@ def test_what_was_trained_onto_other_weights_is_not_loaded(folder, config, sourc
     assert job.resume(run.run.dir, [f"train.start_from={source}", "train.max_steps=4"]).finished
 
 
+def test_a_head_is_not_taken_to_another_encoder(folder, config):
+    """A run whose encoder stayed as it came has trained its head for that one."""
+    frozen = {"mode": "frozen"}
+    job.run(config("source", "of-frozen", tower=frozen))
+    start = f"train.start_from={folder / 'of-frozen'}"
+    other = {"text": {"encoder": str(make_encoder(folder / "other-encoder", seed=1))}}
+    for mode in ("frozen", "tuned"):
+        build(config("target", "same", start, tower={"mode": mode}), CPU)
+        with pytest.raises(UserError, match="was trained onto another encoder than"):
+            build(config("target", "other", start, tower={"mode": mode, **other}), CPU)
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
