@@ -112,6 +112,13 @@ def test_what_is_wrong_with_recbole_files_is_one_sentence(tmp_path):
         f"no csv file at '{tmp_path / 'none'}/*.inter'"
     )
     assert "has no column 'when'" in refused("recbole", source, out, {"time": "when"})
+    assert "'item_id' is both user and item" in refused("recbole", source, out, {"user": "item_id"})
+    source = atomic(tmp_path / "ml", INTER.replace("device:token", "type:token"))
+    assert refused("recbole", source, out) == (
+        f"'{file}', column 'type': a dataset gives a column of its own that name; write another into the header, or "
+        "leave it out of fields"
+    )
+    assert prepared("recbole", source, out, {"fields": []}).dataset.actions == 3
 
 
 # -- lists ---------------------------------------------------------------------------------------------------------
@@ -137,7 +144,8 @@ def lists(folder, rows, name="part-0.parquet", row_group=None, kind=pa.list_):
 
 
 FIELDS = {"columns": {**COLUMNS, "fields": {"page": "extra", "country": "country"}}}
-ROWS = [("a", [3, 1, 2], [NOW + 2, NOW, NOW]), ("b", [], []), ("c", None, None), ("d", [9], [NOW])]
+ROWS = [("a", [3, 1, 2], [NOW + 2, NOW, NOW]), ("b", [], []), ("d", [9], [NOW])]
+EMPTY = "1 rows have empty lists, no actions: a user with no other row is not in the dataset"
 
 
 @pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
@@ -163,6 +171,19 @@ def test_a_row_a_user_gives_what_its_actions_give(tmp_path, kind, row_group, chu
         == made.dataset.manifest.fingerprint
     )
     assert made.facts["stages"][0] == {"stage": "rows of the log", "actions": 5, "users": None, "items": None}
+    assert made.said == made.facts["assumptions"] == [EMPTY]
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list, lambda inner: pa.list_(inner, 2)])
+def test_a_list_that_is_missing_is_a_bad_row(tmp_path, kind):
+    rows = [("a", [1, 2], [NOW, NOW]), ("b", None, None), ("c", [5, 6], None)]
+    source = lists(tmp_path / "log", rows, kind=kind)
+    said = refused("lists", source, tmp_path / "out", FIELDS)
+    file = source / "part-0.parquet"
+    assert said == f"'{file}', row group 0, row 1, column 'i': the value is missing; {ASIDE}"
+    made = prepared("lists", source, tmp_path / "out", FIELDS, "on_bad_rows=quarantine")
+    assert list(made.rows) == ["a"] and made.quarantined == {"i: missing": 1, "t: missing": 1}
+    assert [b["row"] for b in pq.read_table(tmp_path / "out" / "quarantine").to_pylist()] == [1, 2]
 
 
 def test_lists_of_unequal_lengths_are_bad_rows(tmp_path):

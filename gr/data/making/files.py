@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from gr.data.stores import (
     AHEAD,
@@ -55,7 +57,25 @@ VERSION = (
 )
 """Keys of fsspec's ``info`` that tell one content of a file from another, whichever filesystem has them."""
 PART = re.compile(r"\.c\d+$")  # part-00000-4f1c.c000: Spark's counter is no ending
+FOLDER_MARK = "_$folder$"
+"""Ends the names of objects by which Hadoop has folders in a store; others have empty names."""
 LISTED = 3
+
+
+class Files(LocalFileSystem):
+    """This machine's files.  A link to a folder is that folder: fsspec's own passes over it without a word."""
+
+    def ls(self, path: str, detail: bool = False, **kwargs: Any) -> list[Any]:
+        found = super().ls(path, detail=detail, **kwargs)
+        for info in found if detail else ():
+            if info["islink"] and os.path.isdir(info["name"]):
+                if _lies_in(os.path.realpath(path), os.path.realpath(info["name"])):
+                    raise UserError(
+                        f"'{info['name']}' is a link to a folder that it lies in: remove it, or name the files by a "
+                        "glob"
+                    )
+                info["type"] = "directory"
+        return found
 
 
 class Footers(dict[str, tuple[int, pq.FileMetaData]]):
@@ -103,9 +123,9 @@ class DataFile:
 
     def open(self) -> pa.NativeFile:
         """The content, decompressed where the name says that it is compressed."""
-        if self.local:
-            return pa.input_stream(self.path, "detect")
         codec = CODECS.get(Path(self.path.lower()).suffix)
+        if self.local:
+            return pa.input_stream(self.path, codec)
         size = self._store.size(self.path)
         if size is None:  # a server that sends all or nothing
             return pa.input_stream(self.filesystem.open(self.path, "rb"), codec)
@@ -211,16 +231,12 @@ def find_files(
     ``format``: parquet or csv; auto goes by the names, and in a folder leaves out what they don't tell; ``key``: what
     the schema calls it, if it may be set there.  ``note`` is told of files in a folder that are left out.
     """
-    if is_url(source):
-        store, path = Store.at(source)
-        filesystem, source = store.filesystem, shown(source)
-    else:
-        filesystem, path = fsspec.core.url_to_fs(source)
-        store = Store(filesystem)
+    store, path = _place(source)
+    filesystem, source = store.filesystem, shown(source)
 
     def find() -> tuple[list[str], list[str]]:
         filesystem.invalidate_cache()
-        if any(c in path for c in "*?[") and not filesystem.exists(path):
+        if _is_glob(filesystem, path):
             return _by_glob(filesystem, path, source, format)
         if filesystem.isdir(path):
             return _in_folder(filesystem, path, source, format)
@@ -250,10 +266,12 @@ def find_files(
             f"left out of '{source}', not {kind} by their names: {_listed(left_out)}; "
             f"{f'set {key}, or ' if key else ''}name the files by a glob, if these are data"
         )
+    paths, again = _each_once(filesystem, sorted(paths, key=natural))
+    if again and note is not None:
+        note(f"left out of '{source}', links to files that it has already: {_listed(again)}")
     footers = Footers()
     files = [
-        DataFile(filesystem, p, _format_by_name(p) if format == "auto" else format, footers)
-        for p in sorted(paths, key=natural)
+        DataFile(filesystem, p, _format_by_name(p) if format == "auto" else format, footers) for p in paths
     ]
     if unknown := [f for f in files if not f.format]:
         raise UserError(
@@ -262,6 +280,57 @@ def find_files(
     if len({f.format for f in files}) > 1:
         raise UserError(f"'{source}' holds both Parquet and CSV files: set {key}, or name them by a glob")
     return files
+
+
+def keep_apart(source: str, place: str, option: str = "out") -> None:
+    """Refuse a ``place`` (path or URL, the program's ``option``) whose files the log ``source`` would hold when it is
+    read the next time, and one that holds the log.  Folders with names that are left out don't count."""
+    (store, path), (other, below) = _place(source), _place(place)
+    filesystem = store.filesystem
+    if type(filesystem) is not type(other.filesystem):
+        return
+    real = os.path.realpath if isinstance(filesystem, Files) else (lambda name: name.rstrip("/"))
+    place_is, path = real(below), path.rstrip("/")
+
+    def searched(folder: str) -> Iterator[str]:
+        """A folder, and those that links in it lead to."""
+        yield real(folder)
+        for below, _, _ in filesystem.walk(folder) if isinstance(filesystem, Files) else ():
+            if os.path.islink(below) and _lies_in(below, folder, hidden=False):
+                yield real(below)
+
+    def roots() -> Iterator[str]:
+        """Folders that are searched through, if they are there then."""
+        if not _is_glob(filesystem, path):
+            yield from searched(path)
+            return
+        fixed = re.split(r"[^/]*[*?[]", path, maxsplit=1)[0]
+        named = re.compile(glob_translate(real(fixed) + path[len(fixed.rstrip("/")) :]))
+        folders = [place_is]
+        while "/" in folders[-1].strip("/"):
+            folders.append(folders[-1].rpartition("/")[0])
+        inner = [f"{place_is}/catalogue.parquet", f"{place_is}/sequences/part-00000.parquet"]
+        if any(map(named.match, inner)):
+            yield place_is
+        yield from (f for f in folders if named.match(f) and not _hidden_match(path, f))
+        for found in filesystem.glob(path):
+            if filesystem.isdir(found) and not _hidden_match(path, found):
+                yield from searched(found)
+
+    source, place = shown(source), shown(place)
+    if real(path) != place_is and _lies_in(real(path), place_is):
+        raise UserError(
+            f"--source '{source}' is in --{option} '{place}', which is written to: keep them apart"
+        )
+    try:
+        within = store.asked(lambda: any(_lies_in(place_is, root, hidden=False) for root in roots()), path)
+    except OSError:  # which is said when the log is looked for
+        return
+    if within:
+        raise UserError(
+            f"--{option} '{place}' is in --source '{source}', and would be part of that log the next time: keep them "
+            "apart, or name the log's files by a glob"
+        )
 
 
 def is_there(path: str) -> bool:
@@ -282,16 +351,62 @@ def _by_glob(filesystem: Any, path: str, source: str, format: str) -> tuple[list
     """The files that a glob names, hidden ones only if it asks for them, and those of the folders that it names."""
     taken: list[str] = []
     left_out: list[str] = []
-    asked = path.rsplit("/", 1)[-1].startswith(("_", "."))
     for found in filesystem.glob(path):
-        if not asked and found.rsplit("/", 1)[-1].startswith(("_", ".")):
+        if _hidden_match(path, found):
             continue
         if filesystem.isdir(found):
             more, others = _in_folder(filesystem, found, source, format)
             taken, left_out = taken + more, left_out + others
         else:
             taken.append(found)
-    return taken, left_out
+    return list(dict.fromkeys(taken)), list(dict.fromkeys(left_out))
+
+
+def _hidden_match(glob: str, found: str) -> bool:
+    """Whether a name that a glob matches is one that is left out, for the glob doesn't ask for such names."""
+    last, name = (path.rstrip("/").rpartition("/")[2] for path in (glob, found))
+    return name.startswith(("_", ".")) and not last.startswith(("_", "."))
+
+
+def _is_glob(filesystem: Any, path: str) -> bool:
+    return any(c in path for c in "*?[") and not filesystem.exists(path)
+
+
+def _place(path: str) -> tuple[Store, str]:
+    """The store of a path of this machine or a URL, and the path in it."""
+    if is_url(path) and not path.startswith(("file://", "local://")):
+        return Store.at(path)
+    files = Files()
+    return Store(files), files._strip_protocol(path)
+
+
+def _lies_in(path: str, folder: str, hidden: bool = True) -> bool:
+    """Whether ``path`` is ``folder`` or below it; without ``hidden`` not by way of names that are left out."""
+    root = folder.rstrip("/") + "/"
+    between = f"{path}/".removeprefix(root)
+    return f"{path}/".startswith(root) and (hidden or not any(map(_left_out, between.split("/")[:-1])))
+
+
+def _left_out(folder: str) -> bool:
+    """Whether a folder's name says that it is not data."""
+    return folder.startswith((".", "_")) and "=" not in folder
+
+
+def _each_once(filesystem: Any, paths: list[str]) -> tuple[list[str], list[str]]:
+    """The paths without those that are links to others of them, and these."""
+    if not isinstance(filesystem, Files):
+        return paths, []
+    folder_is = cache(os.path.realpath)
+
+    def real(path: str) -> str:
+        folder, _, name = path.rpartition("/")
+        return os.path.realpath(path) if os.path.islink(path) else f"{folder_is(folder)}/{name}"
+
+    real_of = {path: real(path) for path in paths}
+    straight = sorted(paths, key=lambda path: (os.path.islink(path), real_of[path] != path))
+    chosen = {real_of[path]: path for path in reversed(straight)}
+    kept = set(chosen.values())
+    return [p for p in paths if p in kept], [p for p in paths if p not in kept]
 
 
 def _in_folder(filesystem: Any, path: str, source: str, format: str) -> tuple[list[str], list[str]]:
@@ -307,7 +422,12 @@ def _in_folder(filesystem: Any, path: str, source: str, format: str) -> tuple[li
                 "its present state to plain Parquet, or name the files by a glob if all of them count"
             )
         *folders, name = parts
-        if name.startswith((".", "_")) or any(f.startswith((".", "_")) and "=" not in f for f in folders):
+        if (
+            not name
+            or name.endswith(FOLDER_MARK)
+            or name.startswith((".", "_"))
+            or any(map(_left_out, folders))
+        ):
             continue
         by_name = _format_by_name(found)
         if by_name if format == "auto" else by_name == format or (not by_name and _without_ending(name)):

@@ -10,7 +10,7 @@ from datetime import date
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from gr.config import POSITIVE, Section
 
@@ -33,8 +33,12 @@ class FieldColumn(Section):
     type: Literal["auto", "integer", "float", "string"] = "auto"
 
 
+GIVEN = frozenset(("user_id", "item", "time", "type", "value"))
+"""Names of columns that a dataset gives."""
+
+
 def _free(fields: dict[str, Any]) -> dict[str, Any]:
-    if taken := fields.keys() & {"user_id", "item", "time", "type", "value"}:
+    if taken := fields.keys() & GIVEN:
         raise ValueError(f"'{min(taken)}' is the name of a column that gr makes: give the field another")
     return fields
 
@@ -49,6 +53,23 @@ class Columns(Section):
     action_type: str | None = None
     value: str | None = None
     fields: Annotated[dict[str, FieldColumn | str], AfterValidator(_free)] = {}
+
+    @model_validator(mode="after")
+    def _apart(self) -> Columns:
+        return apart(self)
+
+
+def apart(roles: Any) -> Any:
+    """``roles`` (with user, item, time, value, perhaps action_type), unless two of them are one column.  A rating may
+    be both the type and the value of an action, and a field may be any of them."""
+    taken: dict[str, str] = {}
+    for role in ("user", "item", "time", "action_type", "value"):
+        if (column := getattr(roles, role, None)) is None:
+            continue
+        first = taken.setdefault(column, role)
+        if first != role and (first, role) != ("action_type", "value"):
+            raise ValueError(f"'{column}' is both {first} and {role}: name a column of its own for each")
+    return roles
 
 
 def known_encoding(name: str) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gr.data.making.convert import MISSING
 from gr.data.making.files import DataFile
 from gr.data.making.log import Located, LogReader
 from gr.data.making.log_types import is_list, list_values
@@ -22,10 +24,39 @@ from gr.data.making.quarantine import BadRow, Quarantine, refuse
 
 class ListReader(LogReader):
     """The user is a column of single values; item, time, action type and value are columns of lists; a field may be
-    either.  The lists of a row are of one length; a row without actions says nothing.  Rows of the same user, in one
-    file or several, are joined."""
+    either.  The lists of a row are of one length, and that of the items isn't missing; a row with empty ones has no
+    action, and is counted.  Rows of the same user, in one file or several, are joined."""
 
     lists = True
+    without_actions = 0
+    """Rows with empty lists."""
+
+    def only(self, part: Any) -> LogReader:
+        reader = super().only(part)
+        assert isinstance(reader, ListReader)
+        reader.without_actions = 0
+        return reader
+
+    def seen(self) -> dict[str, Any]:
+        return {**super().seen(), "without_actions": self.without_actions}
+
+    def add_seen(self, seen: dict[str, Any]) -> None:
+        super().add_seen(seen)
+        self.without_actions += seen["without_actions"]
+
+    def _assumptions(self) -> list[str]:
+        found = super()._assumptions()
+        if self.without_actions:
+            found.append(
+                f"{self.without_actions:,} rows have empty lists, no actions: a user with no other row is not in the "
+                "dataset"
+            )
+        return found
+
+    def remarks(self) -> list[str]:
+        if self._doubts is not None:
+            self._notes += self._assumptions()
+        return super().remarks()
 
     def _sample(self, file: DataFile) -> pa.RecordBatch:
         batch = super()._sample(file)
@@ -49,6 +80,7 @@ class ListReader(LogReader):
         for row in np.flatnonzero(uneven >= 0).tolist():
             self._bad_user(file, batch, int(uneven[row]), group, row, start, quarantine)
         actions, row_A = _exploded(batch, uneven < 0)
+        self.without_actions += int((uneven < 0).sum()) - len(np.unique(row_A))
         for first in range(0, len(row_A), chunk_rows):
             part = self.layout.whole(file, actions.slice(first, chunk_rows))
             rows = start + row_A[first : first + chunk_rows]
@@ -65,16 +97,18 @@ class ListReader(LogReader):
         quarantine: Quarantine,
     ) -> None:
         self.rows_read += 1
-        names = batch.schema.names
-        item = self.columns["item"]
-        lengths = [_lengths(batch.column(n))[row] for n in (names.index(item), column)]
-        problem = f"{lengths[1]} values, where '{item}' has {lengths[0]}"
-        where = f"'{file.name}', row group {group}, row {start + row}, column '{names[column]}'"
+        first = next(n for n, field in enumerate(batch.schema) if is_list(field.type))
+        name, other = batch.schema.names[column], batch.schema.names[first]
+        problem, kind = "the value is missing", MISSING
+        if batch.column(column)[row].is_valid:
+            lengths = [_lengths(batch.column(n))[row] for n in (column, first)]
+            problem = f"{lengths[0]} values, where '{other}' has {lengths[1]}"
+            kind = f"has not as many values as '{other}'"
+        where = f"'{file.name}', row group {group}, row {start + row}, column '{name}'"
         if quarantine.failing:
             raise refuse(where, problem, "")
         record = json.dumps(batch.slice(row, 1).to_pylist()[0], default=str, ensure_ascii=False)
-        kind = f"{names[column]}: has not as many values as '{item}'"
-        quarantine.add(BadRow(file.name, group, start + row, names[column], problem, record), kind)
+        quarantine.add(BadRow(file.name, group, start + row, name, problem, record), f"{name}: {kind}")
 
 
 def _in_lists(group: int, row_A: np.ndarray, action: int) -> tuple[int | None, int]:
@@ -82,12 +116,13 @@ def _in_lists(group: int, row_A: np.ndarray, action: int) -> tuple[int | None, i
 
 
 def _uneven(batch: pa.RecordBatch) -> np.ndarray:
-    """(n,) the first column whose list has another length than the first list of the row, -1 where there is none."""
+    """(n,) the first column whose list has another length than the first list of the row, or that one where it is
+    missing; -1 where there is none."""
     uneven = np.full(batch.num_rows, -1)
     lists = [n for n, field in enumerate(batch.schema) if is_list(field.type)]
     lengths = [_lengths(batch.column(n)) for n in lists]
-    for column, length in reversed(list(zip(lists[1:], lengths[1:]))):
-        uneven[length != lengths[0]] = column
+    for column, length in reversed(list(zip(lists, lengths))):
+        uneven[np.maximum(length, 0) != lengths[0]] = column
     return uneven
 
 
@@ -102,5 +137,6 @@ def _exploded(batch: pa.RecordBatch, good: np.ndarray) -> tuple[pa.RecordBatch, 
 
 
 def _lengths(column: pa.Array) -> np.ndarray:
-    """(n,) of each list; 0 where it is missing."""
-    return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    """(n,) of each list; -1 where it is missing."""
+    length = pc.if_else(column.is_valid(), pc.list_value_length(column), None)
+    return pc.fill_null(length, -1).to_numpy(zero_copy_only=False)

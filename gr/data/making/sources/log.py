@@ -13,6 +13,7 @@ from gr.data.making.append import append, check_appendable
 from gr.data.making.described import read_catalogue, read_users
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.executor import name_of
+from gr.data.making.files import keep_apart
 from gr.data.making.log import LogReader
 from gr.data.making.prepare import Described, prepare
 from gr.data.making.schema import FieldColumn, LogSchema, Preparation
@@ -52,6 +53,7 @@ class ActionLog(Source):
         if source is None:
             raise UserError("a log is read from somewhere: give --source a file, a glob, a folder or a URL")
         options = self.options
+        keep_apart(source, out)
         return prepare(
             self.reader(source, options),
             out,
@@ -89,6 +91,7 @@ class ActionLog(Source):
         if source in [told.get("source"), *(entry.get("source") for entry in told.get("appended", []))]:
             progress.note(f"'{to}' has actions of '{source}' already: what that holds still comes in twice")
         check_appendable(dataset, made.options)
+        keep_apart(source, to, "to")
         return append(
             dataset,
             LogReader(source, made.options),

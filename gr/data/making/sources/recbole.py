@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import AfterValidator
+from pydantic import AfterValidator, model_validator
 
 from gr.data.dataset import SequenceDataset
 from gr.data.making.convert import cast_rows
@@ -23,6 +23,7 @@ from gr.data.making.prepare import prepare
 from gr.data.making.schema import (
     DAY,
     FIRST_DAY,
+    GIVEN,
     LAST_DAY,
     CatalogueSchema,
     Columns,
@@ -32,6 +33,7 @@ from gr.data.making.schema import (
     LogSchema,
     Preparation,
     TimeUnit,
+    apart,
     known_encoding,
 )
 from gr.data.making.sources.base import QUIET, Source
@@ -64,6 +66,10 @@ class RecBole(Source):
         latest: DAY = LAST_DAY
         unknown_times: list[int] = []
         encoding: Annotated[str, AfterValidator(known_encoding)] = "utf-8"
+
+        @model_validator(mode="after")
+        def _apart(self) -> Any:
+            return apart(self)
 
     def prepare(
         self,
@@ -105,7 +111,7 @@ class RecBole(Source):
         options, types = self.options, _header(file, self._form)
         role = {"user": options.user, "item": options.item, "time": options.time, "value": options.value}
         for name, usual in (("time", "timestamp"), ("value", "rating")):
-            if role[name] is None and usual in types:
+            if role[name] is None and usual in types and usual not in role.values():
                 role[name] = usual
         others = (
             [name for name in types if name not in role.values()]
@@ -120,6 +126,11 @@ class RecBole(Source):
             raise UserError(
                 f"'{file.name}', column '{lists[0]}': type {types[lists[0]]} is a list, and a field has one value an "
                 "action; leave it out of fields"
+            )
+        if taken := sorted(GIVEN.intersection(others) - set(lists)):
+            raise UserError(
+                f"'{file.name}', column '{taken[0]}': a dataset gives a column of its own that name; write another "
+                "into the header, or leave it out of fields"
             )
         if lists:
             progress.note(
