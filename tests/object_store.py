@@ -1,10 +1,14 @@
-"""A real S3 server on loopback (moto) behind a proxy that counts requests and makes some of them fail."""
+"""Real servers of S3 (moto) and of Google's storage (gcp-storage-emulator) on loopback, each behind a proxy that counts
+requests and makes some of them fail."""
 
 from __future__ import annotations
 
 import http.client
 import os
 import re
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +18,7 @@ from typing import Any
 
 SECRET = "nobodymayreadthiskey"
 ACCESS = "AKIDNOBODYMAYREAD"
+STARTING_SECONDS = 60
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
@@ -35,18 +40,14 @@ Fault = Callable[[Asked], str | None]
 """What becomes of a request: None (nothing), "403", "503", "cut" (in the middle of the body), "stall" or "slow"."""
 
 
-class ObjectStore:
+class Proxied:
     """``asked``: all requests since :meth:`forget`.  ``fault``: decides about each."""
 
-    def __init__(self) -> None:
-        from moto.server import ThreadedMotoServer
-
+    def __init__(self, behind: tuple[str, int]) -> None:
+        self.behind = behind
         self.asked: list[Asked] = []
         self.fault: Fault = lambda asked: None
         self.stalls = threading.Event()
-        self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        self._moto.start()
-        self.behind = self._moto.get_host_and_port()
         store = self
 
         class Proxy(_Proxy):
@@ -59,6 +60,25 @@ class ObjectStore:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._proxy.server_port}"
+
+    def forget(self) -> None:
+        self.asked, self.fault = [], lambda asked: None
+
+    def stop(self) -> None:
+        self.stalls.set()
+        self._proxy.shutdown()
+        self._proxy.server_close()
+
+
+class ObjectStore(Proxied):
+    """S3."""
+
+    def __init__(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._moto.start()
+        super().__init__(self._moto.get_host_and_port())
 
     @property
     def environment(self) -> dict[str, str]:
@@ -101,9 +121,6 @@ class ObjectStore:
         assert answer.status < 300, (answer.status, body)
         return body
 
-    def forget(self) -> None:
-        self.asked, self.fault = [], lambda asked: None
-
     def gets(self, ending: str = "") -> list[Asked]:
         return [
             a
@@ -112,10 +129,46 @@ class ObjectStore:
         ]
 
     def stop(self) -> None:
-        self.stalls.set()
-        self._proxy.shutdown()
-        self._proxy.server_close()
+        super().stop()
         self._moto.stop()
+
+
+class CloudStorage(Proxied):
+    """Google's, in a process of its own, with a bucket ``data``."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = free.getsockname()
+        command = [
+            sys.executable,
+            "-m",
+            "gcp_storage_emulator",
+            "start",
+            "--in-memory",
+            "--default-bucket=data",
+        ]
+        command += [f"--host={place[0]}", f"--port={place[1]}"]
+        self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        late = time.monotonic() + STARTING_SECONDS
+        while True:
+            try:
+                socket.create_connection(place, 1).close()
+                break
+            except OSError:
+                assert self._server.poll() is None and time.monotonic() < late, "the server doesn't answer"
+                time.sleep(0.05)
+        super().__init__(place)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The second keeps the client from looking for other kinds of buckets, and so for credentials."""
+        return {"STORAGE_EMULATOR_HOST": self.url, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+
+    def stop(self) -> None:
+        super().stop()
+        self._server.terminate()
+        self._server.wait()
 
 
 def first(count: int, what: str, of: Callable[[Asked], bool] = lambda asked: True) -> Fault:
@@ -135,7 +188,7 @@ def first(count: int, what: str, of: Callable[[Asked], bool] = lambda asked: Tru
 
 class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    owner: ObjectStore
+    owner: Proxied
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -176,7 +229,7 @@ class _Proxy(BaseHTTPRequestHandler):
         ]
         self._send(answer.status, kept, body, fault)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = _answer
 
     def _send(
         self, status: int, headers: list[tuple[str, str]], body: bytes, fault: str | None = None

@@ -87,6 +87,8 @@ class Store:
 
     def __init__(self, filesystem: Any):
         self.filesystem = filesystem
+        # a client of Google's storage writes tracebacks of what it is refused
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         # s3fs repeats on its own, up to 25 times: here it is done for every store in the same way
         if hasattr(filesystem, "retries"):
             filesystem.retries = 1
@@ -252,7 +254,7 @@ class Store:
                 return action()
             except Exception as error:
                 where = shown(self.filesystem.unstrip_protocol(path))
-                if isinstance(error, PermissionError):
+                if isinstance(error, PermissionError) or _refused(error):
                     raise Denied(first_line(error), where) from error
                 if isinstance(error, (UserError, *_FOR_GOOD)):
                     raise
@@ -427,6 +429,11 @@ def in_order(read: Callable[[T], R], of: Iterable[T], ahead: int) -> Generator[R
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _refused(error: Exception) -> bool:
+    """Whether it is how gcsfs says that one may not."""
+    return getattr(error, "code", None) in (401, "401") or str(error).startswith("Forbidden: ")
 
 
 def is_url(text: str) -> bool:

@@ -44,7 +44,7 @@ def test_rows_and_record_numbers(file, block_bytes):
         record = stream.record(row)
         assert LINES[record].startswith(user.decode() + "::")
         assert line_of(file, FORM, record) == record + 1
-    found = {record: (text, problem) for record, text, problem in stream.malformed}
+    found = {bad.record: (bad.text, bad.problem) for bad in stream.malformed}
     assert {record: text for record, (text, _) in found.items()} == {n: LINES[n] for n in (1, 3, 4, 6, 7, 9)}
     assert found[1][1] == "has text inside of a delimiter '::'"
     assert found[3][1] == "has 2 columns instead of 3"

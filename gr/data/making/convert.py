@@ -50,8 +50,27 @@ class Converted:
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """Without dictionary encoding."""
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    """Without dictionary encoding, and decimals in the width for which there are all operations."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_decimal(kind) and kind.bit_width < 128:
+        column = column.cast(pa.decimal128(kind.precision, kind.scale))
+    return column
+
+
+def as_bytes(text: pa.Array) -> pa.Array:
+    """Text as the bytes that it is."""
+    return text.cast(pa.large_binary() if pa.types.is_large_string(text.type) else pa.binary())
+
+
+def is_utf8(text: pa.Array) -> bool:
+    """Whether all of a column of strings is UTF-8: what is read from Parquet need not be."""
+    try:
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -66,6 +85,7 @@ def is_text(kind: pa.DataType) -> bool:
         or pa.types.is_string_view(kind)
         or pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
     )
 
 
@@ -182,8 +202,8 @@ def readable(column: pa.Array, problem: str, fix: str = "") -> tuple[pa.Array, l
     only its row), empty or blank text as null."""
     column, problems = plain(column), []
     if is_text(column.type):
-        if column.type != pa.string():
-            column, bad = cast_rows(column, pa.string())
+        if column.type != pa.string() or not is_utf8(column):
+            column, bad = cast_rows(as_bytes(column), pa.string())
             problems = some(bad, problem, fix)
         blank = pc.or_(pc.equal(pc.binary_length(column), 0), pc.utf8_is_space(column))
         if pc.any(blank).as_py():

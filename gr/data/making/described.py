@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from gr.data.making.convert import MISSING, plain, to_ids
+from gr.data.making.convert import MISSING, is_number, is_text, is_utf8, plain, to_ids
 from gr.data.making.csv_files import csv_columns, read_csv
 from gr.data.making.files import find_files, require_column
 from gr.data.making.schema import CatalogueSchema, UsersSchema
@@ -37,7 +38,9 @@ def _read(
     integer_ids: bool,
     note: Callable[[str], None] | None,
 ) -> pa.Table:
-    parts, what = [], {"catalogue": "catalogue", "users": "file of users"}[key]
+    parts: list[pa.Table] = []
+    names_of: list[str] = []
+    what = {"catalogue": "catalogue", "users": "file of users"}[key]
     for file in find_files(schema.path, schema.format, key=f"{key}.format", note=note):
         if file.format == "parquet":
             names = file.parquet().schema_arrow.names
@@ -47,27 +50,89 @@ def _read(
         for column in wanted:
             require_column(file.name, column, names)
         if file.format == "parquet":
-            table = file.table(wanted)
+            table = _checked(file.table(wanted), file.name, what)
         else:
             stream = read_csv(file, schema.csv, wanted)
             batches = list(stream.batches)
             if stream.malformed:
-                record, text, problem = stream.malformed[0]
-                raise UserError(f"'{file.name}', record {record}: {text!r} {problem}; correct the {what}")
+                bad = stream.malformed[0]
+                fix = f"{bad.fix}, or correct" if bad.fix else "correct"
+                raise UserError(
+                    f"'{file.name}', record {bad.record}: {bad.text!r} {bad.problem}; {fix} the {what}"
+                )
             table = pa.table(
                 {c: pa.chunked_array([b.column(c) for b in batches], pa.binary()) for c in wanted}
             )
             table = _as_text(table, file.name, key)
         parts.append(catalogue_table(table, id_column, integer_ids, file.name, what))
-    table = pa.concat_tables(parts, promote_options="default")
+        names_of.append(file.name)
+    table = _joined(parts, names_of, what)
     check_distinct(table, schema.path, {"catalogue": "item", "users": "user"}[key])
     return table
+
+
+_PLAIN = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+"""Instead of types for which there are few operations."""
+
+
+def _checked(table: pa.Table, name: str, what: str) -> pa.Table:
+    """The table, whose columns are of types that are worked with, and text that is text."""
+    for n, column in enumerate(table.column_names):
+        kind = table.schema.field(n).type
+        if kind in _PLAIN:
+            table = table.set_column(n, column, table[column].cast(_PLAIN[kind]))
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if text and not all(map(is_utf8, table[column].chunks)):
+            raise UserError(f"'{name}', column '{column}': not all of it is UTF-8; write the {what} again")
+        try:
+            pq.write_table(table.select([n]).slice(0, 0), pa.BufferOutputStream())
+            table[column].slice(0, 0).take(pa.array([], pa.int32()))
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+            raise UserError(
+                f"'{name}', column '{column}': type {kind} can't be kept; leave it out of columns, or write another"
+            ) from None
+    return table
+
+
+def _joined(parts: list[pa.Table], files: list[str], what: str) -> pa.Table:
+    """The rows of all files.  A column is text where it is in each of them in some form, a float where one has floats
+    and others integers that floats can hold."""
+    for column in dict.fromkeys(name for part in parts for name in part.column_names):
+        kinds = {n: p.schema.field(column).type for n, p in enumerate(parts) if column in p.column_names}
+        known = {kind for kind in kinds.values() if not pa.types.is_null(kind)}
+        if len(known) > 1 and all(map(is_text, known)):
+            for n in kinds:
+                at = parts[n].column_names.index(column)
+                parts[n] = parts[n].set_column(at, column, parts[n][column].cast(pa.string()))
+    try:
+        return pa.concat_tables(parts, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise UserError(_unlike(parts, files, what)) from None
+
+
+def _unlike(parts: list[pa.Table], files: list[str], what: str) -> str:
+    """The first column of which two files have types that don't go together."""
+    first: dict[str, tuple[str, pa.DataType]] = {}
+    for part, file in zip(parts, files):
+        for field in part.schema:
+            if pa.types.is_null(field.type):
+                continue
+            name, kind = first.setdefault(field.name, (file, field.type))
+            if kind != field.type:
+                return (
+                    f"'{file}', column '{field.name}': type {field.type}, where '{name}' has {kind}; write all files "
+                    f"of the {what} with one type"
+                )
+    return f"the files of the {what} don't go together: write them with the same types"
 
 
 def catalogue_table(
     table: pa.Table, item: str, integer_ids: bool, name: str, what: str = "catalogue"
 ) -> pa.Table:
     """``table`` with its column ``item`` checked and renamed to item_id, first.  ``what``: the table, in sentences."""
+    kind = table.schema.field(item).type
+    if not (is_text(kind) or is_number(kind) or pa.types.is_null(kind)):
+        raise UserError(f"'{name}', column '{item}': type {kind} can't be ids; write integers or text")
     column = to_ids(plain(table[item].combine_chunks()), integer_ids, "")
     if column.bad is not None:
         row = int(column.bad.argmax())

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from gr.data.making import convert, doubts
 from gr.data.making.convert import MISSING, Converted
-from gr.data.making.csv_files import CsvStream, line_of, read_csv
+from gr.data.making.csv_files import CsvStream, Malformed, line_of, read_csv
 from gr.data.making.doubts import Doubts
 from gr.data.making.files import DataFile, find_files
 from gr.data.making.log_types import IDS, Layout, csv_sample, lay_out_csv, lay_out_parquet, plain_size
@@ -389,15 +389,15 @@ class LogReader:
         self._malformed(file, stream.malformed, handled, quarantine)
 
     def _malformed(
-        self, file: DataFile, records: list[tuple[int, str, str]], handled: int, quarantine: Quarantine
+        self, file: DataFile, records: list[Malformed], handled: int, quarantine: Quarantine
     ) -> int:
         """Deal with the malformed records after the first ``handled`` ones; returns how many there are."""
-        for record, text, problem in records[handled:]:
+        for bad in records[handled:]:
             self.rows_read += 1
             if quarantine.failing:
-                where = f"'{file.name}', line {line_of(file, self.schema.csv, record)}"
-                raise refuse(where, f"{text!r} {problem}", "")
-            quarantine.add(BadRow(file.name, None, record, None, problem, text), "wrong number of columns")
+                where = f"'{file.name}', line {line_of(file, self.schema.csv, bad.record)}"
+                raise refuse(where, f"{bad.text!r} {bad.problem}", bad.fix)
+            quarantine.add(BadRow(file.name, None, bad.record, None, bad.problem, bad.text), bad.kind)
         return len(records)
 
     # -- checking --------------------------------------------------------------------------------------------------
@@ -507,9 +507,10 @@ def _in_stream(stream: CsvStream, start: int, row: int) -> tuple[int | None, int
 
 def _readable(column: pa.Array, row: int) -> Any:
     """The value as text, number or None; times as text, since Python's reach from the year 1 to 9999 only."""
-    if pa.types.is_temporal(column.type):
-        return pc.cast(column.slice(row, 1), pa.string())[0].as_py()
-    found = column[row].as_py()
+    one = convert.plain(column.slice(row, 1))
+    if pa.types.is_temporal(one.type):
+        one = pc.cast(one, pa.string())
+    found = (convert.as_bytes(one) if convert.is_text(one.type) else one)[0].as_py()
     return found.decode("utf-8", errors="backslashreplace") if isinstance(found, bytes) else found
 
 

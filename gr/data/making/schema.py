@@ -115,11 +115,13 @@ def _ascii(text: str) -> str:
 
 class Csv(Section):
     """Form of CSV files.  ``names``: the columns of files without a header line.  ``delimiter``: one character, or
-    one character repeated (``::``).  ``null_values``: spellings of a missing value."""
+    one character repeated (``::``).  ``escape``: what stands before a quote in a value, where that isn't doubled.
+    ``null_values``: spellings of a missing value."""
 
     delimiter: Annotated[str, AfterValidator(_ascii)] = ","
     names: list[str] | None = None
     quote: Annotated[str, Field(max_length=1), AfterValidator(_ascii)] = '"'
+    escape: Annotated[str, Field(max_length=1), AfterValidator(_ascii)] = ""
     encoding: Annotated[str, AfterValidator(known_encoding)] = "utf-8"
     newlines_in_values: bool = False
     null_values: list[str] = [""]
