@@ -91,3 +91,52 @@ def with_bad_rows():
 
 def no_dataset():
     return 3
+
+
+NOT_A_FUNCTION = 3
+
+
+def late_columns() -> dict[str, list]:
+    """Columns that have no value for long."""
+    whole = {name: column.tolist() for name, column in columns().items()}
+    half = ROWS // 2
+    return whole | {
+        "a": ["view" if n % 2 else "buy" for n in range(ROWS)],
+        "f": [None] * half + [n / 2 for n in range(ROWS - half)],
+        "v": [None] * half + [0.5] * (ROWS - half),
+    }
+
+
+def from_items():
+    """Rows as Python's objects: a block of them has no type for what none of its rows has."""
+    import ray.data
+
+    whole = late_columns()
+    rows = [{name: column[n] for name, column in whole.items()} for n in range(ROWS)]
+    return ray.data.from_items(rows, override_num_blocks=6)
+
+
+def failing():
+    raise RuntimeError("no such day\nat all")
+
+
+def failing_in_a_task():
+    import ray.data
+
+    def rows(batch):
+        raise ValueError("no such column")
+
+    return ray.data.range(9).map_batches(rows)
+
+
+def twice():
+    import ray.data
+
+    names = ["u", "i", "t", "i"]
+    return ray.data.from_arrow(pa.table([pa.array([n]) for n in range(4)], names=names))
+
+
+def without_times():
+    import ray.data
+
+    return ray.data.from_arrow(pa.table({"u": [1], "i": [2]}))

@@ -350,6 +350,17 @@ def test_whatever_ray_reads(ray, tmp_path):
             assert found["manifest"]["provenance"]["source"] == f"tests.unit.ray_logs:{function}"
 
 
+def test_types_are_known_where_a_column_begins_late(ray, tmp_path):
+    """What the first block has no value of is of the type that it is in a file."""
+    columns = {**COLUMNS, "action_type": "a", "value": "v", "fields": {"f": "f"}}
+    pq.write_table(pa.table(ray_logs.late_columns()), tmp_path / "log.parquet")
+    expected = make_source("log", {"columns": columns}).prepare(
+        str(tmp_path / "log.parquet"), str(tmp_path / "expected")
+    )
+    found = both("tests.unit.ray_logs:from_items", tmp_path, "ray", columns=columns, partitions=4)
+    assert found["manifest"]["generation"] == expected.manifest.generation
+
+
 def test_bad_rows_of_blocks(ray, tmp_path):
     source, columns = "tests.unit.ray_logs:with_bad_rows", COLUMNS
     found = both(source, tmp_path, "ray", columns=columns, on_bad_rows="quarantine", partitions=2)
@@ -371,6 +382,23 @@ def test_bad_rows_of_blocks(ray, tmp_path):
         (
             "tests.unit.ray_logs:no_dataset",
             "'tests.unit.ray_logs:no_dataset' gave int, not a ray.data.Dataset",
+        ),
+        (
+            "tests.unit.ray_logs:NOT_A_FUNCTION",
+            "'tests.unit.ray_logs:NOT_A_FUNCTION' is of type int, no function",
+        ),
+        (
+            "tests.unit.ray_logs:failing",
+            "'tests.unit.ray_logs:failing' failed (RuntimeError: no such day, line ",
+        ),
+        (
+            "tests.unit.ray_logs:failing_in_a_task",
+            "'tests.unit.ray_logs:failing_in_a_task' failed (ValueError: no such column, line ",
+        ),
+        ("tests.unit.ray_logs:twice", "'tests.unit.ray_logs:twice' "),
+        (
+            "tests.unit.ray_logs:without_times",
+            "'tests.unit.ray_logs:without_times' has no column 't': known: i, u",
         ),
         ("tests.unit.ray_logs:without_rows", "the dataset of 'tests.unit.ray_logs:without_rows' has no rows"),
     ],

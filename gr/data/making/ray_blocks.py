@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+import gr
 from gr.data.cluster import import_ray
 from gr.data.making import convert
 from gr.data.making.files import DataFile, require_column
@@ -17,6 +22,9 @@ from gr.data.making.log_types import lay_out_typed
 from gr.data.making.quarantine import Quarantine
 from gr.data.making.schema import LogSchema
 from gr.errors import UserError
+
+LOOKED_THROUGH = 2**28
+"""Bytes of blocks that are looked through for the types of columns, before any is read."""
 
 
 class BlockPiece(NamedTuple):
@@ -37,7 +45,8 @@ class BlockPiece(NamedTuple):
 class BlocksReader(LogReader):
     """Reads a dataset's blocks in its own order, as they are made.
 
-    Types are those of the first block with rows.  A bad row is named by the number of its block and its row in it.
+    Types are those of the first block in which a column has values.  A bad row is named by the number of its block and
+    its row in it.
     """
 
     GROUP = "block"
@@ -47,16 +56,47 @@ class BlocksReader(LogReader):
         self._map(schema)
         self.files = [DataFile(LocalFileSystem(), name, "block")]
         dataset.context.execution_options.preserve_order = True
-        self._stream = _blocks(dataset)
+        self._stream = _blocks(name, dataset)
         self._waiting: list[BlockPiece] = []
-        tables = (_arrow(piece) for piece in self._ahead() if piece.rows)
-        first = next((table for table in tables if table.num_rows), None)
-        if first is None:
-            raise UserError(f"the dataset of '{name}' has no rows: check what it reads")
-        self.first = first
-        only = (self.files[0], first.schema, [first.num_rows], None)
-        self._lay_out(lay_out_typed([only], schema, self.columns, self.fields))
+        self.first, types, read = self._looked_through(name)
+        self._lay_out(
+            lay_out_typed(
+                [(self.files[0], types, [len(self.first)], None)], schema, self.columns, self.fields
+            )
+        )
+        self.time = types.field(self.columns["time"]).type if self.has_times else None
+        if unknown := self._unknown(types):
+            self._notes.append(
+                f"no value of column '{unknown[0]}' is in the first {read:,} rows of '{name}', so nothing says its "
+                "type: it is taken as text where the schema doesn't say another"
+            )
         self.estimated_rows = 0  # not known before all of them are made
+
+    def _looked_through(self, name: str) -> tuple[pa.Table, pa.Schema, int]:
+        """The first block with rows, its types, and how many rows were looked through for them: Ray gives a column
+        without a value in a block no type there, and later blocks may say one."""
+        first, types = pa.table({}), pa.schema([])
+        rows = bytes = 0
+        for piece in self._ahead():
+            if not (table := _arrow(name, piece)).num_rows:
+                continue
+            if not rows:
+                first, types = table, table.schema
+            rows, bytes = rows + table.num_rows, bytes + table.nbytes
+            for column in self._unknown(types):
+                if table.column_names.count(column) == 1:
+                    types = types.set(types.get_field_index(column), table.schema.field(column))
+            if not self._unknown(types) or bytes > LOOKED_THROUGH:
+                break
+        if not rows:
+            raise UserError(f"the dataset of '{name}' has no rows: check what it reads")
+        return first, types, rows
+
+    def _unknown(self, types: pa.Schema) -> list[str]:
+        """Mapped columns, but values, without a type.  (One that isn't there, or is twice, is refused later.)"""
+        columns = [name for role, name in self.columns.items() if role != "value"]
+        once = [name for name in dict.fromkeys(columns) if types.names.count(name) == 1]
+        return [name for name in once if pa.types.is_null(types.field(name).type)]
 
     def _to_read(self) -> Iterator[BlockPiece]:
         """Each block once."""
@@ -99,7 +139,7 @@ class BlocksReader(LogReader):
         return next(iter(self._of_table(self.first.slice(0, SAMPLED_ROWS), SAMPLED_ROWS)))
 
     def _batches(self, piece: BlockPiece, chunk_rows: int, quarantine: Quarantine) -> Iterator[Located]:
-        start, table = 0, _arrow(piece)
+        start, table = 0, _arrow(self.files[0].path, piece)
         if not table.num_rows:
             return
         name = f"block {piece.block} of {self.files[0].name}"
@@ -107,11 +147,11 @@ class BlocksReader(LogReader):
             require_column(name, column, table.column_names)
         if "time" in self.columns:
             time = self.columns["time"]
-            kinds = [convert.plain_type(t.schema.field(time).type) for t in (table, self.first)]
-            if kinds[0] != kinds[1] and not pa.types.is_null(kinds[0]):
+            kind, first = (convert.plain_type(t) for t in (table.schema.field(time).type, self.time))
+            if kind != first and not pa.types.is_null(kind):
                 raise UserError(
-                    f"'{name}', column '{time}': type {kinds[0]}, where the first block has {kinds[1]}; cast it to one "
-                    "type in the dataset"
+                    f"'{name}', column '{time}': type {kind}, where the first block has {first}; cast it to one type "
+                    "in the dataset"
                 )
         for batch in self._of_table(table, chunk_rows):
             yield batch, partial(in_group, piece.block, start)
@@ -121,18 +161,51 @@ class BlocksReader(LogReader):
         return table.select(list(dict.fromkeys(self.columns.values()))).to_batches(max_chunksize=chunk_rows)
 
 
-def _blocks(dataset: Any) -> Iterator[BlockPiece]:
+def _blocks(name: str, dataset: Any) -> Iterator[BlockPiece]:
     number = 0
-    for bundle in dataset.iter_internal_ref_bundles():
-        for entry, part in zip(bundle.blocks, bundle.slices or [None] * len(bundle.blocks)):
-            start, stop = (part.start_offset, part.end_offset) if part else (0, entry.metadata.num_rows)
-            yield BlockPiece(number, entry.ref, start, stop)
-            number += 1
+    with making(name):
+        for bundle in dataset.iter_internal_ref_bundles():
+            for entry, part in zip(bundle.blocks, bundle.slices or [None] * len(bundle.blocks)):
+                start, stop = (part.start_offset, part.end_offset) if part else (0, entry.metadata.num_rows)
+                yield BlockPiece(number, entry.ref, start, stop)
+                number += 1
 
 
-def _arrow(piece: BlockPiece) -> pa.Table:
+def _arrow(name: str, piece: BlockPiece) -> pa.Table:
     ray = import_ray()
     from ray.data.block import BlockAccessor
 
-    table = BlockAccessor.for_block(ray.get(piece.reference)).to_arrow()
-    return table.slice(piece.start, None if piece.stop is None else piece.stop - piece.start)
+    with making(name):
+        table = BlockAccessor.for_block(ray.get(piece.reference)).to_arrow()
+        return table.slice(piece.start, None if piece.stop is None else piece.stop - piece.start)
+
+
+@contextmanager
+def making(name: str) -> Iterator[None]:
+    """Whatever goes wrong while the function ``name``, or what it has Ray do, makes rows is one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"'{name}' failed ({_said(error)}): correct it, or see to the cluster") from None
+
+
+def _said(error: Exception) -> str:
+    """What an error says, and where it was raised.  Ray's own are whole tracebacks, of other processes."""
+    lines = re.sub(r"\x1b\[\d+m", "", str(error)).strip().splitlines()
+    raised = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception|Interrupt)\b", line)]
+    if raised and len(lines) > 1:
+        places = [(found[1], found[2]) for found in map(_PLACE.match, lines) if found]
+        said = raised[0]
+    else:
+        places = [(frame.filename, f"{frame.lineno}") for frame in traceback.extract_tb(error.__traceback__)]
+        said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    ours = os.path.dirname(gr.__file__)
+    own = [(file, line) for file, line in places if os.path.exists(file) and not _NOT_OWN.search(file)]
+    own = [(file, line) for file, line in own if not file.startswith(f"{ours}{os.sep}")]
+    return f"{said}, line {own[-1][1]} of '{own[-1][0]}'" if own else said
+
+
+_PLACE = re.compile(r'\s*File "(.*)", line (\d+)')
+_NOT_OWN = re.compile(r"[/\\](site-packages|lib[/\\]python[\d.]+)[/\\]")

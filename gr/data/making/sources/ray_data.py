@@ -14,9 +14,10 @@ from gr.data.making.described import read_catalogue
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.executor import name_of
 from gr.data.making.prepare import prepare
-from gr.data.making.ray_blocks import BlocksReader
+from gr.data.making.ray_blocks import BlocksReader, making
 from gr.data.making.sources.base import QUIET
 from gr.data.making.sources.log import ActionLog
+from gr.data.stores import first_line
 from gr.errors import UserError, nearest
 from gr.progress import Progress
 
@@ -84,10 +85,18 @@ def _function(source: str) -> Any:
         raise UserError(
             f"there is no module '{module}' for the dataset '{source}': run it where it lies, or set PYTHONPATH"
         ) from None
+    except Exception as error:
+        raise UserError(
+            f"module '{module}' of the dataset '{source}' can't be imported ({type(error).__name__}: "
+            f"{first_line(error)}): correct it"
+        ) from None
     if not hasattr(found, name):
         names = [n for n, value in vars(found).items() if callable(value)]
         raise UserError(f"module '{module}' has no function '{name}': {nearest(name, names)}")
-    return getattr(found, name)
+    function = getattr(found, name)
+    if not callable(function):
+        raise UserError(f"'{source}' is of type {type(function).__name__}, no function: name one")
+    return function
 
 
 def _dataset(source: str, function: Any) -> Any:
@@ -96,7 +105,8 @@ def _dataset(source: str, function: Any) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    dataset = function()
+    with making(source):
+        dataset = function()
     if not isinstance(dataset, ray.data.Dataset):
         raise UserError(
             f"'{source}' gave {type(dataset).__name__}, not a ray.data.Dataset: return the dataset"
