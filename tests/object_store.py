@@ -163,7 +163,8 @@ class CloudStorage(Proxied):
     @property
     def environment(self) -> dict[str, str]:
         """The second keeps the client from looking for other kinds of buckets, and so for credentials."""
-        return {"STORAGE_EMULATOR_HOST": self.url, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+        own = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true"}
+        return {"STORAGE_EMULATOR_HOST": self.url, **own}
 
     def stop(self) -> None:
         super().stop()

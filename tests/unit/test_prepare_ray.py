@@ -156,8 +156,8 @@ def odd_logs(folder: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     early = folder / "early"
     for n in range(6):
         times = [(NOW + k) * (1 if n == 3 else 1000) for k in range(40)]
-        write(early, f"p{n}.parquet", t=[*times, 0], i=[2**24 + 1] * 41)
-    yield "doubts", early, {"columns": {**COLUMNS, "value": "i"}, "time_unit": "ms"}
+        write(early, f"p{n}.parquet", t=[*times, 0], i=[2**24 + 1] * 41, v=[2**24 + 1] * 41)
+    yield "doubts", early, {"columns": {**COLUMNS, "value": "v"}, "time_unit": "ms"}
     yield "once", early, {"columns": COLUMNS, "time_unit": "ms", "filter": {"min_user_count": 2}}
     late = folder / "late"
     for n in range(6):

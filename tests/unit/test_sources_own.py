@@ -8,7 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from gr.data.dataset import SequenceDataset
+from gr.data.making.quarantine import Quarantine
+from gr.data.making.schema import LogSchema
 from gr.data.making.sources.base import make_source
+from gr.data.making.user_rows import ListReader
 from gr.errors import UserError
 from tests.unit.logs_common import ASIDE, COLUMNS, NOW, Made, Notes, make, write
 
@@ -184,6 +187,17 @@ def test_a_list_that_is_missing_is_a_bad_row(tmp_path, kind):
     made = prepared("lists", source, tmp_path / "out", FIELDS, "on_bad_rows=quarantine")
     assert list(made.rows) == ["a"] and made.quarantined == {"i: missing": 1, "t: missing": 1}
     assert [b["row"] for b in pq.read_table(tmp_path / "out" / "quarantine").to_pylist()] == [1, 2]
+
+
+def test_rows_without_actions_are_counted_whoever_reads_them(tmp_path):
+    source = lists(tmp_path / "log", ROWS, row_group=1)
+    lists(source, [("e", [], [])], "part-1.parquet")
+    reader = ListReader(str(source), LogSchema.model_validate({"columns": COLUMNS}))
+    for part in list(reader.parts()):
+        one = reader.only(part)
+        assert one.without_actions == 0 and list(one.tables(2, Quarantine(None))) is not None
+        reader.add_seen(json.loads(json.dumps(one.seen())))
+    assert reader.without_actions == 2 and reader.facts()["assumptions"] == [EMPTY.replace("1", "2")]
 
 
 def test_lists_of_unequal_lengths_are_bad_rows(tmp_path):

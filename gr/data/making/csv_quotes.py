@@ -22,6 +22,9 @@ class ClosedQuotes(io.RawIOBase):
         self._source, self._columns = source, columns
         self._delimiter, self._quote = ord(delimiter), ord(quote)
         self._escape = ord(escape) if escape else None
+        self._edge = np.zeros(256, bool)
+        """Bytes that may be outside of a value's quotes beside them."""
+        self._edge[[self._delimiter, self._quote, ord("\n"), ord("\r")]] = True
         self._whole = _line(*(re.escape(text) for text in (delimiter, quote, escape)))
         self._broken: dict[int, bytes] = {}
         self._count = 0
@@ -65,25 +68,19 @@ class ClosedQuotes(io.RawIOBase):
     def _mended(self, lines: bytes) -> bytes:
         if self._quote not in lines and (self._escape is None or self._escape not in lines):
             return lines
-        bytes_N = np.frombuffer(lines, np.uint8)
+        around = np.frombuffer(b"\n" + lines + b"\n", np.uint8)
+        bytes_N = around[1:-1]
         quotes = np.flatnonzero(bytes_N == self._quote)
         ends = np.flatnonzero((bytes_N == ord("\n")) | (bytes_N == ord("\r")))
-        line = np.searchsorted(ends, quotes)
-        first = np.diff(line, prepend=-1) > 0
-        count = np.arange(len(quotes))
-        opens = (count - np.maximum.accumulate(np.where(first, count, 0))) % 2 == 0
-        around = np.concatenate([[ord("\n")], bytes_N, [ord("\n")]])
-        before, after = around[quotes], around[quotes + 2]
-        edges = np.array([self._delimiter, self._quote, ord("\n"), ord("\r")])
-        doubtful = np.where(opens, ~np.isin(before, edges), ~np.isin(after, edges))
-        doubtful |= opens & np.append(first[1:], True)  # left open at the line's end
-        doubted = line[doubtful]
-        if self._escape is not None:  # before a quote, or a line's end
-            escapes = np.flatnonzero(bytes_N == self._escape)
-            escapes = escapes[np.isin(around[escapes + 2], edges[1:])]
-            doubted = np.concatenate([doubted, np.searchsorted(ends, escapes)])
+        escaped = self._escape is not None and self._escape in lines
+        # every other quote opens, if no line leaves one open; lines are looked at one by one only if that is not so
+        open_at_end = (np.searchsorted(quotes, np.append(ends, len(lines))) & 1).any()
+        before, after = self._edge[around[quotes[0::2]]], self._edge[around[quotes[1::2] + 2]]
+        if before.all() and after.all() and not open_at_end and not escaped:
+            return lines
+        doubted = self._doubted(around, quotes, ends)
         parts, done = [], 0
-        for number in np.unique(doubted).tolist():
+        for number in doubted:
             start = int(ends[number - 1]) + 1 if number else 0
             stop = int(ends[number]) if number < len(ends) else len(lines)
             if self._whole.fullmatch(lines, start, stop) is None:
@@ -92,6 +89,21 @@ class ClosedQuotes(io.RawIOBase):
                 parts.append(bytes([self._delimiter]) * self._columns)
                 self._count, done = self._count + 1, stop
         return b"".join([*parts, lines[done:]]) if parts else lines
+
+    def _doubted(self, around: np.ndarray, quotes: np.ndarray, ends: np.ndarray) -> list[int]:
+        """Numbers of the lines that may be broken: these and a few more.  ``around``: the bytes, a line's end before
+        and after; ``quotes``, ``ends``: where these are."""
+        line = np.searchsorted(ends, quotes)
+        first = np.diff(line, prepend=-1) > 0
+        count = np.arange(len(quotes))
+        opens = (count - np.maximum.accumulate(np.where(first, count, 0))) % 2 == 0
+        doubtful = ~self._edge[np.where(opens, around[quotes], around[quotes + 2])]
+        doubtful |= opens & np.append(first[1:], True)  # left open at the line's end
+        doubted = [line[doubtful]]
+        if self._escape is not None:  # before a quote, or a line's end
+            escapes = np.flatnonzero(around[1:-1] == self._escape)
+            doubted.append(np.searchsorted(ends, escapes[self._edge[around[escapes + 2]]]))
+        return np.unique(np.concatenate(doubted)).tolist()
 
 
 def _line(delimiter: str, quote: str, escape: str) -> re.Pattern[bytes]:
