@@ -29,6 +29,7 @@ from gr.modality.content import Fixed, FixedShares, encoded
 from gr.modality.digest import sketched, sums_of
 from gr.modality.encoder import config_of, load_tokenizer, transformers
 from gr.modality.find import loaded
+from gr.modality.head import Fusion, Head, HeadSection
 from gr.modality.reader import TextReader, TextSection
 from gr.modality.texts import Template, as_texts, tokenised
 from gr.modality.vectors import as_table, read_file
@@ -339,12 +340,41 @@ def test_a_text_is_encoded_by_itself(folder, config):
             torch.testing.assert_close(together[item], alone[0], **CLOSE)
 
 
+def test_a_head_and_a_gate_are_what_they_say():
+    generator = torch.Generator().manual_seed(0)
+    ids, content = torch.randn(2, 5, 4, generator=generator)
+    gated = Fusion("gated", 4)
+    gate = torch.sigmoid(torch.cat([ids, content], 1) @ gated.mix.weight.T + gated.mix.bias)
+    wanted = gate * ids + (1 - gate) * content
+    torch.testing.assert_close(gated(ids, content), wanted, **tolerance(8, stages=3, size=4.0))
+    for unit in (True, False):
+        head = Head(HeadSection(unit=unit, **{"scale": 3.0} if unit else {}), 4, 2)
+        given = 3 * content / content.norm(dim=1, keepdim=True) if unit else content
+        wanted = torch.nn.functional.gelu(given @ head.first.weight.T + head.first.bias)
+        torch.testing.assert_close(head(content), wanted, **tolerance(4, stages=3, size=4.0))
+
+
+def test_a_tokenizer_is_given_no_more_of_a_text_than_can_count(folder):
+    reader, given = TextReader(TextSection(encoder=str(folder / "encoder")), CPU), []
+
+    class Watching:
+        def __getattr__(self, name):
+            return getattr(reader.tokenizer, name)
+
+        def __call__(self, texts, **settings):
+            given.extend(map(len, texts))
+            return reader.tokenizer(texts, **settings)
+
+    tokenised(["red " * 100_000, "blue"], Watching(), 8)
+    assert given == [8 * 64, 4]
+
+
 def test_texts_of_a_chunk_are_about_as_long():
     """None is padded by as many tokens as a bucket has, none is left out."""
-    lengths = torch.randint(1, 40, (300,), generator=torch.Generator().manual_seed(0))
-    parts = chunks(lengths, 16)
+    lengths = torch.randint(1, 160, (300,), generator=torch.Generator().manual_seed(0))
+    parts = chunks(lengths, 64)
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
-    assert all(1 <= len(part) <= 16 for part in parts) and len(parts) < 300 // 16 + 40 // BUCKET + 2
+    assert all(1 <= len(part) <= 64 for part in parts) and len(parts) <= 160 // BUCKET
     assert all(lengths[part].max() - lengths[part].min() < BUCKET for part in parts)
 
 
