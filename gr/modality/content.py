@@ -28,19 +28,23 @@ from gr.processes import Axis, Processes
 from gr.progress import PlainProgress, Progress
 
 
-class Items(Protocol):
+class Inputs(Protocol):
     """What an encoder reads of n items.  lengths_n: int64, by which they are put into chunks."""
 
     @property
     def lengths_n(self) -> Tensor: ...
 
+    def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
+        """What the encoder is called with for items ``rows_m``, on the CPU."""
+        ...
+
+
+class Items(Inputs, Protocol):
+    """All items that a model knows, with what plans ask."""
+
     @property
     def held(self) -> int:
         """Bytes that they take in the machine's memory."""
-        ...
-
-    def inputs(self, rows_m: Tensor) -> tuple[Tensor, ...]:
-        """What the encoder is called with for items ``rows_m``, on the CPU."""
         ...
 
     def shaped(self, count: int, length: int) -> tuple[Tensor, ...]:
@@ -384,7 +388,7 @@ class _Step:
 
 def encoded(
     encoder: Encoder,
-    items: Items,
+    items: Inputs,
     processes: Processes,
     most: int,
     progress: Progress | None = None,
