@@ -5,6 +5,9 @@ Shapes: n rows of a file, I items of a catalogue, E width of a vector, D of a ta
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -60,37 +63,20 @@ def _even(column: pa.Array) -> bool:
 def read_file(path: str, item_ids: pa.Array) -> Tensor:
     """(I, E) float32: the vectors that the file at ``path``, or a URL of fsspec, has for ``item_ids`` (I raw ids), in
     their order; others that it has are passed over.  The file is gone through a piece at a time."""
-    import fsspec
-
     what = f"'{path}'"
     found_IE, counts_I = torch.empty(0, 0), np.zeros(len(item_ids), dtype=np.int64)
-    try:
-        system, where = fsspec.core.url_to_fs(path)
-        if not system.isfile(where):
-            raise UserError(f"no file {what} with vectors of items: write it with the program encode")
-        with system.open(where, "rb") as file, pq.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
-            if missing := [name for name in ("item_id", "vector") if name not in names]:
-                raise UserError(f"{what} has no column {missing[0]}: write it with the program encode")
-            for batch in parquet.iter_batches(AT_ONCE, columns=["item_id", "vector"]):
-                piece = pa.Table.from_batches([batch])
-                place_n = _places(piece["item_id"].combine_chunks(), item_ids, what)
-                vectors_nE = of_table(piece, what)
-                if not found_IE.numel():
-                    found_IE = torch.empty(len(item_ids), vectors_nE.shape[1])
-                if vectors_nE.shape[1] != found_IE.shape[1]:
-                    raise UserError(_not_even(what))
-                wanted_n = np.flatnonzero(place_n >= 0)
-                found_IE[torch.from_numpy(place_n[wanted_n])] = vectors_nE[torch.from_numpy(wanted_n)]
-                counts_I += np.bincount(place_n[wanted_n], minlength=len(counts_I))
-    except UserError:
-        raise
-    except Exception as error:  # a store's own too, such as that it has no key to it
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{what} can't be read as a Parquet file of item_id and vector ({first}): write it again with the program "
-            "encode"
-        ) from None
+    with _opened(path) as parquet:
+        for batch in parquet.iter_batches(AT_ONCE, columns=["item_id", "vector"]):
+            piece = pa.Table.from_batches([batch])
+            place_n = _places(piece["item_id"].combine_chunks(), item_ids, what)
+            vectors_nE = of_table(piece, what)
+            if not found_IE.numel():
+                found_IE = torch.empty(len(item_ids), vectors_nE.shape[1])
+            if vectors_nE.shape[1] != found_IE.shape[1]:
+                raise UserError(_not_even(what))
+            wanted_n = np.flatnonzero(place_n >= 0)
+            found_IE[torch.from_numpy(place_n[wanted_n])] = vectors_nE[torch.from_numpy(wanted_n)]
+            counts_I += np.bincount(place_n[wanted_n], minlength=len(counts_I))
     for count, said in ((0, "no vector"), (2, "several vectors")):
         wrong_I = counts_I >= count if count else counts_I == 0
         if wrong_I.any():
@@ -102,18 +88,37 @@ def read_file(path: str, item_ids: pa.Array) -> Tensor:
 
 
 def width_of(path: str) -> int:
-    """E, from the first rows of a file."""
+    """E of such a file, from its first row."""
+    with _opened(path) as parquet:
+        first = next(parquet.iter_batches(1, columns=["vector"]), None)
+        if first is None:
+            raise UserError(f"'{path}' has no vectors: write it with the program encode")
+        return of_table(pa.Table.from_batches([first]), f"'{path}'").shape[1]
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    """A file of item_id and vector, or a URL of one; a UserError for whatever goes wrong while it is read."""
+    import fsspec
+
+    what = f"'{path}'"
     try:
-        with pq.ParquetFile(path) as parquet:
-            first = next(parquet.iter_batches(1, columns=["vector"]), None)
-    except (OSError, pa.ArrowException, KeyError) as error:
-        said = (str(error).splitlines() or [""])[0]
+        system, where = fsspec.core.url_to_fs(path)
+        if not system.isfile(where):
+            raise UserError(f"no file {what} with vectors of items: write it with the program encode")
+        with system.open(where, "rb") as file, pq.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            if missing := [name for name in ("item_id", "vector") if name not in names]:
+                raise UserError(f"{what} has no column {missing[0]}: write it with the program encode")
+            yield parquet
+    except UserError:
+        raise
+    except Exception as error:  # a store's own too, such as that it has no key to it
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"'{path}' can't be read as a Parquet file of item_id and vector ({said}): write it with the program encode"
+            f"{what} can't be read as a Parquet file of item_id and vector ({first}): write it again with the program "
+            "encode"
         ) from None
-    if first is None or not first.num_rows or "vector" not in first.schema.names:
-        raise UserError(f"'{path}' has no vectors: write it with the program encode")
-    return of_table(pa.Table.from_batches([first]), f"'{path}'").shape[1]
 
 
 def _places(ids_n: pa.Array, item_ids: pa.Array, what: str) -> np.ndarray:
