@@ -322,9 +322,8 @@ def _collated(plan: Plan, batch: Described, rows: Sequences, lent: bool) -> Glob
 def _dealt(index: int, rows: Sequences, ranks: int) -> tuple[Described, np.ndarray]:
     """The global batch ``index``, whose rows are given, and (G,) the rank that each of them goes to."""
     digest = hashlib.blake2b(np.ascontiguousarray(rows.ordinals_R, "<i8").data, digest_size=8)
-    for start in range(
-        0, len(rows.items_A), SOME
-    ):  # those that are wider become int32 again within the cache
+    # some at a time: those that are wider become int32 again within the cache
+    for start in range(0, len(rows.items_A), SOME):
         digest.update(np.ascontiguousarray(rows.items_A[start : start + SOME], "<i4").data)
     lengths_G, skews = rows.lengths_R, (1.0, 1.0)
     rank_G = deal(lengths_G, ranks)

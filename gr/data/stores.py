@@ -87,8 +87,8 @@ class Store:
 
     def __init__(self, filesystem: Any):
         self.filesystem = filesystem
-        # a client of Google's storage writes tracebacks of what it is refused
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+        if "gs" in self.protocols:  # its client writes tracebacks of what it is refused
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         # s3fs repeats on its own, up to 25 times: here it is done for every store in the same way
         if hasattr(filesystem, "retries"):
             filesystem.retries = 1

@@ -59,19 +59,15 @@ class TowerWork:
             if self.encoded.recompute:
                 parts["recompute"] = Part(0.0, found.forward)
         if isinstance(self.tower.content, Refreshed):
-            every = self.tower.content.every
-            parts["refresh"] = Part(self._encoder(self._lengths_I).forward / every, 0.0)
+            parts["refresh"] = Part(self._all.forward / self.tower.content.every, 0.0)
         parts["head"] = self._behind(len(rows_G))
         return Flops(parts)
 
-    def padded(self, rows_G: Tensor, encoded_G: Tensor) -> float:
-        """The same with every text as long as those beside it may be."""
-        found = self.step(rows_G, encoded_G)
-        if self.encoded is None:
-            return found.total
+    def _padded(self, found: Flops, encoded_G: Tensor) -> float:
+        """What :meth:`step` has ``found``, with every text as long as those beside it may be."""
+        assert self.encoded is not None
         lengths_G = self.encoded.items.lengths_n[encoded_G].double().numpy()
-        longest = self._lengths_I.max(initial=0)
-        padded = self._encoder(np.minimum(np.ceil(lengths_G / BUCKET) * BUCKET, longest))
+        padded = self._encoder(np.minimum(np.ceil(lengths_G / BUCKET) * BUCKET, self._longest))
         more = padded.forward - found.parts["encoder"].forward
         if self.encoded.recompute:
             more *= 2
@@ -83,12 +79,20 @@ class TowerWork:
         if self.encoded is None:
             return 0.0, 0.0
         rows_G = self.encoded.formed_G
-        return self.step(rows_G, rows_G).total, self.padded(rows_G, rows_G)
+        found = self.step(rows_G, rows_G)
+        return found.total, self._padded(found, rows_G)
 
     @cached_property
-    def _lengths_I(self) -> np.ndarray:
+    def _all(self) -> Part:
+        """Of the whole catalogue, once."""
         assert self.encoded is not None
-        return self.encoded.items.lengths_n.double().numpy()
+        return self._encoder(self.encoded.items.lengths_n.double().numpy())
+
+    @cached_property
+    def _longest(self) -> int:
+        """Tokens of an item at most."""
+        assert self.encoded is not None
+        return int(self.encoded.items.lengths_n.max())
 
     def _encoder(self, lengths_n: np.ndarray) -> Part:
         forward, backward = (float(np.polyval(powers, lengths_n).sum()) for powers in self._powers)
@@ -98,8 +102,7 @@ class TowerWork:
     def _powers(self) -> tuple[np.ndarray, np.ndarray]:
         """Coefficients of forward and backward operations of an item by powers of its tokens, the highest first."""
         assert self.encoded is not None
-        longest = int(self.encoded.items.lengths_n.max())
-        places = sorted({longest, -(-longest // 2), -(-longest // 4)})
+        places = sorted({self._longest, -(-self._longest // 2), -(-self._longest // 4)})
         counted = np.array([_operations(self.encoded, length) for length in places])
         forward, backward = (np.linalg.solve(np.vander(np.array(places, float)), each) for each in counted.T)
         return forward, backward

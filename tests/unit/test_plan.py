@@ -47,8 +47,9 @@ def test_the_memory_of_a_step_is_what_it_takes(config, kind):
     assert measured_peak(run, parts, processes) == pytest.approx(planned.memory.peak, rel=0.1)
 
 
-def test_a_rehearsal_and_a_plan_agree(config, tmp_path, capsys):
-    dry_run(run := config("model.dim=32"))
+def agreeing(run, tmp_path, capsys) -> dict:
+    """The program's plan of a run, whose memory is that which a dry run of it tells."""
+    dry_run(run)
     said = re.search(r"memory as planned\W+([\d.]+) MiB", capsys.readouterr().out)
     file, plans = tmp_path / "same.yaml", tmp_path / "plans.json"
     file.write_text(configs.to_yaml(run))
@@ -56,6 +57,11 @@ def test_a_rehearsal_and_a_plan_agree(config, tmp_path, capsys):
     assert program.main(asked) == 0
     (plan,) = json.loads(plans.read_text())
     assert float(said[1]) == pytest.approx(plan["memory"]["peak"] / 2**20, rel=0.1)
+    return plan
+
+
+def test_a_rehearsal_and_a_plan_agree(config, tmp_path, capsys):
+    agreeing(config("model.dim=32"), tmp_path, capsys)
 
 
 def test_the_log_tells_the_work_of_each_step_and_of_all(config):

@@ -4,7 +4,6 @@ encoder's files a plan reads the config alone."""
 from __future__ import annotations
 
 import json
-import re
 from itertools import islice
 from pathlib import Path
 
@@ -23,13 +22,13 @@ from gr.scaling.machine import cpu, gpu
 from gr.scaling.plan import Imagined, Planner, _changes
 from gr.scaling.towers import TowerWork
 from gr.train import job
-from gr.train.dry_run import dry_run
 from gr.train.folder import RunFolder, read_rows
 from gr.train.parts import build
 from gr.train.planning import source
 from tests.end_to_end.tiny import CONFIG, make_dataset
 from tests.packages import needs
 from tests.towers import ITEMS, make_encoder, make_image_encoder, make_pictures, titles
+from tests.unit.test_plan import agreeing
 
 needs("transformers")
 pytest.importorskip("torchrec")
@@ -224,14 +223,7 @@ def test_vectors_of_a_file_are_as_wide_as_the_file_says(config, tmp_path):
 
 
 def test_a_rehearsal_and_a_plan_agree(config, tmp_path, capsys):
-    dry_run(run := config(TUNED))
-    said = re.search(r"memory as planned\W+([\d.]+) MiB", capsys.readouterr().out)
-    file, plans = tmp_path / "same.yaml", tmp_path / "plans.json"
-    file.write_text(configs.to_yaml(run))
-    asked = ["--config", str(file), "--gpu", "cpu", "--gpus-per-node", "1", "--json", str(plans)]
-    assert program.main(asked) == 0
-    (plan,) = json.loads(plans.read_text())
-    assert float(said[1]) == pytest.approx(plan["memory"]["peak"] / 2**20, rel=0.1)
+    plan = agreeing(config(TUNED), tmp_path, capsys)
     assert plan["step"]["encoded"]["items"] > 0
     assert "items encoded, with gradients" in capsys.readouterr().out
 
