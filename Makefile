@@ -4,7 +4,7 @@ VENV ?= .venv
 DEVICE ?= auto
 TESTS ?= tests
 PYTHON ?=
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); echo $$((n < 8 ? n + 1 : 8)))
 export PYTHON
 
 PY = $(VENV)/bin/python
@@ -65,7 +65,7 @@ train: setup ## quickstart: makes a small synthetic stream, trains HSTU on it, e
 	@$(PY) launch/quickstart.py
 
 test: setup setup-sharded setup-ray setup-encoders ## all tests (TESTS=tests/unit for some)
-	@GR_TEST_ALL=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+	@GR_TEST_ALL=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-instruction-sets: setup ## the numeric tests under other instruction sets, libraries' settings and threads (hours)
 	@$(PY) tests/instruction_sets.py $(if $(SETTINGS),--only $(SETTINGS))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # GR_TEST_THREADS: of each process.  One by default: inputs are small, and `make test` has a process for each core.
 THREADS = int(os.environ.get("GR_TEST_THREADS", "1"))
+
+# A folder for what all processes of a test session have to know of each other (tests/programs.py).
+if _leads := "GR_TEST_SESSION" not in os.environ:
+    os.environ["GR_TEST_SESSION"] = tempfile.mkdtemp(prefix="gr-tests-")
 
 # Before torch is imported anywhere, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
@@ -26,9 +32,19 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
 
 
+def pytest_unconfigure() -> None:
+    if _leads:
+        shutil.rmtree(os.environ["GR_TEST_SESSION"], ignore_errors=True)
+
+
+LONGEST_FIRST = ("end_to_end", "distributed", "kernels", "unit")
+"""Folders, so that processes that share the files out end at about the same time."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.relative_to(ROOT / "tests").parts[0]))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no NVIDIA GPU on this machine")

@@ -1,7 +1,7 @@
 """Programs as a user starts them, without what every start costs.
 
 ``python FILE ARGUMENTS`` spends four seconds of a processor's time importing torch, more than most tests take.  The
-first start of each file in a test process is a start like a user's, and so is the first under torchrun; later ones fork
+first start of each file in a test session is a start like a user's, and so is the first under torchrun; later ones fork
 from a server that has imported what all import (tests/distributed/group.py).
 """
 
@@ -21,7 +21,15 @@ from pathlib import Path
 from tests.distributed.group import free_port, preload, variables
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-_begun: set[str] = set()
+
+
+def _is_first(start: str) -> bool:
+    """Whether no process of this test session has made this start yet."""
+    try:
+        Path(os.environ["GR_TEST_SESSION"], start.replace("/", "+")).mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def run_python(
@@ -38,8 +46,7 @@ def run_python(
     """
     words = [*map(str, arguments)]
     name = words[1] if words[0] == "-m" else words[0]
-    if environment or name not in _begun:
-        _begun.add(name)
+    if environment or _is_first(name):
         return subprocess.run(
             [sys.executable, *words],
             cwd=folder,
@@ -49,7 +56,8 @@ def run_python(
             timeout=timeout,
             check=False,
         )
-    return _forked(words, [dict(os.environ)], folder or Path.cwd(), timeout)
+    (done,) = _forked(words, [(dict(os.environ), folder or Path.cwd())], timeout)
+    return done
 
 
 def torchrun(
@@ -57,24 +65,35 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """What ``torchrun --standalone --nproc-per-node PROCESSES ARGUMENTS`` does that ends well; what each process prints
     comes one after the other.  One that may fail is for :func:`run_python`: torchrun ends the others then."""
-    if (name := f"torchrun {processes} {arguments[0]}") not in _begun:
-        _begun.add(name)
+    if _is_first(f"torchrun {processes} {arguments[0]}"):
         return run_python([*TORCHRUN, processes, *arguments], timeout=timeout)
+    each = in_ranks(arguments, [Path.cwd()] * processes, timeout=timeout)
+    status = next((one.returncode for one in each if one.returncode), 0)
+    out, err = "".join(one.stdout for one in each), "".join(one.stderr for one in each)
+    return subprocess.CompletedProcess(each[0].args, status, out, err)
+
+
+def in_ranks(
+    arguments: Sequence[object], folders: Sequence[Path], *, timeout: float = 300
+) -> list[subprocess.CompletedProcess[str]]:
+    """What each process of a run does, of which every one is in a folder of ``folders``; none is ended by others."""
     port = free_port()
-    environments = [{**os.environ, **variables(rank, processes, port)} for rank in range(processes)]
-    return _forked([*map(str, arguments)], environments, Path.cwd(), timeout)
+    places = [
+        ({**os.environ, **variables(rank, len(folders), port)}, folder) for rank, folder in enumerate(folders)
+    ]
+    return _forked([*map(str, arguments)], places, timeout)
 
 
 def _forked(
-    words: list[str], environments: Sequence[dict[str, str]], folder: Path, timeout: float
-) -> subprocess.CompletedProcess[str]:
-    """``python WORDS`` in forked processes, one for each of ``environments``, at the same time."""
+    words: list[str], places: Sequence[tuple[dict[str, str], Path]], timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """``python WORDS`` in forked processes, one for each (environment, folder) of ``places``, at the same time."""
     preload()
-    processes, status, out, err = [], 0, "", ""
+    processes = []
     with tempfile.TemporaryDirectory() as scratch:
-        for rank, environment in enumerate(environments):
-            (place := Path(scratch, str(rank))).mkdir()
-            given = (words, str(folder), environment, str(place))
+        for rank, (environment, folder) in enumerate(places):
+            (told := Path(scratch, str(rank))).mkdir()
+            given = (words, str(folder), environment, str(told))
             processes.append(get_context("forkserver").Process(target=_run, args=given))
             processes[-1].start()
         deadline = time.monotonic() + timeout
@@ -85,11 +104,14 @@ def _forked(
             process.kill()
         if late:
             raise subprocess.TimeoutExpired(words, timeout)
-        for rank, process in enumerate(processes):
-            status = status or process.exitcode or 0
-            out += Path(scratch, str(rank), "out").read_text()
-            err += Path(scratch, str(rank), "err").read_text()
-    return subprocess.CompletedProcess([sys.executable, *words], status, out, err)
+        return [
+            subprocess.CompletedProcess(
+                [sys.executable, *words],
+                process.exitcode or 0,
+                *(Path(scratch, str(rank), stream).read_text() for stream in ("out", "err")),
+            )
+            for rank, process in enumerate(processes)
+        ]
 
 
 def _run(words: list[str], folder: str, environment: dict[str, str], scratch: str) -> None:

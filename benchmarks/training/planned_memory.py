@@ -249,7 +249,8 @@ def beside(tower: Tower) -> int:
 def of_processes(config: RunConfig, count: int) -> int:
     """The same of so many processes, of the one that takes the most."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, (count, folder, configs.to_yaml(config)), nprocs=count)
+        given = (count, folder, configs.to_yaml(config))
+        multiprocessing.start_processes(_process, given, nprocs=count, start_method="forkserver")
         return max(json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count))
 
 

@@ -253,13 +253,14 @@ def _topology(on: Cluster) -> Any:
 def _count_moments(collection: Any, spec: TableSpec) -> None:
     """The planner reads from a parameter which optimiser's state lies beside it.  (A number for each, and one a row
     beside, it can't think of together: no optimiser here has both.)"""
-    from torch.distributed.optim import _apply_optimizer_in_backward
     from torchrec.optim import RowWiseAdagrad
 
     moments, row_moments = spec.moments, spec.row_moments
     kinds: dict[int, Any] = {0: torch.optim.SGD, 1: torch.optim.Adagrad}
     kind = RowWiseAdagrad if row_moments and not moments else kinds.get(moments, torch.optim.Adam)
-    _apply_optimizer_in_backward(kind, collection.parameters(), {"lr": 0.0})
+    for parameter in collection.parameters():
+        # as torch.distributed.optim notes it, which takes a second to be imported
+        parameter._optimizer_classes = [kind]
 
 
 def _moments_of_a_row(spec: TableSpec, columns: int) -> int:

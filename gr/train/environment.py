@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def record() -> dict[str, Any]:
     }
 
 
+@cache  # reading it takes milliseconds, and a process may hold many runs
 def installed_version(name: str) -> str | None:
     try:
         return metadata.version(name)

@@ -35,6 +35,14 @@ def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
             raise UserError(f"train.kernels is {kernels}, and {str(error).rstrip('.')}: use auto") from error
 
 
+def seed_generators(device: torch.device, seed: int) -> None:
+    """What ``torch.manual_seed`` does, on the CPU and the device of a run: it seeds every kind of device, and where there
+    is none it notes who asked, which takes longer than some steps."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     """torch's deterministic algorithms where there are any; somebody's stricter mode stays as it is."""

@@ -32,6 +32,7 @@ from gr.train.frozen import noted
 from gr.train.host_copy import HostCopy
 from gr.train.log import MetricsLog, StepProgress
 from gr.train.memory import give_back_freed_memory, peak_bytes
+from gr.train.numerics import seed_generators
 from gr.train.parts import Parts
 from gr.train.schedule import rate_factor
 from gr.train.selection import best_of, better, comparable, family_of, selection_metric
@@ -137,7 +138,7 @@ class Trainer:
         self._at("training", cursor.step + 1)
         key = derive_key(config.seed, "step", cursor.step)
         rank = self.processes.data.rank
-        torch.manual_seed(derive_key(config.seed, "dropout", cursor.step, rank))
+        seed_generators(self.processes.device, derive_key(config.seed, "dropout", cursor.step, rank))
 
         share, restarted = self.model.learn(batch.share, cursor.step)
         self.engine.restart(restarted)

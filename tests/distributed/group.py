@@ -14,16 +14,6 @@ import torch.multiprocessing as multiprocessing
 
 from gr.launcher import launched
 
-# Processes are forked from one that has these, where they are installed: importing them takes longer than most tests.
-PRELOADED = [
-    "torch",
-    "torch.distributed.checkpoint",
-    "gr.train.job",
-    "gr.embeddings.sharded",
-    "torchrec.distributed",
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.original_muon",  # which DeepSpeed imports, and with it the compiler, when it starts
-]
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -45,9 +35,8 @@ def in_group(
 
 
 def preload() -> None:
-    """What the server that forks processes imports when it starts; it passes over what isn't there."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks when it is imported
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    """Processes are forked from one that has imported what they need, which takes longer than most tests."""
+    multiprocessing.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 def variables(rank: int, ranks: int, port: int) -> dict[str, str]:

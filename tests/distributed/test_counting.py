@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-
 import numpy as np
 import pyarrow as pa
-import torch.multiprocessing as multiprocessing
 
 from gr.data import popularity
 from gr.data.dataset import DatasetWriter, SequenceDataset
@@ -16,6 +11,7 @@ from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.errors import UserError
 from gr.processes import processes
+from tests.distributed.group import in_group
 
 ITEMS = 9
 
@@ -27,15 +23,7 @@ def made(path, items) -> str:
     return str(path)
 
 
-def worker(rank: int, ranks: int, port: int, sound: str, wrong: str, out: str) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def counted_by(sound: str, wrong: str) -> dict:
     counted, count = [], popularity.count
     popularity.count = lambda *given: (
         counted.append(1) or count(*given)
@@ -54,17 +42,12 @@ def worker(rank: int, ranks: int, port: int, sound: str, wrong: str, out: str) -
             SequenceDataset(wrong).catalogue.under(split).count_once(joined)
         except UserError as error:
             told["refusal"] = str(error)
-    with open(f"{out}/{rank}.json", "w") as file:
-        json.dump(told, file)
+    return told
 
 
 def test_one_of_three_processes_counts(tmp_path):
     sound, wrong = made(tmp_path / "sound", ITEMS), made(tmp_path / "wrong", ITEMS + 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (3, port, sound, wrong, str(tmp_path)), nprocs=3)
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    told = in_group(counted_by, 3, tmp_path / "group", sound, wrong, by_hand=False)
     assert [one.pop("counted") for one in told] == [1, 0, 0]
     assert told[0] == told[1] == told[2]
     expected = np.bincount(

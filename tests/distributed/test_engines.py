@@ -15,10 +15,10 @@ from gr.train.folder import RunFolder
 from gr.train.parts import build_batches, open_data
 from tests.distributed.jobs import run_jobs
 from tests.distributed.rounding import adamw, of_losses, of_weights, sgd
-from tests.end_to_end.tiny import ROOT, command, make_dataset, weights, write_config
+from tests.end_to_end.tiny import command, make_dataset, weights, write_config
 from tests.packages import needs
 from tests.precision import UNIT
-from tests.programs import run_python
+from tests.programs import in_ranks, run_python
 from tests.unit.test_ranking_run import CONFIG as RANKING, make_dataset as make_ranking_dataset
 
 needs("torchrec", "fbgemm_gpu", "deepspeed")
@@ -259,17 +259,12 @@ def test_a_step_whose_gradients_are_not_numbers_stops_the_run(folder):
                 assert sentence.startswith("the update of step 3 is not finite")
 
 
-def refused(folder, name, overrides, environment=None):
-    """What two processes say of a config, started as people do."""
-    config = write_config(folder, folder / "data", folder / name)
-    done = run_python(command(["--config", config, *overrides], 2), environment=environment)
-    assert done.returncode != 0
-    assert str(ROOT / "gr") not in done.stderr, "a traceback, beside torchrun's own"
-    return [line for line in done.stderr.splitlines() if line.startswith("error:")]
-
-
 def test_a_stage_that_is_none_is_refused_once(folder):
-    (said,) = refused(folder, "four", ["train.engine={name: deepspeed, zero: 4}"])
+    config = write_config(folder, folder / "data", folder / "four")
+    given = ["--config", config, "train.engine={name: deepspeed, zero: 4}"]
+    done = in_ranks(command(given), [folder, folder])
+    assert [one.returncode for one in done] == [2, 2]
+    (said,) = "".join(one.stderr for one in done).splitlines()
     assert "train.engine.zero" in said and "less than or equal to 3" in said
 
 
@@ -278,10 +273,12 @@ def test_without_deepspeed_one_sentence_names_what_installs_it(folder):
     hiding.mkdir(parents=True)
     (hiding / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'deepspeed'\")\n")
     paths = os.pathsep.join([str(hiding.parent), os.environ["PYTHONPATH"]])
-    (said,) = refused(folder, "missing", ["train.engine=deepspeed"], {"PYTHONPATH": paths})
-    assert said == (
+    config = write_config(folder, folder / "data", folder / "missing")
+    given = ["--config", config, "train.engine=deepspeed"]
+    done = run_python(command(given), environment={"PYTHONPATH": paths})
+    assert done.returncode == 2 and done.stderr == (
         "error: train.engine is deepspeed, and it can't be imported (No module named 'deepspeed'): make setup-sharded "
-        "installs it, or use train.engine=fsdp"
+        "installs it, or use train.engine=fsdp\n"
     )
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from gr.config import DataSection, EvalSection, RunConfig
 from gr.data.dataset import DatasetWriter, SequenceDataset
@@ -23,6 +20,7 @@ from gr.eval.baselines import ItemKNN
 from gr.processes import Axis, Processes, processes
 from gr.train.evaluation import Evaluation
 from gr.train.parts import Catalogue
+from tests.distributed.group import in_group
 
 ITEMS, USERS = 40, 61
 CASES: dict = {"all": {"cold": 3}, "subset": {"max_users": 17, "exclude": "all"}}
@@ -125,26 +123,14 @@ def measure(path: str, joined: Processes | None = None, **changes) -> dict:
     }
 
 
-def worker(rank: int, ranks: int, port: int, path: str, out: str) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    with processes("cpu", threads=1) as joined, open(f"{out}/{rank}.json", "w") as file:
-        assert (joined.world.size, joined.data.size, joined.local.size) == (ranks,) * 3
-        json.dump({name: measure(path, joined, **changes) for name, changes in CASES.items()}, file)
+def measured(path: str) -> str:
+    with processes("cpu", threads=1) as joined:
+        assert (joined.world.size, joined.data.size, joined.local.size) == (2, 2, 2)
+        return json.dumps({name: measure(path, joined, **changes) for name, changes in CASES.items()})
 
 
 def test_two_processes_measure_what_one_does(path, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (2, port, path, str(tmp_path)), nprocs=2)
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = [json.loads(said) for said in in_group(measured, 2, tmp_path / "group", path, by_hand=False)]
     for name, changes in CASES.items():
         alone = json.loads(json.dumps(measure(path, **changes)))
         for rank in ranks:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +12,11 @@ from gr import config as configs
 from gr.train import job
 from gr.train.checkpoint import listed, read_state
 from gr.train.folder import RunFolder
-from tests.distributed.group import free_port, in_group, variables
+from tests.distributed.group import in_group
 from tests.distributed.jobs import run_jobs
 from tests.distributed.test_training import LOSS_TOLERANCE, NO_DROPOUT, WEIGHT_TOLERANCE
 from tests.end_to_end.tiny import ROOT, make_dataset, weights, write_config
+from tests.programs import in_ranks
 
 USERS, VALIDATED = 150, 143
 """Of the tiny dataset: all have a test action, those with three actions a validation action too."""
@@ -166,25 +164,12 @@ def test_a_folder_that_processes_do_not_share_is_refused(folder, tmp_path):
     """Each process has a disk of its own: a relative run.dir in different working directories, one of which holds a
     folder of that name."""
     config = write_config(folder, folder / "data", Path("run"))
-    port, processes = free_port(), []
-    for rank in range(2):
-        disk = tmp_path / f"disk-{rank}"
-        (disk / "run" if rank else disk).mkdir(parents=True)
-        command = [
-            sys.executable,
-            str(ROOT / "launch/train.py"),
-            "--config",
-            str(config),
-            "train.max_steps=2",
-        ]
-        environment = {**os.environ, **variables(rank, 2, port)}
-        processes.append(
-            subprocess.Popen(
-                command, cwd=disk, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
+    disks = [tmp_path / f"disk-{rank}" for rank in range(2)]
+    for folder in (disks[0], disks[1] / "run"):
+        folder.mkdir(parents=True)
+    done = in_ranks([ROOT / "launch/train.py", "--config", config, "train.max_steps=2"], disks, timeout=120)
+    assert [one.returncode for one in done] == [2, 2]
+    said = [(one.stdout, one.stderr) for one in done]
     here = socket.gethostname()
     assert said == [
         (

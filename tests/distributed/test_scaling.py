@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -12,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.training import scaling
 from benchmarks.training.cases import Case, cases
 from benchmarks.training.exchanges import Meter, alone, exposed_seconds, must_cross
 from gr.embeddings.row_updates import Piece
 from gr.processes import processes
 from tests.distributed.group import in_group
-from tests.end_to_end.tiny import ROOT
 from tests.packages import needs
 
 needs("torchrec", "deepspeed")
@@ -86,18 +84,29 @@ def test_cases_are_every_table_and_every_engine_once():
     assert [c.table for c in cases(["row_wise"], engines, False, 2)] == ["row_wise"] * 3
 
 
-def test_the_benchmark_runs_from_end_to_end(tmp_path):
-    program, file = ROOT / "benchmarks/training/scaling.py", tmp_path / "quick.json"
-    command = [sys.executable, program, "--quick", "--device", "cpu", "--threads", "1", "--json", file]
+def test_the_benchmark_runs_from_end_to_end(tmp_path, monkeypatch, capfd):
+    """Two processes as the program starts them; one is forked, which spares its imports."""
+    start, file = scaling.in_group, tmp_path / "quick.json"
+
+    def started(count: int, arguments: list[str]) -> dict:
+        if count > 1:
+            return start(count, arguments)
+        alone = tmp_path / "alone.json"
+        in_group(
+            scaling.main, 1, tmp_path / "one", [*arguments, "--member", "--json", str(alone)], by_hand=False
+        )
+        return json.loads(alone.read_text())
+
+    monkeypatch.setattr(scaling, "in_group", started)
     chosen = ["--tables", "local", "row_wise", "--engines", "ddp", "--set", "model.table_std=0.1"]
-    done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert scaling.main(["--quick", "--device", "cpu", "--threads", "1", "--json", str(file), *chosen]) == 0
+    printed = capfd.readouterr().out
     record = json.loads(file.read_text())
     assert file.with_suffix(".png").stat().st_size > 0 and "Work.wait" in record["method"]
     one, two = record["results"]
     assert (one["processes"], two["processes"]) == (1, 2)
     for result in (one, two):
-        assert f"{result['processes']} processes" in done.stdout
+        assert f"{result['processes']} processes" in printed
         assert list(result["cases"]) == ["local, ddp", "row_wise, ddp"] and result["rounds"] >= 3
         for case in result["cases"].values():
             assert case["samples_per_s"][1] > 0 and min(case["added_mib"]) >= 0

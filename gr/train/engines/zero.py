@@ -68,6 +68,8 @@ class Zero(Dense):
             bucket = min(BUCKET_NUMBERS, numbers + -numbers % ALIGNMENT)
             # it reads a launcher's variable at every step, which one process has not, nor those of every launcher
             os.environ.setdefault("LOCAL_RANK", str(self.processes.local.rank))
+            if self.device.type == "cpu":  # else it starts numactl, at every exchange, to count devices
+                os.environ.setdefault("LOCAL_SIZE", str(self.processes.local.size))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.engine, *_ = self.deepspeed.initialize(
