@@ -1,5 +1,5 @@
 # `make help` lists the targets.  Variables: VENV (folder of the environment), DEVICE (auto, cpu, cuda),
-# PYTHON (the interpreter to make the environment with), TESTS (what `make test` runs), JOBS (its processes: the cores, 8 at most).
+# PYTHON (the interpreter to make the environment with), TESTS (what `make test` runs), JOBS (its processes: one more than cores, 8 at most).
 VENV ?= .venv
 DEVICE ?= auto
 TESTS ?= tests

@@ -3,7 +3,7 @@
     python benchmarks/data/run.py [--quick] [--only loader prepare ...] [--out DIR]
 
 Each part is a program of its own, whose table comes first; the last table sets what was measured beside what is
-required, and is written to data.json.  All of it takes some twenty minutes of two cores and 10 GB of scratch space;
+required, and is written to data.json.  All of it takes ten to twenty minutes of two cores and 10 GB of scratch space;
 ``--quick`` takes small datasets, on which rates are lower and the growth of memory tells little.  ``--only`` redoes
 these parts; the others' figures are those that the folder holds.  Ends with 1 if a program failed, not where something
 is missed.
@@ -138,7 +138,14 @@ def command(name: str, quick: bool, out: Path) -> list[str]:
     if part.proves:
         return [sys.executable, *part.program, *chosen]
     program, *first = part.program
-    return [sys.executable, str(HERE / program), *first, *chosen, "--json", str(file_of(name, out))]
+    return [
+        sys.executable,
+        str(HERE / program),
+        *first,
+        *chosen,
+        "--json",
+        os.path.relpath(file_of(name, out)),
+    ]
 
 
 def file_of(name: str, out: Path) -> Path:

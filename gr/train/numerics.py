@@ -36,8 +36,8 @@ def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
 
 
 def seed_generators(device: torch.device, seed: int) -> None:
-    """What ``torch.manual_seed`` does, on the CPU and the device of a run: it seeds every kind of device, and where there
-    is none it notes who asked, which takes longer than some steps."""
+    """What ``torch.manual_seed`` does, on the CPU and the run's device: it goes through every kind of device, and where
+    there is none it notes who asked, which takes milliseconds."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

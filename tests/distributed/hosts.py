@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,14 +78,17 @@ def _join(hosts: list[Host], bridge: str) -> None:
         _names(host, hosts)
     place = (hosts[0].address, 9)
     listen = (
-        f"import socket; s = socket.create_server({place}); print(flush=True); s.settimeout(9); s.accept()"
+        f"import socket; s = socket.create_server({place}); print(flush=True); s.settimeout(30); s.accept()"
     )
     call = f"import socket; socket.create_connection({place}, timeout=5)"
+    deadline = time.monotonic() + 20  # links of a busy machine take a while to come up
     with subprocess.Popen(_on(hosts[0], listen), stdout=subprocess.PIPE) as listener:
         assert listener.stdout is not None
         listener.stdout.readline()
         try:
-            subprocess.run(_on(hosts[1], call), check=True, capture_output=True, text=True)
+            while (said := subprocess.run(_on(hosts[1], call), capture_output=True, text=True)).returncode:
+                if time.monotonic() > deadline:
+                    said.check_returncode()
         finally:
             listener.kill()
 

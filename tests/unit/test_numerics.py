@@ -12,7 +12,7 @@ from torch.utils import deterministic
 from gr.errors import UserError
 from gr.processes import processes
 from gr.train import job
-from gr.train.numerics import WORKSPACE, numerics
+from gr.train.numerics import WORKSPACE, numerics, seed_generators
 from gr_kernels.dispatch import preferred
 
 CPU = torch.device("cpu")
@@ -108,6 +108,15 @@ def test_what_a_run_computes_does_not_hang_on_the_generators_state(config, given
     torch.manual_seed(2)
     second = job.run(config(f"run.dir={config().run.dir}-again"))
     assert first.metrics == second.metrics
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
+def test_a_step_draws_what_torch_draws_from_its_seed(seed):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        expected = torch.rand(5)
+        seed_generators(CPU, seed)
+        assert torch.equal(torch.rand(5), expected)
 
 
 def test_processes_join_and_leave_alone(given):

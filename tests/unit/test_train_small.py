@@ -16,7 +16,7 @@ from gr.data.sequences import Sequences
 from gr.errors import UserError
 from gr.models.retrieval import Retrieval
 from gr.processes import Axis, Processes
-from gr.train import checkpoint, job
+from gr.train import checkpoint, job, trainer as trainer_module
 from gr.train.cursor import Cursor
 from gr.train.folder import RunFolder
 from gr.train.parts import build
@@ -71,7 +71,7 @@ def test_every_rank_and_step_drops_by_seeds_of_its_own(config, monkeypatch, tmp_
     parts = build(config(), Processes(device))
     supervise = parts.model.supervise
     monkeypatch.setattr(parts.model, "supervise", lambda *given: keys.append(given[-1]) or supervise(*given))
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    monkeypatch.setattr(trainer_module, "seed_generators", lambda device, seed: seeds.append(seed))
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
         processes = Processes(device, data=Axis(rank, 2))
