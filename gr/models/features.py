@@ -43,8 +43,8 @@ class Feature:
     """name: the table's.  of: whose it is, "actions", "users" or "requests".  of_item: whether it is known of an
     action's item, whatever becomes of the action.  column: that a batch must carry, None where it needs none.  rows: of
     the table.  values: of a batch, int64, one (or a list) an action (a request's: one for the action that it asks for)
-    or a user: rows, or ids of a vocabulary; float32 where they are numbers.  pooling: of lists.  number: what is made
-    of those.  shares_row: whether values without a row have the table's last."""
+    or a user: rows, or ids of a vocabulary; float32 where they are numbers.  multi: whether they are lists; pooling: of
+    these.  number: what is made of those.  shares_row: whether values without a row have the table's last."""
 
     name: str
     of: str
@@ -55,6 +55,7 @@ class Feature:
     of_item: bool = False
     number: str | None = None
     shares_row: bool = False
+    multi: bool = False
 
     @property
     def key(self) -> str:
@@ -352,7 +353,8 @@ def feature(name: str, section: FeatureSection, data: Catalogue, under: str = UN
             number=section.number,
         )
     pooling, rows = _pooling(key, f"{key}.column", section, info), _rows(key, section, dataset)
-    return Feature(name, of, info.name, rows, of_column, pooling, shares_row=section.unseen == "own_row")
+    shares_row = section.unseen == "own_row"
+    return Feature(name, of, info.name, rows, of_column, pooling, shares_row=shares_row, multi=info.multi)
 
 
 def _of_items(name: str, section: FeatureSection, data: Catalogue, under: str) -> Feature:
@@ -384,7 +386,16 @@ def _of_items(name: str, section: FeatureSection, data: Catalogue, under: str) -
         return taken(on_device[items_A.device], items_A)
 
     return Feature(
-        name, "actions", None, rows, of_batch, pooling, True, number=section.number, shares_row=shares_row
+        name,
+        "actions",
+        None,
+        rows,
+        of_batch,
+        pooling,
+        of_item=True,
+        number=section.number,
+        shares_row=shares_row,
+        multi=isinstance(codes_I, Jagged),
     )
 
 

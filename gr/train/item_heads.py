@@ -88,7 +88,7 @@ def item_heads(run: OpenRun) -> ItemHeads:
         for batch in _items(model, run.data.catalogue):
             known = model.item.known(model.item.prepare(batch), *_places(batch))
             views = model.fetch(known.wanted())
-            heads_SJK, _ = network.item_side(model.item.look_up(known, views))
+            heads_SJK = network.item_side(model.item.look_up(known, views))
             parts.append(heads_SJK.float().cpu().transpose(0, 1))
     bias = network.bias.weight.detach().float().cpu().clone()
     generation = run.data.dataset.manifest.generation
@@ -106,7 +106,7 @@ def user_heads(model: TwoTower, batch: SequenceBatch) -> Tensor:
         rows_B = torch.arange(batch.sequences, device=last_B.device)
         known = model.user.known(prepared, last_B, rows_B)
         views = model.fetch(known.wanted())
-        return network.user_side(model.user.look_up(known, views))[0].float().cpu()
+        return network.user_side(model.user.look_up(known, views)).float().cpu()
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def measure(
     hits = dict.fromkeys(["last", *candidates], 0)
     wanted = min(k, heads.heads_JIK.shape[1])
     for request in _evaluation(run).requests(split):
-        for user_HK in user_heads(model, request.batch)[: users - asked]:
+        for user_HK in user_heads(model, request.batch.slice(0, min(users - asked, len(request)))):
             asked += 1
             started = time.perf_counter()
             best = set(score_all(user_HK, heads.heads_JIK).topk(wanted).indices.tolist())
@@ -200,7 +200,7 @@ class LastLayer:
         with evaluating(self.model):
             known = self.model.item.known(self.model.item.prepare(batch), last_B, rows_B)
             views = self.model.fetch(known.wanted())
-            item_BJK, _ = self.network.item_side(self.model.item.look_up(known, views))
+            item_BJK = self.network.item_side(self.model.item.look_up(known, views))
         best_BH = torch.bmm(user_BHK, item_BJK.float().cpu().transpose(1, 2)).amax(2)
         return best_BH.sum(1, keepdim=True) + self.network.bias.weight.detach().cpu()
 

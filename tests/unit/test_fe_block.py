@@ -96,6 +96,15 @@ def test_without_gradients_the_sums_are_the_same_bits():
         assert torch.equal(ours(*tensors), ours(*leaves(*tensors)).detach())
 
 
+def test_pairs_that_say_who_meets_are_those_that_meet_by_place(chunked):
+    item, *flat = given(7, whole_numbers())
+    user_S, item_S = torch.tensor([6, 0, 6, 2, 2, 5, 6, 0, 6]), torch.tensor([0, 0, 3, 1, 6, 6, 1, 2, 2])
+    wanted = ours(item[item_S], *(x[user_S] if n % 3 == 0 else x for n, x in enumerate(flat)))
+    layers = list(zip(flat[::3], flat[1::3], flat[2::3]))
+    assert torch.equal(max_similarity(layers, item, (user_S, item_S)), wanted)
+    assert max_similarity(layers, item, (user_S[:0], item_S[:0])).shape == (0,)
+
+
 TEMPERATURE = 0.5
 
 

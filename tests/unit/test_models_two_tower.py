@@ -27,6 +27,7 @@ COLUMNS = [
     ColumnInfo("mean", "float32"),
     ColumnInfo("label", "int64"),
     ColumnInfo("title", "string"),
+    ColumnInfo("tags", "int64", multi=True),
 ]
 SMALL = {
     "lr": {},
@@ -276,8 +277,7 @@ def test_cir_is_the_infonce_of_likes_against_what_their_users_did_not_like():
         part = model.supervise(model.prepare(given), 1)
         views = model.views([part], StepContext(0))
         looked = model.looked(name, getattr(part, name), views)
-        heads_and_top = model.network.user_side(looked) if name == "user" else model.network.item_side(looked)
-        side[name] = F.normalize(heads_and_top[1], dim=1)
+        side[name] = F.normalize(model.network._layers(name, looked, 0)[0][-1], dim=1)
     users, items, labels = (given.columns[n].tolist() for n in ("user", "item", "label"))
     total = 0.0
     for n in range(17):
@@ -334,6 +334,24 @@ def test_evaluation_and_training_give_the_same_logits_where_nothing_is_normalise
     torch.testing.assert_close(model.logits(companions)[2:3], alone, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("network", ["dssm", "dat", "inttower"])
+def test_towers_read_the_rows_of_an_evaluation_that_differ_once(network, monkeypatch):
+    model, given = build(network), batch(rows=40)
+    whole, read = model.logits(given), {}
+    alone = torch.cat([model.logits(given.slice(n, n + 1)) for n in range(40)])
+    torch.testing.assert_close(whole, alone, rtol=1e-6, atol=1e-6)  # float32 of float64
+    for side, tower in model.network.towers.items():
+        found = tower.layers
+        monkeypatch.setattr(
+            tower, "layers", lambda x, key, s=side, f=found: read.update({s: x.detach()}) or f(x, key)
+        )
+    model.logits(given)
+    users = torch.stack([given.columns["user"], given.user_columns["age"]], 1).unique(dim=0)
+    assert len(read["user"]) == len(users) < 40
+    loss_of(model, given)
+    assert len(read["user"]) == len(read["item"]) == 40
+
+
 def test_products_of_all_pairs_of_fields():
     x = torch.randn(5, 6, 3, generator=generator(1), dtype=torch.float64)
     pairs = sum((x[:, i] * x[:, j]).sum(1) for i in range(6) for j in range(i))
@@ -370,8 +388,31 @@ def test_what_does_not_fit_the_dataset_is_one_sentence():
     assert "'model.user.numbers' tells a prediction column 'label'" in refused(model={"user": known})
     told = {"fields": {"user": {"column": "user", "rows": USERS}, "liked": {"column": "label", "rows": 2}}}
     assert "'model.user.fields.liked' tells a prediction column 'label'" in refused(model={"user": told})
+    many = {"fields": {"user": {"column": "user", "rows": USERS}, "tags": {"column": "tags", "rows": 9}}}
+    listed = refused(model={"user": many, "network": {"user_field": "tags"}})
+    assert (
+        "'model.network.user_field' is 'tags', which is no field of model.user with one value each" in listed
+    )
+    assert "item_field' is 'genres'" in refused(network="dat", model={"network": {"item_field": "genres"}})
+    assert "model.network.heads' is 3, and its heads share the 4 numbers" in refused(
+        network="autoint", model={"network": {"heads": 3}}
+    )
     two = {"like": {"column": "label", "any_of": [1]}, "love": {"column": "label", "any_of": [0]}}
     assert "model.tasks" in refused(model={"tasks": two})
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ({"catalogue": "genres"}, r"user\.fields\.more is known of an item: give it to item\.fields"),
+        ("item", r"user\.fields\.more is known of an item"),
+        ({"derived": "user"}, "'more' is a user's row of the dataset, which a request doesn't know"),
+        ({"column": "age", "rows": 3, "of_request": True}, "'more' says of_request"),
+    ],
+)
+def test_what_no_request_could_say_of_a_user_is_refused_with_the_config(field, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run_config(model={"user": {"fields": {"user": {"column": "user", "rows": USERS}, "more": field}}})
 
 
 def test_bad_values_of_a_batch_are_one_sentence():

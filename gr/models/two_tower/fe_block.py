@@ -4,8 +4,8 @@ Zaharia, arXiv 2004.12832).
 A batch's user heads would be the largest tensors of a step, written to memory and read again several times.  On a CPU
 those of some impressions exist at a time, in its cache, forward and backward.
 
-Shapes: S impressions, C of a chunk, W width of a layer, E numbers of its heads, N heads of all layers, J heads of an
-item, K width of a head.
+Shapes: S impressions, C of a chunk, U users, V items, P pairs of a chunk, W width of a layer, E numbers of its heads, N
+heads of all layers, J heads of an item, K width of a head.
 """
 
 from __future__ import annotations
@@ -31,16 +31,21 @@ Layer = tuple[Tensor, Tensor, Tensor]
 """x_SW, weight_EW and bias_E of a layer of a user's tower, whose heads are x W^T + b."""
 
 
-def max_similarity(layers: Sequence[Layer], item_SJK: Tensor) -> Tensor:
+def max_similarity(
+    layers: Sequence[Layer], item_VJK: Tensor, meeting: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """(S,) of pairs: over the heads h of all of a user's layers, the sum of max_j <u_h, v_j>; in at least float32.
 
-    The user's heads are computed in ``item_SJK``'s dtype.  Of equal products the first counts, as in torch's ``max``.
-    Differentiable once."""
-    flat = [tensor.to(item_SJK.dtype) for layer in layers for tensor in layer]
-    with full_precision(item_SJK):
+    meeting: int64 (S,) each, which of the U users meets which of the V items, without gradients; without it each meets
+    the one in its place, differentiable once.  The user's heads are computed in ``item_VJK``'s dtype.  Of equal
+    products the first counts, as in torch's ``max``."""
+    flat = [tensor.to(item_VJK.dtype) for layer in layers for tensor in layer]
+    with full_precision(item_VJK):
+        if meeting is not None:
+            return _meet_many(item_VJK, flat, *meeting)
         if torch.is_grad_enabled():
-            return _MaxSimilarity.apply(item_SJK, *flat)  # type: ignore[no-any-return]
-        return _meet(item_SJK, flat, None, None)
+            return _MaxSimilarity.apply(item_VJK, *flat)  # type: ignore[no-any-return]
+        return _meet(item_VJK, flat, None, None)
 
 
 class _MaxSimilarity(Function):
@@ -68,7 +73,7 @@ class _MaxSimilarity(Function):
         d_xs_SW = [torch.empty_like(x_SW) for x_SW in xs_SW]
         d_weights_WE = [torch.zeros_like(weight_WE) for weight_WE in weights_WE]
         d_biases_E = [torch.zeros_like(bias_E) for bias_E in biases_E]
-        for some in _chunks(item_SJK, chosen_SN.shape[1]):
+        for some in _chunks(item_SJK, chosen_SN.shape[1], len(item_SJK)):
             g_C1, place_R = gradient_S1[some], _places(chosen_SN[some], item_SJK.shape[1])
             met_RK = item_SJK[some].flatten(0, 1).index_select(0, place_R)
             met_CE = met_RK.view(len(g_C1), chosen_SN.shape[1] * item_SJK.shape[2])
@@ -90,13 +95,8 @@ def _meet(
     the sum of the heads that met each of the item's."""
     heads = sum(weight.shape[0] for weight in flat[1::3]) // item_SJK.shape[2]
     total_S = full(item_SJK.new_empty(len(item_SJK)))
-    for some in _chunks(item_SJK, heads):
-        item_CJK = item_SJK[some]
-        user_CE = item_SJK.new_empty(len(item_CJK), heads * item_SJK.shape[2])
-        of_layers = user_CE.split([weight.shape[0] for weight in flat[1::3]], dim=1)
-        for x_SW, weight_EW, bias_E, out_CE in zip(flat[::3], flat[1::3], flat[2::3], of_layers, strict=True):
-            torch.addmm(bias_E, x_SW[some], weight_EW.t(), out=out_CE)
-        user_CNK = user_CE.view(len(item_CJK), heads, item_SJK.shape[2])
+    for some in _chunks(item_SJK, heads, len(item_SJK)):
+        item_CJK, user_CNK = item_SJK[some], _heads(flat, some, item_SJK.shape[2])
         best_CN, chosen_CN = torch.bmm(user_CNK, item_CJK.transpose(1, 2)).max(2)
         torch.sum(best_CN, 1, dtype=total_S.dtype, out=total_S[some])
         if chosen_SN is not None and met_SJK is not None:
@@ -110,14 +110,40 @@ def _meet(
     return total_S
 
 
+def _meet_many(item_VJK: Tensor, flat: Sequence[Tensor], user_S: Tensor, item_S: Tensor) -> Tensor:
+    """(S,) the sums of pairs of which is said who meets whom: a user's heads are found once for all that it meets."""
+    heads = sum(weight.shape[0] for weight in flat[1::3]) // item_VJK.shape[2]
+    total_S = full(item_VJK.new_empty(len(user_S)))
+    sorted_S, order_S = user_S.sort()
+    for some in _chunks(item_VJK, heads, len(flat[0])):
+        user_CNK = _heads(flat, some, item_VJK.shape[2])
+        first, last = torch.searchsorted(sorted_S, sorted_S.new_tensor([some.start, some.stop])).tolist()
+        for part in _chunks(item_VJK, heads, last - first):
+            pairs_P = order_S[first:last][part]
+            user_PNK = user_CNK.index_select(0, user_S[pairs_P] - some.start)
+            item_PJK = item_VJK.index_select(0, item_S[pairs_P])
+            best_PN = torch.bmm(user_PNK, item_PJK.transpose(1, 2)).amax(2)
+            total_S[pairs_P] = best_PN.sum(1, dtype=total_S.dtype)
+    return total_S
+
+
+def _heads(flat: Sequence[Tensor], some: slice, width: int) -> Tensor:
+    """(C, N, K) the heads of some users, their layers' one after another."""
+    user_CE = flat[0].new_empty(len(flat[0][some]), sum(weight.shape[0] for weight in flat[1::3]))
+    of_layers = user_CE.split([weight.shape[0] for weight in flat[1::3]], dim=1)
+    for x_UW, weight_EW, bias_E, out_CE in zip(flat[::3], flat[1::3], flat[2::3], of_layers, strict=True):
+        torch.addmm(bias_E, x_UW[some], weight_EW.t(), out=out_CE)
+    return user_CE.unflatten(1, (-1, width))
+
+
 def _places(chosen_CN: Tensor, heads: int) -> Tensor:
     """(C N,) int64: the chosen ones' places among all item heads of a chunk, J = ``heads`` an item."""
     first_C1 = torch.arange(len(chosen_CN), device=chosen_CN.device)[:, None] * heads
     return (chosen_CN + first_C1).flatten()
 
 
-def _chunks(item_SJK: Tensor, heads: int) -> list[slice]:
-    """Of the impressions: all at once on GPUs, and where sums over chunks would be rounded to 16 bits."""
+def _chunks(item_SJK: Tensor, heads: int, count: int) -> list[slice]:
+    """Of ``count`` users: all at once on GPUs, and where sums over chunks would be rounded to 16 bits."""
     if device_type(item_SJK.device) != "cpu" or item_SJK.dtype in NARROW:
-        return [slice(0, len(item_SJK))]
-    return chunks(len(item_SJK), heads * item_SJK.shape[2], NUMBERS)
+        return [slice(0, count)]
+    return chunks(count, heads * item_SJK.shape[2], NUMBERS)

@@ -34,6 +34,14 @@ def _closed(fields: dict[str, FeatureSection]) -> dict[str, FeatureSection]:
             raise ValueError(f"'{name}' has a vocabulary, which fields can't have: give it a column of rows")
         if section.number is not None:
             raise ValueError(f"'{name}' has numbers, which fields can't have: name their column in numbers")
+        if section.of_request:
+            raise ValueError(
+                f"'{name}' says of_request, and a field is always what the request knows: leave it out"
+            )
+        if section.derived == "user":
+            raise ValueError(
+                f"'{name}' is a user's row of the dataset, which a request doesn't know: give it a column of rows"
+            )
     return fields
 
 

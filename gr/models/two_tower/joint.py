@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gr.config import FRACTION, POSITIVE, ComponentConfig
+from gr.errors import UserError
 from gr.models import init
 from gr.models.layers import Linear
 from gr.models.two_tower.layers import (
@@ -145,6 +146,11 @@ class AutoInt(Deep):
         heads: POSITIVE = 2
 
     def beside(self, config: Any) -> None:
+        if self.dim % config.heads:
+            raise UserError(
+                f"config key 'model.network.heads' is {config.heads}, and its heads share the {self.dim} numbers of "
+                "model.dim: give a divisor of that"
+            )
         self.attention = nn.Sequential(*(Interacting(self.dim, config.heads) for _ in range(config.layers)))
 
     def out_width(self, config: Any) -> int:

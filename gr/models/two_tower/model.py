@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ from gr.config import POSITIVE, ComponentConfig, RunConfig, component
 from gr.embeddings.table import TableSpec
 from gr.embeddings.view import View
 from gr.errors import UserError
-from gr.labels import TASKS, Labels
+from gr.labels import TASKS, Labels, idle_weights
 from gr.models.init import initialise
 from gr.models.model import Catalogue, Model
 from gr.models.step import StepContext
@@ -84,6 +84,16 @@ class TwoTower(Model):
         l2: Annotated[float, Field(ge=0)] = 1e-5
         table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
 
+        @model_validator(mode="after")
+        def _sides(self) -> TwoTower.Config:
+            for name, field in self.user.fields.items():
+                if field.catalogue is not None or field.column == "item":
+                    raise ValueError(f"user.fields.{name} is known of an item: give it to item.fields")
+            return self
+
+        def idle(self) -> dict[str, str]:
+            return idle_weights(self.tasks)
+
     judged_by = "pointwise"
     entrances = ("logits",)
 
@@ -112,9 +122,7 @@ class TwoTower(Model):
         user = Side("user", config.user, catalogue, spec, processes)
         item = Side("item", config.item, catalogue, spec, processes)
         labels.refuse_given(user.reads | item.reads)
-        shapes = [
-            Shape(len(s.fields), len(s.numbers), {f.name: f.rows for f in s.fields}) for s in (user, item)
-        ]
+        shapes = [_shape(side) for side in (user, item)]
         network: Network = config.network.build(*shapes, spec.dim, processes.data)
         beside = [config.table.build(extra, processes) for extra in network.tables_beside(spec)]
         super().__init__([*user.tables, *item.tables, *beside])
@@ -200,3 +208,8 @@ class TwoTower(Model):
         sequences_S = owner_T[places_S]
         user, item = (side.known(batch, places_S, sequences_S) for side in (self.user, self.item))
         return Impressions(user, item, batch.items_T[places_S], None)
+
+
+def _shape(side: Side) -> Shape:
+    single = {field.name: field.rows for field in side.fields if not field.multi}
+    return Shape(len(side.fields), len(side.numbers), single)

@@ -22,7 +22,7 @@ from gr.processes import Axis
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one side.  fields: F.  numbers: C.  rows: of each field's table."""
+    """Of one side.  fields: F.  numbers: C.  rows: of the table of each field that has one value an impression."""
 
     fields: int
     numbers: int

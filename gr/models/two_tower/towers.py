@@ -3,8 +3,8 @@
 DSSM (Huang et al., CIKM 2013), DAT (Yu et al., "A Dual Augmented Two-tower Model", DLP-KDD 2021), IntTower (Li et al.,
 arXiv 2210.09890).
 
-Shapes: S impressions of this process, G of all, W width of the towers' tops, H heads of a user's layer, J of an item, K
-width of a head, L layers.
+Shapes: S impressions of this process, G of all, U users or V items of them that differ, W width of the towers' tops, H
+heads of a user's layer, J of an item, K width of a head, L layers.
 """
 
 from __future__ import annotations
@@ -69,6 +69,15 @@ class Towers(Network):
         """Numbers that a tower reads beside its fields'."""
         return 0
 
+    def layers(self, side: str, x_SE: Tensor, key: int) -> tuple[list[Tensor], Tensor | None]:
+        """(U, W) of each layer of a tower, for the rows that differ, and which of these each of the S rows is (None:
+        the one in its place).  An evaluation asks about few users and items many times; in training a layer normalises
+        over all rows."""
+        of_S = None
+        if not (self.training or torch.is_grad_enabled()):
+            x_SE, of_S = x_SE.unique(dim=0, return_inverse=True)
+        return self.towers[side].layers(x_SE, derive_key(key, side)), of_S  # type: ignore[operator,union-attr]
+
 
 class DSSM(Towers):
     """``scale``: the log-odds are scale times the cosine of the tops."""
@@ -83,7 +92,8 @@ class DSSM(Towers):
 
     def top(self, side: str, flat_SE: Tensor, key: int) -> Tensor:
         """(S, W)."""
-        return self.towers[side](flat_SE, derive_key(key, side))
+        layers, of_S = self.layers(side, flat_SE, key)
+        return _each(layers[-1], of_S)
 
     def score(self, user_SW: Tensor, item_SW: Tensor) -> Tensor:
         """(S,)."""
@@ -114,12 +124,7 @@ class DAT(DSSM):
         self.width, self.mimic = config.tower[-1], config.mimic
         self.augmented: dict[str, tuple[str, int]] = {}
         for side, shape, field in (("user", user, config.user_field), ("item", item, config.item_field)):
-            if field not in shape.rows:
-                raise UserError(
-                    f"config key 'model.network.{side}_field' is '{field}', which is no field of model.{side}: "
-                    f"{nearest(field, shape.rows)}"
-                )
-            self.augmented[side] = (field, shape.rows[field])
+            self.augmented[side] = (field, _rows_of(field, side, shape))
 
     def more(self, config: Any) -> int:
         return config.tower[-1]
@@ -131,13 +136,13 @@ class DAT(DSSM):
         ]
 
     def wanted_beside(self, rows: Mapping[str, Tensor | Jagged]) -> dict[str, list[Tensor]]:
-        return {f"augmented-{side}": [self._one(rows, field)] for side, (field, _) in self.augmented.items()}
+        return {f"augmented-{side}": [_one(rows, field)] for side, (field, _) in self.augmented.items()}
 
     def augmented_vectors(
         self, side: str, rows: Mapping[str, Tensor | Jagged], views: Mapping[str, View]
     ) -> Tensor:
         """(S, W)."""
-        return views[f"augmented-{side}"].lookup(self._one(rows, self.augmented[side][0]))
+        return views[f"augmented-{side}"].lookup(_one(rows, self.augmented[side][0]))
 
     def forward(self, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
         augmented = {side: self.augmented_vectors(side, pairs.rows, pairs.views) for side in self.augmented}
@@ -153,15 +158,6 @@ class DAT(DSSM):
             for side, other in (("user", "item"), ("item", "user"))
         )
         return logits_S, self.mimic * (far_S * (pairs.labels_S == 1)).sum()
-
-    @staticmethod
-    def _one(rows: Mapping[str, Tensor | Jagged], field: str) -> Tensor:
-        found = rows[field]
-        if isinstance(found, Jagged):
-            raise UserError(
-                f"model.network augments field '{field}', which has lists of values: choose one with one each"
-            )
-        return found
 
 
 class IntTower(Towers):
@@ -189,7 +185,7 @@ class IntTower(Towers):
         user_field: str = "user"
 
         def idle(self) -> dict[str, str]:
-            return {} if self.cir else {"temperature": "cir is 0"}
+            return {} if self.cir else dict.fromkeys(("temperature", "user_field"), "cir is 0")
 
     def __init__(self, config: Any, user: Shape, item: Shape, dim: int, axis: Axis) -> None:
         super().__init__(config, user, item, dim, axis)
@@ -199,11 +195,8 @@ class IntTower(Towers):
                 f"config key 'model.network.layers' is {config.layers}, and the towers have {len(config.tower)} "
                 "layers: give no more than these"
             )
-        if config.cir and config.user_field not in user.rows:
-            raise UserError(
-                f"config key 'model.network.user_field' is '{config.user_field}', which is no field of model.user: "
-                f"{nearest(config.user_field, user.rows)}"
-            )
+        if config.cir:
+            _rows_of(config.user_field, "user", user)
         self.used = config.tower[-(config.layers or len(config.tower)) :]
         wide = config.heads * config.head_dim
         self.user_heads = nn.ModuleList(Linear(w, wide, init.uniform(w**-0.5)) for w in self.used)
@@ -212,34 +205,39 @@ class IntTower(Towers):
         if config.light_se:
             self.user_se, self.item_se = LightSE(user.fields), LightSE(item.fields)
 
-    def user_side(self, user: Looked, key: int = 0) -> tuple[Tensor, Tensor]:
-        """(S, L H, K) the heads, the layers' one after another from the lowest used; and (S, W) the top."""
-        layers = self._layers("user", user, key)
-        each = [heads(x_SW) for heads, x_SW in zip(self.user_heads, layers[-len(self.used) :], strict=True)]
-        return torch.cat(each, dim=1).unflatten(1, (-1, self.config.head_dim)), layers[-1]
+    def user_side(self, user: Looked, key: int = 0) -> Tensor:
+        """(S, L H, K) the heads, the layers' one after another from the lowest used."""
+        layers, of_S = self._layers("user", user, key)
+        each = [heads(x_UW) for heads, x_UW in zip(self.user_heads, layers[-len(self.used) :], strict=True)]
+        return _each(torch.cat(each, dim=1).unflatten(1, (-1, self.config.head_dim)), of_S)
 
-    def item_side(self, item: Looked, key: int = 0) -> tuple[Tensor, Tensor]:
-        """(S, J, K) the heads, and (S, W) the top."""
-        top_SW = self._layers("item", item, key)[-1]
-        return self.item_heads(top_SW).unflatten(1, (-1, self.config.head_dim)), top_SW
+    def item_side(self, item: Looked, key: int = 0) -> Tensor:
+        """(S, J, K) the heads."""
+        layers, of_S = self._layers("item", item, key)
+        return _each(self._item_heads(layers[-1]), of_S)
 
     def forward(self, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
-        layers = self._layers("user", pairs.user, pairs.key)
-        item_SJK, item_SW = self.item_side(pairs.item, pairs.key)
-        used = zip(layers[-len(self.used) :], self.user_heads, strict=True)
-        of_user = [(x_SW, heads.adapted, heads.bias) for x_SW, heads in used]
-        logits_S = self.bias(max_similarity(of_user, item_SJK))  # type: ignore[arg-type]
+        of_user, user_S = self._layers("user", pairs.user, pairs.key)
+        of_item, item_S = self._layers("item", pairs.item, pairs.key)
+        used = zip(of_user[-len(self.used) :], self.user_heads, strict=True)
+        heads = [(x_UW, heads.adapted, heads.bias) for x_UW, heads in used]
+        meeting = None if user_S is None or item_S is None else (user_S, item_S)
+        logits_S = self.bias(max_similarity(heads, self._item_heads(of_item[-1]), meeting))  # type: ignore[arg-type]
         if pairs.labels_S is None or not self.config.cir:
             return logits_S, None
-        users_S = pairs.rows[self.config.user_field]
-        assert isinstance(users_S, Tensor)
-        return logits_S, self.config.cir * self._contrast(layers[-1], item_SW, users_S, pairs)
+        users_S = _one(pairs.rows, self.config.user_field)
+        tops = _each(of_user[-1], user_S), _each(of_item[-1], item_S)
+        return logits_S, self.config.cir * self._contrast(*tops, users_S, pairs)
 
-    def _layers(self, side: str, looked: Looked, key: int) -> list[Tensor]:
+    def _item_heads(self, top_VW: Tensor) -> Tensor:
+        """(V, J, K)."""
+        return self.item_heads(top_VW).unflatten(1, (-1, self.config.head_dim))
+
+    def _layers(self, side: str, looked: Looked, key: int) -> tuple[list[Tensor], Tensor | None]:
         if self.config.light_se:
             block = self.user_se if side == "user" else self.item_se
             looked = replace(looked, vectors_SFD=block(looked.vectors_SFD))
-        return self.towers[side].layers(looked.flat, derive_key(key, side))  # type: ignore[operator,union-attr]
+        return self.layers(side, looked.flat, key)
 
     def _contrast(self, user_SW: Tensor, item_SW: Tensor, users_S: Tensor, pairs: Pairs) -> Tensor:
         """The sum over this process's likes, N of its impressions, of their InfoNCE losses."""
@@ -253,3 +251,24 @@ class IntTower(Towers):
         same = [(pairs.items_S[like_N], items_G), (users_S[like_N], fans_G)]
         own_N = like_N + first_row(len(item_SW), self.axis)
         return contrast(F.normalize(user_SW[like_N], dim=1), item_GW, own_N, same, self.config.temperature)
+
+
+def _rows_of(field: str, side: str, shape: Shape) -> int:
+    """Rows of the table of the field that says who, or what, an impression is about."""
+    if field not in shape.rows:
+        raise UserError(
+            f"config key 'model.network.{side}_field' is '{field}', which is no field of model.{side} with one value "
+            f"each: {nearest(field, shape.rows)}"
+        )
+    return shape.rows[field]
+
+
+def _one(rows: Mapping[str, Tensor | Jagged], field: str) -> Tensor:
+    found = rows[field]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _each(x_UW: Tensor, of_S: Tensor | None) -> Tensor:
+    """Of each of the S rows what belongs to it (see Towers.layers)."""
+    return x_UW if of_S is None else x_UW[of_S]
