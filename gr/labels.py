@@ -58,6 +58,14 @@ TASKS = Annotated[dict[str, LabelTask], Field(min_length=1), AfterValidator(_pla
 """The type of a config's key that names tasks."""
 
 
+def idle_weights(tasks: Mapping[str, LabelTask]) -> dict[str, str]:
+    """Of a section with ``tasks``, the keys that change nothing (Section.idle): a loss is their weighted mean."""
+    if len({task.weight for task in tasks.values()}) > 1:
+        return {}
+    why = "it is the only task" if len(tasks) == 1 else "all tasks weigh the same"
+    return {f"tasks.{name}.weight": why for name in tasks}
+
+
 class ColumnLike(Protocol):
     """What is known of a column: ``gr.data.columns.ColumnInfo``."""
 

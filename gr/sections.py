@@ -127,7 +127,7 @@ def idle_keys(section: Section, prefix: str = "") -> Iterator[str]:
     """A sentence for each key that was given a value of its own and changes nothing beside the others."""
     for key, why in section.idle().items():
         *path, last = key.split(".")
-        owner: Any = reduce(getattr, path, section)
+        owner: Any = reduce(_part, path, section)
         value = getattr(owner, last)
         if value != type(owner).model_fields[last].get_default(call_default_factory=True):
             yield f"config key '{prefix}{key}' is {shown(value)} and has no effect: {why}"
@@ -139,6 +139,10 @@ def idle_keys(section: Section, prefix: str = "") -> Iterator[str]:
         for index, part in parts:
             if isinstance(part, Section):
                 yield from idle_keys(part, f"{prefix}{key}." if index is None else f"{prefix}{key}.{index}.")
+
+
+def _part(owner: Any, key: str) -> Any:
+    return owner[key] if isinstance(owner, Mapping) else getattr(owner, key)
 
 
 HINTS = {

@@ -20,7 +20,7 @@ from gr.batch import TARGETS_FROM, UNKNOWN, SequenceBatch
 from gr.config import FRACTION, POSITIVE, ComponentConfig, InputSection, component
 from gr.embeddings.view import View
 from gr.errors import UserError
-from gr.labels import TASKS, Labels
+from gr.labels import TASKS, Labels, idle_weights
 from gr.models.features import Features, sum_of
 from gr.models.layout import sequence_of_rows
 from gr.models.pointwise import Pointwise
@@ -114,7 +114,9 @@ class OfHistories(Pointwise):
 
         def idle(self) -> dict[str, str]:
             why = "a candidate's past has no order for this model"
-            return dict.fromkeys(("input.positions", "input.scale", "input.dropout"), why)
+            return dict.fromkeys(("input.positions", "input.scale", "input.dropout"), why) | idle_weights(
+                self.tasks
+            )
 
     def supervise(self, batch: SequenceBatch, key: int, dropout_key: int = 0) -> Histories:
         return histories(self.prepare(batch), self.features, self.labels, dropout_key)

@@ -76,7 +76,7 @@ class Pointwise(Model):
 
     @property
     def columns_of_requests(self) -> list[str]:
-        """Columns of actions that must be known of a request, beside its time."""
+        """Columns of actions that must be known of a request; the time where requests are told apart by it."""
         return self.features.columns_of_requests
 
     def prepare(self, batch: SequenceBatch) -> SequenceBatch:

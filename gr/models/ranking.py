@@ -33,7 +33,7 @@ from gr.batch import UNKNOWN, Jagged, SequenceBatch
 from gr.config import FRACTION, POSITIVE, ComponentConfig, InputSection, RunConfig, component
 from gr.embeddings.view import View
 from gr.errors import UserError
-from gr.labels import TASKS
+from gr.labels import TASKS, idle_weights
 from gr.models import init
 from gr.models.cut import Cut
 from gr.models.dropout import Dropout
@@ -112,7 +112,9 @@ class Ranking(Pointwise):
         hidden_dropout: FRACTION = 0.0
 
         def idle(self) -> dict[str, str]:
-            idle = {} if self.hidden else {"hidden_dropout": "hidden is empty"}
+            idle = idle_weights(self.tasks)
+            if not self.hidden:
+                idle["hidden_dropout"] = "hidden is empty"
             if self.actions == "summed":
                 idle["context"] = "actions is summed, and features of users are added to every row"
             if self.actions != "together":
@@ -157,7 +159,7 @@ class Ranking(Pointwise):
     @property
     def columns_of_requests(self) -> list[str]:
         found = super().columns_of_requests
-        if isinstance(self.interleaving, Gathering) and self.interleaving.column not in ("time", *found):
+        if isinstance(self.interleaving, Gathering) and self.interleaving.column not in found:
             found = [*found, self.interleaving.column]
         return found
 

@@ -25,19 +25,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--users", type=int, default=0, help="users to measure the search with (default: none)"
     )
-    parser.add_argument("--k", type=int, default=100, help="best items to find (default: %(default)s)")
-    parser.add_argument(
-        "--candidates", type=_counts, default=[200, 500, 1000], metavar="200,500", help="scored exactly"
-    )
+    parser.add_argument("--k", type=int, help="best items to find for each of them (default: 100)")
+    counts = "so many are scored exactly (default: 200,500,1000)"
+    parser.add_argument("--candidates", type=_counts, metavar="200,500", help=counts)
     parser.add_argument(
         "--evaluate", metavar="SPLIT", help="also judge scores by the last layer alone on a split"
     )
     options = parser.parse_args(arguments)
     settle_run(parser, options)
     refuse_torchrun("index", "it measures one process")
+    searched = {name: getattr(options, name) for name in ("k", "candidates")}
+    searched = {name: given for name, given in searched.items() if given is not None}
     for name, least in (("users", 0), ("k", 1)):
-        if (given := getattr(options, name)) < least:
+        if (given := getattr(options, name)) is not None and given < least:
             raise UserError(f"--{name} is {given}: give {least} or more")
+    if searched and not options.users:
+        raise UserError(f"--{min(searched)} is of a search that is measured: say for how many --users, too")
 
     from gr.data.outputs import output_file
     from gr.train.item_heads import item_heads, judged, measure
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     per_item, items, width = heads.heads_JIK.shape
     print(f"{options.out}: {items:,} items, {per_item} heads of {width} each, step {heads.step}")
     if options.users > 0:
-        found = measure(run, heads, users=options.users, k=options.k, candidates=options.candidates)
+        found = measure(run, heads, users=options.users, **searched)
         print(
             f"{found.users} users, the {found.k} best of {found.items:,} items; a user's time in this process:"
         )

@@ -31,12 +31,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "users and items that the dataset doesn't have: refuse them (default), or leave their scores null"
     )
     parser.add_argument("--unknown", choices=["refuse", "null"], default="refuse", help=unknown)
-    parser.add_argument(
-        "--at-once", type=int, default=256, help="candidates of a request computed together (default 256)"
-    )
+    together = "candidates computed together (default: 256 of a request; for model two_tower 8192 of any)"
+    parser.add_argument("--at-once", type=int, metavar="N", help=together)
     options = parser.parse_args(arguments)
     settle_run(parser, options)
-    if options.at_once < 1:
+    if options.at_once is not None and options.at_once < 1:
         raise UserError(f"--at-once is {options.at_once}: compute one candidate at least")
     return options
 

@@ -35,6 +35,8 @@ REQUESTS = 1024
 """Requests that are read at a time."""
 ACTIONS, CANDIDATES = 1 << 14, 1 << 15
 """Actions of histories, and candidates, that are computed at a time; a request with more candidates is cut."""
+OF_A_REQUEST, PAIRS = 256, 8192
+"""Candidates of each request, and pairs for a two_tower model, that are computed together."""
 Policy = Literal["refuse", "null"]
 
 
@@ -56,7 +58,7 @@ def rank(
     out: str | os.PathLike,
     *,
     unknown: Policy = "refuse",
-    at_once: int = 256,
+    at_once: int | None = None,
     advance: Callable[[int], None] = lambda requests: None,
 ) -> Ranked:
     """Write to ``out`` the probability of each task's label for every candidate of every request.
@@ -65,9 +67,9 @@ def rank(
     the user did before it is known, and without it all that the user did, at the time of the last of it), and each
     column that the model knows of a request (of_request); for a two_tower model in the place of user_id and time the
     columns that it knows of a user.  Columns of ``out``: those, and of each task a list of float32, in the order of
-    item_ids.  unknown: what to do about users and items that the dataset doesn't
-    have.  at_once: candidates of a request that are computed together.  Memory: 1024 requests with their lists, and
-    what is computed at a time."""
+    item_ids.  unknown: what to do about users and items that the dataset doesn't have.  at_once: candidates that are
+    computed together: of a request, 256 where nothing is said, or for a two_tower model of any, 8192.  Memory: 1024
+    requests with their lists, and what is computed at a time."""
     model = ranking(run)
     source, names = _opened(asked, model, run.data.dataset)
     done = Ranked()
@@ -136,7 +138,8 @@ def _opened(
         raise UserError(f"'{file}' has a column time, and the run's dataset has no times: leave it out")
     if TIME in there and not pa.types.is_integer(source.schema_arrow.field(TIME).type):
         raise UserError(f"column time of '{file}' holds no integers: give seconds since 1970")
-    return source, [USER_ID, "item_ids", *([TIME] if TIME in there else []), *extra]
+    times = [TIME] if TIME in there else []
+    return source, list(dict.fromkeys([USER_ID, "item_ids", *times, *extra]))
 
 
 def _scored(
@@ -145,7 +148,7 @@ def _scored(
     table: pa.Table,
     name: str,
     unknown: Policy,
-    at_once: int,
+    at_once: int | None,
     done: Ranked,
 ) -> pa.Table:
     """The table with scores beside its requests."""
@@ -163,7 +166,8 @@ def _scored(
     done.unknown_items += int((items_C < 0).sum())
     scores_CK = np.zeros((len(items_C), len(model.labels.names)), np.float32)
     if isinstance(model, TwoTower):
-        scores_CK[known_C] = rank_fields.scores(run, model, table, name, items_C[known_C], owners_C[known_C])
+        asking_C = items_C[known_C], owners_C[known_C]
+        scores_CK[known_C] = rank_fields.scores(run, model, table, name, *asking_C, at_once or PAIRS)
     elif known_C.any():
         asking = _requests(rows, place_R, table, name, run.config.data.max_length)
         done.without_history += int(((asking.lengths_R <= 1) & (place_R >= 0)).sum())
@@ -178,7 +182,9 @@ def _scored(
             batch = collate(asking.slice(requests.start, requests.stop), model.needs).to(model.device)
             offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
             candidates = Jagged(offsets, torch.from_numpy(items_C[own])).to(model.device)
-            scores_CK[own] = model.scores(batch, candidates, at_once).sigmoid().float().cpu().numpy()
+            scores_CK[own] = (
+                model.scores(batch, candidates, at_once or OF_A_REQUEST).sigmoid().float().cpu().numpy()
+            )
     if not np.isfinite(scores_CK).all():
         raise UserError("the model gives probabilities that are no numbers: choose an earlier --checkpoint")
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts_R)]).astype(np.int32))

@@ -18,9 +18,6 @@ from gr.models.two_tower.model import TwoTower
 from gr.train.item_heads import item_columns
 from gr.train.runs import OpenRun
 
-AT_ONCE = 8192
-"""Candidates that are computed at a time."""
-
 
 def check_columns(model: TwoTower, dataset: SequenceDataset, schema: pa.Schema, name: str) -> list[str]:
     """The columns of requests that the model reads; refuses a file without one, or that holds something else there."""
@@ -63,16 +60,23 @@ def _of_another_type(column: str, name: str, given: pa.DataType | str, kind: str
 
 
 def scores(
-    run: OpenRun, model: TwoTower, table: pa.Table, name: str, items_C: np.ndarray, owners_C: np.ndarray
+    run: OpenRun,
+    model: TwoTower,
+    table: pa.Table,
+    name: str,
+    items_C: np.ndarray,
+    owners_C: np.ndarray,
+    at_once: int,
 ) -> np.ndarray:
-    """(C, 1) probabilities of candidates (rows of the catalogue) of the table's requests ``owners_C``."""
+    """(C, 1) probabilities of candidates (rows of the catalogue) of the table's requests ``owners_C``, so many at a
+    time."""
     of_items = item_columns(model, run.data.catalogue)
     of_users: dict[str, Tensor] = {}
     for column in model.user.needs:
         of_users[column] = torch.tensor(values_of(table, column, run.data.dataset.column(column).type, name))
     found = [np.empty((0, 1), np.float32)]
-    for start in range(0, len(items_C), AT_ONCE):
-        items, owners = (torch.from_numpy(some[start : start + AT_ONCE]) for some in (items_C, owners_C))
+    for start in range(0, len(items_C), at_once):
+        items, owners = (torch.from_numpy(some[start : start + at_once]) for some in (items_C, owners_C))
         batch = _impressions(model, items, owners, of_users, of_items)
         found.append(model.logits(batch.to(model.device)).sigmoid().cpu().numpy())
     return np.concatenate(found)

@@ -339,6 +339,17 @@ def test_a_key_of_other_metrics_than_the_models_is_said(caplog, override):
     assert record.getMessage().endswith("has no effect: the metrics of model ranking don't look at it")
 
 
+def test_weights_that_are_all_the_same_are_said(caplog):
+    config = configs.load(RANKING)
+    tasks = [f"model.tasks.{name}.weight" for name in config.model.tasks]
+    configs.warn_of_idle_keys(configs.override(config, [f"{key}=3" for key in tasks]))
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.split("'")[1] for text in said] == tasks and "weigh" in said[0]
+    caplog.clear()
+    configs.warn_of_idle_keys(configs.override(config, [f"{tasks[0]}=3"]))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

@@ -120,6 +120,7 @@ def test_the_program_writes_and_measures(run, tmp_path, capsys):
     [
         (["--users", "-1"], "--users is -1"),
         (["--k", "0"], "--k is 0"),
+        (["--k", "5"], "--k is of a search that is measured: say for how many --users"),
         (["--candidates", "5,5"], "'5,5' is not a list of different numbers"),
         (["--candidates", "0"], "'0' is not a list of different numbers"),
         (["--out", "no/heads"], "there is no folder 'no'"),

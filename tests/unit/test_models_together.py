@@ -145,8 +145,9 @@ def test_a_named_column_says_what_was_shown_together():
     part = model.supervise(b, 5)
     assert part.counts == (2, 1) and part.targets_S_in_A.tolist() == [2, 3, 4]
     assert "page" in model.needs and model.columns_of_requests == ["page"]
-    bare = build(request="watched", input={"dropout": 0.0, "features": {}}, context=[])
-    assert bare.columns_of_requests == ["watched"]
+    bare = {"input": {"dropout": 0.0, "features": {}}, "context": []}
+    assert build(request="watched", **bare).columns_of_requests == ["watched"]
+    assert build(**bare).columns_of_requests == ["time"]
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (1,), (0, 1, 1)])

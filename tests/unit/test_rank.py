@@ -239,6 +239,22 @@ def test_what_a_request_knows_is_read_as_it_stands_or_refused(runs, tmp_path, co
     assert not (tmp_path / "out.parquet").exists()
 
 
+def test_a_model_that_tells_requests_apart_by_time_must_be_told_it(runs, tmp_path):
+    asked = write(tmp_path / "asked.parquet", user_id=[1], item_ids=[[1]])
+    with pytest.raises(UserError, match=r"has no column 'time' .*knows 'time' of a request: add it"):
+        rank(runs["together"], asked, tmp_path / "out.parquet")
+
+
+def test_what_was_done_in_the_second_of_a_request_is_not_known(runs, tmp_path):
+    run = runs["interleaved"]
+    user = run.data.dataset.read_user_ids(0)[0].item()
+    times = run.data.dataset.read_rows(0, 1).timestamps_A
+    asked = write(
+        tmp_path / "asked.parquet", user_id=[user] * 2, item_ids=[[1]] * 2, time=[times[0], times[0] + 1]
+    )
+    assert rank(run, asked, tmp_path / "out.parquet").without_history == 1
+
+
 def test_numbers_of_another_type_with_the_same_values_give_the_same_scores(runs, tmp_path):
     plain = {"user_id": [1, 2], "item_ids": [[1, 1], [3, 4]], "page": [1, 2], "share": [0.0, 1.0]}
     other = {
