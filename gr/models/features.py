@@ -421,7 +421,9 @@ def _pooling(key: str, named_by: str, section: FeatureSection, info: ColumnLike)
         what = "numbers with decimals" if info.type.startswith("float") else f"values of type {info.type}"
         mend = "choose a column of integers"
     elif info.type == "string" and section.vocabulary is None:
-        what, mend = "text", f"give it a vocabulary ({key}.vocabulary=open)"
+        what, mend = "text", "choose a column of integers"
+        if key.startswith(UNDER):  # there are other places, which have no vocabularies
+            mend = f"give it a vocabulary ({key}.vocabulary=open)"
     elif section.pooling is not None and not info.multi:
         raise UserError(
             f"config key '{key}.pooling' is {section.pooling}, and column '{info.name}' holds one value each, which "
@@ -439,9 +441,10 @@ def _rows(key: str, section: FeatureSection, dataset: Described) -> int:
         return section.rows
     types = len(dataset.action_type_names) if section.column == "type" else 0
     if section.rows is None and not types:
+        too = ", or give it a vocabulary too" if key.startswith(UNDER) else ""
         raise UserError(
             f"config key '{key}.rows' is missing, and the dataset doesn't say how many values column "
-            f"'{section.column}' has: set it to the largest one plus 1, or give it a vocabulary too"
+            f"'{section.column}' has: set it to the largest one plus 1{too}"
         )
     if section.rows is not None and section.rows < types:
         raise UserError(

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from gr import registry
 from gr.batch import UNKNOWN, Jagged, SequenceBatch
-from gr.config import FRACTION, POSITIVE, ComponentConfig, InputSection, RunConfig, component
+from gr.config import DISTINCT, FRACTION, POSITIVE, ComponentConfig, InputSection, RunConfig, component
 from gr.embeddings.view import View
 from gr.errors import UserError
 from gr.labels import TASKS, idle_weights
@@ -106,7 +106,7 @@ class Ranking(Pointwise):
         tasks: TASKS
         actions: Literal["summed", "interleaved", "together"] = "summed"
         request: str = "time"
-        context: list[str] = []
+        context: Annotated[list[str], DISTINCT] = []
         interaction: Literal["all", "product"] = "all"
         hidden: list[POSITIVE] = [64]
         hidden_dropout: FRACTION = 0.0

@@ -161,8 +161,9 @@ def test_the_future_may_be_anything():
         assert torch.equal(after[same], before[same])
 
 
-def test_evaluation_and_training_give_the_same_logits_and_a_first_action_has_some():
-    model, b = build(), shown((6, 1, 4))
+@pytest.mark.parametrize("actions", ["interleaved", "summed"])
+def test_evaluation_and_training_give_the_same_logits_and_a_first_action_has_some(actions):
+    model, b = build(actions=actions, interaction="all"), shown((6, 1, 4))
     rows, found = logits_of(model, b), model.logits(b)
     assert torch.equal(found[[0, 2]], rows[[4, 7]]) and found[1].isfinite().all()
     last = b.offsets_B1[1:] - 1
@@ -234,3 +235,5 @@ def test_a_context_that_is_no_feature_of_users_is_refused(name):
         UserError, match=f"'model.context' has '{name}', which is no feature of users.*degree"
     ):
         build(context=[name])
+    with pytest.raises(UserError, match="'degree' stands in it twice"):
+        build(context=["degree", "degree"])

@@ -13,7 +13,7 @@ from gr import config as configs
 from gr.batch import TARGETS_FROM, UNKNOWN
 from gr.data.columns import ColumnInfo
 from gr.errors import UserError
-from gr.models.ranking import Ranking
+from gr.models.ranking import Head, Ranking
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.train.engines.all_reduce import AllReduce
@@ -192,6 +192,18 @@ def test_a_candidate_is_as_large_as_an_input(scaled):
     logits_of_rows(model, b)
     targets = torch.cat([b.items_T[1:5], b.items_T[6:8]])
     assert torch.equal(seen[0], model.items.weight[targets] * (8**0.5 if scaled else 1))
+
+
+@pytest.mark.parametrize("interaction", ["all", "product"])
+def test_a_head_reads_the_query_the_candidate_and_their_product_or_that_alone(interaction):
+    head = Head(3, [4], 2, 0.0, interaction).double()
+    for parameter in head.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator(parameter.numel())))
+    h, e = torch.randn(2, 5, 3, generator=generator(1), dtype=torch.float64)
+    x = torch.cat([h, e, h * e], 1) if interaction == "all" else h * e
+    (layer,) = head.layers
+    hidden = (x @ layer.weight.T + layer.bias).clamp_min(0)
+    torch.testing.assert_close(head(h, e, 0), hidden @ head.out.weight.T + head.out.bias)
 
 
 def test_a_sequence_of_one_action_has_no_history_and_an_answer():

@@ -388,6 +388,8 @@ def test_what_does_not_fit_the_dataset_is_one_sentence():
     assert "'model.user.numbers' tells a prediction column 'label'" in refused(model={"user": known})
     told = {"fields": {"user": {"column": "user", "rows": USERS}, "liked": {"column": "label", "rows": 2}}}
     assert "'model.user.fields.liked' tells a prediction column 'label'" in refused(model={"user": told})
+    text = {"fields": {"item": "item", "title": {"column": "title", "rows": 9}}}
+    assert refused(model={"item": text}).endswith("holds text: choose a column of integers")
     many = {"fields": {"user": {"column": "user", "rows": USERS}, "tags": {"column": "tags", "rows": 9}}}
     listed = refused(model={"user": many, "network": {"user_field": "tags"}})
     assert (
@@ -404,8 +406,8 @@ def test_what_does_not_fit_the_dataset_is_one_sentence():
 @pytest.mark.parametrize(
     ("field", "sentence"),
     [
-        ({"catalogue": "genres"}, r"user\.fields\.more is known of an item: give it to item\.fields"),
-        ("item", r"user\.fields\.more is known of an item"),
+        ({"catalogue": "genres"}, r"'model\.user\.fields\.more' is known of an item: give it to model\.item"),
+        ("item", r"'model\.user\.fields\.more' is known of an item"),
         ({"derived": "user"}, "'more' is a user's row of the dataset, which a request doesn't know"),
         ({"column": "age", "rows": 3, "of_request": True}, "'more' says of_request"),
     ],

@@ -88,7 +88,9 @@ class TwoTower(Model):
         def _sides(self) -> TwoTower.Config:
             for name, field in self.user.fields.items():
                 if field.catalogue is not None or field.column == "item":
-                    raise ValueError(f"user.fields.{name} is known of an item: give it to item.fields")
+                    raise UserError(
+                        f"config key 'model.user.fields.{name}' is known of an item: give it to model.item.fields"
+                    )
             return self
 
         def idle(self) -> dict[str, str]:
