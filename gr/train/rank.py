@@ -114,6 +114,8 @@ def _opened(
         fix = remedy(error, "write the requests again")
         raise UserError(f"'{file}' cannot be read as Parquet ({first_line(error)}): {fix}") from None
     there = source.schema_arrow.names
+    if twice := [name for name in there if there.count(name) > 1]:
+        raise UserError(f"'{file}' has two columns '{twice[0]}': leave one of them, under that name")
     fields = isinstance(model, TwoTower)
     extra = [] if isinstance(model, TwoTower) else model.columns_of_requests
     for name in ["item_ids"] if fields else [USER_ID, "item_ids", *extra]:
@@ -300,7 +302,7 @@ def _item_rows(ids: pa.Array, run: OpenRun, name: str, unknown: Policy) -> np.nd
     """(C,) int64 rows of the catalogue, -1 where an id is none."""
     known = run.data.dataset.catalogue.ids
     try:
-        ids = ids.cast(known.type)
+        ids = rank_fields.cast(ids, known.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise UserError(
             f"item_ids of '{name}' are of type {ids.type}, and the dataset's items are {known.type}: give ids of that "

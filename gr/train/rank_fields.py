@@ -47,10 +47,20 @@ def values_of(table: pa.Table, column: str, kind: str, name: str) -> np.ndarray:
         if kind.startswith("float") and plain:
             with np.errstate(over="ignore"):  # an infinite number is refused where it is read
                 return given.to_numpy(zero_copy_only=False).astype(kind)
-        cast = given.cast(pa.string() if text else pa.from_numpy_dtype(np.dtype(kind)))
+        found = cast(given, pa.string() if text else pa.from_numpy_dtype(np.dtype(kind)))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise _of_another_type(column, name, f"{given.type} ({first_line(error)})", kind) from None
-    return cast.to_numpy(zero_copy_only=False)
+    return found.to_numpy(zero_copy_only=False)
+
+
+def cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Numbers and text as values of another type, pyarrow's error where one isn't.  A date, a time or a boolean is
+    none, though pyarrow has a number for each."""
+    held = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    plain = ("integer", "floating", "string", "large_string", "null")
+    if not any(getattr(pa.types, f"is_{one}")(held) for one in plain):
+        raise pa.ArrowInvalid("neither a number nor text")
+    return values.cast(kind)
 
 
 def _of_another_type(column: str, name: str, given: pa.DataType | str, kind: str) -> UserError:

@@ -185,6 +185,11 @@ def test_a_request_before_all_that_its_user_did_is_answered_and_counted(runs, tm
             {"user_id": [1], "item_ids": [["x"]]},
             "item_ids of .* are of type string, and the dataset's items are int64",
         ),
+        ({"user_id": [1], "item_ids": [[True]]}, "item_ids of .* are of type bool"),
+        (
+            {"user_id": [1], "item_ids": pa.array([[1]], pa.list_(pa.timestamp("s")))},
+            "item_ids of .* are of type timestamp",
+        ),
         ({"user_id": [1], "item_ids": [[1]], "time": ["now"]}, "column time of .* holds no integers"),
         ({"user_id": [1], "item_ids": [[1]], "time": pa.array([None], pa.int64())}, "a request without time"),
         (
@@ -225,6 +230,8 @@ def test_bad_requests_are_said_in_a_sentence(runs, tmp_path, columns, sentence):
         ),
         ({"page": pa.array([1], pa.date32())}, "column 'page' of .* is of type date32"),
         ({"page": [[1]]}, "column 'page' of .* is of type list<"),
+        ({"page": [True]}, "column 'page' of .* is of type bool .neither a number nor text"),
+        ({"page": pa.array([1], pa.timestamp("s"))}, "column 'page' of .* is of type timestamp"),
         ({"page": [PAGES]}, f"column 'page' holds {PAGES}, and its table has rows for 0 to {PAGES - 1}"),
         ({"share": pa.nulls(1)}, "a request without 'share': fill it in"),
         ({"share": [1e300]}, "column 'share' holds inf"),
@@ -237,6 +244,15 @@ def test_what_a_request_knows_is_read_as_it_stands_or_refused(runs, tmp_path, co
     with pytest.raises(UserError, match=sentence):
         rank(runs["knowing"], asked, tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_column_that_stands_twice_is_refused(runs, tmp_path):
+    columns = [pa.array([1]), pa.array([1]), pa.array([[1]])]
+    pq.write_table(
+        pa.Table.from_arrays(columns, names=["user_id", "user_id", "item_ids"]), tmp_path / "asked.parquet"
+    )
+    with pytest.raises(UserError, match="has two columns 'user_id'"):
+        rank(runs["summed"], tmp_path / "asked.parquet", tmp_path / "out.parquet")
 
 
 def test_a_model_that_tells_requests_apart_by_time_must_be_told_it(runs, tmp_path):
