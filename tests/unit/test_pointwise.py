@@ -188,15 +188,17 @@ def test_buckets_are_the_metrics_of_their_users():
     assert (nobody["from"], nobody["to"], nobody["users"]) == (0, 0, len(values)), "requests without history"
 
 
-def test_buckets_have_the_users_own_areas_of_their_actions():
+def test_buckets_have_the_users_own_areas_of_their_known_labels():
     rng = np.random.default_rng(5)
     logits, labels = rng.normal(size=(300, 2)), rng.integers(0, 2, 300)
     values, lengths = np.where(labels, 5.0, 1.0), rng.choice([1, 7, 60], 300)
+    known = rng.random(300) > 0.2
+    values[~known] = np.nan
     owners = torch.tensor(rng.integers(0, 40, 300))
     metrics = measured(logits, values, lengths)
     metrics._owners = [owners]  # an action each so far
     for bucket in metrics.by_bucket()["history"]:
-        own = (lengths >= bucket["from"]) & (lengths <= (bucket["to"] or 10**9))
+        own = known & (lengths >= bucket["from"]) & (lengths <= (bucket["to"] or 10**9))
         areas = by_user(
             owners[own], ordered(torch.tensor(logits[own, 0])), torch.tensor(labels[own] == 1), Axis()
         )
