@@ -399,7 +399,9 @@ def _some_at_a_time(column: pa.ChunkedArray, size: int = 1 << 16) -> Iterator[li
     return (column.slice(start, size).to_pylist() for start in range(0, len(column), size))
 
 
-OURS = re.compile(r"counts|(sequences|quarantine)(-\d+)?|catalogue(-\d+)?\.parquet|manifest(-\d+)?\.json")
+OURS = re.compile(
+    r"counts|tokens|vectors|(sequences|quarantine)(-\d+)?|catalogue(-\d+)?\.parquet|manifest(-\d+)?\.json"
+)
 """Names of what a dataset's folder holds."""
 
 

@@ -147,7 +147,9 @@ def test_a_folder_that_cannot_be_written_to_is_left_as_it_is(dataset, monkeypatc
     assert not list((dataset.path / "counts").iterdir()), "the scratch file is gone"
 
 
-def test_a_dataset_with_counts_can_be_overwritten(dataset):
+def test_a_dataset_with_what_was_kept_beside_it_can_be_overwritten(dataset):
+    for kind in ("tokens", "vectors"):
+        dataset.catalogue.keep(kind, {}, pa.table({"x": range(dataset.items)}))
     training_counts(dataset, SPLITS[0])
     DatasetWriter(dataset.path, "again", overwrite=True).abandon()
 
