@@ -12,8 +12,9 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
+from weakref import WeakValueDictionary
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +24,7 @@ from gr.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MOST_BYTES = 1 << 26
 """A file that has more is not read: a small archive can hold one that fills the memory."""
@@ -49,8 +50,8 @@ class PictureFiles(ABC):
 
 
 def open_pictures(path: str) -> PictureFiles:
-    """A folder, a .zip or a .tar with NAME.jpg (or png, webp, bmp), a .parquet with item_id and image (bytes), or an
-    LMDB with pictures by name."""
+    """A folder, a .zip or a .tar with NAME.jpg (or another ending), a .parquet with item_id and image (bytes), or
+    an LMDB with pictures by name."""
     import fsspec
 
     try:
@@ -202,6 +203,11 @@ class _Parquet(PictureFiles):
         return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
 
 
+_LMDBS: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
+"""Those that are open, by device and number of the file: a process can't open one twice, and two runs in it may read
+the same pictures."""
+
+
 class _Lmdb(PictureFiles):
     """Keys are names in UTF-8, values encoded pictures: nothing is unpickled."""
 
@@ -214,9 +220,17 @@ class _Lmdb(PictureFiles):
             raise UserError(
                 f"'{path}' is an LMDB, and the package 'lmdb' isn't installed: pip install 'gr[lmdb]'"
             ) from None
+        data = Path(path, "data.mdb") if folder else Path(path)
         try:
-            self.store = lmdb.open(path, subdir=folder, readonly=True, lock=False, readahead=False)
-            with self.store.begin() as asked:
+            said = data.stat()
+            if (store := _LMDBS.get((said.st_dev, said.st_ino))) is None:
+                store = lmdb.open(path, subdir=folder, readonly=True, lock=False, readahead=False)
+                _LMDBS[said.st_dev, said.st_ino] = store
+            self.store = store
+            used = (store.info()["last_pgno"] + 1) * store.stat()["psize"]
+            if said.st_size < used:  # reading behind its end would end the process
+                raise OSError(f"it has {said.st_size:,} bytes of {used:,}: it was cut off")
+            with store.begin() as asked:
                 keys = [bytes(key) for key in asked.cursor().iternext(values=False)]
         except lmdb.Error as error:
             raise OSError(str(error)) from None
