@@ -90,7 +90,7 @@ def make_pictures(folder: Path, items: int = ITEMS) -> Path:
 
 
 def make_image_encoder(path: Path, kind: str = "vit") -> Path:
-    """A tiny ViT, MAE, Swin or ResNet with random weights."""
+    """A tiny ViT, DeiT, MAE, Swin or ResNet with random weights."""
     import transformers as package
 
     torch.manual_seed(0)
@@ -99,9 +99,14 @@ def make_image_encoder(path: Path, kind: str = "vit") -> Path:
     swin = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
     config = {
         "vit": lambda: package.ViTConfig(**small, **layers),
+        "deit": lambda: package.DeiTConfig(**small, **layers),
         "mae": lambda: package.ViTMAEConfig(**small, **layers),
         "swin": lambda: package.SwinConfig(**swin, window_size=2),
         "resnet": lambda: package.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
     }[kind]()
-    package.AutoModel.from_config(config).save_pretrained(path)
+    model = package.AutoModel.from_config(config)
+    for name, parameter in model.named_parameters():  # of some kinds transformers leaves these at zero
+        if name.endswith(("_token", "position_embeddings")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
     return path

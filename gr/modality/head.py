@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from gr.config import COUNT, FRACTION, Section
 from gr_kernels.counter_random import derive_key
 
+SHORTEST = 1e-12
+"""The length of a vector that is one of zeros."""
+
 
 class HeadSection(Section):
     """y = act(W x + b), then ``layers`` times act(W dropout(y) + b), of width D (IDvs.MoRec, SIGIR 2023: GELU; its
@@ -48,12 +51,19 @@ class Head(nn.Module):
     def forward(self, content_UE: Tensor) -> Tensor:
         config = self.config
         if config.unit:
-            content_UE = F.normalize(content_UE, dim=1) * config.scale
+            content_UE = _unit(content_UE) * config.scale
         activation: Callable[[Tensor], Tensor] = F.gelu if config.activation == "gelu" else lambda x: x
         x_UD = activation(self.first(content_UE))
         for layer in self.more:
             x_UD = activation(layer(F.dropout(x_UD, config.dropout, self.training)))
         return x_UD
+
+
+def _unit(content_UE: Tensor) -> Tensor:
+    """Each vector by its length.  One of zeros, which an encoder may make of an empty picture, has no direction and
+    stays: divided by a smallest length its gradient would be 10^12 times too large, and soon no number."""
+    length_U1 = content_UE.norm(dim=1, keepdim=True)
+    return content_UE / length_U1.masked_fill(length_U1 < SHORTEST, math.inf)
 
 
 class Fusion(nn.Module):
