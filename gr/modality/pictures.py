@@ -33,6 +33,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 DECODERS = 4
 FIRST = 8
 """Pictures that are looked at together to find one that can be read."""
+SAMPLE = 64
+"""Items whose pictures are looked at to tell whether all are others."""
+DIGITS = 8
 AT_ONCE = 64
 """Encoded pictures that are held at once where all are gone through."""
 
@@ -50,18 +53,27 @@ def decoded(content: bytes, side: int) -> np.ndarray:
         if picture.width * picture.height > MOST_PIXELS:
             raise ValueError(f"it has {picture.width} x {picture.height} pixels")
         picture.draft("RGB", (side, side))  # a JPEG is decoded no larger than needed
-        small = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        small = _eight_bits(picture).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     pixels_SS3 = np.asarray(small, np.float32)
     return np.ascontiguousarray(pixels_SS3.transpose(2, 0, 1)) / 127.5 - 1
 
 
-@contextmanager
-def _about_size() -> Iterator[None]:
-    """Pillow warns of pictures that are refused anyway."""
+def _eight_bits(picture: Any) -> Any:
+    """A picture as it is, or of 16 bits a pixel brought to 8: Pillow cuts them off at 255, and nearly all is white."""
     from PIL import Image
 
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError("its pixels are numbers of 32 bits, of which nobody knows which is white")
+    return picture
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Pillow warns of large pictures, which are refused anyway, and of transparency, which counts for nothing."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\b")
         yield
 
 
@@ -122,7 +134,7 @@ class Pictures:
         """(m, 3, S, S) float32 of items ``rows_m``."""
         names = [self.names[row] for row in rows_m.tolist()]
         contents = self._contents(names)
-        with _about_size(), ThreadPoolExecutor(DECODERS) as decoders:  # PIL lets go of the interpreter
+        with _without_warnings(), ThreadPoolExecutor(DECODERS) as decoders:  # PIL lets go of the interpreter
             found = list(decoders.map(self._pixels, names, contents))
         return (torch.from_numpy(np.stack(found)) if found else torch.zeros(0, 3, self.side, self.side),)
 
@@ -133,6 +145,13 @@ class Pictures:
                 yield hashlib.blake2b(
                     content if isinstance(content, bytes) else b"", digest_size=16
                 ).hexdigest()
+
+    def sampled(self) -> str:
+        """Digests of up to ``SAMPLE`` items' pictures as they are encoded, evenly over all: ``DIGITS`` hexadecimal
+        digits each, one after another."""
+        rows = np.linspace(0, len(self) - 1, min(len(self), SAMPLE)).round().astype(int)
+        some = Pictures(self.files, [self.names[row] for row in rows], self.side)
+        return "".join(found[:DIGITS] for found in some.digests())
 
     def _contents(self, names: Sequence[str]) -> list[Content | None]:
         """Of each name the encoded picture; None where there is none."""
