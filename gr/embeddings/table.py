@@ -154,6 +154,12 @@ class Table(ABC):
         """Of the weights of the encoder that forms its rows, as it came to the run; "" where there is none."""
         return ""
 
+    def made_of(self) -> dict[str, str]:
+        """Digests, by kind, of what its rows are formed from beside weights: ``tokenizer``, ``tokens`` (of all texts),
+        ``pictures`` (of some, one after another, :data:`gr.modality.pictures.DIGITS` each; on the first process),
+        ``statistics`` (of an encoder that has running means).  Every process calls this together."""
+        return {}
+
     def sketch(self, rows: int | None = None) -> Sketch | None:
         """Of the vectors in a file that its first ``rows`` are formed from, all without it; None where no file is.
         Every process calls this together."""

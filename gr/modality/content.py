@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from gr.embeddings.shares import Shares
 from gr.embeddings.table import Array
 from gr.modality.chunks import chunks
-from gr.modality.digest import Sketch, sketched, sums_of
+from gr.modality.digest import Sketch, digest_of, sketched, sums_of
 from gr.modality.encoder import Encoder
 from gr.modes import evaluating
 from gr.processes import Axis, Processes
@@ -125,6 +125,15 @@ class Content(ABC):
 
     came: Callable[[], str] | None = None
     """The same, where an encoder came to the run."""
+
+    def made_of(self) -> dict[str, str]:
+        """See :meth:`gr.embeddings.table.Table.made_of`."""
+        statistics = {} if self.encoder is None else self.encoder.statistics()
+        found = {"statistics": digest_of(statistics)} if statistics else {}
+        return found if self.read is None else found | self.read()
+
+    read: Callable[[], dict[str, str]] | None = None
+    """The same of what an encoder reads."""
 
     def sketch(self, rows: int | None = None) -> Sketch | None:
         """See :meth:`gr.embeddings.table.Table.sketch`."""
@@ -395,7 +404,7 @@ def encoded(
 ) -> Shares:
     """(I, E) float32: all ``items``, without gradients, on the processes' device, a stretch on each; every process
     calls it together and encodes some chunks.  They are the same, and so are the bits, however many processes there
-    are."""
+    are, where each has as many threads."""
     world, device, lengths_n = processes.world, processes.device, items.lengths_n
     parts = chunks(lengths_n, most)
     own = parts[world.rank :: world.size]

@@ -81,6 +81,11 @@ class Encoder(nn.Module):
                 module.training = False
         return self
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What it came with that no gradient moves and no checkpoint has: running means of a convolutional one."""
+        buffers, kept = dict(self.model.named_buffers()), self.model.state_dict()
+        return {name: values for name, values in buffers.items() if name in kept}
+
     def weights_digest(self) -> str:
         """Of its weights alone, whatever a release of transformers says of them: 32 hexadecimal digits."""
         return digest_of(self.model.state_dict())

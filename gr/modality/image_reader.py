@@ -69,6 +69,7 @@ class ImageReader(Reader):
         self.section: ImageSection = section
         self.files = None if on_paper_now() else open_pictures(section.images)
         self._said: set[str] = set()
+        self._missing: list[tuple[int, int]] = []
         patch = getattr(self.config, "patch_size", 1)
         if section.size < (least := max(patch) if isinstance(patch, (list, tuple)) else patch):
             raise UserError(
@@ -89,8 +90,9 @@ class ImageReader(Reader):
             )
         pictures = Pictures(self.files, as_texts(wanted, column(wanted), rows), self.section.size)
         pictures.check(self.section.images, wanted)
-        if self.processes.is_main:
-            say_missing(pictures.missing, rows)
+        if self.processes.is_main and (missing := (pictures.missing, rows)) not in self._missing:
+            say_missing(*missing)
+            self._missing.append(missing)
         return pictures
 
     def items(self, catalogue: Described) -> Pictures:
@@ -106,6 +108,14 @@ class ImageReader(Reader):
         """What is kept belongs to these pictures: their names, and what is in them."""
         content = digest("".join(items.digests()))
         return {"names": digest("\n".join(items.names)), "pictures": content, "size": self.section.size}
+
+    def made_of(self, catalogue: Described) -> dict[str, str]:
+        """Of some pictures, a store may hold more than anybody wants to read, and by the first process."""
+
+        def read() -> dict[str, str]:
+            return {"pictures": self.items(catalogue).sampled()} if self.processes.is_main else {}
+
+        return self.processes.together(read)
 
     def said(self, items: Any) -> None:
         everybodys: dict[str, str] = {}

@@ -32,7 +32,7 @@ from gr.modality.encoder import (
     width_of,
 )
 from gr.modality.surroundings import Described
-from gr.modality.texts import Template, Tokens, Unread, most_tokens, say_empty, tokenised
+from gr.modality.texts import Template, Tokens, Unread, most_tokens, say_empty, tokenised, tokenizer_digest
 from gr.processes import Processes
 from gr_kernels.tracing import on_paper_now
 
@@ -110,13 +110,21 @@ class Reader(ABC):
     def about(self, items: Any) -> dict[str, Any]:
         """What tells these items' contents from others (JSON)."""
 
+    @abstractmethod
+    def made_of(self, catalogue: Described) -> dict[str, str]:
+        """See :meth:`gr.embeddings.table.Table.made_of`; all processes ask together."""
+
     def said(self, items: Any) -> None:  # noqa: B027  (most have nothing to say)
         """A line in the log about those that couldn't be read, if it hasn't been said; all processes call this
         together."""
 
     def vectors_of(self, items: pa.Table) -> Tensor:
         """(n, E) float32 of n items that a table describes; all processes ask together."""
-        return self.processes.world.gather(self.encoded(self.encoder(), self.items_in(items)).own_RE)
+        return self.processes.world.gather(self.shares_of(items).own_RE)
+
+    def shares_of(self, items: pa.Table) -> Shares:
+        """The same, a stretch on each process."""
+        return self.encoded(self.encoder(), self.items_in(items))
 
     def vectors(self, catalogue: Described) -> Tensor:
         """(I, E) float32 of the whole catalogue, kept beside the dataset; all processes ask together."""
@@ -160,6 +168,8 @@ class TextReader(Reader):
         super().__init__(section, processes)
         self.section: TextSection = section
         self.tokenizer: Any = None if on_paper_now() else load_tokenizer(section.encoder)
+        self._tokens: str | None = None
+        """The digest of the catalogue's, when they have been read."""
 
     def encoder(self, dropout: float = 0.0) -> TextEncoder:
         return TextEncoder(self.section.encoder, self.section.pooling, dropout).to(self.processes.device)
@@ -178,17 +188,28 @@ class TextReader(Reader):
     def items(self, catalogue: Described) -> Tokens:
         """Of the whole catalogue, kept beside the dataset."""
         section = self.section
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # as a call leaves it behind, which is no part of what it is
+        backend.no_padding()
         about = {
             "template": Template(section.fields, section.template).pattern,
-            "tokenizer": digest(self.tokenizer.backend_tokenizer.to_str()),
+            "tokenizer": digest(backend.to_str()),
             "most": self._most,
         }
         if (table := catalogue.kept("tokens", about)) is not None:
-            return Tokens.of_table(table, self.tokenizer.pad_token_id or 0)
-        tokens = self.tokens_of(catalogue.column, catalogue.column_names, catalogue.rows)
-        if self.processes.is_main:
-            catalogue.keep("tokens", about, tokens.to_table())
+            tokens = Tokens.of_table(table, self.tokenizer.pad_token_id or 0)
+        else:
+            tokens = self.tokens_of(catalogue.column, catalogue.column_names, catalogue.rows)
+            if self.processes.is_main:
+                catalogue.keep("tokens", about, tokens.to_table())
+        self._tokens = self.about(tokens)["tokens"]
         return tokens
+
+    def made_of(self, catalogue: Described) -> dict[str, str]:
+        if self._tokens is None:
+            self.items(catalogue)
+        assert self._tokens is not None
+        return {"tokenizer": tokenizer_digest(self.tokenizer), "tokens": self._tokens}
 
     def foreseen(self, catalogue: Described) -> Tokens | Unread:
         """Of texts that aren't there, or that no tokenizer is there for, the longest that there can be."""

@@ -5,6 +5,8 @@ Shapes: n items, V tokens of all of them.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import string
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 CHARACTERS_A_TOKEN = 64
 """No more characters of a text than so many for each token that is kept are given to a tokenizer."""
 AT_ONCE = 4096
+SPECIMEN = "The red, RED & naïve Ärger: don't pay $1,234.50 (50 %) for l'été/3x2cm #no_1 東京タワー, сад, قمر 🙂\t..."
 FROM_PADDING = (
     "roberta",
     "xlm-roberta",
@@ -177,6 +180,13 @@ def tokenised(texts: Sequence[str], tokenizer: Any, most: int) -> Tokens:
     lengths = torch.tensor([len(ids) for ids in lists], dtype=torch.int64)
     flat = torch.tensor([token for ids in lists for token in ids], dtype=torch.int32)
     return Tokens(F.pad(lengths.cumsum(0), (1, 0)), flat, tokenizer.pad_token_id or 0)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """What tells a tokenizer from others, whatever a release of tokenizers writes of it: its vocabulary, and how it
+    cuts a text with something of everything in it.  32 hexadecimal digits."""
+    said = [sorted(tokenizer.get_vocab().items()), tokenizer(SPECIMEN)["input_ids"]]
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
 
 def say_empty(texts: Sequence[str], of: Sequence[str]) -> None:

@@ -273,6 +273,9 @@ class Tower(Table, nn.Module):
     def encoder_digest(self) -> str:
         return self.content.encoder_digest()
 
+    def made_of(self) -> dict[str, str]:
+        return self.content.made_of()
+
     def sketch(self, rows: int | None = None) -> Sketch | None:
         return self.content.sketch(rows)
 

@@ -238,6 +238,7 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
     reader = _reader(config.text, config.image, processes)
     content = _by_encoder(config, around, reader, dealt)
     content.came = lambda: reader.weights_digest
+    content.read = lambda: reader.made_of(catalogue)
     return content
 
 

@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     if joined.is_main:
         print(f"wrote {count:,} vectors of {width} numbers to {file}")
         if options.items is None:
-            print(f"next  model.item_tower={{name: text, mode: cached, vectors: {file}}}")
+            name = "image" if hasattr(section, "images") else "text"
+            print(f"next  model.item_tower={{name: {name}, mode: cached, vectors: {file}}}")
     return 0
 
 

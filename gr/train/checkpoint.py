@@ -302,7 +302,7 @@ def load(path: AnyPath, model: Model, engine: Engine | None = None, *, growing: 
     cursor.  ``growing``: tables may have more rows than there; those behind keep their first values, and no moments."""
     state = read_state(path)
     cursor = Cursor(**state["cursor"])
-    check_noted(f"checkpoint '{path}'", state, model)
+    check_noted(f"checkpoint '{path}'", state, model, growing=growing)
     reader = StoreReader(path)
     sizes = {name: entry.size for name, entry in described(reader).items()}
     if engine is None:

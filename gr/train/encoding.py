@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from gr.config import read_yaml, validate
 from gr.data.dataset import SequenceDataset
-from gr.data.outputs import ROWS_PER_GROUP, beside, parquet_rows
+from gr.data.outputs import ROWS_PER_GROUP, beside, output_file, parquet_rows
 from gr.errors import UserError
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.modality.reader import Reader, TextReader, TextSection
@@ -43,11 +44,14 @@ def encode(
         if out is None and opened.folder.local is None:
             raise UserError(f"'{dataset}' is in a store: say with --out which file to write")
         target = out if out is not None else str(Path(opened.folder.path, "vectors.parquet"))
-        ids, found = opened.catalogue.ids, reader.vectors(opened.catalogue)
+        ids, encoded = opened.catalogue.ids, partial(reader.shares, opened.catalogue)
     else:
         target = out if out is not None else beside(items, ".vectors.parquet")
         table = read_items(items)
-        ids, found = table["item_id"].combine_chunks(), reader.vectors_of(table)
+        ids = table["item_id"].combine_chunks()
+        encoded = partial(reader.shares_of, table)
+    processes.together(lambda: output_file(target) if processes.is_main else None)
+    found = encoded().collected()
     if processes.is_main:
         with parquet_rows(target) as write:
             for start in range(0, len(ids), ROWS_PER_GROUP):

@@ -52,8 +52,8 @@ class Fingerprint:
 class Manifest:
     """``run``: the name of its folder.  ``generation``: the dataset's.  ``model``: its kind.  ``sizes``: of the
     parameters, by name; ``vocabularies``: of their arrays.  ``tensors``: file -> its parts of both.  ``files``: all but
-    the manifest itself.  ``frozen``, ``encoders``, ``vectors``: of what its model is made of and isn't here
-    (:func:`gr.train.frozen.noted`).  ``digest``: of all else that stands here."""
+    the manifest itself.  ``frozen``, ``encoders``, ``vectors``, ``made_of``: of what its model is made of
+    and isn't here (:func:`gr.train.frozen.noted`).  ``digest``: of all else that stands here."""
 
     gr: str
     run: str
@@ -68,6 +68,7 @@ class Manifest:
     frozen: str = ""
     encoders: dict[str, str] = field(default_factory=dict)
     vectors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    made_of: dict[str, dict[str, str]] = field(default_factory=dict)
     digest: str = ""
     format_version: int = field(default=FORMAT_VERSION)
 

@@ -102,6 +102,7 @@ def export(
             frozen=state.get("frozen", ""),
             encoders=state.get("encoders", {}),
             vectors=state.get("vectors", {}),
+            made_of=state.get("made_of", {}),
             files={name: fingerprint(scratch / name) for name in (folder.config.name, ITEMS)} | written,
         )
         (scratch / MANIFEST).write_text(to_json(manifest))

@@ -33,12 +33,14 @@ PRETRAINED = ".encoder.model."
 @dataclass(frozen=True)
 class Source:
     """Weights of a run or of an export.  what: what people call it.  sizes: of its parameters, by name.  fill: tensors
-    by name.  encoders: by table, the digest of an encoder that they were trained onto and that isn't among them."""
+    by name.  encoders: by table, the digest of an encoder that they were trained onto and that isn't among them.
+    made_of: by table, digests of what its rows were formed from beside weights."""
 
     what: str
     sizes: Mapping[str, Sequence[int]]
     fill: Callable[[Mapping[str, Tensor]], None]
     encoders: Mapping[str, str]
+    made_of: Mapping[str, Mapping[str, str]]
 
 
 def start(model: Model, config: RunConfig, processes: Processes, *, begun: bool = False) -> None:
@@ -92,7 +94,18 @@ def start(model: Model, config: RunConfig, processes: Processes, *, begun: bool 
 
 
 def _check_encoders(source: Source, model: Model, found: Iterable[str]) -> None:
-    """Refuse a head, or a fusion, that was trained onto the vectors of another encoder than this model's."""
+    """Refuse a head, or a fusion, that was trained onto the vectors of another encoder than this model's, and what was
+    trained with another tokenizer."""
+    for name, before in source.made_of.items():
+        if not any(parameter.startswith(f"tables.{name}.") for parameter in found):
+            continue
+        tokenizers = {m["tokenizer"] for m in (before, model.tables[name].made_of()) if "tokenizer" in m}
+        if len(tokenizers) > 1:
+            raise UserError(
+                f"{source.what} was trained with another tokenizer than the encoder of model.item_tower comes with: "
+                "name an encoder with that one's tokenizer",
+                everywhere=True,
+            )
     for name, digest in source.encoders.items():
         if not any(parameter.startswith(f"tables.{name}.") for parameter in found):
             continue
@@ -152,7 +165,11 @@ def _sources(section: StartFrom) -> list[Source]:
                     files.read_into(name, [0] * values.dim(), values)
 
         source = Source(
-            f"export '{section.run}', step {manifest.step}", manifest.sizes, read, manifest.encoders
+            f"export '{section.run}', step {manifest.step}",
+            manifest.sizes,
+            read,
+            manifest.encoders,
+            manifest.made_of,
         )
         digest = manifest.frozen
     else:
@@ -168,8 +185,8 @@ def _sources(section: StartFrom) -> list[Source]:
             checkpoint.fill({f"model/{name}": values for name, values in tensors.items()}, reader)
 
         state = checkpoint.read_state(path)
-        step, encoders = state["cursor"]["step"], state.get("encoders", {})
-        source = Source(f"run '{section.run}', step {step}", sizes, read, encoders)
+        what = f"run '{section.run}', step {state['cursor']['step']}"
+        source = Source(what, sizes, read, state.get("encoders", {}), state.get("made_of", {}))
         digest = state.get("frozen", "")
     under = configs.load(RunFolder.existing(section.run).config).train.start_from if digest else None
     return [*(_sources(under) if under is not None else []), source]

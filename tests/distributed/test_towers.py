@@ -37,7 +37,8 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
     encoder = str(make_encoder(tmp_path / "encoder"))
     tiny = TextSection(encoder=encoder)
     catalogue = SequenceDataset(tmp_path / "data").catalogue
-    found = TextReader(tiny, Processes(torch.device("cpu"))).vectors(catalogue)
+    reader = TextReader(tiny, Processes(torch.device("cpu")))
+    found = reader.encoded(reader.encoder(), reader.items(catalogue)).own_RE
     pq.write_table(as_table(catalogue.ids, found), tmp_path / "vectors.parquet", row_group_size=7)
     text, of_file = {"text": {"encoder": encoder}}, {"vectors": str(tmp_path / "vectors.parquet")}
     towers = {
@@ -69,7 +70,11 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
         assert all("has no vector for 1 of" in sentence for sentence in refused)
 
     run(1)
+    (tmp_path / "data/vectors").rename(tmp_path / "vectors")
     run(2)
+    # encoded with one thread by one process and by two
+    (of_one,), (of_two,) = (list(path.iterdir()) for path in (tmp_path / "vectors", tmp_path / "data/vectors"))
+    assert of_one.name == of_two.name and pq.read_table(of_one).equals(pq.read_table(of_two))
     for name in towers:
         folders = [tmp_path / f"{name}-{processes}" for processes in (1, 2)]
         one, two = ([r for r in RunFolder(f).read_metrics() if r["kind"] == "train"] for f in folders)

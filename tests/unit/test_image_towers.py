@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import shutil
 import tarfile
 import zipfile
+from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gr import config as configs
 from gr.errors import UserError
@@ -24,6 +28,7 @@ from gr.modality.pictures import Pictures, decoded, say_bad
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.train.encoding import encode, read_tower
+from gr.train.frozen import check_noted, noted
 from gr.train.parts import build
 from tests.end_to_end.tiny import CONFIG
 from tests.packages import needs
@@ -112,10 +117,22 @@ def test_stores_of_every_kind_hold_the_same(folder, tmp_path):
         items = ImageReader(section, CPU).items_in(pa.table({"item_id": list(range(ITEMS))}))
         found = items.inputs(rows)[0], list(items.digests())
         assert set(items.bad) == {"6", "8", "9"} and "9000 x 9000 pixels" in items.bad["9"], where
+        if where.endswith(".lmdb"):
+            check_lmdb(Path(where), items)
         wanted = wanted or found
         assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1], where
     assert wanted[0].abs().max() <= 1 and not wanted[0][(rows == 4).nonzero()].any()
     assert len(set(wanted[1])) == ITEMS  # of the one that has none, too
+
+
+def check_lmdb(store, items):
+    """It can be opened while it is open, and a part of one is refused: a read behind its end would end the process."""
+    assert open_pictures(str(store)).read(["7"]) == items.files.read(["7"])
+    part = store.with_name("part.lmdb")
+    shutil.copytree(store, part)
+    os.truncate(part / "data.mdb", (part / "data.mdb").stat().st_size - 4096)
+    with pytest.raises(UserError, match="it was cut off"):
+        open_pictures(str(part))
 
 
 def test_pictures_that_cannot_be_had_are_empty_and_counted(folder, tmp_path, monkeypatch, caplog):
@@ -153,12 +170,25 @@ def test_only_pictures_are_opened_and_bombs_are_refused_without_a_word(tmp_path,
     )
     for kind, mode in (("JPEG", "CMYK"), ("PNG", "P"), ("WEBP", "RGBA"), ("GIF", "P"), ("TIFF", "L")):
         assert decoded(encoded_as(kind, mode), 8).shape == (3, 8, 8)
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    deep = [Image.fromarray(grey.astype(np.uint16) * 257), Image.fromarray(grey.astype(np.float32))]
+    for picture, kind in ((deep[0], "PNG"), (deep[0], "TIFF")):
+        picture.save(content := io.BytesIO(), kind)
+        Image.fromarray(grey).save(shallow := io.BytesIO(), "PNG")
+        assert np.array_equal(decoded(content.getvalue(), 16), decoded(shallow.getvalue(), 16))
+    deep[1].save(content := io.BytesIO(), "TIFF")
+    with pytest.raises(ValueError, match="numbers of 32 bits"):
+        decoded(content.getvalue(), 16)
     for number, content in enumerate((encoded_as("EPS"), b"<svg/>", b"", encoded_as("ICO"))):
         (tmp_path / f"{number}.png").write_bytes(content)
+    see_through = Image.new("P", (8, 8))
+    see_through.save(tmp_path / "7.png", transparency=bytes(256))  # of which Pillow has something to say
+    (tmp_path / "8.tiff").write_bytes(encoded_as("TIFF"))
     for number, side in ((5, 12_000), (6, 20_000)):
         Image.new("1", (side, side)).save(tmp_path / f"{number}.png")
-    items = Pictures(open_pictures(str(tmp_path)), ["0", "1", "2", "3", "5", "6"], 8)
-    assert not items.inputs(torch.arange(6))[0].any()
+    items = Pictures(open_pictures(str(tmp_path)), ["0", "1", "2", "3", "5", "6", "7", "8"], 8)
+    pixels = items.inputs(torch.arange(8))[0]
+    assert not pixels[:6].any() and pixels[6].any() and pixels[7].any()
     assert all("it is no picture in JPEG, PNG" in items.bad[name] for name in "013")
     assert "12000 x 12000" in items.bad["5"] and "400000000 pixels" in items.bad["6"]
     assert not recwarn.list
@@ -210,6 +240,50 @@ def test_vectors_of_pictures_are_kept_for_these_pictures(folder, tmp_path):
     replaced = vectors_of(16)
     assert not torch.equal(small[2], large[2]) and torch.equal(small[2], replaced[2])
     assert not torch.equal(small[0], replaced[0])
+
+
+@pytest.mark.parametrize("mode", ["frozen", "tuned"])
+def test_a_model_is_told_where_its_items_have_other_pictures(folder, tmp_path, mode, caplog):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(folder / "pictures", pictures)
+    tower = {"name": "image", "mode": mode}
+    said = noted(built(folder, tower, images=str(pictures)).model)
+    check_noted("this", said, built(folder, tower, images=str(pictures)).model)
+    assert "other pictures" not in caplog.text
+    for item in (0, 4):  # one that had another, one that had none
+        shutil.copy(pictures / "2.jpg", pictures / f"{item}.jpg")
+    check_noted("this", said, built(folder, tower, images=str(pictures)).model, growing=True)
+    assert "other pictures" not in caplog.text
+    check_noted("this", said, built(folder, tower, images=str(pictures)).model)
+    assert "this was trained with other pictures: of 60 items that were looked at 2 have" in caplog.text
+
+
+def test_statistics_that_a_tuned_encoder_came_with_are_not_others(folder, tmp_path):
+    """No checkpoint has them."""
+    encoder = make_image_encoder(tmp_path / "resnet", "resnet")
+    tower = {"name": "image", "mode": "tuned"}
+    said = noted(built(folder, tower, encoder=str(encoder)).model)
+    check_noted("this", said, built(folder, tower, encoder=str(encoder)).model)
+    file = encoder / "model.safetensors"
+    tensors = load_file(file)
+    next(values for name, values in tensors.items() if name.endswith("running_mean")).add_(1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="other running statistics than the encoder of"):
+        check_noted("this", said, built(folder, tower, encoder=str(encoder)).model)
+
+
+@pytest.mark.parametrize("kind", ["mae", "deit"])
+def test_a_step_has_the_same_bits_each_time(folder, kind):
+    """MAE draws which patches it hides where it isn't told; and an empty picture has gradients that are numbers."""
+    make_image_encoder(folder / f"tuned-{kind}", kind)
+    parts = built(folder, {"name": "image", "mode": "tuned"}, encoder=str(folder / f"tuned-{kind}"), size=24)
+    batch, found = next(parts.batches.epoch(0)).share, []
+    for _ in range(2):
+        part = parts.model.supervise(batch, 7)
+        parts.engine.forward_backward([part], StepContext(7), part.count)
+        found.append({name: p.grad.clone() for name, p in parts.model.named_dense()})
+        parts.engine.parts[0].optimizer.zero_grad()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])  # NaN is no equal of NaN
 
 
 @pytest.mark.parametrize("kind", ["swin", "beit"])

@@ -35,14 +35,16 @@ from gr.modality.texts import Template, as_texts, tokenised
 from gr.modality.vectors import as_table, read_file
 from gr.models.step import StepContext
 from gr.processes import Processes
-from gr.train import job
+from gr.train import checkpoint, job
+from gr.train.checkpoint import find_checkpoint
 from gr.train.encoding import encode, read_tower
 from gr.train.exporting import export
+from gr.train.folder import RunFolder
 from gr.train.item_files import read_items
 from gr.train.parts import build
 from gr.train.recommend import recommend, unseen_items, write_item_vectors
 from gr.train.runs import open_run
-from tests.end_to_end.tiny import CONFIG, stopped_and_resumed, weights
+from tests.end_to_end.tiny import CONFIG, make_dataset, stopped_and_resumed, weights
 from tests.packages import needs
 from tests.precision import tolerance
 from tests.towers import ITEMS, make_encoder, make_image_encoder, make_titled, titles
@@ -77,6 +79,7 @@ def config(folder, tmp_path, monkeypatch):
 
 
 PLAIN = ("model.input.dropout=0", "model.encoder.dropout=0", "train.clip_norm=null")
+SHORT = ("objective={name: sampled_softmax, negatives: 16}", "train.max_steps=1", "eval.splits=[]")
 
 
 def first_step(parts, cut=None):
@@ -340,6 +343,16 @@ def test_a_text_is_encoded_by_itself(folder, config):
             torch.testing.assert_close(together[item], alone[0], **CLOSE)
 
 
+def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
+    """An encoder may make it of an empty picture. What it's divided by would make its gradient 10^12 times as large."""
+    head = Head(HeadSection(), 4, 2)
+    content = torch.tensor([[0.0] * 4, [3.0, 0, 4, 0]], requires_grad=True)
+    head(content)[0].sum().backward()
+    assert not content.grad.any() and torch.equal(head(content)[0], torch.nn.functional.gelu(head.first.bias))
+    unit = torch.nn.functional.normalize(content[1:], dim=1)
+    assert torch.equal(head(content)[1:], torch.nn.functional.gelu(head.first(unit)))
+
+
 def test_a_head_and_a_gate_are_what_they_say():
     generator = torch.Generator().manual_seed(0)
     ids, content = torch.randn(2, 5, 4, generator=generator)
@@ -472,6 +485,49 @@ def test_a_run_is_opened_with_the_frozen_encoder_that_it_was_trained_with(config
     shutil.rmtree(tmp_path / "encoder")
     (tmp_path / "before").rename(tmp_path / "encoder")
     assert torch.equal(open_run(result.path).model.items.vectors(0, ITEMS), scores)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "tuned"])
+def test_a_run_is_opened_with_the_tokenizer_and_the_texts_that_it_was_trained_with(config, tmp_path, mode):
+    """Others that stand in their place are refused, in runs and in exports; a dataset that has grown may tell of its
+    items anew, by the same tokenizer."""
+    make_titled(tmp_path / "data")
+    text = {"encoder": str(make_encoder(tmp_path / "encoder"))}
+    tower, asked = {"name": "text", "mode": mode, "text": text}, [f"data.path={tmp_path / 'data'}", *SHORT]
+    run = job.run(config(tower, *asked)).path
+    export(run, tmp_path / "out")
+
+    def refused(sentence):
+        for path in (run, tmp_path / "out"):
+            with pytest.raises(UserError, match=sentence) as refusal:
+                open_run(path)
+            assert "\n" not in str(refusal.value)
+        with pytest.raises(UserError, match=sentence):
+            job.resume(run, ["train.max_steps=2"])
+
+    described = {"title": ["new soap", *titles()[1:]]}
+    shutil.rmtree(tmp_path / "data")
+    make_dataset(tmp_path / "data", items=ITEMS, described=described)
+    refused("was trained with other texts of the items than the dataset has now")
+    checkpoint.load(
+        find_checkpoint(RunFolder(run), "last"), build(config(tower, *asked), CPU).model, growing=True
+    )
+
+    file = tmp_path / "encoder/tokenizer.json"
+    before = file.read_text()
+    said = json.loads(before)
+    words = said["model"]["vocab"]
+    words["red"], words["blue"] = words["blue"], words["red"]
+    file.write_text(json.dumps(said))
+    refused("was trained with another tokenizer than the encoder of model.item_tower comes with now")
+    start = config(tower, f"train.start_from={run}", *asked, run="another")
+    with pytest.raises(UserError, match="was trained with another tokenizer than the encoder of"):
+        build(start, CPU)
+    file.write_text(before)
+    shutil.rmtree(tmp_path / "data")
+    make_titled(tmp_path / "data")
+    open_run(tmp_path / "out")
+    assert job.resume(run, ["train.max_steps=2"]).finished
 
 
 @pytest.fixture
@@ -654,6 +710,14 @@ def test_columns_of_new_items_have_names_of_their_own(tmp_path):
     pq.write_table(pa.Table.from_arrays(columns, ["item_id", "title", "title"]), tmp_path / "new.parquet")
     with pytest.raises(UserError, match="has several columns 'title'"):
         read_items(tmp_path / "new.parquet")
+
+
+def test_nothing_is_encoded_for_a_file_that_cannot_be_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextReader, "encoded", None)
+    section = TextSection(encoder=str(folder / "encoder"), batch=7)  # of which nothing has been kept
+    for out, sentence in ((tmp_path, "is a folder"), (tmp_path / "no/v.parquet", "there is no folder")):
+        with pytest.raises(UserError, match=sentence):
+            encode(str(folder / "data"), section, str(out), CPU)
 
 
 def test_a_file_of_new_items_has_to_be_there(tmp_path):
