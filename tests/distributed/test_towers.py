@@ -73,13 +73,17 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
     (tmp_path / "data/vectors").rename(tmp_path / "vectors")
     run(2)
     # encoded with one thread by one process and by two
-    (of_one,), (of_two,) = (list(path.iterdir()) for path in (tmp_path / "vectors", tmp_path / "data/vectors"))
+    (of_one,), (of_two,) = (
+        list(path.iterdir()) for path in (tmp_path / "vectors", tmp_path / "data/vectors")
+    )
     assert of_one.name == of_two.name and pq.read_table(of_one).equals(pq.read_table(of_two))
     for name in towers:
         folders = [tmp_path / f"{name}-{processes}" for processes in (1, 2)]
         one, two = ([r for r in RunFolder(f).read_metrics() if r["kind"] == "train"] for f in folders)
         losses = [[r["loss"] for r in rows] for rows in (one, two)]
         np.testing.assert_allclose(*losses, rtol=of_losses(STEPS, TERMS), err_msg=name)
+        # no item is encoded twice
+        assert [r["flops"] for r in two] == pytest.approx([r["flops"] for r in one], rel=1e-9), name
         figures = [[r for r in RunFolder(f).read_metrics() if r["kind"] == "eval"][-1] for f in folders]
         assert abs(figures[0]["mrr"] - figures[1]["mrr"]) < 0.02, "but for a pair of items that change places"
         assert abs(figures[0]["item_rank"] - figures[1]["item_rank"]) < 1e-3
