@@ -15,7 +15,9 @@ import pytest
 
 from gr.data.dataset import SequenceDataset
 from gr.data.hashing import hash_ids
-from gr.data.making.partitions import choose_bits, group
+from gr.data.making import ids
+from gr.data.making.ids import IdCodes
+from gr.data.making.partitions import choose_bits, group, time_order
 from gr.data.making.sources.base import make_source
 from gr.errors import UserError
 
@@ -235,6 +237,36 @@ def test_times_too_wide_for_one_sort_key_sort_the_same():
         rows = np.flatnonzero(users == user)
         expected = rows[np.argsort(times[rows], kind="stable")]
         assert wide.items_A[wide.offsets_R1[n] : wide.offsets_R1[n + 1]].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("users", [1, 50, 70_000])
+@pytest.mark.parametrize("last", [0, 1000, 2**45, 2**62, None])
+def test_actions_of_any_times_and_users_are_sorted_stably(users, last):
+    r = np.random.default_rng(users)
+    rank_A = r.integers(0, users, 5000)
+    time_A = None if last is None else np.sort(r.integers(-last, last + 1, 9))[r.integers(0, 9, 5000)]
+    expected = np.lexsort((rank_A,) if time_A is None else (time_A, rank_A))
+    assert time_order(rank_A, time_A, users).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("apart", [1, 10**6, 2**40])
+def test_codes_are_those_of_first_appearance_however_far_apart_ids_are(monkeypatch, apart):
+    """Known ones at first, more on both sides, some added beside, gaps that are too wide and are filled later."""
+    monkeypatch.setattr(ids, "FEW", 40)
+    r = np.random.default_rng(apart % 7)
+    codes, known = IdCodes(), {}
+
+    def code(value: int) -> int:
+        return known.setdefault(value, len(known))
+
+    for n, spread in enumerate((3, 10, 0, 200, 30, 200, 5)):
+        chunk = r.integers(-spread, spread + 1, 50 * spread) * apart
+        if n == 4:
+            codes.add([pa.array([10**15 + apart, chunk[0]])])
+            [code(value) for value in (10**15 + apart, chunk[0])]
+        assert codes.codes(pa.array(chunk, pa.int64())).tolist() == [code(value) for value in chunk.tolist()]
+        assert codes.codes(pa.array(chunk, pa.int64())).dtype == np.int32
+    assert codes.ids.to_pylist() == list(known)
 
 
 def test_memory_that_cannot_do_is_refused():

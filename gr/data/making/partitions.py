@@ -284,12 +284,21 @@ def duplicates(grouped: Grouped) -> np.ndarray:
 
 
 def time_order(rank_A: np.ndarray, time_A: np.ndarray | None, users: int) -> np.ndarray:
-    """Stable order by (rank, time)."""
+    """Stable order by (rank, time): by time, then by rank.  rank_A: below ``users``."""
     if time_A is None or not len(time_A):
-        return np.argsort(rank_A, kind="stable")
-    first = int(time_A.min())
-    time_bits = (int(time_A.max()) - first).bit_length()
-    if time_bits + users.bit_length() <= 63:  # both in one key: one sort instead of two
-        return np.argsort((rank_A << time_bits) | (time_A - first), kind="stable")
-    order = np.argsort(time_A, kind="stable")
-    return order[np.argsort(rank_A[order], kind="stable")]
+        return _by_rank(np.arange(len(rank_A)), rank_A, users)
+    first, row_bits = int(time_A.min()), len(time_A).bit_length()
+    if (int(time_A.max()) - first).bit_length() + row_bits > 63:
+        return _by_rank(np.argsort(time_A, kind="stable"), rank_A, users)
+    keys = (time_A - first) << row_bits  # with the rows' own numbers they need not be sorted stably, which is slow
+    keys |= np.arange(len(keys))
+    keys.sort()
+    return _by_rank(keys & ((1 << row_bits) - 1), rank_A, users)
+
+
+def _by_rank(order: np.ndarray, rank_A: np.ndarray, users: int) -> np.ndarray:
+    """``order``, sorted stably by rank: 16 bits at a time, the lowest first, which numpy does without comparing."""
+    for shift in range(0, users.bit_length(), 16):
+        digits = (rank_A >> shift).astype(np.uint16)
+        order = order[np.argsort(digits[order], kind="stable")]
+    return order
