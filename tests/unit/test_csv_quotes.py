@@ -69,6 +69,29 @@ def test_lines_that_break_are_found_whatever_the_pieces(lines, end, last, escape
             assert line.count(",") == 3 and closed.original(line) == was
 
 
+@pytest.mark.parametrize("form", [{}, {"escape": "\\"}])
+def test_what_begins_as_a_mark_does_is_a_line_of_its_own(tmp_path, form):
+    """Zeros stand first in what comes in the place of a broken line."""
+    lines = ["u,i,t", '7,"open,1', "\0x,1,2,3,4", "\0,1,2,3,4", "\0" + "0,1,2,3,4", "7,8,9"]
+    (file,) = find_files(str(write_text(tmp_path, "\n".join(lines) + "\n")))
+    stream = read_csv(file, Csv(**form), ["u"])
+    assert sum(batch.num_rows for batch in stream.batches) == 1
+    found = sorted((bad.record, bad.text, bad.problem) for bad in stream.malformed)
+    too_many = "has 5 columns instead of 3"
+    assert found == [(n, lines[n + 1], too_many if n else BROKEN) for n in range(4)]
+
+
+def test_a_file_without_ends_of_lines_is_not_gathered(monkeypatch):
+    monkeypatch.setattr(csv_quotes, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(csv_quotes, "LONGEST", 5000)
+    content = b"7" * 50_000 + b'"\n1,2\n'
+    source = pa.BufferReader(content)
+    closed = ClosedQuotes(source, ",", '"', "", 3)
+    assert closed.read(10) == b"7" * 10 and source.tell() < 10_000
+    rest = closed.read()
+    assert rest.startswith(b"7" * 45_000) and rest.endswith(b"\n1,2\n")
+
+
 @settings(max_examples=100, deadline=None)
 @given(lines=st.lists(st.text('a",', max_size=7), min_size=1, max_size=6))
 def test_a_line_is_a_record(tmp_path_factory, lines):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from collections import deque
 
 import numpy as np
 import pyarrow as pa
 
 PIECE_BYTES = 2**20
+LONGEST = 2**25
+"""Bytes of a line that is looked at; Arrow refuses one of more than two of its blocks."""
 MARK = "\0"
 """Starts what stands in the place of a broken line."""
 
@@ -26,25 +29,36 @@ class ClosedQuotes(io.RawIOBase):
         """Bytes that may be outside of a value's quotes beside them."""
         self._edge[[self._delimiter, self._quote, ord("\n"), ord("\r")]] = True
         self._whole = _line(*(re.escape(text) for text in (delimiter, quote, escape)))
-        self._broken: dict[int, bytes] = {}
+        self._broken: dict[str, bytes] = {}
+        """By what came in their places."""
         self._count = 0
-        self._rest = self._ready = b""
+        self._rest = b""
+        self._ready: deque[memoryview] = deque()
         self._ended = False
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int | None = -1) -> bytes:
-        parts, missing = [], float("inf") if size is None or size < 0 else size
-        while missing > 0 and (self._ready or not self._ended):
+        if size is None or size < 0:
+            return b"".join(iter(lambda: self.read(PIECE_BYTES), b""))
+        return self.read_buffer(size).to_pybytes()
+
+    def read_buffer(self, size: int) -> pa.Buffer:
+        """What Arrow reads by.  The memory is its own, used again: new pages cost more than the check."""
+        buffer, filled = pa.allocate_buffer(size), 0
+        room = memoryview(buffer).cast("B")
+        while filled < size and (self._ready or not self._ended):
             if not self._ready:
                 self._next()
                 continue
-            part = self._ready if len(self._ready) <= missing else self._ready[: int(missing)]
-            self._ready = self._ready[len(part) :]
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
+            part = self._ready.popleft()
+            taken = part[: size - filled]
+            room[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            if len(taken) < len(part):
+                self._ready.appendleft(part[len(taken) :])
+        return buffer.slice(0, filled)
 
     def close(self) -> None:
         self._source.close()
@@ -52,43 +66,50 @@ class ClosedQuotes(io.RawIOBase):
 
     def original(self, text: str) -> str | None:
         """The line in whose place ``text`` came; None if that is a line of its own."""
-        if not text.startswith(MARK):
-            return None
-        number = int(text[1:].partition(chr(self._delimiter))[0])
-        return self._broken.pop(number).decode("utf-8", errors="backslashreplace")
+        line = self._broken.pop(text, None)
+        return None if line is None else line.decode("utf-8", errors="backslashreplace")
 
     def _next(self) -> None:
         more = self._source.read(PIECE_BYTES)
         self._ended = not more
-        content = self._rest + more
-        cut = len(content) if self._ended else max(content.rfind(b"\n"), content.rfind(b"\r")) + 1
-        self._rest = content[cut:]
-        self._ready = self._mended(content[:cut])
+        cut = max(more.rfind(b"\n"), more.rfind(b"\r")) + 1
+        if not (cut or self._ended or len(self._rest) > LONGEST):
+            self._rest += more
+            return
+        lines = [memoryview(self._rest), memoryview(more)[:cut]]
+        marks = [self._quote] if self._escape is None else [self._quote, self._escape]
+        if any(mark in part for mark in marks for part in (self._rest, more)):
+            lines = self._mended(lines)
+        self._ready.extend(part for part in lines if part)
+        self._rest = more[cut:]
 
-    def _mended(self, lines: bytes) -> bytes:
-        if self._quote not in lines and (self._escape is None or self._escape not in lines):
-            return lines
-        around = np.frombuffer(b"\n" + lines + b"\n", np.uint8)
+    def _mended(self, parts: list[memoryview]) -> list[memoryview]:
+        """Whole lines, with others in the place of broken ones."""
+        whole = b"".join([b"\n", *parts, b"\n"])
+        around, lines = np.frombuffer(whole, np.uint8), memoryview(whole)[1:-1]
         bytes_N = around[1:-1]
-        quotes = np.flatnonzero(bytes_N == self._quote)
-        ends = np.flatnonzero((bytes_N == ord("\n")) | (bytes_N == ord("\r")))
-        escaped = self._escape is not None and self._escape in lines
+        marked = (bytes_N == self._quote) | (bytes_N == ord("\n"))
+        if b"\r" in whole:
+            marked |= bytes_N == ord("\r")
+        places = np.flatnonzero(marked)
+        is_quote = bytes_N[places] == self._quote
+        quotes, at_ends = places[is_quote], np.flatnonzero(~is_quote)
         # every other quote opens, if no line leaves one open; lines are looked at one by one only if that is not so
-        open_at_end = (np.searchsorted(quotes, np.append(ends, len(lines))) & 1).any()
+        left_open = len(quotes) % 2 or ((at_ends - np.arange(len(at_ends))) & 1).any()
         before, after = self._edge[around[quotes[0::2]]], self._edge[around[quotes[1::2] + 2]]
-        if before.all() and after.all() and not open_at_end and not escaped:
-            return lines
-        doubted = self._doubted(around, quotes, ends)
-        parts, done = [], 0
-        for number in doubted:
+        escaped = self._escape is not None and self._escape in whole
+        if before.all() and after.all() and not left_open and not escaped:
+            return [lines]
+        mended, done, ends = [], 0, places[at_ends]
+        for number in self._doubted(around, quotes, ends):
             start = int(ends[number - 1]) + 1 if number else 0
             stop = int(ends[number]) if number < len(ends) else len(lines)
             if self._whole.fullmatch(lines, start, stop) is None:
-                self._broken[self._count] = lines[start:stop]
-                parts += [lines[done:start], f"{MARK}{self._count}".encode()]
-                parts.append(bytes([self._delimiter]) * self._columns)
+                instead = f"{MARK}{self._count}{chr(self._delimiter) * self._columns}"
+                self._broken[instead] = bytes(lines[start:stop])
+                mended += [lines[done:start], memoryview(instead.encode())]
                 self._count, done = self._count + 1, stop
-        return b"".join([*parts, lines[done:]]) if parts else lines
+        return [*mended, lines[done:]]
 
     def _doubted(self, around: np.ndarray, quotes: np.ndarray, ends: np.ndarray) -> list[int]:
         """Numbers of the lines that may be broken: these and a few more.  ``around``: the bytes, a line's end before
