@@ -76,6 +76,33 @@ def mapped():
     return ray.data.range(ROWS, override_num_blocks=6).map_batches(rows, batch_format="numpy")
 
 
+def united():
+    """The same log of blocks that differ in the order and the widths of their columns."""
+    import ray.data
+
+    table = pa.table(columns())
+    narrow = pa.schema([("u", pa.int32()), ("i", pa.uint8()), ("t", pa.int16())])
+    others = [table.slice(900, 900).cast(narrow).select(["t", "u", "i"]), table.slice(1800, 0)]
+    floats = table.slice(1800).to_pandas().astype({"t": "float64", "u": "Int64"})
+    first = ray.data.from_arrow(table.slice(0, 900))
+    return first.union(*map(ray.data.from_arrow, others), ray.data.from_pandas(floats))
+
+
+def _with_a_later(**columns):
+    import ray.data
+
+    whole = {"u": [1], "i": [2], "t": [3]}
+    return ray.data.from_arrow(pa.table(whole)).union(ray.data.from_arrow(pa.table(whole | columns)))
+
+
+def lists_later():
+    return _with_a_later(u=[[1, 2]])
+
+
+def moments_later():
+    return _with_a_later(t=pa.array([3], pa.timestamp("s")))
+
+
 def without_rows():
     import ray.data
 
@@ -118,6 +145,10 @@ def from_items():
 
 def failing():
     raise RuntimeError("no such day\nat all")
+
+
+def leaving():
+    raise SystemExit(3)
 
 
 def failing_in_a_task():

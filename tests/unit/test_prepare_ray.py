@@ -336,7 +336,7 @@ def test_whatever_ray_reads(ray, tmp_path):
     expected = make_source("log", {"columns": COLUMNS}).prepare(
         str(tmp_path / "log.parquet"), str(tmp_path / "expected")
     )
-    for function in ("tied", "mapped"):
+    for function in ("tied", "mapped", "united"):
         for engine in (Engine(), RAY):
             found = made(
                 f"tests.unit.ray_logs:{function}",
@@ -393,6 +393,7 @@ def test_bad_rows_of_blocks(ray, tmp_path):
             "tests.unit.ray_logs:failing",
             "'tests.unit.ray_logs:failing' failed (RuntimeError: no such day, line ",
         ),
+        ("tests.unit.ray_logs:leaving", "'tests.unit.ray_logs:leaving' failed (SystemExit: 3, line "),
         (
             "tests.unit.ray_logs:failing_in_a_task",
             "'tests.unit.ray_logs:failing_in_a_task' failed (ValueError: no such column, line ",
@@ -401,6 +402,15 @@ def test_bad_rows_of_blocks(ray, tmp_path):
         (
             "tests.unit.ray_logs:without_times",
             "'tests.unit.ray_logs:without_times' has no column 't': known: i, u",
+        ),
+        (
+            "tests.unit.ray_logs:lists_later",
+            "'block 1 of tests.unit.ray_logs:lists_later', column 'u': type list<item: int64> cannot be used as user; ",
+        ),
+        (
+            "tests.unit.ray_logs:moments_later",
+            "'block 1 of tests.unit.ray_logs:moments_later', column 't': type timestamp[s], where the first block has "
+            "int64; cast it to one type in the dataset",
         ),
         ("tests.unit.ray_logs:without_rows", "the dataset of 'tests.unit.ray_logs:without_rows' has no rows"),
     ],

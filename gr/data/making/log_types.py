@@ -162,16 +162,16 @@ def lay_out_typed(
             kind = convert.plain_type(arrow.field(column).type)
             if lists:
                 kind = _value_type(file, role, column, kind)
-            _check_type(file, role, column, kind, fields)
+            check_type(file.name, role, column, kind, fields)
             if pa.types.is_null(kind) or not rows:
                 empty.setdefault(role, kind)
                 continue
-            _check_booleans(file, role, column, kind, kinds[role])
+            _check_booleans(file.name, role, column, kind, kinds[role])
             kinds[role].append(kind)
             if role == "time":
                 clocks.setdefault(_sort_of_time(kind), file.name)
-                if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-                    units.add(getattr(kind, "unit", "ms" if pa.types.is_date64(kind) else "s"))
+                if unit := _unit(kind):
+                    units.add(unit)
         timed = "time" in columns and columns["time"] not in constants and rows and not lists
         if timed and parquet is not None and (span := _statistics(parquet, columns["time"])):
             layout.spans[file.name] = span
@@ -308,10 +308,8 @@ def _value_type(file: DataFile, role: str, column: str, kind: pa.DataType) -> pa
     )
 
 
-def _check_type(
-    file: DataFile, role: str, column: str, kind: pa.DataType, fields: dict[str, FieldColumn]
-) -> None:
-    """Refuse a type that cannot play the role."""
+def check_type(name: str, role: str, column: str, kind: pa.DataType, fields: dict[str, FieldColumn]) -> None:
+    """Refuse a type that cannot play the role.  ``name``: of the file."""
     moment = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
     usable = convert.is_text(kind) or convert.is_number(kind) or pa.types.is_null(kind)
     if role == "time":
@@ -331,16 +329,25 @@ def _check_type(
                 "the log has one row an action, so explode the lists first (explode in Spark and pandas, "
             )
             remedy += "unnest in SQL), or prepare it as lists if a row is a user's"
-    raise UserError(f"'{file.name}', column '{column}': type {kind} cannot be used as {role}; {remedy}")
+    raise UserError(f"'{name}', column '{column}': type {kind} cannot be used as {role}; {remedy}")
 
 
-def _check_booleans(
-    file: DataFile, role: str, column: str, kind: pa.DataType, before: list[pa.DataType]
-) -> None:
+def go_together(role: str, kind: pa.DataType, first: pa.DataType) -> bool:
+    """Whether a column of type ``kind`` is read as one of type ``first`` is, where that has fixed what its role is read
+    as: no moment in a coarser unit, or by another clock, than it has."""
+    if role == "action_type":
+        return pa.types.is_null(first) or pa.types.is_boolean(kind) == pa.types.is_boolean(first)
+    if role != "time":
+        return True
+    ticks = [TICKS_PER_SECOND[unit] for unit in map(_unit, (kind, first)) if unit]
+    return _sort_of_time(kind) == _sort_of_time(first) and ticks == sorted(ticks)
+
+
+def _check_booleans(name: str, role: str, column: str, kind: pa.DataType, before: list[pa.DataType]) -> None:
     """true in one file and 1 or 'true' in another would be two action types."""
-    if role == "action_type" and before and pa.types.is_boolean(kind) != pa.types.is_boolean(before[0]):
+    if role == "action_type" and before and not go_together(role, kind, before[0]):
         raise UserError(
-            f"'{file.name}', column '{column}': type {kind}, where other files have {before[0]}; write all files with "
+            f"'{name}', column '{column}': type {kind}, where other files have {before[0]}; write all files with "
             "the same type"
         )
 
@@ -349,6 +356,13 @@ def _sort_of_time(kind: pa.DataType) -> Literal["zoned", "naive", "text", "numbe
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return "zoned" if getattr(kind, "tz", None) else "naive"
     return "text" if convert.is_text(kind) else "number"
+
+
+def _unit(kind: pa.DataType) -> TimeUnit | None:
+    """Of a timestamp or a date."""
+    if pa.types.is_timestamp(kind):
+        return kind.unit
+    return "ms" if pa.types.is_date64(kind) else "s" if pa.types.is_date32(kind) else None
 
 
 def _clock(

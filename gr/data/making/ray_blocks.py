@@ -18,7 +18,7 @@ from gr.data.cluster import import_ray
 from gr.data.making import convert
 from gr.data.making.files import DataFile, require_column
 from gr.data.making.log import PART_ROWS, SAMPLED_ROWS, Located, LogReader, in_group
-from gr.data.making.log_types import lay_out_typed
+from gr.data.making.log_types import check_type, go_together, lay_out_typed
 from gr.data.making.quarantine import Quarantine
 from gr.data.making.schema import LogSchema
 from gr.errors import UserError
@@ -64,7 +64,7 @@ class BlocksReader(LogReader):
                 [(self.files[0], types, [len(self.first)], None)], schema, self.columns, self.fields
             )
         )
-        self.time = types.field(self.columns["time"]).type if self.has_times else None
+        self.kinds = {role: convert.plain_type(types.field(name).type) for role, name in self.columns.items()}
         if unknown := self._unknown(types):
             self._notes.append(
                 f"no value of column '{unknown[0]}' is in the first {read:,} rows of '{name}', so nothing says its "
@@ -143,19 +143,24 @@ class BlocksReader(LogReader):
         if not table.num_rows:
             return
         name = f"block {piece.block} of {self.files[0].name}"
-        for column in dict.fromkeys(self.columns.values()):
-            require_column(name, column, table.column_names)
-        if "time" in self.columns:
-            time = self.columns["time"]
-            kind, first = (convert.plain_type(t) for t in (table.schema.field(time).type, self.time))
-            if kind != first and not pa.types.is_null(kind):
-                raise UserError(
-                    f"'{name}', column '{time}': type {kind}, where the first block has {first}; cast it to one type "
-                    "in the dataset"
-                )
+        self._check_types(name, table.schema)
         for batch in self._of_table(table, chunk_rows):
             yield batch, partial(in_group, piece.block, start)
             start += batch.num_rows
+
+    def _check_types(self, name: str, block: pa.Schema) -> None:
+        """Refuse a block that isn't read as the types of the first one say."""
+        for role, column in self.columns.items():
+            require_column(name, column, block.names)
+            kind, first = convert.plain_type(block.field(column).type), self.kinds[role]
+            if pa.types.is_null(kind):
+                continue
+            check_type(name, role, column, kind, self.fields)
+            if not go_together(role, kind, first):
+                raise UserError(
+                    f"'{name}', column '{column}': type {kind}, where the first block has {first}; cast it to one type "
+                    "in the dataset"
+                )
 
     def _of_table(self, table: pa.Table, chunk_rows: int) -> list[pa.RecordBatch]:
         return table.select(list(dict.fromkeys(self.columns.values()))).to_batches(max_chunksize=chunk_rows)
@@ -187,11 +192,11 @@ def making(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"'{name}' failed ({_said(error)}): correct it, or see to the cluster") from None
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What an error says, and where it was raised.  Ray's own are whole tracebacks, of other processes."""
     lines = re.sub(r"\x1b\[\d+m", "", str(error)).strip().splitlines()
     raised = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception|Interrupt)\b", line)]

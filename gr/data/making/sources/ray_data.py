@@ -85,7 +85,7 @@ def _function(source: str) -> Any:
         raise UserError(
             f"there is no module '{module}' for the dataset '{source}': run it where it lies, or set PYTHONPATH"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"module '{module}' of the dataset '{source}' can't be imported ({type(error).__name__}: "
             f"{first_line(error)}): correct it"
