@@ -18,6 +18,7 @@ import torch
 
 from gr import config as configs
 from gr.data.dataset import SequenceDataset
+from gr.data.hashing import hash_ids
 from gr.data.making.sources.base import make_source
 from gr.data.making.sources.log import ActionLog
 from gr.errors import UserError
@@ -129,6 +130,23 @@ def test_days_appended_are_what_preparing_them_at_once_gives(tmp_path, text, opt
     assert second["new_users"] > 0 and second["new_items"] > 0
 
 
+@pytest.mark.parametrize("options", [{"max_user_actions": 2}, {"duplicates": "drop_exact"}])
+def test_users_after_the_last_one_are_as_all_others(tmp_path, options):
+    users = np.argsort(hash_ids(np.arange(30)))
+    schema = {"columns": {"user": "u", "item": "i", "time": "t"}, **options}
+    for name, some in (("old", users[:1]), ("new", users[1:])):
+        twice = np.tile(np.repeat(some, 3), 2)
+        pq.write_table(
+            pa.table({"u": twice, "i": twice * 0, "t": np.arange(len(twice)) % 3}),
+            tmp_path / f"{name}.parquet",
+        )
+    source = make_source("log", schema)
+    source.prepare(str(tmp_path / "old.parquet"), str(tmp_path / "grown"))
+    grown = ActionLog.append(str(tmp_path / "new.parquet"), str(tmp_path / "grown"))
+    whole = source.prepare(str(tmp_path / "*.parquet"), str(tmp_path / "whole"))
+    assert grown.manifest.generation == whole.manifest.generation
+
+
 def test_the_generation_before_stays_readable_and_no_older_one(tmp_path):
     logs, path = days(tmp_path), tmp_path / "set"
     first = prepared(f"{logs}/day-0.parquet", path)
@@ -211,6 +229,16 @@ def test_what_cannot_be_appended_exactly_is_refused(tmp_path, options, change, s
         ActionLog.append(str(file), str(path))
     assert SequenceDataset(path).manifest == dataset.manifest
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "nothing is left lying about"
+
+
+def test_a_schema_of_other_columns_is_refused(tmp_path):
+    logs, path = days(tmp_path), tmp_path / "set"
+    dataset = prepared(f"{logs}/day-0.parquet", path)
+    less = {"columns": {name: SCHEMA["columns"][name] for name in ("user", "item", "time")}}
+    said = f"column 'shop' of '{path}' is of type int64, and the log gives none: give the schema that"
+    with pytest.raises(UserError, match=said):
+        ActionLog.append(f"{logs}/day-1.parquet", str(path), schema=less)
+    assert SequenceDataset(path).manifest == dataset.manifest
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def test_times_too_wide_for_one_sort_key_sort_the_same():
 
 
 @pytest.mark.parametrize("users", [1, 50, 70_000])
-@pytest.mark.parametrize("last", [0, 1000, 2**45, 2**62, None])
+@pytest.mark.parametrize("last", [0, 1000, 2**45, 2**50, 2**62, None])
 def test_actions_of_any_times_and_users_are_sorted_stably(users, last):
     r = np.random.default_rng(users)
     rank_A = r.integers(0, users, 5000)
@@ -259,11 +259,12 @@ def test_codes_are_those_of_first_appearance_however_far_apart_ids_are(monkeypat
     def code(value: int) -> int:
         return known.setdefault(value, len(known))
 
-    for n, spread in enumerate((3, 10, 0, 200, 30, 200, 5)):
-        chunk = r.integers(-spread, spread + 1, 50 * spread) * apart
-        if n == 4:
-            codes.add([pa.array([10**15 + apart, chunk[0]])])
-            [code(value) for value in (10**15 + apart, chunk[0])]
+    for n, spread in enumerate((3, 10, 0, 200, 30, 200, 5, 150)):
+        chunk = r.integers(-spread, spread + 1, 2 * spread) * apart
+        if n == 6:
+            beside = [chunk[0], *(v * apart for v in range(-99, 99) if v * apart not in known)][:9]
+            codes.add([pa.array(beside)])
+            beside = [code(value) for value in beside]
         assert codes.codes(pa.array(chunk, pa.int64())).tolist() == [code(value) for value in chunk.tolist()]
         assert codes.codes(pa.array(chunk, pa.int64())).dtype == np.int32
     assert codes.ids.to_pylist() == list(known)

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from gr.data.making.partitions import MOST_TEXT
 from gr.errors import UserError
 
-
 CLOSE, FEW = 8, 2**20
 """Integers lie close together where they span no more than so many values each, or so many in all."""
 

