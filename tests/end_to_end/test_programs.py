@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from gr.data.dataset import SequenceDataset
+from gr.programs import reproduce
+from gr.train import cells
 from gr.train.folder import RunFolder
-from tests.programs import run_python
+from tests.programs import in_ranks, run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 USERS, ITEMS, ACTIONS, K = 60, 30, 900, 7
@@ -390,8 +392,9 @@ TABLE += [
 TABLE += ["data.split.holdout=2", "train.epochs=15", "--no-selection"]
 
 
-def test_a_table_is_stopped_goes_on_and_is_printed(folder, trained, monkeypatch):
-    """SIGTERM to reproduce alone: its training, of two processes, saves; the same command goes on to the table."""
+def test_a_table_is_stopped_goes_on_and_is_printed(folder, trained, monkeypatch, capsys):
+    """SIGTERM to reproduce alone: its training, of two processes, saves; the same command goes on to the table (with
+    forked processes, which spares their imports)."""
     monkeypatch.setenv("COLUMNS", "160")
     metrics = RunFolder(folder / "tables" / "ml-1m" / "hstu-seed1").metrics
     command = [sys.executable, str(ROOT / "launch" / "reproduce.py"), *TABLE]
@@ -407,7 +410,17 @@ def test_a_table_is_stopped_goes_on_and_is_printed(folder, trained, monkeypatch)
         assert "was stopped; run the same command again to go on" in text.read()
     before = metrics.read_text()
     assert before.count('"train"') < 15 * 4
-    done = run("reproduce", *TABLE, folder=folder)
+
+
+    def start(command, log=None, begun=None):
+        ranks = in_ranks(command[len(cells.TORCHRUN) + 1 :], [folder, folder])
+        print("".join(one.stdout + one.stderr for one in ranks))
+        return max(one.returncode for one in ranks)
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cells, "exit_status", start)
+    assert reproduce.main(TABLE) == 0
+    done = capsys.readouterr().out
     assert "resuming" in done and metrics.read_text().startswith(before)
     rows = [r for r in RunFolder(metrics.parent).read_metrics() if r["kind"] == "eval"]
     best = max((r for r in rows if r["split"] == "valid"), key=lambda r: r["mrr"])
