@@ -411,7 +411,6 @@ def test_a_table_is_stopped_goes_on_and_is_printed(folder, trained, monkeypatch,
     before = metrics.read_text()
     assert before.count('"train"') < 15 * 4
 
-
     def start(command, log=None, begun=None):
         ranks = in_ranks(command[len(cells.TORCHRUN) + 1 :], [folder, folder])
         print("".join(one.stdout + one.stderr for one in ranks))

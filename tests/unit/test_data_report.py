@@ -67,5 +67,20 @@ def test_each_figure_is_set_beside_what_is_required(tmp_path):
     }
 
 
+def test_what_was_proved_before_is_kept_and_ray_is_judged_by_the_largest_log(tmp_path):
+    proved = {"what": PARTS["kills"].proves, "required": "holds", "measured": "holds", "reached": True}
+    (tmp_path / "data.json").write_text(json.dumps([proved]))
+    rows = [
+        {"log_actions": actions, "engine": engine, "seconds": seconds, "peak_bytes": 1}
+        for actions in (10**7, 10**8)
+        for engine, seconds in (("process", 4.0), ("ray", 10.0))
+    ]
+    file_of("prepare", tmp_path).write_text(json.dumps({"rows": rows}))
+    found = {one.what: (one.required, one.reached) for one in verdicts({"prepare": 0}, tmp_path)}
+    assert found[PARTS["kills"].proves] == ("holds", True)
+    speeds = [said for what, said in found.items() if "Ray's speed" in what]
+    assert speeds == [("stated", True), ("at least 0.50", False)]
+
+
 def test_every_part_is_a_program_that_is_there():
     assert all((HERE / one.program[0]).is_file() for one in PARTS.values() if not one.proves)
