@@ -1,4 +1,4 @@
-"""What tells tensors from others: a digest of their bits, or a sketch of vectors, which rounding leaves as it is.
+"""What tells contents from others: a digest of their bits, or a sketch of vectors, which rounding leaves as it is.
 
 Shapes: I items, R of them in a stretch, E width of their vectors.
 """
@@ -19,6 +19,12 @@ SUMS = 8
 ROUNDING = 2.0**-10
 """Relative, what another machine may have rounded away: TF32 keeps ten bits."""
 ROWS_AT_ONCE = 1 << 14
+
+
+def digest(content: str | bytes) -> str:
+    """32 hexadecimal digits."""
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def digest_of(tensors: Mapping[str, Tensor], said: str = "") -> str:

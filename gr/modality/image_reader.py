@@ -14,10 +14,11 @@ from torch import Tensor
 
 from gr.config import POSITIVE, Section
 from gr.errors import UserError, nearest
+from gr.modality.digest import digest
 from gr.modality.encoder import Encoder
 from gr.modality.picture_files import open_pictures
 from gr.modality.pictures import Pictures, Unseen, say_bad, say_missing
-from gr.modality.reader import Reader, digest
+from gr.modality.reader import Reader
 from gr.modality.surroundings import Described
 from gr.modality.texts import as_texts
 from gr.processes import Processes

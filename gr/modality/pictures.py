@@ -7,7 +7,6 @@ Shapes: n items, S pixels along a side.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import warnings
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gr.errors import UserError
+from gr.modality.digest import digest
 from gr.modality.picture_files import Content, PictureFiles
 
 log = logging.getLogger(__name__)
@@ -142,9 +142,7 @@ class Pictures:
         """What tells each item's picture from others, as it is encoded."""
         for start in range(0, len(self), AT_ONCE):
             for content in self._contents(self.names[start : start + AT_ONCE]):
-                yield hashlib.blake2b(
-                    content if isinstance(content, bytes) else b"", digest_size=16
-                ).hexdigest()
+                yield digest(content if isinstance(content, bytes) else b"")
 
     def sampled(self) -> str:
         """Digests of up to ``SAMPLE`` items' pictures as they are encoded, evenly over all: ``DIGITS`` hexadecimal

@@ -5,7 +5,6 @@ Shapes: I items of a catalogue, E width of a vector.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,6 +21,7 @@ from gr.embeddings.shares import Shares
 from gr.errors import UserError, nearest
 from gr.modality import vectors
 from gr.modality.content import Items, encoded
+from gr.modality.digest import digest
 from gr.modality.encoder import (
     POOLING,
     Encoder,
@@ -227,9 +227,3 @@ class TextReader(Reader):
     @property
     def _most(self) -> int:
         return most_tokens(self.tokenizer, self.config, self.section.max_tokens)
-
-
-def digest(content: str | bytes) -> str:
-    """32 hexadecimal digits."""
-    content = content.encode() if isinstance(content, str) else content
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -5,7 +5,6 @@ Shapes: n items, V tokens of all of them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import string
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr.errors import UserError
+from gr.modality.digest import digest
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """What tells a tokenizer from others, whatever a release of tokenizers writes of it: its vocabulary, and how it
     cuts a text with something of everything in it.  32 hexadecimal digits."""
     said = [sorted(tokenizer.get_vocab().items()), tokenizer(SPECIMEN)["input_ids"]]
-    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+    return digest(json.dumps(said))
 
 
 def say_empty(texts: Sequence[str], of: Sequence[str]) -> None:

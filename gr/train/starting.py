@@ -96,21 +96,18 @@ def start(model: Model, config: RunConfig, processes: Processes, *, begun: bool 
 def _check_encoders(source: Source, model: Model, found: Iterable[str]) -> None:
     """Refuse a head, or a fusion, that was trained onto the vectors of another encoder than this model's, and what was
     trained with another tokenizer."""
-    for name, before in source.made_of.items():
+    for name, table in model.tables.items():
         if not any(parameter.startswith(f"tables.{name}.") for parameter in found):
             continue
-        tokenizers = {m["tokenizer"] for m in (before, model.tables[name].made_of()) if "tokenizer" in m}
-        if len(tokenizers) > 1:
+        before = source.made_of.get(name, {}).get("tokenizer")
+        if before and table.made_of().get("tokenizer", before) != before:
             raise UserError(
                 f"{source.what} was trained with another tokenizer than the encoder of model.item_tower comes with: "
                 "name an encoder with that one's tokenizer",
                 everywhere=True,
             )
-    for name, digest in source.encoders.items():
-        if not any(parameter.startswith(f"tables.{name}.") for parameter in found):
-            continue
-        now = model.tables[name].encoder_digest()
-        if now and now != digest:
+        encoder = source.encoders.get(name)
+        if encoder and table.encoder_digest() not in ("", encoder):
             raise UserError(
                 f"{source.what} was trained onto another encoder than model.item_tower names, and doesn't have it: "
                 "name that one, or start from a run that tuned its own",
