@@ -67,14 +67,18 @@ def overridden(raw: Mapping[str, Any], overrides: Sequence[str], schema: Any) ->
     return laid
 
 
+MARK = r"\t+|[\"'\\]|[,|;:#%&@*!?>`^-]+"
+"""A value that is read as it stands."""
+
+
 def parse_override(text: str) -> dict[str, Any]:
     """``a.b=1`` -> ``{'a': {'b': 1}}``; the value is YAML."""
     key, sign, value = text.partition("=")
     if not sign or not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", key):
         raise UserError(f"'{text}' is not an override: write key.key=value, for example train.epochs=3")
-    # tabs alone, as a shell gives a delimiter, are no YAML
-    tabs = value and not value.strip("\t")
-    nested: Any = value if tabs else yaml12.load(value, f"the value of '{shortened(text)}'")
+    # a mark alone, as a shell gives a delimiter or a quote, is no YAML, or stands for nothing
+    mark = re.fullmatch(MARK, value)
+    nested: Any = value if mark else yaml12.load(value, f"the value of '{shortened(text)}'")
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return nested

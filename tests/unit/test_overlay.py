@@ -179,7 +179,11 @@ def test_a_component_inside_a_component_is_known_by_the_name_of_the_outer_one():
         assert overridden(raw, overrides, Whole)["outer"]["part"] == {"name": "inner", "width": 3}
 
 
-def test_tabs_alone_are_a_value_as_the_shell_gives_them():
+def test_a_mark_alone_is_a_value_as_the_shell_gives_it():
     assert parse_override("csv.delimiter=\t") == {"csv": {"delimiter": "\t"}}
+    for mark in (",", "|", "||", ";", ":", "::", "#", "%", "'", '"', "\\", "-"):
+        assert parse_override(f"csv.delimiter={mark}") == {"csv": {"delimiter": mark}}
+    for value, meant in (("~", None), ("[]", []), ("{}", {}), ("''", ""), ('""', ""), ("", None), ("-1", -1)):
+        assert parse_override(f"a={value}") == {"a": meant}
     with pytest.raises(UserError, match="is not valid YAML"):
         parse_override("csv.delimiter=\t,")
