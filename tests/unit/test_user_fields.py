@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +34,8 @@ def test_columns_of_users_of_every_kind(tmp_path):
         city=["x", None, "z"],
         score=[0.5, 1.5, None],
         level=pa.array([1, None, 3]),
+        paid=pa.array([Decimal("1.00"), Decimal("2.25"), None]),
+        pair=pa.array([["p", "q"], ["q", "r"], None], pa.list_(pa.string(), 2)),
         likes=[[1], [2, 3], None],
         tags=[["p"], [], ["q", "r"]],
     )
@@ -40,12 +44,18 @@ def test_columns_of_users_of_every_kind(tmp_path):
     found = {name: column for name, column in rows.take(order).user_columns.items() if name != "user_id"}
     assert found["age"].tolist() == [3, 2] and found["city"].tolist() == ["z", ""]
     np.testing.assert_array_equal(found["score"], [np.nan, 1.5])
+    np.testing.assert_array_equal(found["paid"], [np.nan, 2.25])
     lists = {name: column for name, column in found.items() if isinstance(column, Jagged)}
     shown = {
         name: [column.values[a:b].tolist() for a, b in zip(column.offsets, column.offsets[1:])]
         for name, column in lists.items()
     }
-    assert shown == {"level": [[3], []], "likes": [[], [2, 3]], "tags": [["q", "r"], []]}
+    assert shown == {
+        "level": [[3], []],
+        "likes": [[], [2, 3]],
+        "tags": [["q", "r"], []],
+        "pair": [[], ["q", "r"]],
+    }
     with pytest.raises(UserError, match="has the column 'age' of users, which a log doesn't say"):
         ActionLog.append(str(tmp_path / "log.parquet"), str(dataset.path))
 
@@ -61,6 +71,14 @@ def test_columns_of_users_of_every_kind(tmp_path):
             r"'when' of the users holds timestamp\[ms\]",
         ),
         ({"id": ["a", "b"]}, "has no column 'name'"),
+        (
+            {"name": ["a", "b"], "likes": [[2**53 + 1, None], [1]]},
+            "'likes' of the users has lists in which a value is",
+        ),
+        (
+            {"name": ["a", "b"], "tags": [["x"], [None]]},
+            "'tags' of the users has lists in which a value is missing",
+        ),
     ],
 )
 def test_what_does_not_fit_is_a_sentence(tmp_path, columns, sentence):

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from gr.batch import Jagged
 from gr.data.making.convert import is_text, plain
+from gr.data.making.log_types import is_list
 from gr.errors import UserError
 
 
@@ -56,12 +57,17 @@ class UserFields:
 
 def _stored(column: pa.Array, name: str) -> pa.Array:
     kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if is_list(kind):
         inner = pa.string() if is_text(kind.value_type) else pa.int64()
-        return _cast(column, pa.list_(inner), name)  # one that nobody knows is taken as an empty one
+        lists = _cast(column, pa.list_(inner), name)  # one that nobody knows is taken as an empty one
+        if lists.flatten().null_count:
+            raise UserError(
+                f"column '{name}' of the users has lists in which a value is missing: leave it out of them"
+            )
+        return lists
     if is_text(kind):
         return pc.fill_null(_cast(column, pa.string(), name), "")
-    if pa.types.is_floating(kind):
+    if pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and kind.precision <= 15):
         return pc.fill_null(column.cast(pa.float64()), float("nan"))
     column = _cast(column, pa.int64(), name)
     if not column.null_count:
