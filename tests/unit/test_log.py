@@ -137,6 +137,19 @@ def test_damaged_row_group_is_named(tmp_path):
     assert message(path).endswith("): the file is damaged; write it again or leave it out")
 
 
+def test_a_page_that_is_not_what_its_checksum_says_is_named(tmp_path):
+    table = pa.table({"u": list(range(3000)), "i": [2] * 3000, "t": [3] * 3000})
+    path = tmp_path / "log.parquet"
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    data[10_000] ^= 16
+    path.write_bytes(data)
+    assert message(path).startswith(f"cannot read '{path}', row group 0, columns 'u', 'i', 't' (")
+    assert "CRC" in message(path) and message(path).endswith(
+        "the file is damaged; write it again or leave it out"
+    )
+
+
 def test_quarantine_keeps_what_is_wrong_and_counts_it(tmp_path):
     text = "u,i,t\n1,2,10\n1,,20\nx,2,30\n1,3,soon\n1,4\n1,5,50\n"
     path = csv(tmp_path, text)

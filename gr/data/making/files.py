@@ -214,7 +214,12 @@ def opened_parquet(files: Sequence[DataFile]) -> Iterator[pq.ParquetFile]:
 
 def _opened(source: Any, buffer: int, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
     return pq.ParquetFile(
-        source, metadata=footer, buffer_size=buffer, pre_buffer=False, coerce_int96_timestamp_unit="us"
+        source,
+        metadata=footer,
+        buffer_size=buffer,
+        pre_buffer=False,
+        coerce_int96_timestamp_unit="us",
+        page_checksum_verification=True,  # of pages that have one, as Spark writes them
     )
 
 
