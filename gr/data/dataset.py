@@ -162,12 +162,14 @@ class SequenceDataset:
         try:
             self.folder.read(name)
         except OSError:
-            raise UserError(
-                f"'{self.path}' has grown by {len(self.manifest.earlier) - number} appends since the generation "
-                f"{self.manifest.earlier[number]}, whose files are gone: append keeps one earlier generation, so use a "
-                "checkpoint at the end of an epoch to go on with the newest"
-            ) from None
+            raise _outgrown(self.path, self.manifest, number) from None
         return read_manifest(self.folder, name)
+
+    def _check_outgrown(self) -> None:
+        """Refuse a dataset from which files went because it has grown twice since it was opened."""
+        newest = read_manifest(self.folder)
+        if self.manifest.generation in newest.earlier[:-1]:
+            raise _outgrown(self.path, newest, newest.earlier.index(self.manifest.generation))
 
     def _check_files(self) -> None:
         """All that the manifest names is there, and the catalogue has its rows."""
@@ -196,6 +198,8 @@ class SequenceDataset:
                     entry.row_group, columns=stored, use_threads=pa.cpu_count() > 1
                 )
         except (OSError, pa.ArrowException, IndexError) as error:
+            if isinstance(error, FileNotFoundError):
+                self._check_outgrown()
             raise UserError(
                 f"cannot read {', '.join(info.name for info in infos)} in {where} ({first_line(error)}): "
                 f"{remedy(error, 'prepare the dataset again')}"
@@ -238,6 +242,15 @@ class SequenceDataset:
             return footer
 
 
+def _outgrown(path: Path | str, newest: Manifest, number: int) -> UserError:
+    """``number``: of the generation, among the earlier ones of the ``newest``."""
+    return UserError(
+        f"'{path}' has grown by {len(newest.earlier) - number} appends since the generation "
+        f"{newest.earlier[number]}, whose files are gone: append keeps one earlier generation, so use a "
+        "checkpoint at the end of an epoch to go on with the newest"
+    )
+
+
 def same_type(one: pa.DataType, other: pa.DataType) -> bool:
     """Whether two types are the same but for the names of list elements."""
     while pa.types.is_list(one) and pa.types.is_list(other):
@@ -271,7 +284,7 @@ class DatasetWriter:
         self.place = Folder(path)
         self._after = after
         self._earlier = [] if after is None else [*after.earlier, after.generation]
-        self.name, self.row_order, self.block_rows = name, row_order, block_rows
+        self.name, self.row_order, self.block_rows, self.overwrite = name, row_order, block_rows, overwrite
         self.action_type_names = action_type_names or []
         local = self.place.local
         if local is not None:
@@ -281,7 +294,8 @@ class DatasetWriter:
         elif local is None:
             self.scratch = Path(tempfile.mkdtemp(prefix="gr-writing-"))
         else:
-            self.scratch = local.with_name(f".{local.name}.writing-{os.getpid()}")
+            named = Path(os.path.abspath(local))  # which "." is not
+            self.scratch = named.with_name(f".{named.name}.writing-{os.getpid()}")
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._writer = BlockWriter(
             self.scratch, block_rows, hashed=row_order == "hash", earlier=len(self._earlier)
@@ -343,6 +357,8 @@ class DatasetWriter:
         )
         (self.scratch / MANIFEST).write_text(to_json(manifest))
         local = self.place.local
+        if self._after is None:  # another one may have been made there meanwhile
+            check_output(self.place.path, self.overwrite)
         if local is None:
             publish(self.scratch, self.place)
             shutil.rmtree(self.scratch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from gr.train.comparison import compare
 from gr.train.job import check_growing
 from gr.train.parts import build
 from tests.end_to_end.tiny import CONFIG, tensors_in, weights
+from tests.unit.logs_common import Notes
 
 SCHEMA = {
     "columns": {
@@ -239,6 +241,121 @@ def test_a_schema_of_other_columns_is_refused(tmp_path):
     with pytest.raises(UserError, match=said):
         ActionLog.append(f"{logs}/day-1.parquet", str(path), schema=less)
     assert SequenceDataset(path).manifest == dataset.manifest
+
+
+def grown(
+    folder: Path, first: dict, second: dict, *settings: str, **schema
+) -> tuple[SequenceDataset, list[str]]:
+    """A dataset of the actions ``first`` with ``second`` appended; and what was said about that."""
+    for name, columns in (("first", first), ("second", second)):
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    prepared(f"{folder}/first.parquet", folder / "set", **schema)
+    notes = Notes()
+    made = ActionLog.append(
+        f"{folder}/second.parquet", str(folder / "set"), settings=settings, progress=notes
+    )
+    return made, notes.said
+
+
+def actions(what=(1, 2), at=(10, 20), **more) -> dict:
+    return {"who": [1] * len(what), "what": what, "at": at, **more}
+
+
+BARE = {"columns": {"user": "who", "item": "what", "time": "at"}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "settings", "sentence"),
+    [
+        ({"filter": {"min_item_count": 1}}, ["filter.min_item_count=0"], "was filtered by counts"),
+        (
+            {},
+            ["duplicates=drop_exact"],
+            "was prepared with duplicates keep, which holds for all of it, and not with",
+        ),
+        (
+            {"max_user_actions": 5},
+            ["max_user_actions=null"],
+            "was prepared with max_user_actions 5, which holds for",
+        ),
+        ({}, ["item_ids=string"], "has item_ids of type integer, and the schema says string"),
+        ({}, ["users={path: x.parquet, user: who}"], "users describes users, of whom"),
+    ],
+)
+def test_what_held_for_the_first_log_holds_for_those_appended(tmp_path, schema, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        grown(tmp_path, actions(), actions(at=(30, 40)), *settings, **{**BARE, **schema})
+    other = tmp_path / "other.yaml"
+    other.write_text("columns: {user: who, item: what, time: at}\n")
+    if "filter" in schema:  # not by another schema either
+        with pytest.raises(UserError, match=sentence):
+            ActionLog.append(f"{tmp_path}/second.parquet", str(tmp_path / "set"), schema=other)
+    assert not SequenceDataset(tmp_path / "set").manifest.earlier
+
+
+def test_items_that_the_catalogue_no_longer_lists_keep_what_was_known_of_them(tmp_path):
+    items = tmp_path / "items.csv"
+    items.write_text("id,title,price\n1,one,3\n2,two,4\n")
+    schema = {**BARE, "catalogue": {"path": str(items), "item": "id"}}
+    first, said = grown(tmp_path, actions(), actions((3, 4), (30, 40)), **schema)
+    assert first.catalogue["title"].to_pylist() == ["one", "two", None, None]
+    assert "2 of 4 items are not in the catalogue: their columns are null" in said
+    items.write_text("id,title\n3,three\n1,ONE\n")
+    notes = Notes()
+    second = ActionLog.append(f"{tmp_path}/second.parquet", str(tmp_path / "set"), progress=notes)
+    assert second.catalogue["title"].to_pylist() == ["ONE", "two", "three", None]
+    assert "price" not in second.catalogue.column_names, "which the schema's catalogue has no more"
+    assert any("1 items of" in said and "keep what was known of them" in said for said in notes.said)
+    third = ActionLog.append(f"{tmp_path}/second.parquet", str(tmp_path / "set"), schema=BARE)
+    assert third.catalogue["title"].to_pylist() == ["ONE", "two", "three", None], "no catalogue is named"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sentence"),
+    [
+        ([1.5, 2.5], [2**53 + 1, 3], "9007199254740993 becomes a float64 of 2.53 or more"),
+        (["a", "b"], [2.0**60, 3.5], "is a float64 of 2.53 or more"),
+        ([1, 2], ["07", "3"], "'07' would become another value as an integer"),
+    ],
+)
+def test_no_value_becomes_another_for_the_type_that_the_dataset_has(tmp_path, first, second, sentence):
+    schema = {"columns": {**BARE["columns"], "fields": {"x": "x"}}}
+    with pytest.raises(UserError, match=sentence):
+        grown(tmp_path, actions(x=first), actions(at=(30, 40), x=second), **schema)
+
+
+def test_action_types_are_read_as_the_dataset_has_them_and_new_ones_are_said(tmp_path):
+    schema = {"columns": {**BARE["columns"], "action_type": "how"}}
+    with pytest.raises(UserError, match="'01' would become another id as an integer"):
+        grown(tmp_path, actions(how=[1, 2]), actions(at=(30, 40), how=["1", "01"]), **schema)
+    shutil.rmtree(tmp_path / "set")
+    made, said = grown(tmp_path, actions(how=["a", "b"]), actions(at=(30, 40), how=["b", "c"]), **schema)
+    assert made.manifest.action_type_names == ["a", "b", "c"]
+    assert f"action types that '{tmp_path / 'set'}' had not: c" in said
+
+
+def test_repeats_within_a_second_that_the_dataset_kept_stay(tmp_path):
+    """It was prepared from milliseconds, by which they are no repeats."""
+    schema = {**BARE, "duplicates": "drop_exact"}
+    first = actions((1, 1, 1), (10_001, 10_002, 10_002))
+    made, _ = grown(tmp_path, first, actions((1, 1), (10, 30)), "time_unit=s", time_unit="ms", **schema)
+    assert made.read_block(0).timestamps_A.tolist() == [10, 10, 30]
+
+
+def test_the_working_folder_grows_too(tmp_path, monkeypatch):
+    pq.write_table(pa.table(actions()), tmp_path / "first.parquet")
+    prepared(f"{tmp_path}/first.parquet", tmp_path / "in" / "set", **BARE)
+    monkeypatch.chdir(tmp_path / "in" / "set")
+    assert ActionLog.append(f"{tmp_path}/first.parquet", ".").actions == 4
+    assert os.listdir(tmp_path / "in") == ["set"] and not [n for n in os.listdir(".") if n.startswith(".")]
+
+
+def test_who_reads_on_after_two_appends_is_told_what_became_of_the_files(tmp_path):
+    made, _ = grown(tmp_path, actions(), actions(at=(30, 40)), **BARE)
+    before = SequenceDataset(made.path, made.manifest.earlier[0])
+    ActionLog.append(f"{tmp_path}/first.parquet", str(made.path))
+    with pytest.raises(UserError, match="has grown by 2 appends since the generation"):
+        before.read_block(0)
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

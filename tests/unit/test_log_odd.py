@@ -119,6 +119,13 @@ def test_columns_of_a_catalogue_that_cannot_be(tmp_path, columns, sentence):
     assert said.startswith(f"'{tmp_path}/items/part-0.parquet', ") and sentence in said
 
 
+def test_no_column_of_a_catalogue_may_be_kept(tmp_path):
+    form = catalogue(tmp_path, {"id": [1], "x": [5]})
+    form["catalogue"]["columns"] = []
+    made = make(write(tmp_path, u=[1]), tmp_path / "out", **form)
+    assert made.dataset.catalogue.column_names == ["item_id", "count"]
+
+
 def test_a_catalogue_of_nested_columns_is_kept(tmp_path):
     columns = {
         "tags": [["x"], None],

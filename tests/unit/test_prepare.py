@@ -20,6 +20,7 @@ from gr.data.making.ids import IdCodes
 from gr.data.making.partitions import choose_bits, group, time_order
 from gr.data.making.sources.base import make_source
 from gr.errors import UserError
+from gr.progress import Progress
 
 COLUMNS = {"user": "u", "item": "i", "time": "t", "value": "v", "action_type": "a", "fields": {"device": "d"}}
 
@@ -412,3 +413,19 @@ def test_existing_out_and_bad_partitions_are_refused(tmp_path):
     with pytest.raises(UserError, match="partitions is 3: give a power of two up to 512"):
         prepare(source, tmp_path / "out2", partitions=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "link", "log", "out"]
+
+
+def test_what_was_made_at_out_meanwhile_is_kept(tmp_path):
+    source, out = write_parquet(tmp_path / "log", random_log(1, text=False)), tmp_path / "out"
+    first = []
+
+    class Meanwhile(Progress):
+        def stage(self, name, *rest):
+            if name == "writing" and not first:
+                first.append(prepare(source, out).manifest)
+            return super().stage(name, *rest)
+
+    with pytest.raises(UserError, match="exists: choose another --out, or say --overwrite"):
+        make_source("log", {"columns": COLUMNS}).prepare(source, str(out), progress=Meanwhile())
+    assert first == [SequenceDataset(out).manifest]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]

@@ -9,7 +9,8 @@ What comes out is what preparing both logs at once gives, but that
 - items (and action types) that the dataset had keep their numbers, and new ones follow in the order of their raw ids;
 - actions of one user within one second keep the order of the generations, for a dataset keeps seconds;
 - an item of which ``max_user_actions`` left no action stays in the catalogue.
-Late actions, older than some of their user's, are put in their place and counted.
+Late actions, older than some of their user's, are put in their place and counted.  Items that the catalogue doesn't
+list any more keep what the dataset knows of them.
 
 Memory: a partition of the new log, a block of the dataset and the new actions of its users, and tables of the items.
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ import pyarrow.compute as pc
 from gr.data.columns import canonical, described
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.hashing import hash_ids
-from gr.data.making.described import join
+from gr.data.making.described import RESERVED, join, joined
 from gr.data.making.executor import Actions, saying_no_space
 from gr.data.making.in_process import InProcess, blocks
 from gr.data.making.partitions import Grouped, duplicates, time_order
@@ -83,11 +85,23 @@ def check_appendable(dataset: SequenceDataset, options: Preparation) -> None:
         raise UserError(
             f"'{dataset.path}' has the column '{extra[0]}' of users, which a log doesn't say: {prepare}"
         )
-    if options.filter != Filter():
+    asked = options.model_dump(mode="json", include=POLICIES)
+    before = {**asked, **{k: v for k, v in manifest.provenance.get("options", {}).items() if k in POLICIES}}
+    if any(Filter().model_dump() != policy["filter"] for policy in (before, asked)):
         raise UserError(
             f"'{dataset.path}' was filtered by counts (filter), which new actions change for actions that are gone: "
             f"{prepare}"
         )
+    if other := [key for key in asked if asked[key] != before[key]]:
+        key = other[0]
+        raise UserError(
+            f"'{dataset.path}' was prepared with {key} {before[key]}, which holds for all of it, and not with "
+            f"{asked[key]}: leave that as it was, or {prepare}"
+        )
+
+
+POLICIES = {"filter", "duplicates", "max_user_actions"}
+"""What is said of all actions of a dataset, and can't be said of those alone that come later."""
 
 
 class _Appending(Work):
@@ -126,6 +140,7 @@ class _Appending(Work):
                     self.writer.add(block)
                 stage.advance(old_users)
         catalogue, unlisted = join(ids, pa.array(written.items_C), described)
+        self.say_undescribed(unlisted, len(ids))
         told = self.dataset.manifest.provenance
         entry = {
             **provenance,
@@ -153,6 +168,32 @@ class _Appending(Work):
             },
         )
 
+    def describe(self) -> pa.Table | None:
+        """The catalogue that was given, and what the dataset knows of items that it doesn't list."""
+        given, catalogue = super().describe(), self.dataset.catalogue
+        names = [n for n in catalogue.column_names if n not in RESERVED]
+        if given is not None:
+            names = [n for n in names if n in given.column_names]
+        if not names:
+            return given
+        kept = pa.table({"item_id": catalogue.ids, **{name: catalogue[name] for name in names}})
+        known = reduce(pc.or_, (pc.is_valid(kept[name]) for name in names))
+        if given is None:
+            return kept.filter(known)
+        listed = pc.is_in(kept["item_id"], value_set=given["item_id"].combine_chunks())
+        kept = kept.filter(pc.and_(known, pc.invert(listed)))
+        if not len(kept):
+            return given
+        self.progress.note(
+            f"{len(kept):,} items of '{self.dataset.path}' are not in the catalogue any more: they keep what was known "
+            "of them"
+        )
+        for number, name in enumerate(kept.column_names):
+            kept = kept.set_column(
+                number, name, _as_far_as_it_goes(kept[name], given.schema.field(name).type)
+            )
+        return joined([given, kept], ["the catalogue", f"{self.dataset.path}"], "catalogue")
+
     def _numbering(self) -> tuple[np.ndarray, pa.Array]:
         """Code -> int32 row, and raw ids by row: old items as they are, new ones in the order of their ids."""
         assert self.items.ids is not None
@@ -168,6 +209,8 @@ class _Appending(Work):
         known = {name: number for number, name in enumerate(self.old_type_names)}
         names, codes = self.action_types()  # codes: in the order of the raw values
         numbers = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
+        if new := list(known)[len(self.old_type_names) :]:
+            self.progress.note(f"action types that '{self.dataset.path}' had not: {', '.join(new)}")
         return list(known), numbers[codes]
 
     def _merged(self, step: Writing) -> Iterator[tuple[Sequences, int]]:
@@ -207,10 +250,11 @@ class _Appending(Work):
                 )
 
     def _together(self, old: Sequences, arrived: Sequences) -> Sequences:
-        merged, late = merge(old, arrived)
+        merged, late, from_old_A = merge(old, arrived)
         self.late += late
         if self.options.duplicates == "drop_exact":
-            merged = without_repeats(merged)
+            # of what the dataset has nothing is a repeat, though it may have been told apart by parts of a second
+            merged = without_repeats(merged, from_old_A)
         return self._capped(merged)
 
     def _capped(self, rows: Sequences) -> Sequences:
@@ -220,15 +264,17 @@ class _Appending(Work):
         return rows.take(np.arange(len(rows)), np.maximum(rows.lengths_R - most, 0))
 
 
-def without_repeats(rows: Sequences) -> Sequences:
-    """The rows without exact repeats of a user's action."""
+def without_repeats(rows: Sequences, kept_A: np.ndarray | None = None) -> Sequences:
+    """The rows without exact repeats of a user's action, but for those that are ``kept_A`` (A, bool)."""
     columns = {"item": pa.array(rows.items_A), "time": pa.array(rows.timestamps_A)}
-    return rows.keep(~duplicates(Grouped(pa.array(rows.users_R), rows.offsets_R1, columns)))
+    again_A = duplicates(Grouped(pa.array(rows.users_R), rows.offsets_R1, columns))
+    return rows.keep(~again_A if kept_A is None else ~again_A | kept_A)
 
 
-def merge(old: Sequences, arrived: Sequences) -> tuple[Sequences, int]:
+def merge(old: Sequences, arrived: Sequences) -> tuple[Sequences, int, np.ndarray]:
     """Users of both in the order of (hash64(id), id), each with all actions in the order of time, those of ``old``
-    first where times are equal; and how many of the others come before one of ``old``."""
+    first where times are equal; how many of the others come before one of ``old``; and which actions are of ``old``
+    (A, bool)."""
     rows = Sequences.concatenate([old, arrived])
     by_hash = pc.sort_indices(
         pa.table(
@@ -252,12 +298,21 @@ def merge(old: Sequences, arrived: Sequences) -> tuple[Sequences, int]:
     last_old_U = np.full(count, -1)
     np.maximum.at(last_old_U, rank_A[order][from_old], np.flatnonzero(from_old))
     late = int((~from_old & (np.arange(len(order)) < last_old_U[rank_A[order]])).sum())
-    return Sequences(
+    merged = Sequences(
         offsets_R1=np.concatenate([[0], np.cumsum(np.bincount(rank_A, minlength=count))]).astype(np.int64),
         ordinals_R=np.arange(count),
         columns={name: gather(column, order) for name, column in rows.columns.items()},
         user_columns={USER_ID: users[first]},
-    ), late
+    )
+    return merged, late, from_old
+
+
+def _as_far_as_it_goes(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """The column as ``kind``, or as it is where that would lose something."""
+    try:
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return column
 
 
 class _Stream:

@@ -192,7 +192,10 @@ def to_field(column: pa.Array, kind: str, asked: bool = True) -> Converted:
     if kind == "string":
         return Converted(pc.fill_null(_as_text(exact), ""), tuple(problems))
     if is_text(column.type):
-        problems += some(pc.match_substring_regex(column, "^-?0[xX]"), problem, fix)
+        if asked:
+            problems += some(pc.match_substring_regex(column, "^-?0[xX]"), problem, fix)
+        else:
+            problems += some(_zero_first(column), "would become another value as an integer", fix)
     values, bad = _numbers(exact, pa.int64())
     return checked(values, problems + some(bad, problem, fix))
 

@@ -46,7 +46,7 @@ def _read(
             names = file.parquet().schema_arrow.names
         else:
             names = csv_columns(file, schema.csv)
-        wanted = list(dict.fromkeys([id_column, *(schema.columns or names)]))
+        wanted = list(dict.fromkeys([id_column, *(names if schema.columns is None else schema.columns)]))
         for column in wanted:
             require_column(file.name, column, names)
         if file.format == "parquet":
@@ -66,7 +66,7 @@ def _read(
             table = _as_text(table, file.name, key)
         parts.append(catalogue_table(table, id_column, integer_ids, file.name, what))
         names_of.append(file.name)
-    table = _joined(parts, names_of, what)
+    table = joined(parts, names_of, what)
     check_distinct(table, schema.path, {"catalogue": "item", "users": "user"}[key])
     return table
 
@@ -94,7 +94,7 @@ def _checked(table: pa.Table, name: str, what: str) -> pa.Table:
     return table
 
 
-def _joined(parts: list[pa.Table], files: list[str], what: str) -> pa.Table:
+def joined(parts: list[pa.Table], files: list[str], what: str) -> pa.Table:
     """The rows of all files.  A column is text where it is in each of them in some form, a float where one has floats
     and others integers that floats can hold."""
     for column in dict.fromkeys(name for part in parts for name in part.column_names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ def workplace(out: str, options: Preparation) -> Path:
     """The folder, made if need be, in which lies what is put aside until ``out`` is complete: ``scratch``, beside a
     path of this machine, or else among the machine's temporary files."""
     local = Folder(out).local
-    where = Path(tempfile.gettempdir()) if local is None else local.parent
+    where = Path(tempfile.gettempdir()) if local is None else Path(os.path.abspath(local)).parent
     if options.scratch:
         where = Path(options.scratch)
     where.mkdir(parents=True, exist_ok=True)

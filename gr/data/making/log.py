@@ -26,7 +26,7 @@ from gr.data.making.doubts import Doubts
 from gr.data.making.files import DataFile, find_files
 from gr.data.making.log_types import IDS, Layout, csv_sample, lay_out_csv, lay_out_parquet, plain_size
 from gr.data.making.quarantine import BadRow, Quarantine, refuse
-from gr.data.making.schema import FieldColumn, LogSchema
+from gr.data.making.schema import FieldColumn, FieldOfDataset, LogSchema
 from gr.data.making.times import FileTimes, Times, when
 from gr.data.stores import first_line, remedy
 from gr.errors import UserError
@@ -411,7 +411,8 @@ class LogReader:
             return lambda c: convert.to_ids(c, role in types.integers, FIXES[role])
 
         def field(name: str, kind: str) -> Callable[[pa.Array], Converted]:
-            asked = self.fields[name].type != "auto"
+            spec = self.fields[name]
+            asked = spec.type != "auto" and not isinstance(spec, FieldOfDataset)
             return lambda c: convert.to_field(c, kind, asked)
 
         return {

@@ -154,10 +154,7 @@ class Work:
                 f"max_user_actions {options.max_user_actions}: {self.capped_users:,} users had more, of whom "
                 f"{self.capped_actions:,} earlier actions were left out"
             )
-        if unlisted:
-            self.progress.note(
-                f"{unlisted:,} of {len(ids):,} items are not in the catalogue: their columns are null"
-            )
+        self.say_undescribed(unlisted, len(ids))
         quarantine = self.executor.quarantine
         quarantine.publish(self.writer.scratch / "quarantine")
         return self.writer.finish(
@@ -175,6 +172,10 @@ class Work:
                 ),
             },
         )
+
+    def say_undescribed(self, items: int, of: int) -> None:
+        if items:
+            self.progress.note(f"{items:,} of {of:,} items are not in the catalogue: their columns are null")
 
     def say(self) -> None:
         for remark in self.actions.remarks():

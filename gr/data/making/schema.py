@@ -33,6 +33,11 @@ class FieldColumn(Section):
     type: Literal["auto", "integer", "float", "string"] = "auto"
 
 
+class FieldOfDataset(FieldColumn):
+    """One whose type is that which the dataset has that is appended to, and was not asked for: no value may become
+    another for it."""
+
+
 GIVEN = frozenset(("user_id", "item", "time", "type", "value"))
 """Names of columns that a dataset gives."""
 

@@ -15,8 +15,9 @@ from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.executor import name_of
 from gr.data.making.files import keep_apart
 from gr.data.making.log import LogReader
+from gr.data.making.log_types import plain_integer
 from gr.data.making.prepare import Described, prepare
-from gr.data.making.schema import FieldColumn, LogSchema, Preparation
+from gr.data.making.schema import FieldColumn, FieldOfDataset, LogSchema, Preparation
 from gr.data.making.sources.base import QUIET, Source, make_source
 from gr.data.sequences import USER_ID
 from gr.errors import UserError
@@ -91,6 +92,11 @@ class ActionLog(Source):
         if source in [told.get("source"), *(entry.get("source") for entry in told.get("appended", []))]:
             progress.note(f"'{to}' has actions of '{source}' already: what that holds still comes in twice")
         check_appendable(dataset, made.options)
+        if made.options.users is not None:
+            raise UserError(
+                f"users describes users, of whom '{to}' has no columns, and an append gives it none: leave it out, or "
+                "prepare the old and the new log together"
+            )
         keep_apart(source, to, "to")
         return append(
             dataset,
@@ -118,17 +124,24 @@ def _of_types(options: Any, dataset: SequenceDataset) -> Any:
     """The schema with the types that the dataset has: what a file of the new log alone would say may be another."""
     kinds: dict[str, Any] = {"int64": "integer", "float64": "float", "string": "string"}
     have = {info.name: kinds[info.type] for info in dataset.manifest.columns if info.type in kinds}
-    fields = {
-        name: FieldColumn.model_validate(
-            {"column": spec if isinstance(spec, str) else spec.column, "type": have.get(name, "auto")}
-        )
-        for name, spec in options.columns.fields.items()
+    fields = {}
+    for name, spec in options.columns.fields.items():
+        fields[name] = FieldColumn(column=spec) if isinstance(spec, str) else spec
+        if fields[name].type == "auto" and name in have:
+            fields[name] = FieldOfDataset(column=fields[name].column, type=have[name])
+    ids = {
+        "user_ids": have[USER_ID],
+        "item_ids": "integer" if pa.types.is_integer(dataset.catalogue.ids.type) else "string",
     }
-    integer_items = pa.types.is_integer(dataset.catalogue.ids.type)
+    for key, kind in ids.items():
+        if getattr(options, key) not in ("auto", kind):
+            raise UserError(
+                f"'{dataset.path}' has {key} of type {kind}, and the schema says {getattr(options, key)}: leave it "
+                "out, or prepare the old and the new log together"
+            )
+    names = [name.encode() for name in dataset.manifest.action_type_names]
+    if options.action_types == "auto" and names:
+        ids["action_types"] = "integer" if all(map(plain_integer, names)) else "string"
     return options.model_copy(
-        update={
-            "columns": options.columns.model_copy(update={"fields": fields}),
-            "user_ids": have[USER_ID],
-            "item_ids": "integer" if integer_items else "string",
-        }
+        update={"columns": options.columns.model_copy(update={"fields": fields}), **ids}
     )
