@@ -124,6 +124,45 @@ def test_what_is_wrong_with_recbole_files_is_one_sentence(tmp_path):
     assert prepared("recbole", source, out, {"fields": []}).dataset.actions == 3
 
 
+def test_a_list_is_no_item_and_a_column_of_items_keeps_its_name(tmp_path):
+    out, source = (
+        tmp_path / "out",
+        atomic(tmp_path / "ml", INTER.replace("item_id:token", "item_id:token_seq")),
+    )
+    assert "column 'item_id': type token_seq is a list, and an action has one item" in refused(
+        "recbole", source, out
+    )
+    source = atomic(tmp_path / "ml", INTER, "item_id:token\tcount:float\n7\t3\n")
+    assert refused("recbole", source, out) == (
+        f"'{source}/ml.item' has a column 'count', a name that gr gives: write another into the header"
+    )
+
+
+def test_parts_of_one_recbole_data_set_are_joined_and_several_are_said(tmp_path):
+    inter = "user_id:token\titem_id:token\n1\t5\n"
+    for name in ("ml.train", "ml.test"):
+        source = atomic(tmp_path / "ml", inter, "", name)
+    made = prepared("recbole", source, tmp_path / "out")
+    assert made.rows == {1: [(5,), (5,)]} and not any("read as one log" in said for said in made.said)
+    atomic(source, inter, "", "other")
+    said = prepared("recbole", source, tmp_path / "out").said
+    assert (
+        f"'{source}/*.inter' is read as one log, of ml, other: name a file if they are several data sets"
+        in said
+    )
+
+
+def test_recbole_times_are_floats_in_any_unit(tmp_path):
+    inter = "user_id:token\titem_id:token\ttimestamp:float\n1\t5\t1700000000000.0\n1\t6\t1700000001000\n"
+    source = atomic(tmp_path / "ml", inter, "")
+    made = prepared("recbole", source, tmp_path / "out", {"time_unit": "ms"})
+    assert made.rows == {1: [(5, 1_700_000_000), (6, 1_700_000_001)]}
+    source = atomic(tmp_path / "ml", inter.replace("0000.0", "0000.5"), "")
+    assert "'1700000000000.5' is not a whole number of time_unit 'ms'" in refused(
+        "recbole", source, tmp_path / "none", {"time_unit": "ms"}
+    )
+
+
 # -- lists ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +306,28 @@ def test_lines_of_integers_or_text(tmp_path, chunk):
     given = {"catalogue": {"path": str(items), "item": "id"}}
     described = prepared("sequences", tmp_path / "*.txt*", tmp_path / "out", given)
     assert described.dataset.catalogue["title"].to_pylist() == ["B", "C"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf_8"])
+def test_a_mark_before_the_text_is_no_part_of_a_user(tmp_path, encoding):
+    file = text(tmp_path, "\ufeff2 10\n")
+    assert prepared("sequences", file, tmp_path / "out", {"encoding": encoding}).rows == {2: [(10,)]}
+
+
+def test_lines_without_items_are_counted_and_said(tmp_path):
+    file = text(tmp_path, "1 2\n3\n4\n")
+    made = prepared("sequences", file, tmp_path / "out")
+    said = f"2 lines have a user and no item, the first is '{file}', line 2: '3': these users are not in the dataset"
+    assert made.rows == {1: [(2,)]} and said in made.said and made.facts["assumptions"] == [said]
+    file = text(tmp_path, "1,2\n3,4\n")
+    assert refused("sequences", file, tmp_path / "none") == (
+        f"2 lines have a user and no item, the first is '{file}', line 1: '1,2': these users are not in the dataset; "
+        "set delimiter to what stands between ids"
+    )
+    assert "no line has an item behind its user by delimiter ';'" in refused(
+        "sequences", file, tmp_path / "none", {"delimiter": ";"}
+    )
+    assert prepared("sequences", file, tmp_path / "out", {}, "delimiter=,").rows == {1: [(2,)], 3: [(4,)]}
 
 
 def test_lines_that_are_wrong_are_named_or_put_aside(tmp_path):

@@ -167,6 +167,8 @@ class Times:
             problem, fix = f"is not a whole number of time_unit '{clock.unit}'", "check time_unit"
             column, problems = readable(column, problem, fix)
             exact, inexact = exact_integers(column)
+            if column.type == pa.string():  # of an integer that became a float before it was written
+                exact = pc.replace_substring_regex(exact, r"^(-?[0-9]+)\.0+$", r"\1")
             ticks, bad = cast_rows(exact, pa.int64())
             if bad is not None and column.type == pa.string():
                 dates = pc.match_substring_regex(column, DATE)

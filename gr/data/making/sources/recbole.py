@@ -14,7 +14,7 @@ from pydantic import AfterValidator, model_validator
 from gr.data.dataset import SequenceDataset
 from gr.data.making.convert import cast_rows
 from gr.data.making.csv_files import csv_columns
-from gr.data.making.described import read_catalogue
+from gr.data.making.described import RESERVED, read_catalogue
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.executor import name_of
 from gr.data.making.files import DataFile, find_files, is_there
@@ -86,7 +86,13 @@ class RecBole(Source):
             )
         found = source if source.endswith(".inter") else f"{source.rstrip('/')}/*.inter"
         items = f"{found.removesuffix('.inter')}.item"
-        schema = self._schema(find_files(found, "csv", key=None)[0], found, progress)
+        files = find_files(found, "csv", key=None)
+        # NAME.train.inter and NAME.test.inter are parts of one
+        if len(names := sorted({name_of(file.path).partition(".")[0] for file in files})) > 1:
+            progress.note(
+                f"'{found}' is read as one log, of {', '.join(names)}: name a file if they are several data sets"
+            )
+        schema = self._schema(files[0], found, progress)
         described = is_there(items)
         if is_there(f"{found.removesuffix('.inter')}.user"):
             progress.note("the .user file is not read: a dataset holds of users what they did")
@@ -121,6 +127,12 @@ class RecBole(Source):
         for name in (*filter(None, role.values()), *others):
             if name not in types:
                 raise UserError(f"'{file.name}' has no column '{name}': {nearest(name, types)}")
+        for key, name in role.items():
+            if name is not None and TYPES[types[name]] is None:
+                raise UserError(
+                    f"'{file.name}', column '{name}': type {types[name]} is a list, and an action has one {key}: set "
+                    f"{key} to another column, or write a line an action"
+                )
         lists = [name for name in others if TYPES[types[name]] is None]
         if lists and options.fields is not None:
             raise UserError(
@@ -172,6 +184,10 @@ class RecBole(Source):
         columns = {}
         for typed in table.column_names:
             name, _, kind = typed.rpartition(":")
+            if name in RESERVED:
+                raise UserError(
+                    f"'{file.name}' has a column '{name}', a name that gr gives: write another into the header"
+                )
             columns[name or typed] = _numbers(file, typed, table[typed]) if kind == "float" else table[typed]
         return pa.table(columns)
 

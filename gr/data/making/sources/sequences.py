@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import io
 from collections.abc import Iterator, Sequence
@@ -88,6 +89,10 @@ class SequenceLines:
 
     has_times = False
     ticks_per_second = 1
+    without_items = 0
+    """Lines with nothing behind the user."""
+    first_without = ""
+    """Where the first of them is, and what it says."""
 
     def __init__(
         self,
@@ -114,10 +119,18 @@ class SequenceLines:
         }
 
     def remarks(self) -> list[str]:
-        return []
+        return self._assumptions()
 
     def facts(self) -> dict[str, Any]:
-        return {"files": len(self.files)}
+        return {"files": len(self.files), "assumptions": self._assumptions()}
+
+    def _assumptions(self) -> list[str]:
+        if not self.without_items:
+            return []
+        return [
+            f"{self.without_items:,} lines have a user and no item, the first is {self.first_without}: these users are "
+            "not in the dataset"
+        ]
 
     @property
     def table_schema(self) -> pa.Schema:
@@ -138,14 +151,17 @@ class SequenceLines:
 
     def only(self, part: None) -> SequenceLines:
         reader = copy.copy(self)
-        reader.rows_read = 0
+        reader.rows_read = reader.without_items = 0
         return reader
 
     def seen(self) -> dict[str, Any]:
-        return {"rows": self.rows_read}
+        return {"rows": self.rows_read, "without_items": [self.without_items, self.first_without]}
 
     def add_seen(self, seen: dict[str, Any]) -> None:
         self.rows_read += seen["rows"]
+        lines, first = seen["without_items"]
+        self.without_items += lines
+        self.first_without = self.first_without or first
 
     def tables(self, chunk_rows: int, quarantine: Quarantine) -> Iterator[pa.Table]:
         users: list[Any] = []
@@ -161,6 +177,11 @@ class SequenceLines:
                 first, *sequence = ids
                 user = int(first) if "user" in self.integers else first
                 seen.add(user)
+                if not sequence:
+                    self.first_without = (
+                        self.first_without or f"'{file.name}', line {number}: {line[:SHOWN]!r}"
+                    )
+                    self.without_items += 1
                 users.extend([user] * len(sequence))
                 items.extend(map(int, sequence) if "item" in self.integers else sequence)
                 if len(users) >= chunk_rows:
@@ -168,12 +189,18 @@ class SequenceLines:
                     users, items = [], []
         if users:
             yield self._table(users, items)
+        if self.without_items == len(seen) > 0:
+            raise UserError(
+                f"{self._assumptions()[0]}; set delimiter to what stands between ids"
+                if self.delimiter is None
+                else f"no line has an item behind its user by delimiter {self.delimiter!r}, the first is "
+                f"{self.first_without}: set delimiter to what stands between ids"
+            )
 
     def _lines(self, file: DataFile) -> Iterator[tuple[int, str]]:
         """(number, line) of those that aren't blank."""
-        encoding = (
-            "utf-8-sig" if self.encoding == "utf-8" else self.encoding
-        )  # with a mark at the start or without
+        utf8 = codecs.lookup(self.encoding).name == "utf-8"
+        encoding = "utf-8-sig" if utf8 else self.encoding  # with a mark at the start or without
         try:
             with io.TextIOWrapper(file.open(), encoding=encoding) as text:
                 for number, line in enumerate(text, 1):
