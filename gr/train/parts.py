@@ -195,7 +195,8 @@ def check_targets(config: RunConfig, data: Data) -> None:
     if not counted.users:
         raise UserError(
             f"data.split leaves no user of dataset '{path}' two actions to train on, an input and its "
-            "target: hold out fewer, or prepare a log with longer histories"
+            f"target: hold out fewer{', keep more (data.transforms)' if data.dataset.filters else ''}, or prepare a "
+            "log with longer histories"
         )
     for name in config.eval.splits:
         if not counted.targets[name]:

@@ -124,6 +124,9 @@ class Trainer:
                 if stop:
                     return cursor.finished
                 if not cursor.finished:  # there was nothing to do
+                    if self.processes.is_main:
+                        waits = " yet: the last period waits for later actions (data.split.last)"
+                        print(f"nothing is left to train on{waits if self.one_pass else ''}", flush=True)
                     cursor.finished = True
                     self.save()
             return True

@@ -208,6 +208,16 @@ def test_what_does_not_go_with_one_pass_is_one_sentence(config, keys, sentence):
         job.run(config(*CHRONOLOGICAL, *keys))
 
 
+def test_a_last_period_that_waits_is_said_where_nothing_else_is_there(config, capsys):
+    run = job.run(
+        config("data.split={name: chronological, period: 90d, start: 1000000, last: wait}", CHRONOLOGICAL[1])
+    )
+    assert run.finished and not [r for r in run.metrics if r["kind"] == "train"]
+    assert (
+        "nothing is left to train on yet: the last period waits for later actions" in capsys.readouterr().out
+    )
+
+
 def test_a_moment_may_be_a_day(dataset):
     assert Chronological.Config(start="1970-01-02", period="2d").start == 86400
     assert Chronological.Config(start="1970-01-01T01:30").start == 5400
