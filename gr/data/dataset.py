@@ -63,7 +63,8 @@ class SequenceDataset:
     """A sequence dataset opened for reading; blocks are read when asked for.
 
     Opening checks the manifest, and that all files are there.  What is read is checked against the checksums that the
-    manifest keeps: a column of a block the first time that this object reads it.
+    manifest keeps: a column of a block the first time that this object reads it, or reads it from a file that was
+    replaced.
     """
 
     def __init__(self, path: str | os.PathLike, generation: str | None = None):
@@ -76,6 +77,7 @@ class SequenceDataset:
         self._columns = {info.name: info for info in self.manifest.columns}
         self._checked: set[tuple[int, str]] = set()
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._marks: dict[str, tuple[int, ...] | None] = {}
         self._reading_footer = threading.Lock()
         self.filters: tuple[Filter, ...] = ()
         self._check_files()
@@ -231,6 +233,15 @@ class SequenceDataset:
 
     def _footer(self, file: str) -> pq.FileMetaData:
         with self._reading_footer:
+            if (
+                self._marks.setdefault(file, mark := self.folder.mark(file)) != mark
+            ):  # replaced: nothing is known of it
+                self._marks[file] = mark
+                self._footers.pop(file, None)
+                of_file = [
+                    known for known in list(self._checked) if self.manifest.blocks[known[0]].file == file
+                ]
+                self._checked.difference_update(of_file)
             footer = self._footers.get(file)
             if footer is None:
                 with self.folder.parquet(file) as parquet:

@@ -62,6 +62,13 @@ class Folder:
         self._sizes.update({f"{folder}/{name}": size for name, size in sizes.items()})
         return set(sizes)
 
+    def mark(self, file: str) -> tuple[int, ...] | None:
+        """What changes when a file of this machine is replaced; of a store nothing is asked."""
+        if self.local is None:
+            return None
+        found = os.stat(self.local / file)
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     @contextmanager
     def parquet(
         self,

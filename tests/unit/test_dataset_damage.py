@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -420,3 +421,18 @@ def test_a_manifest_with_its_digest_made_anew_still_has_to_fit_the_files(copy):
     file.write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"column 'item' in row group 1 .*its checksum differs"):
         SequenceDataset(copy).read_block(1)
+
+
+def test_a_file_that_is_replaced_under_a_reader_is_checked_again(tmp_path):
+    for name, items in (("set", [0, 1, 2]), ("other", [0, 2, 1])):
+        writer = DatasetWriter(tmp_path / name, "t")
+        writer.add(Sequences.of(np.arange(1), np.array([0, 3]), item=np.array(items, np.int32)))
+        writer.finish(pa.table({"item_id": [0, 1, 2], "count": [1, 1, 1]}))
+    dataset, file = SequenceDataset(tmp_path / "set"), "sequences/part-00000.parquet"
+    assert dataset.read_block(0).items_A.tolist() == [0, 1, 2]
+    shutil.copy(tmp_path / "set" / file, tmp_path / "same")
+    os.replace(tmp_path / "same", tmp_path / "set" / file)
+    assert dataset.read_block(0).items_A.tolist() == [0, 1, 2]
+    os.replace(tmp_path / "other" / file, tmp_path / "set" / file)
+    with pytest.raises(UserError, match="does not hold what was written there"):
+        dataset.read_block(0)
