@@ -32,7 +32,7 @@ def preparation_tables(dataset: SequenceDataset) -> list[Table]:
             table.add_row(stage["stage"], *("" if n is None else f"{n:,}" for n in counts))
         tables.append(table)
     if reasons := provenance.get("quarantined"):
-        title = escape(f"{dataset.path}/quarantine")
+        title = escape(f"{dataset.path}/quarantine{'*' if provenance.get('appended') else ''}")
         table = Table("quarantined because", title=title, title_justify="left")
         table.add_column("rows", justify="right")
         for reason, count in reasons.items():
@@ -46,7 +46,8 @@ def remarks_tables(dataset: SequenceDataset) -> list[Table]:
     provenance = dataset.manifest.provenance
     table = Table("", "how the log was read", title_justify="left")
     for kind, key in (("assumed", "assumptions"), ("[yellow]doubt", "doubts")):
-        for sentence in provenance.get(key, []):
+        logs = [provenance, *provenance.get("appended", [])]
+        for sentence in dict.fromkeys(said for log in logs for said in log.get(key, [])):
             table.add_row(kind, escape(sentence))
     if capped := provenance.get("capped"):
         said = f"{capped['actions']:,} earlier actions of {capped['users']:,} users are left out (max_user_actions)"

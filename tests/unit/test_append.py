@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
 from gr import config as configs
 from gr.data.dataset import SequenceDataset
+from gr.data.describe_tables import preparation_tables
 from gr.data.hashing import hash_ids
 from gr.data.making.sources.base import make_source
 from gr.data.making.sources.log import ActionLog
@@ -332,6 +334,20 @@ def test_action_types_are_read_as_the_dataset_has_them_and_new_ones_are_said(tmp
     made, said = grown(tmp_path, actions(how=["a", "b"]), actions(at=(30, 40), how=["b", "c"]), **schema)
     assert made.manifest.action_type_names == ["a", "b", "c"]
     assert f"action types that '{tmp_path / 'set'}' had not: c" in said
+
+
+def test_what_is_doubted_of_a_day_and_put_aside_of_it_is_shown_with_the_rest(tmp_path):
+    schema = {**BARE, "time_unit": "ms", "on_bad_rows": "quarantine"}
+    first = actions((1, 2, None), (1_700_000_000_000, 1_700_000_001_000, 1_700_000_002_000))
+    made, _ = grown(tmp_path, first, actions((3, None), (1_700_000_003, 1_700_000_004)), **schema)
+    console = Console(width=400)
+    with console.capture() as shown:
+        for table in preparation_tables(made):
+            console.print(table)
+    assert "in s: set time_unit: s if that is it" in shown.get()
+    assert made.manifest.provenance["quarantined"] == {"what: missing": 2}
+    found = [len(pq.read_table(tmp_path / "set" / f"quarantine{n}")) for n in ("", "-1")]
+    assert found == [1, 1]
 
 
 def test_repeats_within_a_second_that_the_dataset_kept_stay(tmp_path):

@@ -20,6 +20,7 @@ Shapes: R users, A actions of all of them, I items.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import reduce
@@ -162,7 +163,9 @@ class _Appending(Work):
             {
                 **told,
                 "stages": [asdict(s) for s in self.stages(written, len(ids))],
-                "quarantined": dict(sorted(quarantine.reasons.items())),
+                "quarantined": dict(
+                    sorted((quarantine.reasons + Counter(told.get("quarantined", {}))).items())
+                ),
                 "items_not_described": unlisted,
                 "appended": [*told.get("appended", []), entry],
             },
