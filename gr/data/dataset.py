@@ -306,7 +306,8 @@ class DatasetWriter:
             self.scratch = Path(tempfile.mkdtemp(prefix="gr-writing-"))
         else:
             named = Path(os.path.abspath(local))  # which "." is not
-            self.scratch = named.with_name(f".{named.name}.writing-{os.getpid()}")
+            # a number of the process may be another one's, of another host or container
+            self.scratch = named.with_name(f".{named.name}.writing-{secrets.token_hex(4)}")
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._writer = BlockWriter(
             self.scratch, block_rows, hashed=row_order == "hash", earlier=len(self._earlier)
@@ -418,6 +419,10 @@ def check_output(path: str | os.PathLike, overwrite: bool) -> None:
     if there is not None and not all(map(OURS.fullmatch, there)):
         raise UserError(
             f"'{where.name}' is not a dataset that could be overwritten: choose another --out, or move it away"
+        )
+    if there is not None and where.local is not None and Path.cwd().is_relative_to(where.local.resolve()):
+        raise UserError(
+            f"'{where.name}' is the folder that you are in, which can't be replaced: run it from another one"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,11 @@ def beside(out: str | os.PathLike, ending: str) -> str:
     return f"{folder}{slash}{Path(name).stem}{ending}"
 
 
+def _aside(path: Path) -> Path:
+    """Where it is written before it is there; a process's number may be that of one on another host too."""
+    return path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
+
+
 @contextmanager
 def delivered(out: str | os.PathLike) -> Iterator[Path]:
     """A path of this machine to write a file at.  It is at ``out`` when the block has ended well, and not before."""
@@ -74,7 +80,7 @@ def delivered(out: str | os.PathLike) -> Iterator[Path]:
             store.upload(scratch, root)
         return
     path = Path(text)
-    scratch = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    scratch = _aside(path)
     try:
         yield scratch
         os.replace(scratch, path)
@@ -100,7 +106,7 @@ def delivered_folder(out: str | os.PathLike, last: str) -> Iterator[Path]:
     if os.path.lexists(target):
         raise UserError(f"'{out}' exists: choose another --out, or remove it")
     output_folder(target)
-    scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    scratch = _aside(target)
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)

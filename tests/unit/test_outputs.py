@@ -61,6 +61,15 @@ def test_no_file_overwrites_another(out):
         output_files(read, {"--out": where, "--item-vectors": where})
 
 
+def test_two_who_write_one_file_do_not_meet(tmp_path):
+    with delivered(tmp_path / "x") as first:
+        first.write_text("first")
+        with delivered(tmp_path / "x") as second:
+            second.write_text("second")
+        assert (tmp_path / "x").read_text() == "second"
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["first"]
+
+
 def test_a_store_that_refuses_is_found_out_before_the_work(store, monkeypatch):
     monkeypatch.setenv("GR_STORE_ATTEMPTS", "2")
     store.fault = lambda asked: "403"

@@ -392,7 +392,7 @@ def test_a_dataset_without_its_catalogue_is_named(tmp_path):
         _ = SequenceDataset(tmp_path / "out").catalogue
 
 
-def test_existing_out_and_bad_partitions_are_refused(tmp_path):
+def test_existing_out_and_bad_partitions_are_refused(tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "log", random_log(1, text=False))
     prepare(source, tmp_path / "out")
     with pytest.raises(UserError) as error:
@@ -409,6 +409,11 @@ def test_existing_out_and_bad_partitions_are_refused(tmp_path):
         ):
             make_source("log", {"columns": COLUMNS}).prepare(source, str(kept), overwrite=True)
     assert (home / "letter.txt").read_text() == "dear"
+    monkeypatch.chdir(tmp_path / "out" / "sequences")
+    with pytest.raises(UserError, match=r"'\.\.' is the folder that you are in"):
+        make_source("log", {"columns": COLUMNS}).prepare(source, "..", overwrite=True)
+    assert SequenceDataset("..").users
+    monkeypatch.chdir(tmp_path)
     make_source("log", {"columns": COLUMNS}).prepare(source, str(tmp_path / "out"), overwrite=True)
     with pytest.raises(UserError, match="partitions is 3: give a power of two up to 512"):
         prepare(source, tmp_path / "out2", partitions=3)

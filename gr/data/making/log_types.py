@@ -162,7 +162,7 @@ def lay_out_typed(
             kind = convert.plain_type(arrow.field(column).type)
             if lists:
                 kind = _value_type(file, role, column, kind)
-            check_type(file.name, role, column, kind, fields)
+            check_type(file.name, role, column, kind, fields, lists)
             if pa.types.is_null(kind) or not rows:
                 empty.setdefault(role, kind)
                 continue
@@ -308,8 +308,15 @@ def _value_type(file: DataFile, role: str, column: str, kind: pa.DataType) -> pa
     )
 
 
-def check_type(name: str, role: str, column: str, kind: pa.DataType, fields: dict[str, FieldColumn]) -> None:
-    """Refuse a type that cannot play the role.  ``name``: of the file."""
+def check_type(
+    name: str,
+    role: str,
+    column: str,
+    kind: pa.DataType,
+    fields: dict[str, FieldColumn],
+    lists: bool = False,
+) -> None:
+    """Refuse a type that cannot play the role.  ``name``: of the file.  ``lists``: a row is a user's."""
     moment = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
     usable = convert.is_text(kind) or convert.is_number(kind) or pa.types.is_null(kind)
     if role == "time":
@@ -324,7 +331,9 @@ def check_type(name: str, role: str, column: str, kind: pa.DataType, fields: dic
     remedy = "map another column"
     if pa.types.is_nested(kind):
         remedy = "write its parts as columns of their own"
-        if not pa.types.is_struct(kind):
+        if lists and not pa.types.is_struct(kind):
+            remedy = "a row has one user, and of all else single values or a list of them: write it so"
+        elif not pa.types.is_struct(kind):
             remedy = (
                 "the log has one row an action, so explode the lists first (explode in Spark and pandas, "
             )
