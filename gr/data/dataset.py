@@ -233,15 +233,12 @@ class SequenceDataset:
 
     def _footer(self, file: str) -> pq.FileMetaData:
         with self._reading_footer:
-            if (
-                self._marks.setdefault(file, mark := self.folder.mark(file)) != mark
-            ):  # replaced: nothing is known of it
+            mark = self.folder.mark(file)
+            if self._marks.setdefault(file, mark) != mark:  # replaced: nothing is known of it
                 self._marks[file] = mark
                 self._footers.pop(file, None)
-                of_file = [
-                    known for known in list(self._checked) if self.manifest.blocks[known[0]].file == file
-                ]
-                self._checked.difference_update(of_file)
+                known = list(self._checked)  # other threads add to it meanwhile
+                self._checked = {each for each in known if self.manifest.blocks[each[0]].file != file}
             footer = self._footers.get(file)
             if footer is None:
                 with self.folder.parquet(file) as parquet:
