@@ -7,7 +7,7 @@ import os
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data.making.convert import is_number, is_text, plain
+from gr.data.making.convert import can_be_ids, plain
 from gr.data.stores import first_line, remedy
 from gr.errors import UserError
 from gr.train.place import parquet_file, place
@@ -35,7 +35,7 @@ def read_items(path: str | os.PathLike) -> pa.Table:
 
 
 def _check_ids(column: pa.ChunkedArray, path: str | os.PathLike) -> None:
-    if not (is_text(column.type) or is_number(column.type)):
+    if not can_be_ids(column.type):
         raise UserError(f"column item_id of '{path}' is of type {column.type}: write ids, integers or text")
     if column.null_count:
         raise UserError(f"'{path}' has {column.null_count:,} items without an item_id: fill it in")

@@ -19,6 +19,7 @@ import torch
 from gr.batch import Jagged
 from gr.data.collate import collate
 from gr.data.dataset import SequenceDataset
+from gr.data.making.convert import MISSING, can_be_ids, to_ids
 from gr.data.making.times import YEAR_2200
 from gr.data.outputs import parquet_rows
 from gr.data.requests import FoundUsers, as_id, find_users
@@ -301,13 +302,15 @@ def _times(table: pa.Table, name: str) -> np.ndarray:
 def _item_rows(ids: pa.Array, run: OpenRun, name: str, unknown: Policy) -> np.ndarray:
     """(C,) int64 rows of the catalogue, -1 where an id is none."""
     known = run.data.dataset.catalogue.ids
-    try:
-        ids = rank_fields.cast(ids, known.type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    found = None
+    if can_be_ids(ids.type) or pa.types.is_null(ids.type):
+        found = to_ids(ids, integer=pa.types.is_integer(known.type), fix="")
+    if found is None or any(problem.what != MISSING for problem in found.problems):
         raise UserError(
             f"item_ids of '{name}' are of type {ids.type}, and the dataset's items are {known.type}: give ids of that "
             "type"
-        ) from None
+        )
+    ids = found.values.cast(known.type)
     rows = pc.index_in(ids, value_set=known)
     if rows.null_count and unknown == "refuse":
         first = ids.filter(rows.is_null())[0].as_py()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gr.batch import SequenceBatch
 from gr.data.dataset import SequenceDataset
+from gr.data.making.convert import is_number, is_text
 from gr.data.stores import first_line
 from gr.errors import UserError
 from gr.models.two_tower.model import TwoTower
@@ -47,18 +48,16 @@ def values_of(table: pa.Table, column: str, kind: str, name: str) -> np.ndarray:
         if kind.startswith("float") and plain:
             with np.errstate(over="ignore"):  # an infinite number is refused where it is read
                 return given.to_numpy(zero_copy_only=False).astype(kind)
-        found = cast(given, pa.string() if text else pa.from_numpy_dtype(np.dtype(kind)))
+        found = _cast(given, pa.string() if text else pa.from_numpy_dtype(np.dtype(kind)))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise _of_another_type(column, name, f"{given.type} ({first_line(error)})", kind) from None
     return found.to_numpy(zero_copy_only=False)
 
 
-def cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Numbers and text as values of another type, pyarrow's error where one isn't.  A date, a time or a boolean is
-    none, though pyarrow has a number for each."""
-    held = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-    plain = ("integer", "floating", "string", "large_string", "null")
-    if not any(getattr(pa.types, f"is_{one}")(held) for one in plain):
+def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Numbers and text as values of another type; raises Arrow's error for a value that isn't one of that type, and for
+    columns of anything else (dates, times, booleans, lists)."""
+    if not (is_text(values.type) or is_number(values.type) or pa.types.is_null(values.type)):
         raise pa.ArrowInvalid("neither a number nor text")
     return values.cast(kind)
 

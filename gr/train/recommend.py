@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr.data.making.convert import MISSING, is_number, is_text, to_ids
+from gr.data.making.convert import MISSING, can_be_ids, to_ids
 from gr.data.outputs import ROWS_PER_GROUP, beside, delivered, parquet_rows, remove_output
 from gr.data.requests import (
     Exclude,
@@ -262,7 +262,7 @@ def read_user_ids(path: str | os.PathLike) -> list[str]:
             f"'{file}' has no column user_id (it has {', '.join(table.column_names)}): rename the column"
         )
     column = table.column("user_id").combine_chunks()
-    if not (is_text(column.type) or is_number(column.type)):
+    if not can_be_ids(column.type):
         raise UserError(f"column user_id of '{file}' is of type {column.type}: write ids, integers or text")
     ids = to_ids(column, integer=False, fix="").values.to_pylist()  # 2.0 is 2, as where the log was read
     if None in ids:

@@ -185,6 +185,9 @@ def test_a_request_before_all_that_its_user_did_is_answered_and_counted(runs, tm
             {"user_id": [1], "item_ids": [["x"]]},
             "item_ids of .* are of type string, and the dataset's items are int64",
         ),
+        # which a cast would take for item 1
+        ({"user_id": [1], "item_ids": [["001"]]}, "item_ids of .* are of type string"),
+        ({"user_id": [1], "item_ids": [["0x1"]]}, "item_ids of .* are of type string"),
         ({"user_id": [1], "item_ids": [[True]]}, "item_ids of .* are of type bool"),
         (
             {"user_id": [1], "item_ids": pa.array([[1]], pa.list_(pa.timestamp("s")))},

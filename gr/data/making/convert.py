@@ -94,6 +94,12 @@ def is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
 
+def can_be_ids(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold ids: numbers or text.  A date, a time or a boolean is neither, though
+    Arrow has a number for each."""
+    return is_text(kind) or is_number(kind)
+
+
 def cast_rows(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray | None]:
     """``column`` as ``kind`` and the rows that cannot be (n, bool; None if all can); those are null.
 
