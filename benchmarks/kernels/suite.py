@@ -140,7 +140,8 @@ def _tests(name: str, *arguments: str) -> Step:
 
 
 def _in_parallel() -> tuple[str, ...]:
-    """pytest's options to use every core, where pytest-xdist is installed: the work is the compiler's."""
+    """pytest's options to use every core, where pytest-xdist is installed: the work is the compiler's.  All of it is
+    one test's cases, in one file, which ``--dist loadfile`` (of ``make test``) would give to one process."""
     if importlib.util.find_spec("xdist") is None:
         return ()
     return ("-n", str(os.cpu_count() or 1), "--dist", "worksteal")

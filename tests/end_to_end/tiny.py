@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gr.train.job import RunResult
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 600  # a training that hangs fails its test then; one on a busy machine takes minutes
 CONFIG = """
 run: {{dir: {run}}}
 data: {{path: {data}, max_length: 20, window_blocks: 2, split: {{name: leave_one_out, holdout: 2}}}}
@@ -86,31 +88,48 @@ def train_and_signal(
 ) -> int:
     """Start train.py, send ``number`` to every one of its processes ``delay`` seconds after ``step`` was logged; the
     exit status, when all of them have ended."""
-    process = subprocess.Popen(
-        [sys.executable, *command(arguments, processes)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(r.get("step", 0) >= step for r in read_rows(RunFolder(run).metrics)):
-            break
-        time.sleep(0.005)
-    time.sleep(delay)
-    assert process.poll() is None, "training ended before the signal"
-    workers = descendants(
-        process.pid
-    )  # torchrun gives each a session of its own: a signal to its group misses them
-    assert len(workers) >= (processes if processes > 1 else 0)
-    for pid in (process.pid, *workers):
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, *command(arguments, processes)],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while not any(row.get("step", 0) >= step for row in read_rows(RunFolder(run).metrics)):
+                assert process.poll() is None, f"training ended before step {step}\n{written(said)}"
+                assert time.monotonic() < deadline, (
+                    f"step {step} was not reached in {PATIENCE_S} s\n{written(said)}"
+                )
+                time.sleep(0.005)
+            time.sleep(delay)
+            assert process.poll() is None, f"training ended before the signal\n{written(said)}"
+            # torchrun gives each a session of its own: a signal to its group would miss them
+            workers = descendants(process.pid)
+            assert len(workers) >= (processes if processes > 1 else 0)
+            send(number, process.pid, *workers)
+            status = process.wait(PATIENCE_S)
+            deadline = time.monotonic() + PATIENCE_S
+            while left := [pid for pid in workers if runs(pid)]:
+                assert time.monotonic() < deadline, f"processes {left} outlived the signal"
+                time.sleep(0.01)
+            return status
+        finally:
+            if process.poll() is None:
+                send(signal.SIGKILL, process.pid, *descendants(process.pid))
+                process.wait()
+
+
+def written(file: TextIO) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def send(number: signal.Signals, *processes: int) -> None:
+    for pid in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    status = process.wait(timeout=60)
-    while left := [pid for pid in workers if runs(pid)]:
-        assert time.monotonic() < deadline + 60, f"processes {left} outlived the signal"
-        time.sleep(0.01)
-    return status
 
 
 def descendants(pid: int) -> list[int]:
