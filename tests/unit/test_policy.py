@@ -45,7 +45,10 @@ MAY_IMPORT = {
     "gr.yaml12": {"gr.errors"},
     "gr.sections": {"gr.errors", "gr.registry"},
     "gr.overlay": {"gr.errors", "gr.sections", "gr.yaml12"},
-    "gr.config": {"gr.errors", "gr.registry", "gr.sections", "gr.overlay", "gr.yaml12", "gr.shipped"},
+    "gr.extends": {"gr.errors", "gr.sections", "gr.overlay", "gr.yaml12", "gr.shipped"},
+    "gr.config": {
+        *("gr.errors", "gr.registry", "gr.sections", "gr.overlay", "gr.extends", "gr.yaml12", "gr.shipped")
+    },
     "gr.labels": {"gr.config", "gr.errors"},
     "gr.adapters": KNOWN_TO_ALL | BOTTOM,
     "gr.embeddings": KNOWN_TO_ALL | BOTTOM | {"gr.modality"},
