@@ -114,15 +114,15 @@ class DataSection(Section):
 
     path: str
     max_length: POSITIVE = 200
-    split: component(registry.SPLITS, "data.split", default="leave_one_out")  # type: ignore[valid-type]
-    transforms: list[component(registry.TRANSFORMS, "data.transforms")] = []  # type: ignore[valid-type]
+    split: component(registry.SPLITS, "data.split", default="leave_one_out")
+    transforms: list[component(registry.TRANSFORMS, "data.transforms")] = []
     order: Literal["shuffle", "stream"] = "shuffle"
     window_blocks: POSITIVE = 64
     tail: Literal["keep", "drop"] = "keep"
     prefetch: POSITIVE = 4
     follow: FollowSection | None = None
     expected: ExpectedSection | None = None
-    ingest: component(registry.INGEST, "data.ingest") = Field(  # type: ignore[valid-type]
+    ingest: component(registry.INGEST, "data.ingest") = Field(
         default_factory=lambda: {"name": "arrow"}, validate_default=True
     )
 
@@ -157,9 +157,9 @@ class FeatureSection(Section):
     unseen: Literal["fail", "own_row"] = "fail"
     number: Literal["plain", "log"] | None = None
     pooling: Literal["mean", "sum"] | None = None
-    table: component(registry.TABLES, "model.input.features.NAME.table", default="local")  # type: ignore[valid-type]
+    table: component(registry.TABLES, "model.input.features.NAME.table", default="local")
 
-    vocabulary: component(registry.VOCABULARIES, "model.input.features.NAME.vocabulary") | None = None  # type: ignore[valid-type]
+    vocabulary: component(registry.VOCABULARIES, "model.input.features.NAME.vocabulary") | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> FeatureSection:
@@ -307,7 +307,7 @@ class TrainSection(Section):
     threads: POSITIVE | None = None
     deterministic: bool = True
     kernels: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
-    engine: component(registry.ENGINES, "train.engine", default="ddp")  # type: ignore[valid-type]
+    engine: component(registry.ENGINES, "train.engine", default="ddp")
     context: POSITIVE = 1
     activation_checkpointing: bool = False
     timeout: POSITIVE = 600
@@ -374,9 +374,9 @@ class RunConfig(Section):
 
     run: RunSection = RunSection()
     data: DataSection
-    model: component(registry.MODELS, "model", default="retrieval")  # type: ignore[valid-type]
-    objective: component(registry.OBJECTIVES, "objective") | None = None  # type: ignore[valid-type]
-    optimizer: component(registry.OPTIMIZERS, "optimizer")  # type: ignore[valid-type]
+    model: component(registry.MODELS, "model", default="retrieval")
+    objective: component(registry.OBJECTIVES, "objective") | None = None
+    optimizer: component(registry.OPTIMIZERS, "optimizer")
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = Field(
         default_factory=lambda: TrainSection.model_validate({})  # made when needed: its engine is looked up

@@ -106,7 +106,7 @@ class OfHistories(Pointwise):
         """table, table_std, input, tasks: as in ranking; of ``input`` the features alone."""
 
         dim: POSITIVE = 32
-        table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
+        table: component(registry.TABLES, "model.table", default="local")
         table_std: Annotated[float, Field(ge=0)] = 0.02
         input: InputSection = InputSection()
         tasks: TASKS

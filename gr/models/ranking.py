@@ -99,10 +99,10 @@ class Ranking(Pointwise):
 
         name: Literal["ranking"] = "ranking"
         dim: POSITIVE = 50
-        table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
+        table: component(registry.TABLES, "model.table", default="local")
         table_std: Annotated[float, Field(ge=0)] = 0.02
         input: InputSection = InputSection()
-        encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
+        encoder: component(registry.ENCODERS, "model.encoder")
         tasks: TASKS
         actions: Literal["summed", "interleaved", "together"] = "summed"
         request: str = "time"

@@ -52,12 +52,12 @@ class Retrieval(Model):
 
         name: Literal["retrieval"] = "retrieval"
         dim: POSITIVE = 50
-        table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
-        item_tower: component(registry.TOWERS, "model.item_tower", default="id")  # type: ignore[valid-type]
+        table: component(registry.TABLES, "model.table", default="local")
+        item_tower: component(registry.TOWERS, "model.item_tower", default="id")
         table_std: Annotated[float, Field(ge=0)] = 0.02
-        task: component(registry.TASKS, "model.task", default="next_item")  # type: ignore[valid-type]
+        task: component(registry.TASKS, "model.task", default="next_item")
         input: InputSection = InputSection()
-        encoder: component(registry.ENCODERS, "model.encoder")  # type: ignore[valid-type]
+        encoder: component(registry.ENCODERS, "model.encoder")
         adapters: ADAPTERS = AdapterSection(name="full")
         similarity: SimilaritySection = SimilaritySection()
 

@@ -79,10 +79,10 @@ class TwoTower(Model):
         table_std: Annotated[float, Field(ge=0)] = 1e-4
         user: SideSection
         item: SideSection
-        network: component(registry.NETWORKS, "model.network")  # type: ignore[valid-type]
+        network: component(registry.NETWORKS, "model.network")
         tasks: Annotated[TASKS, Field(max_length=1)]
         l2: Annotated[float, Field(ge=0)] = 1e-5
-        table: component(registry.TABLES, "model.table", default="local")  # type: ignore[valid-type]
+        table: component(registry.TABLES, "model.table", default="local")
 
         @model_validator(mode="after")
         def _sides(self) -> TwoTower.Config:
