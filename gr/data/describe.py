@@ -156,8 +156,7 @@ def plot(dataset: SequenceDataset, found: Description, path: str | Path) -> None
     for axis in (left.xaxis, right.xaxis, right.yaxis):  # 20 and 1,000 instead of powers of ten
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.set_minor_formatter(LogFormatter())
-    name, users, items, actions = dataset.manifest.name, dataset.users, dataset.items, dataset.actions
-    figure.suptitle(f"{name}: {users:,} users, {items:,} items, {actions:,} actions")
+    figure.suptitle(f"{dataset.manifest.name}: {dataset.manifest.counts}")
     if not is_url(str(path)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     with delivered(path) as scratch:

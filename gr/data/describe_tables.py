@@ -58,12 +58,13 @@ def remarks_tables(dataset: SequenceDataset) -> list[Table]:
 def counts_table(dataset: SequenceDataset, found: Description) -> Table:
     manifest = dataset.manifest
     table = Table(title=escape(f"{manifest.name} ({dataset.path})"), show_header=False, title_justify="left")
-    table.add_row("users", f"{dataset.users:,}")
+    table.add_row(manifest.rows_are, f"{dataset.users:,}")
     table.add_row("items", f"{dataset.items:,}")
-    table.add_row("actions", f"{dataset.actions:,}")
-    table.add_row("density", f"{100 * dataset.actions / (dataset.users * dataset.items):.3g} %")
-    quantiles = found.length_quantiles((0, 0.25, 0.5, 0.75, 0.95, 1))
-    table.add_row("length at 0/25/50/75/95/100 %", ", ".join(f"{q:,}" for q in quantiles))
+    if manifest.rows_are == "users":
+        table.add_row("actions", f"{dataset.actions:,}")
+        table.add_row("density", f"{100 * dataset.actions / (dataset.users * dataset.items):.3g} %")
+        quantiles = found.length_quantiles((0, 0.25, 0.5, 0.75, 0.95, 1))
+        table.add_row("length at 0/25/50/75/95/100 %", ", ".join(f"{q:,}" for q in quantiles))
     top = f"{found.share_of_top(0.01):.1%}, {found.share_of_top(0.1):.1%}"
     table.add_row("share of the top 1 %, 10 % items", top)
     if found.first_time is not None and found.last_time is not None:
@@ -73,20 +74,20 @@ def counts_table(dataset: SequenceDataset, found: Description) -> Table:
     known = [c for c in dataset.catalogue.column_names if c not in ("item_id", "count")]
     for of in ("actions", "users"):
         named = ", ".join(f"{c.name} ({c.type})" for c in manifest.columns if c.of == of)
-        table.add_row(f"columns of the {of}", escape(named))
+        table.add_row(f"columns of the {manifest.rows_are if of == 'users' else of}", escape(named))
     table.add_row("columns of the catalogue", escape(", ".join(known) or "none"))
     if manifest.action_type_names:
         table.add_row("action types", escape(", ".join(manifest.action_type_names[:20])))
-    table.add_row("blocks", f"{len(manifest.blocks):,} of {manifest.block_rows:,} users")
+    table.add_row("blocks", f"{len(manifest.blocks):,} of {manifest.block_rows:,} {manifest.rows_are}")
     table.add_row("fingerprint (sequences)", manifest.fingerprint)
     table.add_row("generation (and raw item ids)", manifest.generation)
     return table
 
 
-def lengths_table(found: Description) -> Table:
+def lengths_table(dataset: SequenceDataset, found: Description) -> Table:
     bins = found.length_histogram()
     table = Table("length", "", title="sequences by length", title_justify="left")
-    table.add_column("users", justify="right")
+    table.add_column(dataset.manifest.rows_are, justify="right")
     most = max(users for _, _, users in bins)
     for low, high, users in bins:
         table.add_row(
@@ -115,13 +116,6 @@ def health_table(dataset: SequenceDataset, found: Description) -> Table:
     table.add_column("meaning")
     checks = [
         ("sequences of 0 actions", h.empty, dataset.users, "must be none"),
-        ("sequences of 1 action", h.single, dataset.users, "nothing to predict from"),
-        (
-            "sequences of 2 actions",
-            h.short,
-            dataset.users,
-            "no training target once one is held out for the test",
-        ),
         (
             "items never acted on",
             h.unseen_items,
@@ -130,13 +124,23 @@ def health_table(dataset: SequenceDataset, found: Description) -> Table:
         ),
         ("actions on unknown rows", h.out_of_range, dataset.actions, "must be none"),
         ("items whose count is wrong", h.miscounted_items, dataset.items, "must be none"),
-        (
-            "actions on an item the user had before",
-            h.repeated_items,
-            dataset.actions,
-            "excluding history hides these",
-        ),
     ]
+    if dataset.manifest.rows_are == "users":
+        checks += [
+            ("sequences of 1 action", h.single, dataset.users, "nothing to predict from"),
+            (
+                "sequences of 2 actions",
+                h.short,
+                dataset.users,
+                "no training target once one is held out for the test",
+            ),
+            (
+                "actions on an item the user had before",
+                h.repeated_items,
+                dataset.actions,
+                "excluding history hides these",
+            ),
+        ]
     if dataset.has_timestamps:
         checks += [
             ("users whose times go back", h.unsorted, dataset.users, "must be none"),
@@ -157,7 +161,7 @@ def health_table(dataset: SequenceDataset, found: Description) -> Table:
 
 def samples_table(dataset: SequenceDataset, users: int, actions: int) -> Table:
     table = Table(title="samples", title_justify="left", show_lines=True)
-    table.add_column("user", no_wrap=True)
+    table.add_column(dataset.manifest.rows_are.removesuffix("s"), no_wrap=True)
     table.add_column("actions", justify="right", no_wrap=True)
     table.add_column(f"the last {actions}")
     rows = samples(dataset, users)

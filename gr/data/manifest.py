@@ -73,6 +73,18 @@ class Manifest:
     earlier: list[str] = field(default_factory=list)
 
     @property
+    def rows_are(self) -> str:
+        """What a row is, as people call it: "impressions" where each is a single action and they stand in an order of
+        their own, else "users"."""
+        return "impressions" if self.row_order == "stream" and self.users == self.actions else "users"
+
+    @property
+    def counts(self) -> str:
+        """How much there is, as people read it."""
+        rows = f"{self.users:,} {self.rows_are}, {self.items:,} items"
+        return rows if self.rows_are == "impressions" else f"{rows}, {self.actions:,} actions"
+
+    @property
     def sequences_folder(self) -> str:
         return f"sequences{suffix(len(self.earlier))}"
 

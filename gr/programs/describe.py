@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     for table in (
         tables.counts_table(dataset, found),
-        tables.lengths_table(found),
+        tables.lengths_table(dataset, found),
         tables.popularity_table(dataset, found),
     ):
         console.print(table)

@@ -34,8 +34,7 @@ def report(dataset: SequenceDataset, seconds: float) -> None:
     for table in preparation_tables(dataset):
         console.print(table)
     print(
-        f"{manifest.users:,} users, {manifest.items:,} items, {manifest.actions:,} actions in {seconds:.1f} s; "
-        f"fingerprint {manifest.fingerprint}\n"
+        f"{manifest.counts} in {seconds:.1f} s; fingerprint {manifest.fingerprint}\n"
         f"next  python -m gr describe {dataset.path}"
     )
 

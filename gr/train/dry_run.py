@@ -69,8 +69,7 @@ def dry_run(config: RunConfig) -> None:
         per_step = min(seconds)
         steps, first = trainer.total_steps, parts.batches.in_epoch(first_epoch)
         table = Table(title="dry run", show_header=False, title_justify="left")
-        table.add_row("dataset", f"{parts.data.dataset.users:,} users, {parts.data.dataset.items:,} items, "
-                                 f"{parts.data.dataset.actions:,} actions")  # fmt: skip
+        table.add_row("dataset", parts.data.dataset.manifest.counts)
         table.add_row("processes, device", f"{processes.world.size}, {processes.device}")
         table.add_row("first batch of this rank", f"{shape.sequences} sequences, {shape.actions:,} actions, "
                                                   f"longest {shape.max_length}")  # fmt: skip

@@ -62,6 +62,7 @@ class Trainer:
         self.model, self.engine = parts.model, parts.engine
         self.batches, self.evaluation = parts.batches, parts.evaluation
         self.selection, self.shown = selection_metric(config), family_of(config).shown_of(config)
+        self.judged = parts.data.dataset.manifest.rows_are
         self._noted: set[str] = set()
         self.on_step, self.watch = on_step, watch
         self.one_pass = parts.batches.epochs is not None
@@ -389,7 +390,7 @@ class Trainer:
         return self.processes.world.sum(counts, dtype=torch.int64)
 
     def _say(self, row: dict[str, Any], notes: list[str]) -> None:
-        self.progress.say(summary(row, self.shown))
+        self.progress.say(summary(row, self.shown, self.judged))
         for note in notes:
             if (said := f"{row['split']}: {note}") not in self._noted:  # it is so in every evaluation
                 self._noted.add(said)
@@ -447,8 +448,8 @@ class Trainer:
         )
 
 
-def summary(row: dict[str, Any], shown: list[str]) -> str:
-    """An evaluation in one line: its metrics ``shown``."""
+def summary(row: dict[str, Any], shown: list[str], judged: str) -> str:
+    """An evaluation in one line: its metrics ``shown``, over how many users or impressions (``judged``)."""
     figures = [f"{name} {row[name]:.4f}" for name in shown if name in row]
     who = row["name"] if row["kind"] == "baseline" else row.get("period", f"epoch {row['epoch'] + 1}")
-    return f"{who:<10}  {row['split']:<5} {'  '.join(figures)}  ({row['users']:,} users)"
+    return f"{who:<10}  {row['split']:<5} {'  '.join(figures)}  ({row['users']:,} {judged})"

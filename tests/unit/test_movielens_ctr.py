@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from gr import config as configs
+from gr.data.describe import describe
+from gr.data.describe_tables import counts_table, health_table, lengths_table
 from gr.data.making.sources.base import make_source
 from gr.data.making.sources.movielens_ctr import AGES, clean_means
 from gr.errors import UserError
@@ -178,3 +183,16 @@ def test_the_catalogues_mean_is_that_of_a_held_out_row(made):
     _, held = shares(len(rows["label"]))
     means = dataset.catalogue["item_mean"].to_numpy()
     np.testing.assert_array_equal(means[rows["item"][held:]], rows["item_mean"][held:])
+
+
+def test_its_rows_are_called_impressions(made):
+    dataset = made[2]["clean"]
+    rows, items = dataset.users, dataset.items
+    assert dataset.manifest.counts == f"{rows:,} impressions, {items:,} items"
+    found = describe(dataset)
+    console = Console(file=io.StringIO(), width=200)
+    for table in (counts_table(dataset, found), lengths_table(dataset, found), health_table(dataset, found)):
+        console.print(table)
+    text = console.file.getvalue()
+    assert f"of {dataset.manifest.block_rows:,} impressions" in text and "columns of the impressions" in text
+    assert "users" not in text and "nothing to predict from" not in text
