@@ -21,8 +21,8 @@ from gr.config import RunConfig, load
 from gr.data.dataset import SequenceDataset
 from gr.errors import UserError
 from gr.train import checkpoint
+from gr.train.changes import differences, within
 from gr.train.folder import RunFolder, read_rows
-from gr.train.job import differences, within
 
 TRAIN = (sys.executable, "-m", "gr.programs.train")
 """A training as a person starts it: by the program's name, in this interpreter."""

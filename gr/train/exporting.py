@@ -27,10 +27,10 @@ from gr.embeddings.vocabulary import MAPPING
 from gr.errors import UserError
 from gr.progress import Progress
 from gr.train import checkpoint
+from gr.train.changes import differences, within
 from gr.train.checkpoint import find_checkpoint
 from gr.train.exported import INDEX, ITEMS, MANIFEST, Fingerprint, Manifest, fingerprint, is_export, to_json
 from gr.train.folder import RunFolder
-from gr.train.job import differences, within
 from gr.train.parts import open_data
 from gr.train.runs import check_generation, config_of
 from gr.train.saved_weights import SavedWeights

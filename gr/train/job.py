@@ -14,13 +14,14 @@ from typing import Any
 from rich.console import Console
 
 from gr import config as configs
-from gr.config import FeatureSection, RunConfig
+from gr.config import FollowSection, RunConfig
 from gr.data.dataset import SequenceDataset
 from gr.data.manifest import read_manifest
 from gr.errors import UserError
 from gr.launcher import attempt
 from gr.processes import Processes, processes
 from gr.train import checkpoint
+from gr.train.changes import check_growing, refuse_changes
 from gr.train.cursor import Cursor
 from gr.train.environment import missing_operators, record
 from gr.train.exported import is_export
@@ -31,29 +32,13 @@ from gr.train.parts import Parts, build
 from gr.train.place import AnyPath
 from gr.train.plans import plans_of, shown
 from gr.train.plots import plot_run
-from gr.train.preflight import check_agreement, digest_of, flat
+from gr.train.preflight import check_agreement, digest_of
 from gr.train.selection import best_of, best_validation, family_of, selection_metric, validations
 from gr.train.stopping import StopSignal
 from gr.train.trainer import Trainer
 from gr.train.watch import Watch
 
 log = logging.getLogger(__name__)
-
-CHANGEABLE = (
-    *("eval", "checkpoint", "log", "data.path", "data.prefetch", "data.ingest", "data.follow"),
-    "data.expected",
-    *("train.epochs", "train.max_steps", "train.early_stopping", "train.micro_batch_actions"),
-    *("train.device", "train.threads", "train.kernels", "train.engine", "model.table"),
-    *("train.context", "train.timeout", "train.activation_checkpointing", "model.input.features.*.table"),
-    *("model.user.fields.*.table", "model.item.fields.*.table"),
-    "model.item_tower.recompute",
-    *("model.item_tower.text.encoder", "model.item_tower.image.encoder", "model.item_tower.image.images"),
-    "model.item_tower.vectors",
-    "train.start_from",
-)
-"""Keys that may change on resume: none of them changes the batches or the model's mathematics.
-
-(But for ``train.epochs`` and ``train.max_steps`` where the learning rate falls towards the last step.)"""
 
 
 OnStep = Callable[[RunFolder], None]
@@ -93,7 +78,7 @@ def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
     with running(config, config.train.context) as processes, Watch(processes) as watch:
         check_agreement(config, processes)
         if (begun := _begun(config, processes)) is not None:
-            return _go_on(begun, config, processes, watch, on_step)
+            return _Training(config, begun, processes, watch, on_step).go_on()
         parts = processes.together(lambda: build(config, processes))
         folder = _new_folder(config, processes)
         try:
@@ -102,95 +87,18 @@ def run(config: RunConfig, *, on_step: OnStep = nothing) -> RunResult:
             if processes.is_main:
                 folder.give_up()
             raise
-        with _locked(folder, processes):
-            cursor = Cursor(parts.data.dataset.manifest.generation)
-            return _train_and_follow(config, parts, folder, cursor, processes, watch, on_step)
+        return _Training(config, folder, processes, watch, on_step).begin(parts)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = (), *, on_step: OnStep = nothing) -> RunResult:
     """Go on with the run in ``path`` from its newest complete checkpoint, or from the start if it has none.
 
-    ``overrides``: dotted, of the keys that ``CHANGEABLE`` lists; others are refused.
+    ``overrides``: dotted, of the keys that ``gr.train.changes.CHANGEABLE`` lists; others are refused.
     """
     folder, config = saved_run(path, overrides)
     with running(config, config.train.context) as processes, Watch(processes) as watch:
         check_agreement(config, processes)
-        return _go_on(folder, config, processes, watch, on_step)
-
-
-def _go_on(
-    folder: RunFolder, config: RunConfig, processes: Processes, watch: Watch, on_step: OnStep
-) -> RunResult:
-    processes.check_shared(folder.path, "the run's folder")
-    with _locked(folder, processes):
-        parts, cursor = _opened(folder, config, processes)
-        return _train_and_follow(config, parts, folder, cursor, processes, watch, on_step)
-
-
-def _opened(folder: RunFolder, config: RunConfig, processes: Processes) -> tuple[Parts, Cursor]:
-    """A run as its newest complete checkpoint left it, its files too."""
-    newest = checkpoint.newest(folder.checkpoints, processes)
-    saved = None if newest is None else checkpoint.read_state(newest)["cursor"]
-    # an epoch that was begun is gone through to its end; between two, training goes on with the newest data
-    begun = saved["generation"] if saved and saved["batch"] else None
-    parts = processes.together(lambda: build(config, processes, begun, begun=saved and saved["generation"]))
-    cursor = Cursor(parts.data.dataset.manifest.generation)
-    if newest is not None:
-        cursor = processes.together(lambda: _load(newest, config, parts))
-        cursor.finished = cursor.finished and cursor.epoch >= (parts.batches.epochs or config.train.epochs)
-    if processes.is_main:
-        _prepare_folder(folder, config, cursor, newest)
-        if begun is not None and read_manifest(parts.data.dataset.folder).generation != begun:
-            print(
-                "the dataset has grown: what was begun is finished with the generation that it began with, the next "
-                "resume goes on with the newest",
-                flush=True,
-            )
-    return parts, processes.broadcast(cursor)
-
-
-def _train_and_follow(
-    config: RunConfig,
-    parts: Parts,
-    folder: RunFolder,
-    cursor: Cursor,
-    processes: Processes,
-    watch: Watch,
-    on_step: OnStep,
-) -> RunResult:
-    """Train on what there is; with ``data.follow`` also on what is appended to it meanwhile and afterwards."""
-    watch.attach(folder, digest_of(config))
-    result = _train(config, parts, folder, cursor, processes, watch, on_step)
-    while config.data.follow is not None and result.finished and cursor.step != config.train.max_steps:
-        watch.at("waiting for newer actions", cursor.step)
-        if not _newer(config, parts.data.dataset, processes):
-            break
-        del parts
-        parts, cursor = _opened(folder, config, processes)
-        result = _train(config, parts, folder, cursor, processes, watch, on_step)
-    return result
-
-
-def _newer(config: RunConfig, dataset: SequenceDataset, processes: Processes) -> bool:
-    """Wait until the dataset has grown; False where a signal came first, or nothing did."""
-    follow, begun = config.data.follow, time.monotonic()
-    assert follow is not None
-    if processes.is_main:
-        print(f"waiting for newer actions in '{dataset.path}'", flush=True)
-    with StopSignal() as signal:
-        while True:
-            newest = processes.together(
-                lambda: read_manifest(dataset.folder).generation if processes.is_main else None
-            )
-            waited = time.monotonic() - begun
-            state = (newest != dataset.manifest.generation, waited >= follow.give_up)
-            grown, gave_up = processes.broadcast(state)  # the main process's
-            (stopped,) = processes.world.maximum([int(bool(signal.received))])
-            if grown or gave_up or stopped:
-                return grown and not stopped
-            until = time.monotonic() + min(follow.every, follow.give_up)
-            while not signal.received and time.monotonic() < until:
-                time.sleep(0.1)
+        return _Training(config, folder, processes, watch, on_step).go_on()
 
 
 def _begun(config: RunConfig, processes: Processes) -> RunFolder | None:
@@ -237,97 +145,6 @@ def saved_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolde
     return folder, config
 
 
-def refuse_changes(saved: RunConfig, wanted: RunConfig) -> None:
-    """Refuse a resume that would not continue the same mathematics."""
-    for key, old, new in differences(saved, wanted):
-        if key in ("train.epochs", "train.max_steps") and wanted.schedule.name != "constant":
-            raise UserError(
-                f"'{key}' cannot change on resume ({old!r} -> {new!r}) where schedule.name is "
-                f"{wanted.schedule.name}, for the learning rates so far depended on it: start a new run"
-            )
-        if not within(key, CHANGEABLE):
-            raise UserError(
-                f"'{key}' cannot change on resume ({old!r} -> {new!r}): start a new run, "
-                f"or change only {', '.join(CHANGEABLE)}"
-            )
-
-
-def differences(one: RunConfig, other: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value in one, value in the other) wherever two configs differ, sorted."""
-    old, new = flat(configs.to_dict(one)), flat(configs.to_dict(other))
-    keys = sorted(old.keys() | new.keys())
-    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
-
-
-def within(key: str, sections: Sequence[str]) -> bool:
-    """Whether a dotted key is one of ``sections`` or lies in one; in their names * stands for any key."""
-    words = key.split(".")
-    return any(
-        len(named) <= len(words) and all(name in ("*", word) for name, word in zip(named, words))
-        for named in (section.split(".") for section in sections)
-    )
-
-
-def _prepare_folder(folder: RunFolder, config: RunConfig, cursor: Cursor, newest: AnyPath | None) -> None:
-    """Files and cursor as of the checkpoint that training goes on from."""
-    rows = folder.cut_metrics(cursor.metrics_rows)
-    if rows < cursor.metrics_rows:
-        log.warning(
-            "'%s' has lost rows: %d of the %d that '%s' counts on are left, training goes on with those",
-            *(folder.path / folder.metrics.name, rows, cursor.metrics_rows, newest),
-        )
-        cursor.metrics_rows = rows
-    if newest is not None and checkpoint.read_state(newest)["cursor"]["generation"] != cursor.generation:
-        print("the dataset has grown: new rows of tables start from their first values", flush=True)
-    where = "its end" if cursor.finished else f"epoch {cursor.epoch + 1}, step {cursor.step}"
-    _reconsider_best(folder, config, cursor)
-    folder.rewrite_config(configs.to_yaml(config))
-    print(f"resuming '{folder.path}' at {where}", flush=True)
-
-
-def _reconsider_best(folder: RunFolder, config: RunConfig, cursor: Cursor) -> None:
-    """The best validation so far, where the metric or the protocol that chooses it has changed."""
-    metric, protocol = selection_metric(config), family_of(config).protocol_of(config)
-    now = {"metric": metric, **protocol}
-    before = {key: cursor.best.get(key) for key in now}
-    if not cursor.best or before == now:
-        return
-    rows = [r for r in folder.read_metrics() if all(r.get(key) == protocol[key] for key in protocol)]
-    best, so_far = best_validation(rows, metric), validations(rows, metric)
-    cursor.best = {} if best is None else best_of(best, metric)
-    cursor.stale = 0 if best is None else len(so_far) - 1 - so_far.index(best)
-    cursor.finished = False  # or nothing would be saved where nothing is left to train
-    changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key])
-    found = f"the best of them is epoch {best['epoch'] + 1}" if best else "none so far can be compared"
-    print(f"validations are judged otherwise than before ({changed}): {found}", flush=True)
-
-
-def _train(
-    config: RunConfig,
-    parts: Parts,
-    folder: RunFolder,
-    cursor: Cursor,
-    processes: Processes,
-    watch: Watch,
-    on_step: OnStep,
-) -> RunResult:
-    if processes.is_main and (said := missing_operators(processes.device.type)):
-        log.warning(said)
-    if processes.is_main and (plans := plans_of(parts.model.tables.values())):
-        Console().print(shown(plans))
-    trainer = Trainer(config, parts, processes, folder, cursor, on_step, watch)
-    finished = trainer.train()
-    watch.at("ending", cursor.step)
-    rows = folder.read_metrics() if processes.is_main else []
-    if processes.is_main and config.log.plots:
-        try:
-            plot_run(folder, trainer.shown)
-        except Exception as error:  # a picture can never fail a run
-            log.warning("no plot of '%s' (%s)", folder.path, error)
-    folder.push()
-    return RunResult(folder.path, rows, finished, trainer.selection, trainer.shown, config.model.name)
-
-
 def _new_folder(config: RunConfig, processes: Processes) -> RunFolder:
     """The main process chooses and makes the folder."""
 
@@ -339,50 +156,157 @@ def _new_folder(config: RunConfig, processes: Processes) -> RunFolder:
     return RunFolder(path)
 
 
-@contextmanager
-def _locked(folder: RunFolder, processes: Processes) -> Iterator[None]:
-    """No other run trains in ``folder`` meanwhile."""
-    with ExitStack() as held:
-        processes.together(lambda: held.enter_context(folder.locked()) if processes.is_main else None)
-        yield
+class _Training:
+    """One run in its folder, trained by these processes: from its beginning or from where a checkpoint left it, and as
+    often again as its dataset has grown meanwhile."""
 
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, processes: Processes, watch: Watch, on_step: OnStep
+    ) -> None:
+        self.config, self.folder, self.processes = config, folder, processes
+        self.watch, self.on_step = watch, on_step
 
-def _load(path: AnyPath, config: RunConfig, parts: Parts) -> Cursor:
-    """Fill the model and the engine from a checkpoint of the same data, or of what that has grown from."""
-    dataset = parts.data.dataset
-    now, saved = dataset.manifest.generation, checkpoint.read_state(path)["cursor"]["generation"]
-    if saved == now:
-        return checkpoint.load(path, parts.model, parts.engine)
-    if saved not in dataset.manifest.earlier:
-        raise UserError(
-            f"'{dataset.path}' is not the dataset that '{path}' was trained on (generation {now}, not {saved}): "
-            "prepare the same data again, or start a new run"
-        )
-    check_growing(config, dataset)
-    cursor = checkpoint.load(path, parts.model, parts.engine, growing=True)
-    cursor.generation, cursor.best, cursor.stale = now, {}, 0  # others are held out now
-    return cursor
+    def begin(self, parts: Parts) -> RunResult:
+        with self._locked():
+            return self._train_and_follow(parts, Cursor(parts.data.dataset.manifest.generation))
 
+    def go_on(self) -> RunResult:
+        self.processes.check_shared(self.folder.path, "the run's folder")
+        with self._locked():
+            return self._train_and_follow(*self._opened())
 
-def check_growing(config: RunConfig, dataset: SequenceDataset) -> None:
-    """Refuse to go on with more data where something hangs on how much there is."""
-    grown = f"'{dataset.path}' has grown since"
-    if config.schedule.name != "constant":
-        raise UserError(
-            f"{grown}, and with schedule.name {config.schedule.name} the learning rate falls towards a last step, "
-            "which the new actions move: start a new run, or use a constant rate from the beginning"
-        )
-    for name, feature in features_of(config).items():
-        if feature.derived == "user":
-            raise UserError(
-                f"{grown}, and feature '{name}' has a row for each user by their number, which new users change: start "
-                "a new run, with a vocabulary for user ids"
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other run trains in the folder meanwhile."""
+        with ExitStack() as held:
+            self.processes.together(
+                lambda: held.enter_context(self.folder.locked()) if self.processes.is_main else None
             )
+            yield
 
+    def _opened(self) -> tuple[Parts, Cursor]:
+        """The run as its newest complete checkpoint left it, its files too."""
+        config, processes = self.config, self.processes
+        newest = checkpoint.newest(self.folder.checkpoints, processes)
+        saved = None if newest is None else checkpoint.read_state(newest)["cursor"]
+        # an epoch that was begun is gone through to its end; between two, training goes on with the newest data
+        begun = saved["generation"] if saved and saved["batch"] else None
+        parts = processes.together(
+            lambda: build(config, processes, begun, begun=saved and saved["generation"])
+        )
+        cursor = Cursor(parts.data.dataset.manifest.generation)
+        if newest is not None:
+            cursor = processes.together(lambda: self._load(newest, parts))
+            cursor.finished = cursor.finished and cursor.epoch >= (
+                parts.batches.epochs or config.train.epochs
+            )
+        if processes.is_main:
+            self._prepare_folder(cursor, newest)
+            if begun is not None and read_manifest(parts.data.dataset.folder).generation != begun:
+                print(
+                    "the dataset has grown: what was begun is finished with the generation that it began with, the "
+                    "next resume goes on with the newest",
+                    flush=True,
+                )
+        return parts, processes.broadcast(cursor)
 
-def features_of(config: RunConfig) -> dict[str, FeatureSection]:
-    """Of a model that reads sequences, or of both sides of one that reads impressions."""
-    model: Any = config.model
-    if hasattr(model, "input"):
-        return model.input.features
-    return {**model.user.fields, **model.item.fields}
+    def _load(self, path: AnyPath, parts: Parts) -> Cursor:
+        """Fill the model and the engine from a checkpoint of the same data, or of what that has grown from."""
+        dataset = parts.data.dataset
+        now, saved = dataset.manifest.generation, checkpoint.read_state(path)["cursor"]["generation"]
+        if saved == now:
+            return checkpoint.load(path, parts.model, parts.engine)
+        if saved not in dataset.manifest.earlier:
+            raise UserError(
+                f"'{dataset.path}' is not the dataset that '{path}' was trained on (generation {now}, not {saved}): "
+                "prepare the same data again, or start a new run"
+            )
+        check_growing(self.config, dataset)
+        cursor = checkpoint.load(path, parts.model, parts.engine, growing=True)
+        cursor.generation, cursor.best, cursor.stale = now, {}, 0  # others are held out now
+        return cursor
+
+    def _prepare_folder(self, cursor: Cursor, newest: AnyPath | None) -> None:
+        """Files and cursor as of the checkpoint that training goes on from."""
+        folder = self.folder
+        rows = folder.cut_metrics(cursor.metrics_rows)
+        if rows < cursor.metrics_rows:
+            log.warning(
+                "'%s' has lost rows: %d of the %d that '%s' counts on are left, training goes on with those",
+                *(folder.path / folder.metrics.name, rows, cursor.metrics_rows, newest),
+            )
+            cursor.metrics_rows = rows
+        if newest is not None and checkpoint.read_state(newest)["cursor"]["generation"] != cursor.generation:
+            print("the dataset has grown: new rows of tables start from their first values", flush=True)
+        where = "its end" if cursor.finished else f"epoch {cursor.epoch + 1}, step {cursor.step}"
+        self._reconsider_best(cursor)
+        folder.rewrite_config(configs.to_yaml(self.config))
+        print(f"resuming '{folder.path}' at {where}", flush=True)
+
+    def _reconsider_best(self, cursor: Cursor) -> None:
+        """The best validation so far, where the metric or the protocol that chooses it has changed."""
+        metric, protocol = selection_metric(self.config), family_of(self.config).protocol_of(self.config)
+        now = {"metric": metric, **protocol}
+        before = {key: cursor.best.get(key) for key in now}
+        if not cursor.best or before == now:
+            return
+        rows = [r for r in self.folder.read_metrics() if all(r.get(key) == protocol[key] for key in protocol)]
+        best, so_far = best_validation(rows, metric), validations(rows, metric)
+        cursor.best = {} if best is None else best_of(best, metric)
+        cursor.stale = 0 if best is None else len(so_far) - 1 - so_far.index(best)
+        cursor.finished = False  # or nothing would be saved where nothing is left to train
+        changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key])
+        found = f"the best of them is epoch {best['epoch'] + 1}" if best else "none so far can be compared"
+        print(f"validations are judged otherwise than before ({changed}): {found}", flush=True)
+
+    def _train_and_follow(self, parts: Parts, cursor: Cursor) -> RunResult:
+        """Train on what there is; with ``data.follow`` also on what is appended to it meanwhile and afterwards."""
+        config = self.config
+        self.watch.attach(self.folder, digest_of(config))
+        result = self._train(parts, cursor)
+        while config.data.follow is not None and result.finished and cursor.step != config.train.max_steps:
+            self.watch.at("waiting for newer actions", cursor.step)
+            if not self._newer(config.data.follow, parts.data.dataset):
+                break
+            del parts
+            parts, cursor = self._opened()
+            result = self._train(parts, cursor)
+        return result
+
+    def _train(self, parts: Parts, cursor: Cursor) -> RunResult:
+        config, folder, processes = self.config, self.folder, self.processes
+        if processes.is_main and (said := missing_operators(processes.device.type)):
+            log.warning(said)
+        if processes.is_main and (plans := plans_of(parts.model.tables.values())):
+            Console().print(shown(plans))
+        trainer = Trainer(config, parts, processes, folder, cursor, self.on_step, self.watch)
+        finished = trainer.train()
+        self.watch.at("ending", cursor.step)
+        rows = folder.read_metrics() if processes.is_main else []
+        if processes.is_main and config.log.plots:
+            try:
+                plot_run(folder, trainer.shown)
+            except Exception as error:  # a picture can never fail a run
+                log.warning("no plot of '%s' (%s)", folder.path, error)
+        folder.push()
+        return RunResult(folder.path, rows, finished, trainer.selection, trainer.shown, config.model.name)
+
+    def _newer(self, follow: FollowSection, dataset: SequenceDataset) -> bool:
+        """Wait until the dataset has grown; False where a signal came first, or nothing did."""
+        processes, begun = self.processes, time.monotonic()
+        if processes.is_main:
+            print(f"waiting for newer actions in '{dataset.path}'", flush=True)
+        with StopSignal() as signal:
+            while True:
+                newest = processes.together(
+                    lambda: read_manifest(dataset.folder).generation if processes.is_main else None
+                )
+                waited = time.monotonic() - begun
+                state = (newest != dataset.manifest.generation, waited >= follow.give_up)
+                grown, gave_up = processes.broadcast(state)  # the main process's
+                (stopped,) = processes.world.maximum([int(bool(signal.received))])
+                if grown or gave_up or stopped:
+                    return grown and not stopped
+                until = time.monotonic() + min(follow.every, follow.give_up)
+                while not signal.received and time.monotonic() < until:
+                    time.sleep(0.1)

@@ -28,8 +28,8 @@ from gr.errors import UserError
 from gr.processes import Processes
 from gr.programs import prepare as program
 from gr.train import job
+from gr.train.changes import check_growing
 from gr.train.comparison import compare
-from gr.train.job import check_growing
 from gr.train.parts import build
 from tests.end_to_end.tiny import CONFIG, tensors_in, weights
 from tests.unit.logs_common import Notes

@@ -16,8 +16,8 @@ from gr.errors import UserError
 from gr.models.step import StepContext
 from gr.models.tasks import MASK
 from gr.processes import Processes
+from gr.train.changes import refuse_changes
 from gr.train.engines.engine import parameters
-from gr.train.job import refuse_changes
 from gr.train.optimizers import AdamW, LazyAdam, RowwiseAdagrad
 from gr.train.snapshot import Snapshot, snapshot
 from tests.precision import tolerance
