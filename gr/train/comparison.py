@@ -13,7 +13,7 @@ from gr.data.outputs import output_file
 from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
 from gr.progress import Progress, default_progress
-from gr.train.evaluation import Evaluation, baseline_kind
+from gr.train.evaluation import baseline_kind
 from gr.train.job import running
 from gr.train.runs import config_of, open_run
 from gr.train.selection import judged_by
@@ -55,15 +55,7 @@ def compare(
     with running(config) as joined, watching(joined) as watch:
         opened = joined.together(lambda: open_run(run, checkpoint, joined, data_path, dim))
         data = opened.data
-        evaluation = Evaluation(
-            data.dataset,
-            data.split,
-            config,
-            data.catalogue,
-            judged_by=opened.model.judged_by,
-            processes=joined,
-            columns=opened.model.needs,
-        )
+        evaluation = opened.evaluation(joined, config)
         data.catalogue.count_once(joined)
         requests = joined.together(lambda: evaluation.requests(split))
         progress = default_progress() if joined.is_main else Progress()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +29,8 @@ class Evaluation:
     """Evaluates scorers on the held-out splits of a dataset, as often as wanted.
 
     Keeps what does not change between evaluations: which blocks hold targets, what kinds of targets they are.
-    judged_by: the metric family.  Modules
-    score on the processes' device, other scorers on the CPU; the users are dealt to the data axis.
+    judged_by: the metric family.  Modules score on the processes' device, other scorers on the CPU; the users are
+    dealt to the data axis.
     columns: of actions that the scorers need beside ``item``; all of numbers without it.
     """
 
@@ -55,15 +56,9 @@ class Evaluation:
         split = self.split.at(epoch)
         if split is self.split:
             return self
-        return Evaluation(
-            self.dataset,
-            split,
-            self.config,
-            self.catalogue,
-            judged_by=self.judged_by,
-            processes=self.processes,
-            columns=self.columns,
-        )
+        other = copy(self)
+        other.split, other._requests, other._targets = split, {}, {}
+        return other
 
     def run(self, name: str, scorer: Any, *, advance: Advance | None = None) -> EvalResult:
         """Metrics of ``scorer`` on the held-out split ``name``, the same on every rank."""

@@ -27,7 +27,6 @@ from gr.models.two_tower.model import TwoTower
 from gr.models.two_tower.scoring import Encoding, last_layer, score_all, search
 from gr.models.two_tower.towers import IntTower
 from gr.modes import evaluating
-from gr.train.evaluation import Evaluation
 from gr.train.runs import OpenRun
 
 ITEMS_AT_ONCE = 4096
@@ -145,7 +144,7 @@ def measure(
     times = dict.fromkeys(["exact", "last", *candidates], 0.0)
     hits = dict.fromkeys(["last", *candidates], 0)
     wanted = min(k, heads.heads_JIK.shape[1])
-    for request in _evaluation(run).requests(split):
+    for request in run.evaluation().requests(split):
         for user_HK in user_heads(model, request.batch.slice(0, min(users - asked, len(request)))):
             asked += 1
             started = time.perf_counter()
@@ -180,7 +179,7 @@ def measure(
 def judged(run: OpenRun, split: str = "test") -> dict[str, EvalResult]:
     """The run's metrics on a split by all layers, and by the last layer alone."""
     model, _ = _inttower(run)
-    evaluation = _evaluation(run)
+    evaluation = run.evaluation()
     scorers = {"all layers": model, "last layer": LastLayer(model)}
     return {name: evaluation.run(split, scorer) for name, scorer in scorers.items()}
 
@@ -218,18 +217,6 @@ def check(run: OpenRun, heads: ItemHeads) -> None:
             f"the item heads are of step {heads.step} and dataset generation {heads.generation}, and the run "
             f"'{run.folder.path}' is at step {run.step} of generation {generation}: write them again"
         )
-
-
-def _evaluation(run: OpenRun) -> Evaluation:
-    data, model = run.data, run.model
-    return Evaluation(
-        data.dataset,
-        data.split,
-        run.config,
-        data.catalogue,
-        judged_by=model.judged_by,
-        columns=model.needs,
-    )
 
 
 def _inttower(run: OpenRun) -> tuple[TwoTower, IntTower]:

@@ -16,6 +16,7 @@ from gr.models.retrieval import Retrieval
 from gr.processes import Processes
 from gr.train import checkpoint, exported
 from gr.train.checkpoint import find_checkpoint
+from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
 from gr.train.parts import Data, build_model, open_data
 from gr.train.place import AnyPath
@@ -32,6 +33,19 @@ class OpenRun:
     model: Model
     step: int
     epoch: int
+
+    def evaluation(self, processes: Processes | None = None, config: RunConfig | None = None) -> Evaluation:
+        """Of models like this one on the run's held-out splits, as ``config`` says (the run's own without it)."""
+        data = self.data
+        return Evaluation(
+            data.dataset,
+            data.split,
+            config or self.config,
+            data.catalogue,
+            judged_by=self.model.judged_by,
+            processes=processes,
+            columns=self.model.needs,
+        )
 
 
 def open_run(
