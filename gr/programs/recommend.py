@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     from gr.data.outputs import output_files
     from gr.data.requests import find_users
     from gr.progress import default_progress
-    from gr.train import recommend as library
+    from gr.train import recommend as library, user_files
     from gr.train.job import running
     from gr.train.runs import config_of, open_run
 
@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         for names in (("users", "new_items"), ("out", "user_vectors", "item_vectors"))
     )
     if options.users != "all":
-        written["the file of unknown users"] = str(library.unknown_users_file(options.out))
+        written["the file of unknown users"] = str(user_files.unknown_users_file(options.out))
     output_files(read, written)
-    ids = None if options.users == "all" else library.read_user_ids(options.users)
+    ids = None if options.users == "all" else user_files.read_user_ids(options.users)
     config = config_of(options.run, options.data_path)
     with running(config) as processes:
         run = open_run(options.run, options.checkpoint, processes, options.data_path, options.dim)
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.item_vectors:
             library.write_item_vectors(run, options.item_vectors, options.new_items)
     print(f"wrote {count:,} users to {options.out} (step {run.step:,} of {options.run})")
-    if found is not None and (listed := library.write_unknown_users(found, options.out)):
+    if found is not None and (listed := user_files.write_unknown_users(found, options.out)):
         print(
             f"{len(found.unknown):,} users are not in the dataset '{found.dataset}': they are listed in {listed}"
         )

@@ -12,13 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr.data.making.convert import MISSING, can_be_ids, to_ids
-from gr.data.outputs import ROWS_PER_GROUP, beside, delivered, parquet_rows, remove_output
+from gr.data.making.convert import MISSING, to_ids
+from gr.data.outputs import ROWS_PER_GROUP, parquet_rows
 from gr.data.requests import (
     Exclude,
     FoundUsers,
@@ -27,17 +26,12 @@ from gr.data.requests import (
     recommendation_requests,
     requests,
 )
-from gr.data.stores import remedy
 from gr.embeddings.table import Table
 from gr.errors import UserError
 from gr.modality.tower import Tower
 from gr.models.retrieval import Retrieval
 from gr.train.item_files import read_items
-from gr.train.place import AnyPath, parquet_file, place
 from gr.train.runs import OpenRun
-
-AS_TEXT = pa.csv.ConvertOptions(column_types={"user_id": pa.string()}, strings_can_be_null=True)
-"""Ids in CSV stay as they are written: 007 is not 7."""
 
 
 def recommend(
@@ -65,36 +59,12 @@ def recommend(
     doesn't have, recommended beside the others (see :func:`unseen_items`).  advance: called with the users
     done.  Files appear when they are complete.
     """
-    model, config, data = retrieval(run), run.config, run.data
-    device = model.device
-    item_ids = data.dataset.catalogue.column("item_id").combine_chunks()
-    exclude = config.eval.exclude if exclude is None else exclude
-    asked: Iterable[Request]
+    model = retrieval(run)
     if held_out is None:
-        asked = recommendation_requests(
-            data.dataset,
-            max_length=config.data.max_length,
-            exclude=exclude,
-            batch=config.eval.batch,
-            users=users,
-            time=time,
-            columns=model.needs,
-        )
+        asked = _asked(run, users, exclude, time)
     else:
-        if time is not None:
-            raise UserError("--held-out asks at the time of the held-out action: leave --time out")
-        if users is not None and not isinstance(users, FoundUsers):
-            users = find_users(data.dataset, users).refuse_unknown()
-        asked = requests(
-            data.dataset,
-            data.split,
-            held_out,
-            max_length=config.data.max_length,
-            exclude=exclude,
-            batch=config.eval.batch,
-            users=users,
-            columns=model.needs,
-        )
+        asked = _held_out(run, held_out, users, exclude, time)
+    item_ids = run.data.dataset.catalogue.column("item_id").combine_chunks()
     unseen: Table | None = None
     if new_items is not None:
         more_ids, unseen = unseen_items(run, new_items)
@@ -104,19 +74,14 @@ def recommend(
         lists = files.enter_context(parquet_rows(out))
         vectors = files.enter_context(parquet_rows(user_vectors)) if user_vectors is not None else None
         for request in asked:
-            request = request.to(device)
+            request = request.to(model.device)
             queries_BD = model.encode(request.batch)
-            excluded = (request.exclude_offsets, request.exclude_items)
-            scores_BK, rows_BK = model.similarity.topk(model.items, queries_BD, k, excluded)
-            if unseen is not None:
-                others = model.similarity.topk(unseen, queries_BD, k)
-                scores_BK, rows_BK = _best_of((scores_BK, rows_BK), others, model.items.rows, k)
+            scores_BK, rows_BK = _best(model, queries_BD, k, request, unseen)
             names = pa.array(request.users.tolist())
             table = _lists_table(names, scores_BK.cpu(), rows_BK.cpu(), item_ids)
             if held_out is not None:
-                table = table.append_column(
-                    "target_id", item_ids.take(pa.array(request.targets_B.cpu().numpy()))
-                )
+                targets = item_ids.take(pa.array(request.targets_B.cpu().numpy()))
+                table = table.append_column("target_id", targets)
             lists(table)
             if vectors is not None:
                 vectors(vectors_table("user_id", names, query_vectors(model, queries_BD)))
@@ -129,21 +94,59 @@ def recommend(
     return count
 
 
-def unknown_users_file(out: str | os.PathLike) -> str:
-    """The file beside ``out`` that lists the users who were asked for and are unknown: recs.unknown-users.txt."""
-    return beside(out, ".unknown-users.txt")
+def _asked(
+    run: OpenRun, users: Iterable[Any] | FoundUsers | None, exclude: Exclude | None, time: int | None
+) -> Iterable[Request]:
+    """What each user is going to do next."""
+    return recommendation_requests(
+        run.data.dataset,
+        max_length=run.config.data.max_length,
+        exclude=exclude or run.config.eval.exclude,
+        batch=run.config.eval.batch,
+        users=users,
+        time=time,
+        columns=run.model.needs,
+    )
 
 
-def write_unknown_users(found: FoundUsers, out: str | os.PathLike) -> str | None:
-    """List the unknown users beside ``out``, an id a line as ``--users`` reads them; returns the file.  Where all are
-    known there is none, nor one that an earlier call left."""
-    file = unknown_users_file(out)
-    if not found.unknown:
-        remove_output(file)
-        return None
-    with delivered(file) as scratch:
-        scratch.write_text("".join(f"{user}\n" for user in found.unknown), encoding="utf-8")
-    return file
+def _held_out(
+    run: OpenRun,
+    split: str,
+    users: Iterable[Any] | FoundUsers | None,
+    exclude: Exclude | None,
+    time: int | None,
+) -> Iterable[Request]:
+    """What the evaluation of a split asks of each user."""
+    if time is not None:
+        raise UserError("--held-out asks at the time of the held-out action: leave --time out")
+    if users is not None and not isinstance(users, FoundUsers):
+        users = find_users(run.data.dataset, users).refuse_unknown()
+    return requests(
+        run.data.dataset,
+        run.data.split,
+        split,
+        max_length=run.config.data.max_length,
+        exclude=exclude or run.config.eval.exclude,
+        batch=run.config.eval.batch,
+        users=users,
+        columns=run.model.needs,
+    )
+
+
+def _best(
+    model: Retrieval, queries_BD: Tensor, k: int, request: Request, unseen: Table | None
+) -> tuple[Tensor, Tensor]:
+    """(scores, rows), both (B, K), best first, of the catalogue's items that the request doesn't exclude; the rows of
+    ``unseen`` ones come after the catalogue's."""
+    excluded = (request.exclude_offsets, request.exclude_items)
+    scores_BK, rows_BK = model.similarity.topk(model.items, queries_BD, k, excluded)
+    if unseen is None:
+        return scores_BK, rows_BK
+    more_scores_BK, more_rows_BK = model.similarity.topk(unseen, queries_BD, k)
+    scores_BC = torch.cat([scores_BK, more_scores_BK], dim=1)
+    rows_BC = torch.cat([rows_BK, more_rows_BK + model.items.rows], dim=1)
+    scores_BC, order_BC = scores_BC.sort(dim=1, descending=True, stable=True)
+    return scores_BC[:, :k], rows_BC.gather(1, order_BC)[:, :k]
 
 
 def write_item_vectors(
@@ -204,16 +207,6 @@ def unseen_items(run: OpenRun, path: str | os.PathLike) -> tuple[pa.Array, Table
     return ids, tower.unseen(items)
 
 
-def _best_of(
-    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], rows: int, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k best of two searches, both (scores, rows), of which the other's rows come after the ``rows`` of the one."""
-    scores_BC = torch.cat([one[0], other[0]], dim=1)
-    rows_BC = torch.cat([one[1], other[1] + rows], dim=1)
-    scores_BC, order_BC = scores_BC.sort(dim=1, descending=True, stable=True)
-    return scores_BC[:, :k], rows_BC.gather(1, order_BC)[:, :k]
-
-
 def query_vectors(model: Retrieval, queries_BD: Tensor) -> Tensor:
     """(B, D) float32: normalised and divided by the temperature as the similarity does, then a 1 for an item bias."""
     vectors_BD = model.similarity.queries(queries_BD) * model.similarity.scoring.scale
@@ -232,47 +225,6 @@ def item_vectors(model: Retrieval, rows: range, items: Table | None = None) -> T
     return (
         torch.cat([vectors, items.biases(rows.start, rows.stop)[:, None]], dim=1) if scoring.bias else vectors
     )
-
-
-def read_user_ids(path: str | os.PathLike) -> list[str]:
-    """Raw ids, as text, from a text file (one a line; empty lines are no ids), or a Parquet or CSV file's
-    ``user_id``."""
-    file = place(path)
-    kind = file.suffix.lower()
-    try:
-        if kind not in (".parquet", ".csv"):
-            lines = _content(file).decode("utf-8-sig").splitlines()
-            return [line.strip() for line in lines if line.strip()]
-        if kind == ".parquet":
-            table = parquet_file(file).read()
-        else:
-            table = pa.csv.read_csv(pa.BufferReader(_content(file)), convert_options=AS_TEXT)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"no file '{file}' with users: give a list of ids, or --users all") from None
-    except UnicodeDecodeError:
-        raise UserError(
-            f"'{file}' is not text: list the ids one a line, or name it .parquet or .csv if it is such a file"
-        ) from None
-    except (OSError, pa.ArrowInvalid) as error:
-        said = " ".join(str(error).split()).rstrip(".")
-        fix = remedy(error, "write it again, or list the ids one a line in a text file")
-        raise UserError(f"'{file}' cannot be read as {kind[1:] or 'text'} ({said}): {fix}") from None
-    if "user_id" not in table.column_names:
-        raise UserError(
-            f"'{file}' has no column user_id (it has {', '.join(table.column_names)}): rename the column"
-        )
-    column = table.column("user_id").combine_chunks()
-    if not can_be_ids(column.type):
-        raise UserError(f"column user_id of '{file}' is of type {column.type}: write ids, integers or text")
-    ids = to_ids(column, integer=False, fix="").values.to_pylist()  # 2.0 is 2, as where the log was read
-    if None in ids:
-        raise UserError(f"row {ids.index(None) + 1} of '{file}' has no user_id: remove it or fill it in")
-    return ids
-
-
-def _content(file: AnyPath) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read()
 
 
 def vectors_table(key: str, ids: pa.Array, vectors: Tensor) -> pa.Table:

@@ -22,14 +22,9 @@ from gr.eval.tables import buckets_tables, results_table
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder
 from gr.train.parts import Catalogue, Data
-from gr.train.recommend import (
-    read_user_ids,
-    recommend,
-    unknown_users_file,
-    write_item_vectors,
-    write_unknown_users,
-)
+from gr.train.recommend import recommend, write_item_vectors
 from gr.train.runs import OpenRun
+from gr.train.user_files import read_user_ids, unknown_users_file, write_unknown_users
 from tests.precision import tolerance
 from tests.unit.models_common import retrieval
 
