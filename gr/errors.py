@@ -71,3 +71,8 @@ def program(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130
 
     return wrapped
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short enough to stand in a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

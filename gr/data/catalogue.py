@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from gr.batch import Jagged
 from gr.data.columns import ColumnInfo, checksum
 from gr.data.popularity import Counted, counted
-from gr.data.stores import first_line, remedy
-from gr.errors import UserError, nearest
+from gr.data.stores import remedy
+from gr.errors import UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -46,8 +46,8 @@ from gr.data.manifest import (
     to_json,
 )
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
-from gr.data.stores import AHEAD, Store, Unreachable, all_shown, first_line, in_order, remedy
-from gr.errors import UserError
+from gr.data.stores import AHEAD, Store, Unreachable, all_shown, in_order, remedy
+from gr.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from gr.data.transforms.transform import Filter

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from gr.data.columns import TYPES, ColumnInfo
 from gr.data.folder import Folder
 from gr.data.sequences import ITEM, TIME, USER_ID
-from gr.data.stores import first_line, remedy
-from gr.errors import UserError
+from gr.data.stores import remedy
+from gr.errors import UserError, first_line
 
 SCHEMA_VERSION = 2
 BLOCKS_PER_FILE = 256

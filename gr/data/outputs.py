@@ -13,8 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gr.data.stores import Store, first_line, is_url, remedy, shown
-from gr.errors import UserError
+from gr.data.stores import Store, is_url, remedy, shown
+from gr.errors import UserError, first_line
 
 ROWS_PER_GROUP = 16_384
 

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 
 from gr.data.columns import checksum
 from gr.data.sequences import ITEM, Sequences
-from gr.data.stores import first_line
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from gr.data.dataset import SequenceDataset

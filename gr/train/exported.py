@@ -24,8 +24,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from gr.data.stores import first_line, remedy
-from gr.errors import UserError
+from gr.data.stores import remedy
+from gr.errors import UserError, first_line
 from gr.models.model import Model
 from gr.processes import Axis
 from gr.train import checkpoint

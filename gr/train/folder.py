@@ -27,8 +27,8 @@ from typing import Any
 
 from gr.config import RunConfig
 from gr.data.outputs import sync
-from gr.data.stores import first_line, remedy
-from gr.errors import UserError
+from gr.data.stores import remedy
+from gr.errors import UserError, first_line
 from gr.train.place import StorePath, files_in, place
 
 FETCHED = {"config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl"}

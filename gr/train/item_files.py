@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gr.data.making.convert import can_be_ids, plain
-from gr.data.stores import first_line, remedy
-from gr.errors import UserError
+from gr.data.stores import remedy
+from gr.errors import UserError, first_line
 from gr.train.place import parquet_file, place
 
 

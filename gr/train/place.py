@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import torch.distributed.checkpoint as dcp
 
 from gr.data.folder import Folder
-from gr.data.stores import RangedFile, Store, is_url
+from gr.data.ranged import RangedFile
+from gr.data.stores import Store, is_url
 
 AHEAD_BYTES = 1 << 23
 WHOLE_BYTES = 1 << 26

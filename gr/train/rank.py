@@ -24,8 +24,8 @@ from gr.data.making.times import YEAR_2200
 from gr.data.outputs import parquet_rows
 from gr.data.requests import FoundUsers, as_id, find_users
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
-from gr.data.stores import first_line, remedy
-from gr.errors import UserError
+from gr.data.stores import remedy
+from gr.errors import UserError, first_line
 from gr.models.pointwise import Pointwise
 from gr.models.two_tower.model import TwoTower
 from gr.train import rank_fields

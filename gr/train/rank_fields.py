@@ -13,8 +13,7 @@ from torch import Tensor
 from gr.batch import SequenceBatch
 from gr.data.dataset import SequenceDataset
 from gr.data.making.convert import is_number, is_text
-from gr.data.stores import first_line
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 from gr.models.two_tower.model import TwoTower
 from gr.train.item_heads import item_columns
 from gr.train.runs import OpenRun

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gr.data import dataset as datasets, stores
+from gr.data import dataset as datasets, ranged, stores
 from gr.data.batches import Plan
 from gr.data.dataset import DatasetWriter, SequenceDataset
 from gr.data.loader import Arrow, Direct
@@ -67,7 +67,7 @@ def of_part(asked):
 
 @pytest.mark.parametrize("engine", [Arrow, Direct])
 def test_a_row_group_is_one_request_for_the_columns_that_are_needed(local, url, store, engine, monkeypatch):
-    monkeypatch.setattr(stores, "HOLE", 64)
+    monkeypatch.setattr(ranged, "HOLE", 64)
     dataset = SequenceDataset(url)
     assert len(store.asked) <= 6  # sizes and content of manifest and catalogue's footer, the list of files
     store.forget()
@@ -79,9 +79,9 @@ def test_a_row_group_is_one_request_for_the_columns_that_are_needed(local, url, 
     )  # the file is opened once in a process, its footer read once
     ranges = {asked.bytes for asked in store.gets(PART)}
     for block in range(blocks):
-        spans = stores.column_ranges(footer, [block], ["items", "timestamps"])
+        spans = ranged.column_ranges(footer, [block], ["items", "timestamps"])
         assert (min(s for s, _ in spans), max(s for _, s in spans) - 1) in ranges
-    needed = sum(b - a for a, b in stores.column_ranges(footer, range(blocks), ["items", "timestamps"]))
+    needed = sum(b - a for a, b in ranged.column_ranges(footer, range(blocks), ["items", "timestamps"]))
     assert sum(a.size for a in store.gets(PART)) < needed + 65_536 + blocks * 64
     store.forget()
     assert epoch(dataset, engine) == epoch(local)
@@ -262,7 +262,7 @@ def test_faults_of_a_log_are_named(store, tmp_path, monkeypatch):
     monkeypatch.setenv("GR_STORE_ATTEMPTS", "2")
     files = log_files(store, "bad")
     name, content = "bad/part-1.parquet", files["bad/part-1.parquet"]
-    start, _ = stores.column_ranges(pq.read_metadata(io.BytesIO(content)), [1], ["u"])[0]
+    start, _ = ranged.column_ranges(pq.read_metadata(io.BytesIO(content)), [1], ["u"])[0]
     where = rf"cannot read 's3://data/{name}', row group \d, columns 'u', 'i', 't' "
 
     def refused(said):

@@ -18,8 +18,8 @@ import pyarrow.csv as arrow_csv
 from gr.data.making.csv_quotes import ClosedQuotes
 from gr.data.making.files import DataFile, require_column
 from gr.data.making.schema import Csv
-from gr.data.stores import first_line, remedy
-from gr.errors import UserError
+from gr.data.stores import remedy
+from gr.errors import UserError, first_line
 
 BLOCK_BYTES = 2**23
 SAMPLE_BYTES = 2**20

@@ -16,18 +16,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from gr.data.stores import (
-    AHEAD,
-    RangedFile,
-    Store,
-    column_ranges,
-    first_line,
-    in_order,
-    is_url,
-    remedy,
-    shown,
-)
-from gr.errors import UserError, nearest
+from gr.data.ranged import RangedFile, column_ranges
+from gr.data.stores import AHEAD, Store, in_order, is_url, remedy, shown
+from gr.errors import UserError, first_line, nearest
 
 PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".tsv", ".txt", ".dat")

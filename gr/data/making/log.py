@@ -28,8 +28,8 @@ from gr.data.making.log_types import IDS, Layout, csv_sample, lay_out_csv, lay_o
 from gr.data.making.quarantine import BadRow, Quarantine, refuse
 from gr.data.making.schema import FieldColumn, FieldOfDataset, LogSchema
 from gr.data.making.times import FileTimes, Times, when
-from gr.data.stores import first_line, remedy
-from gr.errors import UserError
+from gr.data.stores import remedy
+from gr.errors import UserError, first_line
 
 Locate = Callable[[int], tuple[int | None, int]]
 """Row of a batch -> (row group, row in it), or (None, record of the file) for CSV."""

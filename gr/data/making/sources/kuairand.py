@@ -24,8 +24,7 @@ from gr.data.making.prepare import prepare
 from gr.data.making.quarantine import Quarantine
 from gr.data.making.schema import Columns, FieldColumn, LogSchema, Preparation
 from gr.data.making.sources.base import QUIET, Source
-from gr.data.stores import first_line
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 from gr.progress import Progress
 
 LABELS = {

@@ -36,8 +36,7 @@ from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.sources.base import QUIET, Source
 from gr.data.making.sources.movielens import ML1M
 from gr.data.sequences import Sequences
-from gr.data.stores import first_line
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 from gr.progress import Progress
 
 NAME = "ml-1m-ctr"

@@ -17,8 +17,7 @@ from gr.data.making.prepare import prepare
 from gr.data.making.ray_blocks import BlocksReader, making
 from gr.data.making.sources.base import QUIET
 from gr.data.making.sources.log import ActionLog
-from gr.data.stores import first_line
-from gr.errors import UserError, nearest
+from gr.errors import UserError, first_line, nearest
 from gr.progress import Progress
 
 PARTITIONS = 256

@@ -22,8 +22,8 @@ from gr.data.making.prepare import prepare
 from gr.data.making.quarantine import BadRow, Quarantine, refuse
 from gr.data.making.schema import CatalogueSchema, IdType, Preparation, known_encoding
 from gr.data.making.sources.base import QUIET, Source
-from gr.data.stores import first_line, remedy
-from gr.errors import UserError
+from gr.data.stores import remedy
+from gr.errors import UserError, first_line
 from gr.progress import Progress
 
 SHOWN = 80  # characters of a bad line that a sentence repeats
