@@ -72,6 +72,16 @@ Column = Any
 Change = Callable[[Column], Column]
 
 
+def values_of(column: Column) -> Any:
+    """All values of a column, one after another, whether there is one each or a list."""
+    return column.values if isinstance(column, Jagged) else column
+
+
+def with_values(column: Column, values: Any) -> Column:
+    """The column with others in its values' places; lists stay as long as they are."""
+    return replace(column, values=values) if isinstance(column, Jagged) else values
+
+
 @dataclass(frozen=True)
 class SequenceBatch:
     """B jagged sequences.
@@ -170,7 +180,7 @@ class SequenceBatch:
         import torch
 
         def decimals(column: Column) -> bool:
-            return (column.values if isinstance(column, Jagged) else column).is_floating_point()
+            return values_of(column).is_floating_point()
 
         chosen = list(self.columns) if names is None else list(names)
         if unknown := [name for name in chosen if name not in self.columns]:
@@ -185,7 +195,7 @@ class SequenceBatch:
         for name in chosen:
             column = self.columns[name]
             jagged = isinstance(column, Jagged)
-            values.append((column.values if jagged else column).long())
+            values.append(values_of(column).long())
             lengths.append((column.offsets[self.offsets_B1] if jagged else self.offsets_B1).diff())
         nothing = self.offsets_B1.new_empty(0)
         return KeyedJaggedTensor.from_lengths_sync(

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from gr.batch import TARGETS_FROM, Jagged, SequenceBatch
+from gr.batch import TARGETS_FROM, Jagged, SequenceBatch, values_of
 from gr.data.hashing import hash_ids
 from gr.data.sequences import ITEM, Column, Sequences, batched_dtype
 
@@ -54,5 +54,4 @@ def tensor(column: Column, copy: bool = True) -> torch.Tensor | Jagged:
 
 
 def _is_numeric(column: Column) -> bool:
-    values = column.values if isinstance(column, Jagged) else column
-    return values.dtype.kind in "iuf"
+    return values_of(column).dtype.kind in "iuf"

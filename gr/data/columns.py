@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gr.batch import Jagged
+from gr.batch import Jagged, values_of
 from gr.data.sequences import DTYPES, ITEM, TIME, TYPE, USER_ID, VALUE, Column, Sequences
 from gr.errors import UserError
 
@@ -68,7 +68,7 @@ def described(rows: Sequences) -> list[ColumnInfo]:
     for of, columns in (("actions", rows.columns), ("users", rows.user_columns)):
         for name, column in columns.items():
             multi = isinstance(column, Jagged)
-            values = column.values if isinstance(column, Jagged) else column
+            values = values_of(column)
             kind = "string" if values.dtype.kind in "OU" else str(values.dtype)
             if kind not in TYPES:
                 raise UserError(f"column '{name}' is of type {kind}: give one of {', '.join(TYPES)}")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr.batch import Jagged, SequenceBatch
+from gr.batch import Jagged, SequenceBatch, values_of, with_values
 from gr.config import FeatureSection
 from gr.embeddings.table import Table, TableSpec
 from gr.embeddings.view import View
@@ -186,14 +186,14 @@ class Features:
             if feature.key in there:
                 continue
             found = feature.values(batch)
-            rows = found.values if isinstance(found, Jagged) else found
+            rows = values_of(found)
             if feature.name in self.vocabularies:
                 rows = by_vocabulary(self.vocabularies[feature.name], rows)
             else:
                 rows, unseen = feature.placed(rows, UNDER)
                 if feature.name in self.unseen:
                     self.unseen[feature.name] = (unseen, rows.numel())
-            rows = replace(found, values=rows) if isinstance(found, Jagged) else rows
+            rows = with_values(found, rows)
             # as the other columns are, so that going to a device waits for nothing
             there[feature.key] = rows.pin_memory() if batch.offsets_B1.is_pinned() else rows
         return replace(batch, columns=columns, user_columns=user_columns)
@@ -250,18 +250,12 @@ class Features:
         batch = SequenceBatch(offsets, offsets[:1], (len(items_N),), {"item": items_N})
         found = {}
         for f in (f for f in self.features if f.of_item):
-            values = f.values(batch)
+            column = f.values(batch)
             if f.name in self.vocabularies:
-                rows_of = self.vocabularies[f.name].rows_of
-                if isinstance(values, Jagged):
-                    values = replace(values, values=rows_of(values.values))
-                else:
-                    values = rows_of(values)
-            elif isinstance(values, Jagged):
-                values = replace(values, values=f.placed(values.values, UNDER)[0])
+                rows = self.vocabularies[f.name].rows_of(values_of(column))
             else:
-                values, _ = f.placed(values, UNDER)
-            found[f.name] = f.told(values)
+                rows, _ = f.placed(values_of(column), UNDER)
+            found[f.name] = f.told(with_values(column, rows))
         return found
 
     def known_at(self, batch: SequenceBatch, name: str, users_A: Tensor | None) -> Known:
@@ -372,12 +366,12 @@ def _of_items(name: str, section: FeatureSection, data: Catalogue, under: str) -
     else:
         pooling = _pooling(key, f"{key}.catalogue", section, data.info(column))
         codes_I = data.codes(column)
-        codes = codes_I.values if isinstance(codes_I, Jagged) else codes_I
+        codes = values_of(codes_I)
         rows = section.rows or max(int(codes.max()) + 1 if len(codes) else 0, 1)
         if section.vocabulary is None and not shares_row:
             check_rows(name, f"column '{column}' of the catalogue", codes, rows, under)
         rows += shares_row
-    on_device = {codes_I.values.device if isinstance(codes_I, Jagged) else codes_I.device: codes_I}
+    on_device = {values_of(codes_I).device: codes_I}
 
     def of_batch(batch: SequenceBatch) -> Tensor | Jagged:
         items_A = batch.items_T.clamp_min(0)  # of one that is asked for nothing is looked at

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr.batch import TARGETS_FROM, UNKNOWN, Jagged, SequenceBatch
+from gr.batch import TARGETS_FROM, UNKNOWN, Jagged, SequenceBatch, values_of
 from gr.config import ComponentConfig
 from gr.models.cut import Cut, cut
 from gr.models.layout import JaggedLayout
@@ -40,7 +40,7 @@ class Known:
     @property
     def rows_V(self) -> Tensor:
         """All rows that are looked at."""
-        return self.rows_F.values if isinstance(self.rows_F, Jagged) else self.rows_F
+        return values_of(self.rows_F)
 
     def at(self, places_N: Tensor) -> Known:
         """What is known at these of all rows."""
