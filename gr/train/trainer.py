@@ -141,22 +141,17 @@ class Trainer:
         config, cursor = self.config.train, self.cursor
         self._at("training", cursor.step + 1)
         key = derive_key(config.seed, "step", cursor.step)
-        rank = self.processes.data.rank
-        seed_generators(self.processes.device, derive_key(config.seed, "dropout", cursor.step, rank))
+        dropout_key = derive_key(config.seed, "dropout", cursor.step, self.processes.data.rank)
+        seed_generators(self.processes.device, dropout_key)
 
         share, restarted = self.model.learn(batch.share, cursor.step)
         self.engine.restart(restarted)
         share = share.to(self.processes.device)
-        parts = [
-            self.model.supervise(part, key, derive_key(key, "dropout", rank, number)).part_of(
-                self.processes.context
-            )
-            for number, part in enumerate(self._micro_batches(share))
-        ]
-        own = sum(part.count for part in parts)
+        micro_batches = self._supervised(share, key)
+        own = sum(supervised.count for supervised in micro_batches)
         targets, stops, *sums = self._agree([own, int(stop), *self.work.own(share.lengths, own)])
-        context = StepContext(key, self._candidates(parts), number=cursor.step)
-        loss = self.engine.forward_backward(parts, context, targets)
+        context = StepContext(key, self._candidates(micro_batches), number=cursor.step)
+        loss = self.engine.forward_backward(micro_batches, context, targets)
         done = self.work.done(sums, targets)
         norm = self.engine.step(rate_factor(self.config.schedule, cursor.step, self.total_steps))
         self._unchecked = (loss, batch)
@@ -189,7 +184,9 @@ class Trainer:
             self._watched()
         for number, split in enumerate(self.config.eval.splits):
             result = evaluation.run(split, self.model)
-            if not number:  # afterwards: it has formed all rows, where rows are formed
+            if (
+                not number
+            ):  # after the first one, which has formed the rows of all items where a tower forms them
                 watched = self._watched()
             row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step}
             row |= evaluation.split.describe() | result.row() | watched
@@ -199,7 +196,7 @@ class Trainer:
                 self._compare_with_best(row)
 
     def _watched(self) -> dict[str, float]:
-        """What the model has to say of itself."""
+        """The model's figures about itself, for the log; warns where they are bad."""
         figures, said = self.model.watched()
         if said is not None and self.processes.is_main:
             log.warning(said)
@@ -225,7 +222,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------
 
     def _at(self, phase: str, step: int | None = None) -> None:
-        """Tell who watches what is begun."""
+        """Tell the watch which phase begins, so that it can name what this process was doing if it hangs."""
         if self.watch is not None:
             self.watch.at(phase, self.cursor.step if step is None else step)
 
@@ -251,8 +248,8 @@ class Trainer:
         )
 
     def _asked_first(self, batch: GlobalBatch) -> bool:
-        """Whether what is about to be trained on is evaluated before: in one pass through the log it's never seen
-        again."""
+        """Whether a period is evaluated now, before it is trained on: a run that goes through the log once has no other
+        moment at which the period is unseen."""
         return self.one_pass and batch.index == 0 and self.cursor.epoch % self.config.eval.every_epochs == 0
 
     def _evaluation_due(self, epoch_ends: bool) -> bool:
@@ -274,8 +271,18 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.cursor.step % every == 0
 
+    def _supervised(self, share: SequenceBatch, key: int) -> list[Supervised]:
+        """This process's micro-batches with their targets, as far as their rows are this process's where several
+        processes share each sequence."""
+        rank, context = self.processes.data.rank, self.processes.context
+        return [
+            self.model.supervise(micro_batch, key, derive_key(key, "dropout", rank, number)).part_of(context)
+            for number, micro_batch in enumerate(self._micro_batches(share))
+        ]
+
     def _micro_batches(self, share: SequenceBatch) -> list[SequenceBatch]:
-        """The share, cut; where a micro-batch is an exchange, everybody has as many, the last ones perhaps empty."""
+        """The share, cut.  Where a model or an engine exchanges something in every micro-batch, all processes get the
+        same number of them, the last ones perhaps empty."""
         parts = share.split(self.config.train.micro_batch_actions * self.processes.context.size)
         if self.model.collective or self.engine.collective:
             (most,) = self.processes.world.maximum([len(parts)])
@@ -293,10 +300,11 @@ class Trainer:
             self.writer.wait()
         return sums
 
-    def _candidates(self, parts: list[Supervised]) -> Tensor | None:
+    def _candidates(self, micro_batches: list[Supervised]) -> Tensor | None:
+        """(G,) int64: the targets of the whole global batch, for models that take them as candidates."""
         if not self.model.needs_global_targets:
             return None
-        return self.processes.world.gather(torch.cat([part.targets_S for part in parts]))
+        return self.processes.world.gather(torch.cat([each.targets_S for each in micro_batches]))
 
     def _log(
         self,
@@ -350,8 +358,8 @@ class Trainer:
         return said(self.work.rates(window.flops_per_s, window.padded_per_s), self.cursor.flops)
 
     def _log_epoch(self) -> None:
-        """The digest of all global batches up to an epoch's end: equal where two runs saw the same in one order.  And
-        what the epoch cost: seconds of its steps, the process's largest memory, the numbers that train."""
+        """Write the digest of all global batches so far, which is equal for two runs that saw the same batches in the
+        same order, and what the epoch cost: seconds of its steps, the process's peak memory, how many numbers train."""
         cursor = self.cursor
         row = {"kind": "epoch", "epoch": cursor.epoch, "step": cursor.step, "data_digest": cursor.data_digest}
         cursor.metrics_rows += self.metrics.write(row)
@@ -369,8 +377,9 @@ class Trainer:
             self.progress.say(self.progress.waits.summary(self.processes))
 
     def _vocabularies(self) -> dict[str, Any]:
-        """Of each one the share of this step's ids that had no row of their own, and how many ids so far got a row and
-        lost theirs; of other tables that take any value, that share."""
+        """For each vocabulary, the share of this step's ids without a row of their own, and how many ids have been
+        given a row (admitted) and have lost it (evicted) so far; for other tables that take unknown values, that share
+        alone."""
         row: dict[str, Any] = {}
         for name, shares in self.model.unseen().items():
             unseen, asked = self._sum([*shares])
@@ -386,13 +395,14 @@ class Trainer:
         return row
 
     def _sum(self, counts: list[int]) -> list[int]:
-        """Over all processes: of a part of the world each would go its own way."""
+        """Over all processes of the run.  Decisions hang on these sums, and sums over the data or context axis alone
+        could let two processes decide differently."""
         return self.processes.world.sum(counts, dtype=torch.int64)
 
     def _say(self, row: dict[str, Any], notes: list[str]) -> None:
         self.progress.say(summary(row, self.shown, self.judged))
         for note in notes:
-            if (said := f"{row['split']}: {note}") not in self._noted:  # it is so in every evaluation
+            if (said := f"{row['split']}: {note}") not in self._noted:  # every evaluation would repeat it
                 self._noted.add(said)
                 self.progress.say(said)
 

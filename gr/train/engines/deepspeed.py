@@ -52,16 +52,16 @@ class DeepSpeed(Engine):
         )
         return [self.zero, *self.tables_apart(optimizer)]
 
-    def forward_backward(self, parts: Sequence[Any], context: StepContext, targets: int) -> HostCopy:
+    def forward_backward(self, micro_batches: Sequence[Any], context: StepContext, targets: int) -> HostCopy:
         self.zero.started()
-        return super().forward_backward(parts, context, targets)
+        return super().forward_backward(micro_batches, context, targets)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         self.zero.engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
-    def loss(self, part: Any, context: StepContext) -> Tensor:
-        return self.zero.engine(part, context)
+    def loss(self, micro_batch: Any, context: StepContext) -> Tensor:
+        return self.zero.engine(micro_batch, context)
 
     def backward(self, loss: Tensor) -> None:
         self.zero.engine.backward(loss)

@@ -63,16 +63,16 @@ class Engine(ABC):
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, parts: Sequence[Any], context: StepContext, targets: int) -> HostCopy:
+    def forward_backward(self, micro_batches: Sequence[Any], context: StepContext, targets: int) -> HostCopy:
         """Gradients of (sum of the losses of all processes' micro-batches / ``targets``); returns this process's sum
-        of losses, which never waits for them."""
-        views = self.model.views(parts, context)
+        of losses, which is on its way to the host before the last backward pass starts."""
+        views = self.model.views(micro_batches, context)
         context = replace(context, views=views)
         scale, total = 1 / max(targets, 1), torch.zeros((), device=self.processes.device)
-        for number, part in enumerate(parts):
-            last = number + 1 == len(parts)
+        for number, micro_batch in enumerate(micro_batches):
+            last = number + 1 == len(micro_batches)
             with self.accumulating(last):
-                loss = self.loss(part, context)
+                loss = self.loss(micro_batch, context)
                 total += loss.detach()
                 if last:
                     copy = HostCopy(total)
@@ -102,19 +102,19 @@ class Engine(ABC):
     def restart(self, rows: Mapping[str, Tensor]) -> None:
         """By table, rows that stand for something else from now on: they have their first values again and no moments.
         Every process calls this with the same ones, before a step."""
-        waiting = False
+        others_read = False
         for name, rows_N in rows.items():
             if not len(rows_N):
                 continue
             if name in self.row_optimizers:  # before the values: it says whose rows are about to change
                 self.row_optimizers[name].restart(rows_N)
-                waiting = waiting or not self.row_tables[name].replicated
+                others_read = others_read or not self.row_tables[name].replicated
             self.model.tables[name].restart(rows_N)
             for column in ("weight", "bias"):
                 if (full_name := f"tables.{name}.{column}") in self.dense:
                     self.dense[full_name].restart(full_name, rows_N)
-        if waiting:
-            self.processes.barrier()  # somebody else may read rows of this process
+        if others_read:
+            self.processes.barrier()  # they would read rows that this process is still setting
 
     rate = float("nan")
     """The learning rate of the last step (the first group's)."""
@@ -169,10 +169,10 @@ class Engine(ABC):
     def accumulating(self, last: bool) -> AbstractContextManager:
         """Around each micro-batch's forward and backward pass."""
 
-    def loss(self, part: Any, context: StepContext) -> Tensor:
-        """The sum of a micro-batch's losses."""
+    def loss(self, micro_batch: Any, context: StepContext) -> Tensor:
+        """The sum of a micro-batch's losses: a float32 scalar."""
         with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.module(part, context)
+            return self.module(micro_batch, context)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -59,11 +59,11 @@ class FSDP(Engine):
             self.module.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
-    def loss(self, part: Any, context: StepContext) -> Tensor:
+    def loss(self, micro_batch: Any, context: StepContext) -> Tensor:
         if not isinstance(self.module, FSDPModule):
-            return super().loss(part, context)
+            return super().loss(micro_batch, context)
         with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.module(_Unseen(part, context))
+            return self.module(_Unseen(micro_batch, context))
 
     def exchange(self) -> None:
         """fully_shard has done it for the module."""
