@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from rich.console import Console
 
 from gr import registry
-from gr.data.dataset import SequenceDataset
 from gr.data.describe_tables import preparation_tables
 from gr.data.making.engine import Engine
 from gr.data.making.sources.base import make_source
@@ -28,19 +28,32 @@ from gr.programs._arguments import new_parser, refuse_torchrun
 from gr.progress import default_progress
 
 
-def report(dataset: SequenceDataset, seconds: float) -> None:
-    """What each stage left, what was put aside, and the dataset's identity."""
-    manifest, console = dataset.manifest, Console()
-    for table in preparation_tables(dataset):
-        console.print(table)
-    print(
-        f"{manifest.counts} in {seconds:.1f} s; fingerprint {manifest.fingerprint}\n"
-        f"next  python -m gr describe {dataset.path}"
-    )
-
-
 @program
 def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    refuse_torchrun("prepare", "its result doesn't depend on how many read it")
+    _check(args)
+    start, progress = time.monotonic(), default_progress()
+    if args.name == "append":
+        dataset = ActionLog.append(
+            args.source, args.to, schema=args.schema, settings=args.set, progress=progress
+        )
+    else:
+        dataset = make_source(args.name, args.schema or {}, args.set).prepare(
+            args.dataset or args.source,
+            args.out,
+            overwrite=args.overwrite,
+            progress=progress,
+            engine=Engine(args.engine, args.address, args.tasks),
+        )
+    seconds = time.monotonic() - start
+    for table in preparation_tables(dataset):
+        Console().print(table)
+    print(f"{dataset.manifest.counts} in {seconds:.1f} s; fingerprint {dataset.manifest.fingerprint}")
+    print(f"next  python -m gr describe {dataset.path}")
+
+
+def _parser() -> ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("name", help=f"{', '.join(registry.DATASETS)}; or append, for newer actions of a log")
     parser.add_argument("--source", help="file, glob (in quotes), folder or URL to read")
@@ -62,8 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--address", metavar="HOST:PORT", help="of a Ray cluster, or auto; else one is started"
     )
     parser.add_argument("--tasks", type=int, metavar="N", help="at most N tasks at a time on the cluster")
-    args = parser.parse_args(arguments)
-    refuse_torchrun("prepare", "its result doesn't depend on how many read it")
+    return parser
+
+
+def _check(args: Namespace) -> None:
+    """Refuse options that don't go together, before anything is read."""
     appending = args.name == "append"
     wanted, unwanted = ("to", "out") if appending else ("out", "to")
     if getattr(args, wanted) is None or getattr(args, unwanted) is not None:
@@ -86,21 +102,6 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(
             "--dataset is the source of ray, and no other has one: python -m gr prepare ray --dataset ..."
         )
-    start = time.monotonic()
-    progress = default_progress()
-    if appending:
-        dataset = ActionLog.append(
-            args.source, args.to, schema=args.schema, settings=args.set, progress=progress
-        )
-    else:
-        dataset = make_source(args.name, args.schema or {}, args.set).prepare(
-            args.dataset or args.source,
-            args.out,
-            overwrite=args.overwrite,
-            progress=progress,
-            engine=Engine(args.engine, args.address, args.tasks),
-        )
-    report(dataset, time.monotonic() - start)
 
 
 if __name__ == "__main__":
