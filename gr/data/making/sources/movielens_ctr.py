@@ -111,6 +111,22 @@ class ML1MCTR(Source):
         means["item_mean"], of_items = _means(label_N, items, train, held, options)
         catalogue = catalogue.append_column("item_mean", pa.array(of_items))
         protocol = "leaky" if options.leaky else "clean"
+        provenance = {
+            "source": source or self.published.url,
+            "options": options.model_dump(mode="json"),
+            "protocol": protocol,
+            "split": shares,
+            "likes": float(label_N.mean()),
+            "stages": [
+                {"stage": "rows of the log", "actions": rated, "users": None, "items": None},
+                {
+                    "stage": "without ratings of 3",
+                    "actions": len(order),
+                    "users": len(np.unique(columns["user"])),
+                    "items": catalogue.num_rows,
+                },
+            ],
+        }
         writer = DatasetWriter(
             out,
             f"{NAME}, {protocol} protocol",
@@ -119,36 +135,28 @@ class ML1MCTR(Source):
             overwrite=overwrite,
         )
         try:
-            with progress.stage("writing", len(order), "ratings") as stage:
-                for start in range(0, len(order), BLOCK_ROWS):
-                    part = slice(start, start + BLOCK_ROWS)
-                    numbers = order[part] + 1
-                    given = {name: column[part] for name, column in (columns | means).items()}
-                    offsets = np.arange(len(numbers) + 1)
-                    writer.add(Sequences.of(numbers, offsets, item=items[part], **given))
-                    stage.advance(len(numbers))
-            return writer.finish(
-                catalogue,
-                {
-                    "source": source or self.published.url,
-                    "options": options.model_dump(mode="json"),
-                    "protocol": protocol,
-                    "split": shares,
-                    "likes": float(columns["label"].mean()),
-                    "stages": [
-                        {"stage": "rows of the log", "actions": rated, "users": None, "items": None},
-                        {
-                            "stage": "without ratings of 3",
-                            "actions": len(order),
-                            "users": len(np.unique(columns["user"])),
-                            "items": catalogue.num_rows,
-                        },
-                    ],
-                },
-            )
+            _write(writer, order + 1, items, columns | means, progress)
+            return writer.finish(catalogue, provenance)
         except BaseException:
             writer.abandon()
             raise
+
+
+def _write(
+    writer: DatasetWriter,
+    numbers_N: np.ndarray,
+    items_N: np.ndarray,
+    columns: dict[str, np.ndarray],
+    progress: Progress,
+) -> None:
+    """A row an impression, called by the number of its line in the log."""
+    with progress.stage("writing", len(numbers_N), "ratings") as stage:
+        for start in range(0, len(numbers_N), BLOCK_ROWS):
+            part = slice(start, start + BLOCK_ROWS)
+            numbers = numbers_N[part]
+            given = {name: column[part] for name, column in columns.items()}
+            writer.add(Sequences.of(numbers, np.arange(len(numbers) + 1), item=items_N[part], **given))
+            stage.advance(len(numbers))
 
 
 def split_shares(test: float, valid: float) -> dict[str, float]:
