@@ -181,16 +181,7 @@ class NextItem:
     def request(self, batch: SequenceBatch) -> Supervision:
         """One query a sequence, at its last input row; the target may be UNKNOWN."""
         layout, source_T = _all_but_last(batch)
-        counts_B = layout.offsets_B1.diff()
-        return Supervision(
-            tokens_T=batch.items_T[source_T],
-            layout=layout,
-            queries_S=torch.where(counts_B > 0, layout.offsets_B1[1:] - 1, layout.rows),
-            targets_S=_last_items(batch),
-            ordinals_S=batch.ordinals_B,
-            positions_S=(counts_B - 1).clamp_min(0),
-            some_without_input=min(layout.lengths, default=1) == 0,
-        )
+        return _asked_at_the_end(batch, batch.items_T[source_T], layout)
 
 
 class Cloze:
@@ -252,15 +243,7 @@ class Cloze:
         layout = _whole(batch)
         counts_B = layout.offsets_B1.diff()
         last_T = layout.positions_T == counts_B[layout.sequences_T] - 1
-        return Supervision(
-            tokens_T=batch.items_T.masked_fill(last_T, MASK),
-            layout=layout,
-            queries_S=torch.where(counts_B > 0, layout.offsets_B1[1:] - 1, layout.rows),
-            targets_S=_last_items(batch),
-            ordinals_S=batch.ordinals_B,
-            positions_S=(counts_B - 1).clamp_min(0),
-            some_without_input=min(layout.lengths, default=1) == 0,
-        )
+        return _asked_at_the_end(batch, batch.items_T.masked_fill(last_T, MASK), layout)
 
 
 Task = NextItem | Cloze
@@ -281,10 +264,8 @@ def _all_but_last(batch: SequenceBatch, dropout_key: int = 0) -> tuple[JaggedLay
     layout = JaggedLayout(offsets_B1, lengths, max(lengths, default=0))
     source_T = sources(batch, layout)
     times_A = batch.timestamps_T
-    timed = JaggedLayout(
-        offsets_B1,
-        lengths,
-        layout.max_length,
+    timed = replace(
+        layout,
         query_times_T=None if times_A is None else times_A[source_T + 1],
         key_times_T=None if times_A is None else times_A[source_T],
         dropout_key=dropout_key,
@@ -301,6 +282,20 @@ def _whole(batch: SequenceBatch, dropout_key: int = 0) -> JaggedLayout:
         query_times_T=batch.timestamps_T,
         key_times_T=batch.timestamps_T,
         dropout_key=dropout_key,
+    )
+
+
+def _asked_at_the_end(batch: SequenceBatch, tokens_T: Tensor, layout: JaggedLayout) -> Supervision:
+    """One query a sequence, at its last row, for its last action's item; an empty sequence has a query, and no row."""
+    counts_B = layout.offsets_B1.diff()
+    return Supervision(
+        tokens_T=tokens_T,
+        layout=layout,
+        queries_S=torch.where(counts_B > 0, layout.offsets_B1[1:] - 1, layout.rows),
+        targets_S=_last_items(batch),
+        ordinals_S=batch.ordinals_B,
+        positions_S=(counts_B - 1).clamp_min(0),
+        some_without_input=min(layout.lengths, default=1) == 0,
     )
 
 

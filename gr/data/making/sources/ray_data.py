@@ -10,7 +10,6 @@ from typing import Any
 
 from gr.data.cluster import joined
 from gr.data.dataset import SequenceDataset, check_output
-from gr.data.making.described import read_catalogue
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.executor import name_of
 from gr.data.making.prepare import prepare
@@ -50,7 +49,6 @@ class RayData(ActionLog):
             options = options.model_copy(update={"partitions": PARTITIONS})
         check_output(out, overwrite)
         function = _function(source)
-        catalogue = options.catalogue
         with joined(engine.address):
             reader = BlocksReader(source, _dataset(source, function), options)
             return prepare(
@@ -58,9 +56,7 @@ class RayData(ActionLog):
                 out,
                 name_of(out),
                 options,
-                described=None
-                if catalogue is None
-                else lambda integer: read_catalogue(catalogue, integer, progress.note),
+                described=self._described(progress),
                 described_users=self._described_users(progress),
                 overwrite=overwrite,
                 progress=progress,
