@@ -303,13 +303,13 @@ def share(plan: Plan, index: int, rows: Stretches, rank: int, ranks: int) -> Glo
     return _collated(plan, described, own, lent=False)
 
 
-def collated(plan: Plan, shares: Shares, start: int = 0, *, lent: bool = True) -> Iterator[GlobalBatch]:
-    """The shares of global batches ``start`` and later as tensors, which have their own memory.  ``lent``: the rows lie
-    in somebody else's."""
+def collated(plan: Plan, shares: Shares, start: int) -> Iterator[GlobalBatch]:
+    """The shares of global batches ``start`` and later as tensors, which have their own memory: that of the shares'
+    rows may be somebody else's."""
     first = 0
     for batch, count in zip(shares.batches, shares.counts, strict=True):
         if batch.index >= start:
-            yield _collated(plan, batch, shares.rows.slice(first, first + count), lent)
+            yield _collated(plan, batch, shares.rows.slice(first, first + count), lent=True)
         first += count
 
 

@@ -144,13 +144,13 @@ class SequenceDataset:
         """(rows,) raw ids of a block's users: int64 or str objects."""
         return self._read(block, [self._columns[USER_ID]]).column(USER_ID).to_numpy()
 
-    def read_rows(self, start: int, stop: int, columns: Iterable[str] | None = None) -> Sequences:
+    def read_rows(self, start: int, stop: int) -> Sequences:
         """Users ``start`` to ``stop`` (exclusive) of the dataset's order."""
         rows = self.manifest.block_rows
         parts = []
         for block in range(start // rows, -(-stop // rows)):
             base = self.first_ordinal(block)
-            whole = self.read_block(block, columns)
+            whole = self.read_block(block)
             parts.append(whole.slice(max(start - base, 0), min(stop - base, len(whole))))
         return Sequences.concatenate(parts)
 
@@ -423,9 +423,10 @@ def check_output(path: str | os.PathLike, overwrite: bool) -> None:
         )
 
 
-def _some_at_a_time(column: pa.ChunkedArray, size: int = 1 << 16) -> Iterator[list]:
+def _some_at_a_time(column: pa.ChunkedArray) -> Iterator[list]:
     """Its values: as Python's own they take many times the column's memory."""
-    return (column.slice(start, size).to_pylist() for start in range(0, len(column), size))
+    some = 1 << 16
+    return (column.slice(start, some).to_pylist() for start in range(0, len(column), some))
 
 
 OURS = re.compile(

@@ -15,6 +15,8 @@ import numpy as np
 
 from gr.data.hashing import derive, keyed, mix64
 
+ROUNDS = 6  # of the Feistel network
+
 
 @dataclass(frozen=True)
 class Order:
@@ -65,12 +67,12 @@ def _blocks(order: Order, epoch: int, window: int) -> np.ndarray:
     return np.append(blocks, full) if short and start <= full < stop else blocks
 
 
-def permute(index: np.ndarray, size: int, key: int, rounds: int = 6) -> np.ndarray:
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """A keyed permutation of range(size), evaluated at ``index``: a balanced Feistel network on the next even
     power of two, walked along its cycle until it falls inside (Black and Rogaway, 2002)."""
     half = np.uint64(max((max(size - 1, 1).bit_length() + 1) // 2, 1))
     mask = np.uint64((1 << int(half)) - 1)
-    keys = mix64(np.arange(rounds, dtype=np.uint64) ^ np.uint64(key))
+    keys = mix64(np.arange(ROUNDS, dtype=np.uint64) ^ np.uint64(key))
 
     def network(x: np.ndarray) -> np.ndarray:
         left, right = x >> half, x & mask

@@ -21,9 +21,9 @@ TIMEOUT_SECONDS, WIDTH = 60, 120
 LIMIT = "the doctor's patience"
 
 
-def examine_cluster(config: RunConfig | None, device: str = "auto") -> int:
+def examine_cluster(config: RunConfig | None) -> int:
     """Print it, on the first process; 1 where nothing can be trained so, 2 where that is an exchange's fault."""
-    device = device if config is None else config.train.device
+    device = "auto" if config is None else config.train.device
     with processes(device, timeout=timedelta(seconds=TIMEOUT_SECONDS)) as joined, watching(joined, LIMIT):
         if joined.world.size == 1:
             raise UserError(

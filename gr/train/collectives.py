@@ -21,6 +21,7 @@ from gr.errors import UserError
 from gr.processes import Processes
 
 REPEATS = 5
+CLOCK_TRIES = 8
 SIZES = {"cpu": (1 << 10, 1 << 17, 1 << 22), "cuda": (1 << 12, 1 << 20, 1 << 26)}
 """Bytes a process."""
 
@@ -147,7 +148,7 @@ KINDS: dict[
 }
 
 
-def clock_offsets(processes: Processes, tries: int = 8) -> list[float]:
+def clock_offsets(processes: Processes) -> list[float]:
     """Seconds by which each rank's clock is ahead of the first one's: half the shortest way there and back is how much
     they may be wrong."""
     world = processes.world
@@ -157,7 +158,7 @@ def clock_offsets(processes: Processes, tries: int = 8) -> list[float]:
             continue
         best = float("inf")
         box = torch.zeros(1, dtype=torch.float64)
-        for _ in range(tries):
+        for _ in range(CLOCK_TRIES):
             if world.rank == 0:
                 dist.recv(box, rank)
                 box[0] = time.time()
