@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from gr.batch import SequenceBatch
 from gr.config import RunConfig
 from gr.embeddings.planned import planning_for
 from gr.errors import UserError
@@ -28,7 +30,7 @@ from gr.train.parts import Parts, build, build_model, open_data
 from gr.train.planning import OfDataset
 from gr.train.plans import plans_of, shown
 from gr.train.trainer import Trainer
-from gr.train.watch import watching
+from gr.train.watch import Watch, watching
 
 TIMED_STEPS = 3
 
@@ -37,57 +39,75 @@ def dry_run(config: RunConfig) -> None:
     """Build ``config``, take a step (and time two more), print shapes, memory and an estimate of the whole."""
     with running(config, config.train.context) as processes, watching(processes) as watch:
         parts = processes.together(lambda: build(config, processes))
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer = Trainer(
-                config.model_copy(
-                    update={"log": config.log.model_copy(update={"tensorboard": False, "prometheus": None})}
-                ),
-                parts,
-                processes,
-                RunFolder(scratch),
-                Cursor(parts.data.dataset.manifest.generation),
-                watch=watch,
-            )
-            trainer.progress.close()
-            trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
-            first_epoch = _first_epoch(trainer)
-            planned = _planned(config, parts, processes)
-            seconds, losses, shapes = [], [], []
-            with parts.batches.opened(processes), closing(parts.batches.epoch(first_epoch)) as batches:
-                for batch in islice(batches, TIMED_STEPS):
-                    started = time.perf_counter()
-                    trainer.step(batch)
-                    if processes.device.type == "cuda":
-                        torch.cuda.synchronize(processes.device)
-                    seconds.append(time.perf_counter() - started)
-                    losses.append(trainer.last_loss)
-                    shapes.append(batch.share)
-            trainer.metrics.close()
-        if not processes.is_main:
-            return
-        shape = shapes[0]
-        per_step = min(seconds)
-        steps, first = trainer.total_steps, parts.batches.in_epoch(first_epoch)
-        table = Table(title="dry run", show_header=False, title_justify="left")
-        table.add_row("dataset", parts.data.dataset.manifest.counts)
-        table.add_row("processes, device", f"{processes.world.size}, {processes.device}")
-        table.add_row("first batch of this rank", f"{shape.sequences} sequences, {shape.actions:,} actions, "
-                                                  f"longest {shape.max_length}")  # fmt: skip
-        named = parameters(parts.model)  # rows of tables that keep them to themselves, too
-        total = sum(values.numel() for values in named.values())
-        table.add_row("parameters", f"{total:,} ({4 * total / 2**20:.1f} MiB; "
-                                    f"AdamW holds twice as much more)")  # fmt: skip
-        for name, values in named.items():
-            table.add_row(f"  {name.removeprefix('model/')}", " x ".join(map(str, values.shape)))
-        table.add_row("peak memory", f"{peak_bytes(processes.device) / 2**20:,.0f} MiB")
-        table.add_row("memory as planned", planned)
-        table.add_row("loss of the first step", f"{losses[0]:.4f}")
-        table.add_row("seconds a step", f"{per_step:.3f} (first {seconds[0]:.3f})")
-        table.add_row("steps", f"{steps:,} ({first:,} in the first epoch)")
-        table.add_row("estimated training time", f"{clock(per_step * steps)}, evaluations not counted")
-        Console().print(table)
-        if plans := plans_of(parts.model.tables.values()):
-            Console().print(shown(plans))
+        planned = _planned(config, parts, processes)
+        taken = _take_steps(config, parts, processes, watch)
+        if processes.is_main:
+            Console().print(_table(parts, processes, taken, planned))
+            if plans := plans_of(parts.model.tables.values()):
+                Console().print(shown(plans))
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """seconds: of each step.  loss: of the first one.  share: this rank's of the first batch.  steps, first: how many
+    there would be, and how many in the first epoch that has some."""
+
+    seconds: list[float]
+    loss: float
+    share: SequenceBatch
+    steps: int
+    first: int
+
+
+def _take_steps(config: RunConfig, parts: Parts, processes: Processes, watch: Watch) -> _Taken:
+    quiet = config.log.model_copy(update={"tensorboard": False, "prometheus": None})
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            config.model_copy(update={"log": quiet}),
+            parts,
+            processes,
+            RunFolder(scratch),
+            Cursor(parts.data.dataset.manifest.generation),
+            watch=watch,
+        )
+        trainer.progress.close()
+        trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
+        first_epoch = _first_epoch(trainer)
+        seconds, losses, shares = [], [], []
+        with parts.batches.opened(processes), closing(parts.batches.epoch(first_epoch)) as batches:
+            for batch in islice(batches, TIMED_STEPS):
+                started = time.perf_counter()
+                trainer.step(batch)
+                if processes.device.type == "cuda":
+                    torch.cuda.synchronize(processes.device)
+                seconds.append(time.perf_counter() - started)
+                losses.append(trainer.last_loss)
+                shares.append(batch.share)
+        trainer.metrics.close()
+    in_first = parts.batches.in_epoch(first_epoch)
+    return _Taken(seconds, losses[0], shares[0], trainer.total_steps, in_first)
+
+
+def _table(parts: Parts, processes: Processes, taken: _Taken, planned: str) -> Table:
+    share, per_step = taken.share, min(taken.seconds)
+    table = Table(title="dry run", show_header=False, title_justify="left")
+    table.add_row("dataset", parts.data.dataset.manifest.counts)
+    table.add_row("processes, device", f"{processes.world.size}, {processes.device}")
+    table.add_row("first batch of this rank", f"{share.sequences} sequences, {share.actions:,} actions, "
+                                              f"longest {share.max_length}")  # fmt: skip
+    named = parameters(parts.model)  # rows of tables that keep them to themselves, too
+    total = sum(values.numel() for values in named.values())
+    table.add_row("parameters", f"{total:,} ({4 * total / 2**20:.1f} MiB; "
+                                f"AdamW holds twice as much more)")  # fmt: skip
+    for name, values in named.items():
+        table.add_row(f"  {name.removeprefix('model/')}", " x ".join(map(str, values.shape)))
+    table.add_row("peak memory", f"{peak_bytes(processes.device) / 2**20:,.0f} MiB")
+    table.add_row("memory as planned", planned)
+    table.add_row("loss of the first step", f"{taken.loss:.4f}")
+    table.add_row("seconds a step", f"{per_step:.3f} (first {taken.seconds[0]:.3f})")
+    table.add_row("steps", f"{taken.steps:,} ({taken.first:,} in the first epoch)")
+    table.add_row("estimated training time", f"{clock(per_step * taken.steps)}, evaluations not counted")
+    return table
 
 
 def _planned(config: RunConfig, parts: Parts, processes: Processes) -> str:

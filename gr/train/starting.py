@@ -146,44 +146,42 @@ def _named(names: Iterable[str]) -> str:
 
 def _sources(section: StartFrom) -> list[Source]:
     """The run's weights, behind those of the run that it froze a part of, if it did."""
-    if exported.is_export(section.run):
-        manifest = exported.read_manifest(section.run)
-        if section.checkpoint not in ("last", str(manifest.step)):
-            raise UserError(
-                f"export '{section.run}' is of step {manifest.step} and has no checkpoint '{section.checkpoint}': "
-                "leave train.start_from.checkpoint out",
-                everywhere=True,
-            )
-        exported.check(section.run, manifest)
-
-        def read(tensors: Mapping[str, Tensor]) -> None:
-            with TensorReader(place(section.run), manifest.tensors) as files:
-                for name, values in tensors.items():
-                    files.read_into(name, [0] * values.dim(), values)
-
-        source = Source(
-            f"export '{section.run}', step {manifest.step}",
-            manifest.sizes,
-            read,
-            manifest.encoders,
-            manifest.made_of,
-        )
-        digest = manifest.frozen
-    else:
-        folder = RunFolder.existing(section.run)
-        path = checkpoint.find_checkpoint(folder, section.checkpoint)
-        reader = StoreReader(path)
-        entries = checkpoint.described(reader)
-        sizes = {
-            name.removeprefix("model/"): e.size for name, e in entries.items() if name.startswith("model/")
-        }
-
-        def read(tensors: Mapping[str, Tensor]) -> None:
-            checkpoint.fill({f"model/{name}": values for name, values in tensors.items()}, reader)
-
-        state = checkpoint.read_state(path)
-        what = f"run '{section.run}', step {state['cursor']['step']}"
-        source = Source(what, sizes, read, state.get("encoders", {}), state.get("made_of", {}))
-        digest = state.get("frozen", "")
+    of = _export if exported.is_export(section.run) else _run
+    source, digest = of(section)
     under = configs.load(RunFolder.existing(section.run).config).train.start_from if digest else None
     return [*(_sources(under) if under is not None else []), source]
+
+
+def _export(section: StartFrom) -> tuple[Source, str]:
+    """An export's weights, and the digest of what it froze, "" where that is nothing."""
+    manifest = exported.read_manifest(section.run)
+    if section.checkpoint not in ("last", str(manifest.step)):
+        raise UserError(
+            f"export '{section.run}' is of step {manifest.step} and has no checkpoint '{section.checkpoint}': "
+            "leave train.start_from.checkpoint out",
+            everywhere=True,
+        )
+    exported.check(section.run, manifest)
+
+    def fill(tensors: Mapping[str, Tensor]) -> None:
+        with TensorReader(place(section.run), manifest.tensors) as files:
+            for name, values in tensors.items():
+                files.read_into(name, [0] * values.dim(), values)
+
+    what = f"export '{section.run}', step {manifest.step}"
+    return Source(what, manifest.sizes, fill, manifest.encoders, manifest.made_of), manifest.frozen
+
+
+def _run(section: StartFrom) -> tuple[Source, str]:
+    """Likewise of a run's checkpoint."""
+    path = checkpoint.find_checkpoint(RunFolder.existing(section.run), section.checkpoint)
+    reader, state = StoreReader(path), checkpoint.read_state(path)
+    entries = checkpoint.described(reader)
+    sizes = {name.removeprefix("model/"): e.size for name, e in entries.items() if name.startswith("model/")}
+
+    def fill(tensors: Mapping[str, Tensor]) -> None:
+        checkpoint.fill({f"model/{name}": values for name, values in tensors.items()}, reader)
+
+    what = f"run '{section.run}', step {state['cursor']['step']}"
+    source = Source(what, sizes, fill, state.get("encoders", {}), state.get("made_of", {}))
+    return source, state.get("frozen", "")
