@@ -100,11 +100,18 @@ class _PlainStage(_Counted):
         print(text, file=self.stream, flush=True)
 
 
-class PlainProgress(Progress):
-    """Lines on ``stream`` (stderr)."""
+class _Written(Progress):
+    """Progress on ``stream`` (stderr)."""
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
+
+    def note(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class PlainProgress(_Written):
+    """Lines."""
 
     @contextmanager
     def stage(
@@ -114,9 +121,6 @@ class PlainProgress(Progress):
         yield stage
         if stage.done > stage.first:
             stage.say(f"{name}: {stage.result()}")
-
-    def note(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
 
 
 _NAME, _BAR = 12, 16
@@ -143,11 +147,8 @@ class _BarStage(_Counted):
         self.bar.update(self.task, total=max(self.done, 1), completed=max(self.done, 1), status=self.result())
 
 
-class BarProgress(Progress):
-    """A rich bar with rate and time left on ``stream`` (stderr), a terminal."""
-
-    def __init__(self, stream: TextIO | None = None):
-        self.stream = stream or sys.stderr
+class BarProgress(_Written):
+    """A rich bar with rate and time left; the stream is a terminal."""
 
     @contextmanager
     def stage(
@@ -165,9 +166,6 @@ class BarProgress(Progress):
             stage = _BarStage(bar, name, total, unit, done)
             yield stage
             stage.finish()
-
-    def note(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
 
 
 def default_progress(stream: TextIO | None = None) -> Progress:
