@@ -300,6 +300,7 @@ def actions_before(rows: Sequences, time: int) -> np.ndarray:
 
 
 def date(seconds: int) -> str:
+    """Seconds since 1970 as date and time in UTC, for people."""
     return str(np.datetime64(seconds, "s")).replace("T", " ") if abs(seconds) < 2**60 else "beyond all dates"
 
 

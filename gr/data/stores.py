@@ -351,6 +351,7 @@ def _refused(error: Exception) -> bool:
 
 
 def is_url(text: str) -> bool:
+    """Whether it is fsspec's to open: ``s3://bucket/key``, or a chain as ``simplecache::s3://...``."""
     return "://" in text or "::" in text
 
 

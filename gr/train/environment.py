@@ -66,6 +66,7 @@ def record() -> dict[str, Any]:
 
 @cache  # reading it takes milliseconds, and a process may hold many runs
 def installed_version(name: str) -> str | None:
+    """The version of an installed distribution; None where there is none of that name."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -116,6 +117,7 @@ def _git(folder: Path, *command: str) -> str:
 
 
 def cpu_model() -> str:
+    """What the processor calls itself, as far as the system tells."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -23,6 +23,7 @@ from gr.eval.family import MetricFamily
 from gr.labels import Labels
 from gr.models.model import Catalogue
 from gr.processes import Processes
+from gr.train.selection import metric_family
 
 
 class Evaluation:
@@ -123,10 +124,6 @@ class Evaluation:
                 kinds=TargetKinds(lambda: self.split.seen(self.catalogue), timed=self.dataset.has_timestamps),
             )
         return self._requests[name]
-
-
-def metric_family(judged_by: str) -> type[MetricFamily]:
-    return registry.resolve(registry.METRICS, judged_by, "metric family")
 
 
 def baseline_kind(name: str, judged_by: str) -> Any:

@@ -84,6 +84,8 @@ def to_json(manifest: Manifest) -> str:
 
 
 def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of the export at ``path``; a UserError where there is none, or it is damaged or of another
+    version of the format."""
     if MANIFEST not in _names(path):
         raise _damaged(path, f"{MANIFEST} is missing")
     try:
@@ -146,6 +148,7 @@ def load(path: str | Path, model: Model, checkpoint_name: str = "last", world: A
 
 
 def fingerprint(file: AnyPath) -> Fingerprint:
+    """A file's bytes and their SHA-256, of which as much is in memory as is read at a time."""
     with file.open("rb") as content:
         return Fingerprint(file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
 

@@ -160,6 +160,7 @@ def open_data(config: RunConfig, generation: str | None = None) -> Data:
 
 
 def made_transforms(config: RunConfig) -> list[Transform]:
+    """The filters and samplers of ``data.transforms``, in its order."""
     return [transform.build() for transform in config.data.transforms]
 
 

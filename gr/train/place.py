@@ -173,6 +173,7 @@ def parquet_file(file: AnyPath) -> pq.ParquetFile:
 
 
 def remove_tree(path: AnyPath) -> None:
+    """A folder with all in it, on this machine's disk or in a store."""
     if isinstance(path, StorePath):
         path.remove_tree()
     else:

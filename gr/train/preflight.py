@@ -159,6 +159,7 @@ def code_digest() -> str:
 
 
 def digest_of(config: RunConfig) -> str:
+    """12 hexadecimal digits, by which processes and heartbeats tell that they have the same config."""
     text = json.dumps(configs.to_dict(config), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

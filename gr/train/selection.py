@@ -22,7 +22,13 @@ def judged_by(config: RunConfig) -> str:
 
 
 def family_of(config: RunConfig) -> type[MetricFamily]:
-    return registry.resolve(registry.METRICS, judged_by(config), "metric family")
+    """The class of that family."""
+    return metric_family(judged_by(config))
+
+
+def metric_family(name: str) -> type[MetricFamily]:
+    """The class of the metric family ``name`` (gr.registry.METRICS)."""
+    return registry.resolve(registry.METRICS, name, "metric family")
 
 
 def metric_names(config: RunConfig) -> list[str]:

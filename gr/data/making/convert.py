@@ -74,10 +74,12 @@ def is_utf8(text: pa.Array) -> bool:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
+    """Of the values, where they are dictionary-encoded."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def is_text(kind: pa.DataType) -> bool:
+    """Whether a column's values are text: strings, or bytes, as columns of CSV come."""
     kind = plain_type(kind)
     return (
         pa.types.is_string(kind)
@@ -90,6 +92,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_number(kind: pa.DataType) -> bool:
+    """Whether they are integers, floats or decimals: no booleans, no times."""
     kind = plain_type(kind)
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 

@@ -100,6 +100,7 @@ class Executor(Protocol):
 
 
 def is_no_space(error: OSError) -> bool:
+    """Whether a disk, or a quota of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -120,6 +121,7 @@ def workplace(out: str, options: Preparation) -> Path:
 
 
 def no_space(out: str) -> UserError:
+    """What to say then."""
     return UserError(
         f"no space is left on the disk for '{out}' and its partitions (20 bytes an action with integer ids, and the "
         "dataset): make room, or set scratch to a folder on another disk"

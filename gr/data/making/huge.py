@@ -77,6 +77,7 @@ def who_is_huge(store: Store, row_bytes: int, memory_mb: int) -> list[str]:
 
 
 def out_of_memory_reading(out: str, chunk_rows: int) -> UserError:
+    """What to say where memory ran out before there were partitions."""
     return UserError(
         f"out of memory while reading the log for '{out}': set chunk_rows to less than {chunk_rows:,}, or give it more "
         "memory"

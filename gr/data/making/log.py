@@ -499,6 +499,7 @@ class _Nowhere(Quarantine):
 
 
 def in_group(group: int, start: int, row: int) -> tuple[int | None, int]:
+    """Where a row of a batch is that begins at row ``start`` of a row group: a :data:`Locate`."""
     return group, start + row
 
 

@@ -78,6 +78,7 @@ def apart(roles: Any) -> Any:
 
 
 def known_encoding(name: str) -> str:
+    """``name``, if Python has an encoding of that name; a ValueError, which pydantic tells with the key, if not."""
     try:
         codecs.lookup(name)
     except LookupError:

@@ -86,8 +86,10 @@ class Draws:
 
 
 def filters(transforms: Iterable[Transform]) -> tuple[Filter, ...]:
+    """Those that say which actions there are."""
     return tuple(t for t in transforms if isinstance(t, Filter))
 
 
 def samplers(transforms: Iterable[Transform]) -> tuple[Sampler, ...]:
+    """Those that make a training example of a sequence."""
     return tuple(t for t in transforms if isinstance(t, Sampler))

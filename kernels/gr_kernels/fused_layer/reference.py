@@ -91,6 +91,8 @@ def norm_linear_silu(
     eps: float,
     recompute: bool,
 ) -> tuple[Tensor, ...]:
+    """(out (T, E), mean (T,), 1 / standard deviation (T,), LN(x) (T, D), its linear layer (T, E)).  The last two are
+    empty where the backward pass forms them again."""
     normed, mean, rstd = _norm(x_TD, norm_weight, norm_bias, eps)
     normed = normed.to(weight_ED.dtype)
     linear = F.linear(normed, weight_ED, bias)
