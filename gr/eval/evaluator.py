@@ -24,7 +24,8 @@ class EvalResult:
     """Metrics over all processes' users.  ``population``: users that could have been evaluated, where only a subset
     was; ``seconds``: this process's time, reading and scoring; ``protocol``: what the figures mean (the rule of
     exclusion ...); ``heading``: what was measured, for people; ``shown``: the metrics to show where room is short;
-    ``notes``: sentences about those that are missing; ``targets``: shares of kinds of targets."""
+    ``notes``: sentences about those that are missing; ``targets``: shares of kinds of targets; ``judged``: what the
+    dataset's rows are called, "users" or "impressions"."""
 
     split: str
     users: int
@@ -37,6 +38,7 @@ class EvalResult:
     shown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     targets: dict[str, float] = field(default_factory=dict)
+    judged: str = "users"
 
     @property
     def users_per_second(self) -> float:

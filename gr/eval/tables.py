@@ -61,7 +61,7 @@ def buckets_tables(result: EvalResult, label: str) -> list[Table]:
             title=f"{label}, by {title}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
         table.add_column(heading, no_wrap=True)
-        for column in ("users", *result.shown):
+        for column in (result.judged, *result.shown):
             table.add_column(column, justify="right", no_wrap=True)
         for bucket in buckets:
             values = (_shown(bucket.get(metric)) for metric in result.shown)
@@ -86,7 +86,7 @@ def _shown(value: float | None) -> str:
 def _caption(result: EvalResult) -> str:
     """Who was asked, what was measured under which rule, and what share of the targets is of which kind."""
     subset = "" if result.population in (None, result.users) else f" of {result.population:,}"
-    parts = [f"{result.users:,} users{subset}, {result.heading}"]
+    parts = [f"{result.users:,} {result.judged}{subset}, {result.heading}"]
     if (exclude := result.protocol.get("exclude")) is not None:
         parts[0] += f", {LEFT_OUT[exclude]} (eval.exclude={exclude})"
     if result.targets:

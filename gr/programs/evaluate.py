@@ -73,11 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     if done.is_main:
         console = Console()
         console.print(results_table(done.results, f"{options.run}, {done.split}, step {done.step:,}"))
-        for table in buckets_tables(done.results[done.model], done.model):
+        own = done.results[done.model]
+        for table in buckets_tables(own, done.model):
             console.print(table)
-        console.print(
-            f"{done.model}: {done.results[done.model].users_per_second:,.0f} users/s", highlight=False
-        )
+        console.print(f"{done.model}: {own.users_per_second:,.0f} {own.judged}/s", highlight=False)
         if options.json:
             with delivered(options.json) as scratch:
                 scratch.write_text(to_json(done))

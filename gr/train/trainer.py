@@ -22,6 +22,7 @@ from gr.batch import SequenceBatch
 from gr.config import RunConfig
 from gr.data.batches import GlobalBatch
 from gr.errors import UserError
+from gr.eval.evaluator import EvalResult
 from gr.models.model import Supervised
 from gr.models.step import StepContext
 from gr.processes import Processes
@@ -62,7 +63,6 @@ class Trainer:
         self.model, self.engine = parts.model, parts.engine
         self.batches, self.evaluation = parts.batches, parts.evaluation
         self.selection, self.shown = selection_metric(config), family_of(config).shown_of(config)
-        self.judged = parts.data.dataset.manifest.rows_are
         self._noted: set[str] = set()
         self.on_step, self.watch = on_step, watch
         self.one_pass = parts.batches.epochs is not None
@@ -191,7 +191,7 @@ class Trainer:
             row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step}
             row |= evaluation.split.describe() | result.row() | watched
             self.cursor.metrics_rows += self.metrics.write(row)
-            self._say(row, result.notes)
+            self._say(row, result)
             if split == "valid":
                 self._compare_with_best(row)
 
@@ -211,7 +211,7 @@ class Trainer:
                 row = {"kind": "baseline", "name": name, "epoch": self.cursor.epoch, "step": self.cursor.step}
                 row |= evaluation.split.describe() | result.row()
                 self.cursor.metrics_rows += self.metrics.write(row)
-                self._say(row, result.notes)
+                self._say(row, result)
 
     def save(self) -> None:
         """Publish a checkpoint of this moment."""
@@ -399,9 +399,9 @@ class Trainer:
         could let two processes decide differently."""
         return self.processes.world.sum(counts, dtype=torch.int64)
 
-    def _say(self, row: dict[str, Any], notes: list[str]) -> None:
-        self.progress.say(summary(row, self.shown, self.judged))
-        for note in notes:
+    def _say(self, row: dict[str, Any], result: EvalResult) -> None:
+        self.progress.say(summary(row, self.shown, result.judged))
+        for note in result.notes:
             if (said := f"{row['split']}: {note}") not in self._noted:  # every evaluation would repeat it
                 self._noted.add(said)
                 self.progress.say(said)

@@ -14,6 +14,8 @@ from gr.data.describe_tables import counts_table, health_table, lengths_table
 from gr.data.making.sources.base import make_source
 from gr.data.making.sources.movielens_ctr import AGES, clean_means
 from gr.errors import UserError
+from gr.eval.tables import results_table
+from gr.train.evaluation import Evaluation
 from gr.train.parts import open_data
 
 USERS, FILMS = 12, 9
@@ -196,3 +198,15 @@ def test_its_rows_are_called_impressions(made):
     text = console.file.getvalue()
     assert f"of {dataset.manifest.block_rows:,} impressions" in text and "columns of the impressions" in text
     assert "users" not in text and "nothing to predict from" not in text
+
+
+def test_its_evaluations_are_of_impressions(made):
+    config = configs.load(
+        "ml-1m-ctr/dssm", [f"data.path={made[0] / 'clean'}", "eval.baselines=[prior]", "eval.exclude=none"]
+    )
+    data = open_data(config)
+    evaluation = Evaluation(data.dataset, data.split, config, data.catalogue, judged_by="pointwise")
+    (result,) = evaluation.baselines("test").values()
+    console = Console(file=io.StringIO(), width=200)
+    console.print(results_table({"prior": result}, "title"))
+    assert f"{result.users} impressions" in console.file.getvalue()
