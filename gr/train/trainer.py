@@ -184,9 +184,7 @@ class Trainer:
             self._watched()
         for number, split in enumerate(self.config.eval.splits):
             result = evaluation.run(split, self.model)
-            if (
-                not number
-            ):  # after the first one, which has formed the rows of all items where a tower forms them
+            if not number:  # not before: an evaluation forms the rows of all items, where a tower forms them
                 watched = self._watched()
             row = {"kind": "eval", "epoch": self.cursor.epoch, "step": self.cursor.step}
             row |= evaluation.split.describe() | result.row() | watched
