@@ -5,6 +5,7 @@ Shapes: n texts, L tokens of the longest of them, E the encoder's width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from gr.errors import UserError
 from gr.modality import efficientnet
-from gr.modality.digest import digest_of
+from gr.modality.digest import digest, digest_of
 from gr.modality.find import folder_of, loaded
 from gr_kernels.tracing import on_paper_now, with_numbers
 
@@ -22,6 +23,12 @@ POOLING = Literal["mean", "cls"]
 RATES = ("dropout", "attention_dropout", "activation_dropout")
 LAYER_RATES = ("layerdrop", "drop_prob")
 """Of leaving whole layers out, or what they add (stochastic depth, which Swin and BEiT come with)."""
+
+SETTINGS = (
+    *("model_type", "num_attention_heads", "num_heads", "layer_norm_eps", "norm_eps", "do_layer_norm_before"),
+    *("hidden_act", "hidden_activation", "activation", "activation_function"),
+    *("downsample_in_first_stage", "downsample_in_bottleneck"),
+)
 
 
 def transformers() -> Any:
@@ -127,6 +134,12 @@ def unread(config: Any) -> Literal["text", "pictures"] | None:
     if isinstance(config, efficientnet.LiteConfig) or (pixels and not words):
         return "text"
     return "pictures" if words and not pixels else None
+
+
+def settings_digest(config: Any) -> str:
+    """Of what an encoder says of itself that its weights' shapes don't tell, and that makes other vectors of the same
+    weights.  Not of all that it says: another release of transformers says more.  32 hexadecimal digits."""
+    return digest(json.dumps({name: getattr(config, name, None) for name in SETTINGS}))
 
 
 def config_of(encoder: str) -> Any:

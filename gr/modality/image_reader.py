@@ -110,7 +110,7 @@ class ImageReader(Reader):
         content = digest("".join(items.digests()))
         return {"names": digest("\n".join(items.names)), "pictures": content, "size": self.section.size}
 
-    def made_of(self, catalogue: Described) -> dict[str, str]:
+    def read_of(self, catalogue: Described) -> dict[str, str]:
         """Of some pictures, a store may hold more than anybody wants to read, and by the first process."""
 
         def read() -> dict[str, str]:

@@ -28,6 +28,7 @@ from gr.modality.encoder import (
     TextEncoder,
     config_of,
     load_tokenizer,
+    settings_digest,
     unread,
     width_of,
 )
@@ -111,8 +112,12 @@ class Reader(ABC):
         """What tells these items' contents from others (JSON)."""
 
     @abstractmethod
+    def read_of(self, catalogue: Described) -> dict[str, str]:
+        """Of :meth:`made_of`, what is about the items and how they are read."""
+
     def made_of(self, catalogue: Described) -> dict[str, str]:
         """See :meth:`gr.embeddings.table.Table.made_of`; all processes ask together."""
+        return {"settings": settings_digest(self.config)} | self.read_of(catalogue)
 
     def said(self, items: Any) -> None:  # noqa: B027  (most have nothing to say)
         """A line in the log about those that couldn't be read, if it hasn't been said; all processes call this
@@ -205,7 +210,7 @@ class TextReader(Reader):
         self._tokens = self.about(tokens)["tokens"]
         return tokens
 
-    def made_of(self, catalogue: Described) -> dict[str, str]:
+    def read_of(self, catalogue: Described) -> dict[str, str]:
         if self._tokens is None:
             self.items(catalogue)
         assert self._tokens is not None

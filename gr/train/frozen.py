@@ -19,10 +19,13 @@ from gr.models.model import Model
 
 log = logging.getLogger(__name__)
 COMES = "than the encoder of model.item_tower comes with now: bring back the files that it began with"
+OTHER_SETTINGS = "other settings (its kind, attention heads, activation, ...)"
 REFUSED = {
     "tokenizer": f"another tokenizer {COMES}",
     "statistics": f"other running statistics {COMES}",
-    "tokens": "other texts of the items than the dataset has now: bring back the catalogue that it began with",
+    "settings": f"{OTHER_SETTINGS} {COMES}",
+    "tokens": "other texts of the items than the dataset has now, or other ends of them, by the encoder's files: bring "
+    "back the catalogue and the encoder that it began with",
 }
 """What else than it was content may not be made of."""
 

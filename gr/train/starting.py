@@ -21,7 +21,7 @@ from gr.processes import Processes
 from gr.train import checkpoint, exported
 from gr.train.engines.engine import of_buffers
 from gr.train.folder import RunFolder
-from gr.train.frozen import frozen
+from gr.train.frozen import OTHER_SETTINGS, frozen
 from gr.train.place import StoreReader, place
 from gr.train.tensor_files import TensorReader
 
@@ -95,17 +95,18 @@ def start(model: Model, config: RunConfig, processes: Processes, *, begun: bool 
 
 def _check_encoders(source: Source, model: Model, found: Iterable[str]) -> None:
     """Refuse a head, or a fusion, that was trained onto the vectors of another encoder than this model's, and what was
-    trained with another tokenizer."""
+    trained with another tokenizer, or with weights that computed otherwise."""
     for name, table in model.tables.items():
         if not any(parameter.startswith(f"tables.{name}.") for parameter in found):
             continue
-        before = source.made_of.get(name, {}).get("tokenizer")
-        if before and table.made_of().get("tokenizer", before) != before:
-            raise UserError(
-                f"{source.what} was trained with another tokenizer than the encoder of model.item_tower comes with: "
-                "name an encoder with that one's tokenizer",
-                everywhere=True,
-            )
+        before, now = source.made_of.get(name, {}), table.made_of()
+        for kind, what in (("tokenizer", "another tokenizer"), ("settings", OTHER_SETTINGS)):
+            if kind in before and now.get(kind, before[kind]) != before[kind]:
+                raise UserError(
+                    f"{source.what} was trained with {what} than the encoder of model.item_tower comes with: name an "
+                    f"encoder with that one's {kind}",
+                    everywhere=True,
+                )
         encoder = source.encoders.get(name)
         if encoder and table.encoder_digest() not in ("", encoder):
             raise UserError(

@@ -524,8 +524,16 @@ def test_a_run_is_opened_with_the_tokenizer_and_the_texts_that_it_was_trained_wi
     with pytest.raises(UserError, match="was trained with another tokenizer than the encoder of"):
         build(start, CPU)
     file.write_text(before)
+
     shutil.rmtree(tmp_path / "data")
     make_titled(tmp_path / "data")
+    file = tmp_path / "encoder/config.json"  # the same shapes, and other vectors
+    before = file.read_text()
+    file.write_text(json.dumps({**json.loads(before), "num_attention_heads": 4}))
+    refused("was trained with other settings .* than the encoder of model.item_tower comes with now")
+    with pytest.raises(UserError, match="with other settings .*: name an encoder with that one's settings"):
+        build(start, CPU)
+    file.write_text(before)
     open_run(tmp_path / "out")
     assert job.resume(run, ["train.max_steps=2"]).finished
 
