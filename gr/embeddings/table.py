@@ -157,7 +157,8 @@ class Table(ABC):
     def made_of(self) -> dict[str, str]:
         """Digests, by kind, of what its rows are formed from beside weights: ``tokenizer``, ``tokens`` (of all texts),
         ``pictures`` (of some, one after another, :data:`gr.modality.pictures.DIGITS` each; on the first process),
-        ``statistics`` (of an encoder that has running means), ``settings`` (how an encoder computes).  Every process calls this together."""
+        ``statistics`` (of an encoder that has running means), ``settings`` (of how an encoder computes).  Every process
+        calls this together."""
         return {}
 
     def sketch(self, rows: int | None = None) -> Sketch | None:

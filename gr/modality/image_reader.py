@@ -99,6 +99,9 @@ class ImageReader(Reader):
     def items(self, catalogue: Described) -> Pictures:
         return self.items_of(catalogue.column, catalogue.column_names, catalogue.rows)
 
+    def check(self, catalogue: Described) -> None:
+        self.items(catalogue)
+
     def foreseen(self, catalogue: Described) -> Unseen:
         return Unseen(catalogue.rows, self.section.size)
 

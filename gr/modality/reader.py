@@ -100,6 +100,10 @@ class Reader(ABC):
         """What it reads of the whole catalogue."""
 
     @abstractmethod
+    def check(self, catalogue: Described) -> None:
+        """Refuse a catalogue of which it can't read what the config says, before anything is made of a run."""
+
+    @abstractmethod
     def foreseen(self, catalogue: Described) -> Items:
         """The same for a plan, as far as it can be read where the plan is made."""
 
@@ -209,6 +213,10 @@ class TextReader(Reader):
                 catalogue.keep("tokens", about, tokens.to_table())
         self._tokens = self.about(tokens)["tokens"]
         return tokens
+
+    def check(self, catalogue: Described) -> None:
+        self.section.texts(lambda name: catalogue.column(name).slice(0, 1), catalogue.column_names, 1)
+        assert self._most
 
     def read_of(self, catalogue: Described) -> dict[str, str]:
         if self._tokens is None:

@@ -245,6 +245,8 @@ def content_of(config: ContentConfig, around: Surroundings, dealt: bool = False)
 def _by_encoder(config: ContentConfig, around: Surroundings, reader: Reader, dealt: bool) -> Content:
     catalogue, processes = around.catalogue, around.processes
     if config.mode == "frozen":
+        if not on_paper_now():  # its vectors are made when a step asks for some
+            reader.check(catalogue)
         width, of_others, digest = reader.width, reader.vectors_of, lambda: reader.weights_digest
         if dealt:
             return FixedShares(width, partial(reader.shares, catalogue), of_others, processes, digest=digest)

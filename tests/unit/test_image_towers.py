@@ -347,9 +347,7 @@ def test_pictures_of_which_none_can_be_read_are_refused(folder, tmp_path, mode):
     with pytest.raises(
         UserError, match=r"none of the 20 pictures of items in .* can be read .*it is no picture"
     ):
-        built(
-            folder, {"name": "image", "mode": mode}, images=str(tmp_path / "pictures")
-        ).model.items.catalogue()
+        built(folder, {"name": "image", "mode": mode}, images=str(tmp_path / "pictures"))
     shutil.copy(folder / "pictures/12.jpg", tmp_path / "pictures")
     built(folder, {"name": "image", "mode": mode}, images=str(tmp_path / "pictures"))
 

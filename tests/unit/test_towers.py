@@ -531,7 +531,7 @@ def test_a_run_is_opened_with_the_tokenizer_and_the_texts_that_it_was_trained_wi
     before = file.read_text()
     file.write_text(json.dumps({**json.loads(before), "num_attention_heads": 4}))
     refused("was trained with other settings .* than the encoder of model.item_tower comes with now")
-    with pytest.raises(UserError, match="with other settings .*: name an encoder with that one's settings"):
+    with pytest.raises(UserError, match=r"with other settings .*: name an encoder with that one's settings"):
         build(start, CPU)
     file.write_text(before)
     open_run(tmp_path / "out")
@@ -821,6 +821,20 @@ def test_what_cannot_be_is_refused_in_a_sentence(config, tower, overrides, sente
     with pytest.raises(UserError, match=sentence) as refused:
         build(config(tower, *overrides), CPU)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "tuned"])
+def test_what_cannot_be_read_is_refused_before_there_is_a_run(folder, config, tmp_path, mode):
+    """Or the folder of a run with a slip in it would be there, and be in the way of the next attempt."""
+    for wrong, sentence in (
+        ({"fields": ["titel"]}, "reads column 'titel', which is none of the items': did you mean 'title'"),
+        ({"template": "{title"}, "can't be read"),
+        ({"max_tokens": 2}, "max_tokens is 2, and the encoder puts 2 marks around a text"),
+    ):
+        text = {"encoder": str(folder / "encoder"), **wrong}
+        with pytest.raises(UserError, match=sentence):
+            job.run(config({"name": "text", "mode": mode, "text": text}, *SHORT))
+        assert not (tmp_path / "run").exists()
 
 
 def test_odd_encoders_are_refused(folder, config, tmp_path, monkeypatch):
