@@ -39,8 +39,8 @@ class ImageSection(Section):
 
 
 class ImageEncoder(Encoder):
-    """Any encoder of pictures that transformers' AutoModel loads; its first token (``cls``), the mean over its patches,
-    or of a convolutional one the mean over its last map."""
+    """Any encoder of pictures that transformers' AutoModel loads; its first token (``cls``), the mean over all of its
+    tokens, or of a convolutional one the mean over its last map."""
 
     def forward(self, pixels_n3SS: Tensor) -> Tensor:
         """(n, E) float32."""

@@ -49,7 +49,9 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
         "tuned-dealt": ("mapped", {"name": "fused", "mode": "tuned", **text}),
         "frozen-dealt": ("mapped", {"name": "text", **text}),
         "cached-dealt": ("torchrec", {"name": "fused", "fusion": "gated", "mode": "cached", **of_file}),
+        "started": ("torchrec", {"name": "id", "start": of_file}),
     }
+    few = {"refreshed": 2, "refreshed-dealt": 1, "frozen": 1}  # of one user a process has no share
 
     def run(processes):
         jobs = []
@@ -57,14 +59,15 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
             file = tmp_path / f"{name}-{processes}.yaml"
             file.write_text(CONFIG.format(run=tmp_path / file.stem, data=tmp_path / "data"))
             asked = [f"model.item_tower={json.dumps(tower)}", f"model.table={table}", *PLAIN]
-            if "refresh" in tower:  # most items stand in no sequence of these
-                asked.append("train.global_batch=2")
+            if name in few:  # most items stand in no sequence of these
+                asked.append(f"train.global_batch={few[name]}")
             jobs.append({"config": file, "overrides": asked})
         # of one file a vector is missing that the last process alone looks for
         lacking = tmp_path / "lacking.parquet"
         pq.write_table(as_table(catalogue.ids[:-1], found[:-1]), lacking)
-        asked = [*jobs[-1]["overrides"], f"model.item_tower.vectors={lacking}", "model.table=mapped"]
-        jobs.append({"config": jobs[-1]["config"], "overrides": asked})
+        cached = jobs[[*towers].index("cached-dealt")]
+        asked = [*cached["overrides"], f"model.item_tower.vectors={lacking}", "model.table=mapped"]
+        jobs.append({"config": cached["config"], "overrides": asked})
         *said, refused = run_jobs(tmp_path, jobs, processes)
         assert said == [[None] * processes] * len(towers)
         assert all("has no vector for 1 of" in sentence for sentence in refused)
@@ -86,7 +89,8 @@ def test_two_processes_tune_and_evaluate_as_one_does(tmp_path):
         assert [r["flops"] for r in two] == pytest.approx([r["flops"] for r in one], rel=1e-9), name
         figures = [[r for r in RunFolder(f).read_metrics() if r["kind"] == "eval"][-1] for f in folders]
         assert abs(figures[0]["mrr"] - figures[1]["mrr"]) < 0.02, "but for a pair of items that change places"
-        assert abs(figures[0]["item_rank"] - figures[1]["item_rank"]) < 1e-3
+        if towers[name][1]["name"] != "id":
+            assert abs(figures[0]["item_rank"] - figures[1]["item_rank"]) < 1e-3
         if "vectors" in towers[name][1]:
             paths = [sorted((f / "checkpoints").glob("step-*"))[-1] for f in folders]
             of_one, of_two = (Sketch(**read_state(path)["vectors"]["items"]) for path in paths)

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gr import config as configs
+from gr.adapters.insert import insert
+from gr.adapters.section import AdapterSection
 from gr.errors import UserError
 from gr.modality import picture_files
 from gr.modality.image_reader import ImageReader, ImageSection
@@ -224,6 +226,16 @@ def test_what_a_picture_becomes_does_not_hang_on_those_beside_it(folder, kind):
         encoder(*items.inputs(torch.tensor([1])))[0], together[1], rtol=1e-4, atol=1e-4
     )
     assert all(torch.equal(values, before[name]) for name, values in encoder.named_buffers())
+
+
+def test_a_prompt_is_no_part_of_the_mean_of_a_picture(folder):
+    section = {"encoder": str(folder / "vit"), "images": str(folder / "pictures"), "size": 16}
+    encoder = ImageReader(ImageSection(**section, pooling="mean"), CPU).encoder().eval()
+    insert(encoder.model, AdapterSection(name="prompt", size=3), 7)
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden = encoder.model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(encoder(pixels), hidden[:, :-3].mean(1), rtol=1e-5, atol=1e-5)
 
 
 def test_vectors_of_pictures_are_kept_for_these_pictures(folder, tmp_path):

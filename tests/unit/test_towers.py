@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import save_file
 
 from gr import config as configs
+from gr.adapters.insert import insert
+from gr.adapters.section import AdapterSection
 from gr.data.dataset import SequenceDataset
 from gr.embeddings.shares import Shares
 from gr.embeddings.view import View
 from gr.errors import UserError
-from gr.modality import collapse, encoder as encoders
+from gr.modality import collapse, encoder as encoders, tower as tower_module
 from gr.modality.chunks import BUCKET, chunks
 from gr.modality.collapse import effective_rank, mean_cosine
 from gr.modality.content import Fixed, FixedShares, encoded
@@ -175,14 +177,16 @@ def test_gradients_are_those_of_encoding_every_occurrence(config, fusion, object
 
 @pytest.mark.parametrize("table", ["local", "mapped", "torchrec"])
 @pytest.mark.parametrize("mode", ["tuned", "frozen"])
-def test_ids_beneath_a_tower_may_be_any_table(config, table, mode):
-    """Steps and evaluations are those of a local table, whichever optimiser moves the rows."""
+def test_ids_beneath_a_tower_may_be_any_table(config, monkeypatch, table, mode):
+    """Steps and evaluations are those of a local table, whichever optimiser moves the rows, and however many rows are
+    formed at a time."""
     needs(*(("torchrec", "fbgemm_gpu") if table == "torchrec" else ()))
     tower = {"name": "fused", "mode": mode, "fusion": "gated"}
     sampled = "objective={name: sampled_softmax, negatives: 16}"
     for optimizer in ("adamw", "lazy_adam"):
         found = {}
-        for kind in dict.fromkeys(("local", table)):
+        for kind, at_once in {"local": tower_module.ROWS_AT_ONCE, table: 7}.items():
+            monkeypatch.setattr(tower_module, "ROWS_AT_ONCE", at_once)
             parts = build(
                 config(tower, sampled, f"model.table={kind}", f"optimizer={optimizer}", *PLAIN), CPU
             )
@@ -365,6 +369,30 @@ def test_a_head_and_a_gate_are_what_they_say():
         given = 3 * content / content.norm(dim=1, keepdim=True) if unit else content
         wanted = torch.nn.functional.gelu(given @ head.first.weight.T + head.first.bias)
         torch.testing.assert_close(head(content), wanted, **tolerance(4, stages=3, size=4.0))
+    deep = Head(HeadSection(activation="none", layers=2, dropout=0.5), 4, 4)
+    for training in (True, False):
+        torch.manual_seed(1)
+        wanted = deep.first(content / content.norm(dim=1, keepdim=True))
+        for layer in deep.more:
+            wanted = layer(torch.nn.functional.dropout(wanted, 0.5, training))
+        torch.manual_seed(1)
+        torch.testing.assert_close(deep.train(training)(content), wanted, **tolerance(4, stages=6, size=8.0))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_prompt_is_words_before_a_text_and_no_part_of_its_vector(folder, pooling):
+    """Words whose embeddings it has would do the same in its place."""
+    encoder = encoders.TextEncoder(str(folder / "encoder"), pooling).eval()
+    insert(encoder.model, AdapterSection(name="prompt", size=3), 7)
+    words = torch.tensor([[5, 9, 11]]).expand(2, -1)
+    ids, mask = torch.tensor([[2, 7, 8, 3], [2, 6, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    with torch.no_grad():
+        encoder.model.prompt.vectors.copy_(encoder.model.get_input_embeddings()(words[0]))
+        whole = torch.cat([words, ids], 1), torch.cat([torch.ones_like(words), mask], 1)
+        hidden = encoder.model(input_ids=whole[0], attention_mask=whole[1]).last_hidden_state[:, 3:]
+        mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        wanted = hidden[:, 0] if pooling == "cls" else mean
+        torch.testing.assert_close(encoder(ids, mask), wanted, **CLOSE)
 
 
 def test_a_tokenizer_is_given_no_more_of_a_text_than_can_count(folder):
