@@ -234,6 +234,14 @@ def test_bad_requests_are_said_in_a_sentence(runs, tmp_path, columns, sentence):
         ({"page": pa.array([1], pa.date32())}, "column 'page' of .* is of type date32"),
         ({"page": [[1]]}, "column 'page' of .* is of type list<"),
         ({"page": [True]}, "column 'page' of .* is of type bool .neither a number nor text"),
+        (
+            {"page": ["0x1"]},
+            "column 'page' of .* is of type string .text that isn't an integer as it is written",
+        ),
+        (
+            {"page": ["01"]},
+            "column 'page' of .* is of type string .text that isn't an integer as it is written",
+        ),
         ({"page": pa.array([1], pa.timestamp("s"))}, "column 'page' of .* is of type timestamp"),
         ({"page": [PAGES]}, f"column 'page' holds {PAGES}, and its table has rows for 0 to {PAGES - 1}"),
         ({"share": pa.nulls(1)}, "a request without 'share': fill it in"),
