@@ -24,8 +24,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gr.data.folder import first_line
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 
 if TYPE_CHECKING:  # what runs on a cluster's nodes does without torch
     from gr.processes import Processes

@@ -45,6 +45,7 @@ from gr.data.manifest import (
     suffix,
     to_json,
 )
+from gr.data.outputs import scratch_of
 from gr.data.sequences import ITEM, TIME, USER_ID, Sequences
 from gr.data.stores import AHEAD, Store, Unreachable, all_shown, in_order, remedy
 from gr.errors import UserError, first_line
@@ -302,9 +303,7 @@ class DatasetWriter:
         elif local is None:
             self.scratch = Path(tempfile.mkdtemp(prefix="gr-writing-"))
         else:
-            named = Path(os.path.abspath(local))  # which "." is not
-            # a number of the process may be another one's, of another host or container
-            self.scratch = named.with_name(f".{named.name}.writing-{secrets.token_hex(4)}")
+            self.scratch = scratch_of(local)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._writer = BlockWriter(
             self.scratch, block_rows, hashed=row_order == "hash", earlier=len(self._earlier)

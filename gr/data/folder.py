@@ -13,9 +13,6 @@ import pyarrow.parquet as pq
 from gr.data.outputs import delivered
 from gr.data.ranged import RangedFile, column_ranges
 from gr.data.stores import Store, is_url
-from gr.errors import first_line
-
-__all__ = ["Folder", "first_line", "is_url"]
 
 
 class Folder:

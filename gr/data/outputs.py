@@ -63,8 +63,9 @@ def beside(out: str | os.PathLike, ending: str) -> str:
     return f"{folder}{slash}{Path(name).stem}{ending}"
 
 
-def _aside(path: Path) -> Path:
+def scratch_of(path: Path) -> Path:
     """Where it is written before it is there; a process's number may be that of one on another host too."""
+    path = Path(os.path.abspath(path))  # "." has no name to write beside
     return path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
 
 
@@ -80,7 +81,7 @@ def delivered(out: str | os.PathLike) -> Iterator[Path]:
             store.upload(scratch, root)
         return
     path = Path(text)
-    scratch = _aside(path)
+    scratch = scratch_of(path)
     try:
         yield scratch
         os.replace(scratch, path)
@@ -106,7 +107,7 @@ def delivered_folder(out: str | os.PathLike, last: str) -> Iterator[Path]:
     if os.path.lexists(target):
         raise UserError(f"'{out}' exists: choose another --out, or remove it")
     output_folder(target)
-    scratch = _aside(target)
+    scratch = scratch_of(target)
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)

@@ -44,10 +44,9 @@ from gr.data.batches import (
     windows_from,
 )
 from gr.data.dataset import SequenceDataset
-from gr.data.folder import first_line
 from gr.data.loader import InProcess, pinned, read_ahead
 from gr.data.sequences import Sequences, Stretches
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 
 if TYPE_CHECKING:  # a node's worker does without torch
     from gr.processes import Processes

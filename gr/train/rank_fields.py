@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gr.batch import SequenceBatch
 from gr.data.dataset import SequenceDataset
-from gr.data.making.convert import as_written, is_number, is_text, plain
+from gr.data.making.convert import as_written, can_be_ids, is_text, plain
 from gr.errors import UserError, first_line
 from gr.models.two_tower.model import TwoTower
 from gr.train.item_heads import item_columns
@@ -56,7 +56,7 @@ def values_of(table: pa.Table, column: str, kind: str, name: str) -> np.ndarray:
 def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
     """Numbers and text as values of another type; raises Arrow's error for a value that isn't one of that type, and for
     columns of anything else (dates, times, booleans, lists)."""
-    if not (is_text(values.type) or is_number(values.type) or pa.types.is_null(values.type)):
+    if not (can_be_ids(values.type) or pa.types.is_null(values.type)):
         raise pa.ArrowInvalid("neither a number nor text")
     if is_text(values.type) and pa.types.is_integer(kind):  # of which a cast makes 7 of 007, and 31 of 0x1F
         if (written := as_written(plain(values))) is None:

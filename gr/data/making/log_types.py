@@ -318,7 +318,7 @@ def check_type(
 ) -> None:
     """Refuse a type that cannot play the role.  ``name``: of the file.  ``lists``: a row is a user's."""
     moment = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
-    usable = convert.is_text(kind) or convert.is_number(kind) or pa.types.is_null(kind)
+    usable = convert.can_be_ids(kind) or pa.types.is_null(kind)
     if role == "time":
         usable = usable or moment
     elif role.startswith("field."):

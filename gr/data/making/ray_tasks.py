@@ -22,9 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 import gr
-from gr.data.folder import first_line
 from gr.data.making.executor import is_no_space, no_space
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 
 PLAN = "plan.json"
 """Of the scratch folder: what its content goes by."""
