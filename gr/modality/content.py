@@ -10,7 +10,7 @@ content.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import pyarrow as pa
@@ -301,7 +301,9 @@ class Encoded(Content):
         self.formed_G = rows_G
         order_G, own_R, parts = self.dealt(rows_G, world)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = [self._chunk(rows_G[own_R[part]], device) for part in parts]
+            outputs = self.form(
+                [part.to(device) for part in self.items.inputs(rows_G[own_R[p]])] for p in parts
+            )
         step = _Step(rows_G, own_R, parts, outputs)
         vectors_RE = rows_U.new_zeros(len(own_R), self.width, dtype=torch.float32)
         for part, output in zip(parts, outputs, strict=True):
@@ -334,10 +336,11 @@ class Encoded(Content):
         if step.outputs and any(output.requires_grad for output in step.outputs):
             torch.autograd.backward(step.outputs, gradients)
 
-    def _chunk(self, rows_m: Tensor, device: torch.device) -> Tensor:
-        return self.form([part.to(device) for part in self.items.inputs(rows_m)])
+    def form(self, chunks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+        """(m, E) of each of a step's chunks, by what their items are read as."""
+        return [self.call(inputs) for inputs in (chunks if self.recompute else self.encoder.prepared(chunks))]
 
-    def form(self, inputs: Sequence[Tensor]) -> Tensor:
+    def call(self, inputs: Sequence[Tensor]) -> Tensor:
         """(m, E) of a chunk, by what the encoder is called with."""
         if self.recompute:
             return checkpoint(self.encoder, *inputs, use_reentrant=False)

@@ -5,8 +5,9 @@ Shapes: n texts, L tokens of the longest of them, E the encoder's width.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -23,6 +24,10 @@ POOLING = Literal["mean", "cls"]
 RATES = ("dropout", "attention_dropout", "activation_dropout")
 LAYER_RATES = ("layerdrop", "drop_prob")
 """Of leaving whole layers out, or what they add (stochastic depth, which Swin and BEiT come with)."""
+
+PLAIN = 64
+"""Tokens of the longest text up to which attention is computed as it is written on a CPU: PyTorch's kernel takes up to
+nine times as long there for its gradients in bfloat16, and as long in float32."""
 
 SETTINGS = (
     *("model_type", "num_attention_heads", "num_heads", "layer_norm_eps", "norm_eps", "do_layer_norm_before"),
@@ -58,13 +63,15 @@ class Encoder(nn.Module):
     """An encoder that transformers' AutoModel loads, called with what its kind takes: vectors (n, E) float32.
 
     encoder: as :func:`gr.modality.find.folder_of` reads it.  dropout: of everything in it that drops numbers (a
-    pre-trained one's own rates are lost); layers are never left out.  Parameters are float32.
+    pre-trained one's own rates are lost); layers are never left out.  plain: whether attention is computed as it is
+    written, not by PyTorch's kernels.  Parameters are float32.
     """
 
-    def __init__(self, encoder: str, pooling: POOLING, dropout: float = 0.0) -> None:
+    def __init__(self, encoder: str, pooling: POOLING, dropout: float = 0.0, *, plain: bool = False) -> None:
         super().__init__()
         self.name, self.pooling = encoder, pooling
-        self.model: Any = _imagined(encoder) if on_paper_now() else _load_model(encoder).float()
+        how = {"attn_implementation": "eager"} if plain else {}
+        self.model: Any = _imagined(encoder, how) if on_paper_now() else _load_model(encoder, how).float()
         self.config: Any = self.model.config
         self.width = width_of(self.config)
         for module in self.model.modules():
@@ -88,6 +95,10 @@ class Encoder(nn.Module):
                 module.training = False
         return self
 
+    def prepared(self, chunks: Iterable[Sequence[Tensor]]) -> Iterable[Sequence[Tensor]]:
+        """What it is called with for each of a step's ``chunks``, given what the items are read as."""
+        return chunks
+
     def statistics(self) -> dict[str, Tensor]:
         """What it came with that no gradient moves and no checkpoint has: running means of a convolutional one."""
         buffers, kept = dict(self.model.named_buffers()), self.model.state_dict()
@@ -102,20 +113,47 @@ class TextEncoder(Encoder):
     """Any encoder of text, and a pooling of its last layer: the mean over the tokens of a text, or its first token
     (``cls``)."""
 
-    def forward(self, ids_nL: Tensor, mask_nL: Tensor) -> Tensor:
-        """(n, E) float32.  ids_nL, mask_nL: int64; the mask is 1 where there is a token."""
-        prompt = getattr(self.model, "prompt", None)
-        if prompt is None:
+    def prepared(self, chunks: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+        """With the rows of all tokens, looked up together: the gradient of a lookup is as large as the vocabulary's
+        table, and one a chunk takes a quarter of a step."""
+        chunks = list(chunks)
+        if not (chunks and self._takes_words):
+            yield from chunks
+            return
+        ids_V = torch.cat([ids_nL.flatten() for ids_nL, _ in chunks])
+        words = self._words(ids_V).split([ids_nL.numel() for ids_nL, _ in chunks])
+        for (ids_nL, mask_nL), words_VE in zip(chunks, words, strict=True):
+            yield ids_nL, mask_nL, words_VE.unflatten(0, ids_nL.shape)
+
+    def forward(self, ids_nL: Tensor, mask_nL: Tensor, words_nLE: Tensor | None = None) -> Tensor:
+        """(n, E) float32.  ids_nL, mask_nL: int64; the mask is 1 where there is a token.  words_nLE: the tokens' rows,
+        where they have been looked up (:meth:`prepared`)."""
+        if not self._takes_words:
             hidden_nLE = self.model(input_ids=ids_nL, attention_mask=mask_nL).last_hidden_state
-        else:
-            words_nLE, longer_nL = prompt.before(self.model.get_input_embeddings()(ids_nL), mask_nL)
-            hidden_nLE = self.model(inputs_embeds=words_nLE, attention_mask=longer_nL).last_hidden_state
-            hidden_nLE = hidden_nLE[:, len(prompt.vectors) :]
+            return self._pooled(hidden_nLE, mask_nL)
+        words_nLE = self._words(ids_nL) if words_nLE is None else words_nLE
+        prompt = getattr(self.model, "prompt", None)
+        longer_nL = mask_nL
+        if prompt is not None:
+            words_nLE, longer_nL = prompt.before(words_nLE, mask_nL)
+        hidden_nLE = self.model(inputs_embeds=words_nLE, attention_mask=longer_nL).last_hidden_state
+        hidden_nLE = hidden_nLE[:, -mask_nL.shape[1] :]
+        return self._pooled(hidden_nLE, mask_nL)
+
+    def _pooled(self, hidden_nLE: Tensor, mask_nL: Tensor) -> Tensor:
         if self.pooling == "cls":
             return hidden_nLE[:, 0].float()
         kept_nL1 = mask_nL[:, :, None].to(hidden_nLE.dtype)
         # the divisor is float32: a bfloat16 can't count
         return (hidden_nLE * kept_nL1).sum(1).float() / mask_nL.sum(1, keepdim=True).clamp_min(1)
+
+    @property
+    def _takes_words(self) -> bool:
+        """Whether it can be given rows of tokens instead of tokens."""
+        return "inputs_embeds" in inspect.signature(self.model.forward).parameters
+
+    def _words(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids)  # type: ignore[no-any-return]
 
 
 def width_of(config: Any) -> int:
@@ -152,13 +190,13 @@ def _without_code(kind: str) -> Callable[..., Any]:
     return partial(getattr(transformers(), kind).from_pretrained, trust_remote_code=False)
 
 
-def _load_model(encoder: str) -> nn.Module:
+def _load_model(encoder: str, how: Mapping[str, str]) -> nn.Module:
     if efficientnet.config_of(encoder) is not None:
         return efficientnet.load(encoder)
     package = transformers()
 
     def load(source: str, **settings: Any) -> nn.Module:
-        settings |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        settings |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **how}
         try:
             model, found = package.AutoModel.from_pretrained(source, add_pooling_layer=False, **settings)
         except TypeError:  # a kind that has no such layer to leave out
@@ -173,7 +211,7 @@ def _load_model(encoder: str) -> nn.Module:
     return _of_one_width(loaded(encoder, load), encoder)
 
 
-def _imagined(encoder: str) -> nn.Module:
+def _imagined(encoder: str, how: Mapping[str, str]) -> nn.Module:
     """What would be loaded, with shapes for weights: of an encoder's files a plan reads the config alone."""
     config = config_of(encoder)
     with with_numbers(), torch.device("meta"):
@@ -182,9 +220,9 @@ def _imagined(encoder: str) -> nn.Module:
         else:
             make = transformers().AutoModel.from_config
             try:
-                model = make(config, add_pooling_layer=False)
+                model = make(config, add_pooling_layer=False, **how)
             except TypeError:  # a kind that has no such layer to leave out
-                model = make(config)
+                model = make(config, **how)
     return _of_one_width(model.float().to_empty(device="cpu"), encoder)
 
 

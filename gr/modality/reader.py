@@ -23,6 +23,7 @@ from gr.modality import vectors
 from gr.modality.content import Items, encoded
 from gr.modality.digest import digest
 from gr.modality.encoder import (
+    PLAIN,
     POOLING,
     Encoder,
     TextEncoder,
@@ -181,7 +182,9 @@ class TextReader(Reader):
         """The digest of the catalogue's, when they have been read."""
 
     def encoder(self, dropout: float = 0.0) -> TextEncoder:
-        return TextEncoder(self.section.encoder, self.section.pooling, dropout).to(self.processes.device)
+        device, section = self.processes.device, self.section
+        plain = device.type == "cpu" and section.max_tokens <= PLAIN
+        return TextEncoder(section.encoder, section.pooling, dropout, plain=plain).to(device)
 
     def tokens_of(self, column: Any, names: Iterable[str], rows: int) -> Tokens:
         """The tokens of items' texts."""

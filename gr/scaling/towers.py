@@ -199,9 +199,10 @@ def _of_chunks(
     for count, length in shapes:
         most[length] = max(most.get(length, 0), count)
     chunks = {length: _chunk(encoded, count, length, fake, again=True) for length, count in most.items()}
-    kept = forming = 0.0
+    words = _words(encoded, sum(count * length for count, length in shapes), fake)
+    kept = forming = words.kept
     before = []  # what is kept when each begins
-    work: list[tuple[Operation, float]] = []
+    work = [(operation, 1.0) for operation in words.operations]
     for count, length in shapes:
         chunk, share = chunks[length], count / most[length]
         before.append(kept)
@@ -214,7 +215,21 @@ def _of_chunks(
     for begun, (count, length) in list(zip(before, shapes))[:-1]:
         share = count / most[length]
         taking_back = max(taking_back, begun + share * chunks[length].taking_back + gradients)
-    return (forming, kept, taking_back), work
+    return (forming, kept, max(taking_back, words.taking_back + gradients)), work
+
+
+def _words(encoded: Encoded, tokens: int, fake: FakeTensorMode) -> _Chunk:
+    """What looking up the rows of all chunks' tokens takes, where that is done once.  Their gradients come while what
+    the chunks keep goes; at the end they are there in parts, beside them as one, and what was looked up."""
+    encoder = encoded.encoder
+    with fake, Tally(given=[*encoder.parameters(), *encoder.buffers()]) as tally:
+        ((*_, words),) = encoder.prepared([encoded.items.shaped(1, tokens)])
+        if encoded.recompute or not words.is_floating_point():
+            return _Chunk(0.0, 0.0, 0.0, [])
+        bytes_ = float(words.nbytes)
+        if words.requires_grad:
+            words.backward(torch.empty_like(words))
+        return _Chunk(bytes_, bytes_, 3 * bytes_ if words.requires_grad else 0.0, tally.operations)
 
 
 def _formed_again(
@@ -230,7 +245,8 @@ def _formed_again(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Bytes at the peak while it is formed, that stay, at the peak while its gradient goes through; operations."""
+    """Bytes at the peak while it is formed, that stay, at the peak while its gradient goes through; operations.  What
+    is looked up for all chunks together is no part of one."""
 
     forming: float
     kept: float
@@ -246,9 +262,13 @@ def _chunk(encoded: Encoded, count: int, length: int, fake: FakeTensorMode, *, a
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter) if again else None
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        with Tally(given=[*encoder.parameters(), *encoder.buffers(), *gradients]) as tally:
+        inputs: Sequence[Tensor] = encoded.items.shaped(count, length)
+        if not encoded.recompute:
+            (inputs,) = encoder.prepared([inputs])
+            inputs = [given.detach().requires_grad_(given.requires_grad) for given in inputs]
+        with Tally(given=[*encoder.parameters(), *encoder.buffers(), *gradients, *inputs]) as tally:
             with torch.autocast("cpu", torch.bfloat16, enabled=encoded.bf16):
-                out = encoded.form(encoded.items.shaped(count, length))
+                out = encoded.call(inputs)
             forming, kept = tally.peak, tally.live
             tally.peak = tally.live
             out.backward(torch.empty_like(out))

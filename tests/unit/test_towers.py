@@ -239,7 +239,12 @@ def test_forming_again_changes_no_gradient(config):
     kept = first_step(build(config({"name": "text", "mode": "tuned"}, *PLAIN), CPU))
     again = first_step(build(config({"name": "text", "mode": "tuned", "recompute": True}, *PLAIN), CPU))
     assert kept[0] == again[0]
-    assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
+    words = [name for name in kept[1] if name.endswith("word_embeddings.weight")]
+    assert len(words) == 1
+    for name in kept[1].keys() - set(words):
+        assert torch.equal(kept[1][name], again[1][name]), name
+    # looked up once a step, or once a chunk: a token's gradient is a sum in another order
+    torch.testing.assert_close(kept[1][words[0]], again[1][words[0]], **CLOSE)
 
 
 # -- vectors of items outside the batch -----------------------------------------------------------------------------
