@@ -36,12 +36,13 @@ from rich.table import Table
 
 from benchmarks import lengths
 from gr.data.batches import Plan
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.loader import Arrow, Direct
 from gr.data.order import Order
 from gr.data.remote import Ray
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
+from gr.data.writing import DatasetWriter
 from gr.processes import Processes
 
 RESULTS = Path(__file__).parents[1] / "results" / "data_loader.json"

@@ -29,9 +29,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.sequences import Sequences
 from gr.data.stores import AHEAD, in_order
+from gr.data.writing import DatasetWriter
 
 RESULTS = Path(__file__).parents[1] / "results" / "data_object_store.json"
 COLUMNS = ("item", "time")

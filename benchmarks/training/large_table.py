@@ -124,8 +124,8 @@ def make_dataset(path: Path, items: int) -> None:
     import numpy as np
     import pyarrow as pa
 
-    from gr.data.dataset import DatasetWriter
     from gr.data.sequences import Sequences
+    from gr.data.writing import DatasetWriter
 
     rng = np.random.default_rng(0)
     offsets = np.arange(USERS + 1) * LENGTH

@@ -37,8 +37,8 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from gr import config as configs  # noqa: E402
 from gr.config import RunConfig  # noqa: E402
-from gr.data.dataset import DatasetWriter  # noqa: E402
 from gr.data.sequences import Sequences  # noqa: E402
+from gr.data.writing import DatasetWriter  # noqa: E402
 from gr.modality.content import Fixed, FixedShares  # noqa: E402
 from gr.modality.find import folder_of  # noqa: E402
 from gr.modality.tower import Tower  # noqa: E402

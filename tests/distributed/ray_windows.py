@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from gr.data.batches import Plan
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.order import Order
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
+from gr.data.writing import DatasetWriter
 
 ROWS, BLOCK_ROWS = 203, 8
 

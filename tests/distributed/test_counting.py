@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 
 from gr.data import popularity
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.processes import processes
 from tests.distributed.group import in_group

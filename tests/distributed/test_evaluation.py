@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from gr.config import DataSection, EvalSection, RunConfig
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.popularity import training_sequences
 from gr.data.requests import requests
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.eval.baselines import ItemKNN
 from gr.processes import Axis, Processes, processes

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from gr.batch import Jagged
-from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter
 from gr.embeddings.vocabulary import OpenVocabulary
 from gr.processes import processes
 from gr.train.comparison import compare

@@ -20,8 +20,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter
 from gr.train.folder import RunFolder, read_rows
 from tests.programs import TORCHRUN, run_python, torchrun
 

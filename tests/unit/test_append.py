@@ -177,7 +177,7 @@ def test_a_killed_append_leaves_the_dataset_as_it_was(tmp_path):
     known = content(dataset)
     code = (
         "import os, sys, shutil\n"
-        "from gr.data import dataset\n"
+        "from gr.data import writing\n"
         "from gr.data.making.sources.log import ActionLog\n"
         "calls = 0\n"
         "def replace(a, b, replace=os.replace):\n"
@@ -185,7 +185,7 @@ def test_a_killed_append_leaves_the_dataset_as_it_was(tmp_path):
         "    calls += 1\n"
         "    if calls == int(sys.argv[3]): os.kill(os.getpid(), 9)\n"
         "    replace(a, b)\n"
-        "dataset.os.replace = replace\n"
+        "writing.os.replace = replace\n"
         "ActionLog.append(sys.argv[1], sys.argv[2])\n"
     )
     for moment in (2, 4):  # of the renames: two of new files, the old manifest's, the new one's

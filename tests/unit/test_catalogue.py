@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from gr.data import popularity
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.hashing import hash_ids
 from gr.data.popularity import count, training_counts
 from gr.data.requests import find_users, recommendation_requests
 from gr.data.sequences import Sequences
 from gr.data.split import GlobalTime, LeaveOneOut, Records
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 
 ITEMS = 20

@@ -13,12 +13,13 @@ import torch
 
 from gr.batch import TARGETS_FROM
 from gr.data.batches import Plan
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.loader import Direct
 from gr.data.order import Order
 from gr.data.periods import Chronological
 from gr.data.requests import requests
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.models.tasks import NextItem
 from gr.train import job

@@ -15,13 +15,14 @@ from gr.batch import UNKNOWN, Jagged
 from gr.data.batches import Plan
 from gr.data.collate import collate
 from gr.data.columns import block_digest
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.hashing import hash_ids
 from gr.data.loader import Direct
 from gr.data.order import Order
 from gr.data.requests import recommendation_requests, requests
 from gr.data.sequences import Sequences, Stretches, join
 from gr.data.split import GlobalTime, LeaveOneOut
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 
 LENGTHS = [4, 0, 1, 7, 3]

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.hashing import hash_ids
 from gr.data.manifest import content_digest
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 
 USERS, BLOCK = 11, 4

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.describe import describe, plot, samples, titles
 from gr.data.describe_tables import counts_table
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 
 

@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 from gr import config as configs
-from gr.data.dataset import DatasetWriter
 from gr.data.requests import find_users, recommendation_requests
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.eval.evaluator import EvalResult
 from gr.eval.tables import buckets_tables, results_table

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from gr.batch import UNKNOWN
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.popularity import training_counts
 from gr.data.requests import recommendation_requests, requests
 from gr.data.sequences import Sequences
 from gr.data.split import GlobalTime, LeaveOneOut, Records
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 
 ITEMS = 12

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from gr.data.batches import Plan, share
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.deal import deal
 from gr.data.loader import Arrow, Direct
 from gr.data.order import Order, permute
 from gr.data.sequences import Sequences, Stretches
 from gr.data.split import LeaveOneOut
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from gr import config as configs
-from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.train import job
 from gr.train.comparison import compare, to_json

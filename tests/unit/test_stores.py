@@ -10,14 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gr.data import dataset as datasets, ranged, stores
+from gr.data import ranged, stores, writing
 from gr.data.batches import Plan
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.loader import Arrow, Direct
 from gr.data.making.sources.base import make_source
 from gr.data.order import Order
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from tests.object_store import ACCESS, SECRET, first
 from tests.unit.logs_common import COLUMNS, NOW
@@ -334,4 +335,4 @@ def test_what_a_url_carries_is_not_written(store, tmp_path):
     assert "secret" not in str(error.value)
     signed = "https://host/log.parquet?X-Amz-Signature=secret"
     assert stores.all_shown({"source": [signed]}) == {"source": ["https://host/log.parquet"]}
-    assert datasets.all_shown is stores.all_shown
+    assert writing.all_shown is stores.all_shown

@@ -11,11 +11,12 @@ import pytest
 from rich.console import Console
 
 from gr import config as configs
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.requests import requests
 from gr.data.sequences import Sequences
 from gr.data.split import LeaveOneOut
 from gr.data.targets import TargetKinds
+from gr.data.writing import DatasetWriter
 from gr.eval.tables import results_table
 from gr.train.comparison import compare, to_json
 from gr.train.evaluation import Evaluation

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gr import config as configs
-from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.models.retrieval import Retrieval
 from gr.processes import Axis, Processes

@@ -10,7 +10,7 @@ import pytest
 
 from gr.batch import TARGETS_FROM
 from gr.data.batches import Plan, samples
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.loader import Direct
 from gr.data.order import Order
 from gr.data.popularity import counted
@@ -21,6 +21,7 @@ from gr.data.transforms.filter_actions import FilterActions
 from gr.data.transforms.session_ends import SessionEnds
 from gr.data.transforms.stochastic_length import StochasticLength
 from gr.data.transforms.transform import Draws
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.train import job
 from tests.end_to_end.tiny import assert_same_run

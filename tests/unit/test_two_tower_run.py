@@ -13,8 +13,8 @@ import torch
 
 from gr import config as configs
 from gr.data.collate import collate
-from gr.data.dataset import DatasetWriter
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.train import job
 from gr.train.comparison import compare

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gr.data.columns import canonical, described
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.hashing import hash_ids
 from gr.data.making.described import RESERVED, join, joined
 from gr.data.making.executor import Actions, saying_no_space
@@ -42,6 +42,7 @@ from gr.data.making.prepare import Described, Work, check_options
 from gr.data.making.schema import Filter, Preparation
 from gr.data.manifest import suffix
 from gr.data.sequences import USER_ID, Sequences, gather
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.progress import Progress
 

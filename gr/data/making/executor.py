@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from gr.data.dataset import DatasetWriter
 from gr.data.folder import Folder
 from gr.data.making.ids import IdCodes
 from gr.data.making.partitions import Store
 from gr.data.making.passes import Counting, Found, Sorting, Writing
 from gr.data.making.quarantine import Quarantine
 from gr.data.making.schema import Preparation
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.progress import Stage
 

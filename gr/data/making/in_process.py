@@ -11,7 +11,6 @@ from types import TracebackType
 
 import pyarrow as pa
 
-from gr.data.dataset import BLOCK_ROWS, DatasetWriter
 from gr.data.folder import Folder
 from gr.data.making import huge
 from gr.data.making.executor import Actions, name_of, workplace
@@ -21,6 +20,7 @@ from gr.data.making.passes import Counting, Found, Sorting, Writing
 from gr.data.making.quarantine import Quarantine
 from gr.data.making.schema import Preparation
 from gr.data.sequences import Sequences
+from gr.data.writing import BLOCK_ROWS, DatasetWriter
 from gr.errors import UserError
 from gr.progress import Progress, Stage
 

@@ -32,7 +32,6 @@ import gr
 from gr.data.blocks import Written
 from gr.data.cluster import joined
 from gr.data.columns import ColumnInfo, checksum
-from gr.data.dataset import BLOCK_ROWS, DatasetWriter
 from gr.data.folder import Folder
 from gr.data.hashing import derive
 from gr.data.making.executor import Actions, name_of, workplace
@@ -44,6 +43,7 @@ from gr.data.making.ray_steps import CodePart, OnPartition, Partitions, ReadPart
 from gr.data.making.ray_tasks import PLAN, Scratch, Tasks, Unfinished, task_folder
 from gr.data.making.schema import Preparation
 from gr.data.manifest import BLOCKS_PER_FILE
+from gr.data.writing import BLOCK_ROWS, DatasetWriter
 from gr.errors import UserError
 from gr.progress import Progress, Stage
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gr.data.dataset import DatasetWriter, SequenceDataset, check_output
+from gr.data.dataset import SequenceDataset
 from gr.data.making import huge
 from gr.data.making.described import join
 from gr.data.making.engine import IN_PROCESS, Engine
@@ -39,6 +39,7 @@ from gr.data.making.passes import Counting, Found, Sorting, Writing
 from gr.data.making.schema import Preparation
 from gr.data.making.stages import Counts, StageCount
 from gr.data.making.user_fields import UserFields
+from gr.data.writing import DatasetWriter, check_output
 from gr.errors import UserError
 from gr.progress import Progress
 

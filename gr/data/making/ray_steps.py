@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from gr.data.blocks import BlockWriter
 from gr.data.columns import ColumnInfo, canonical, described, from_table, to_table
-from gr.data.dataset import BLOCK_ROWS
 from gr.data.making import huge
 from gr.data.making.executor import Actions
 from gr.data.making.ids import IdCodes
@@ -27,6 +26,7 @@ from gr.data.making.ray_tasks import Result, task_folder
 from gr.data.making.schema import Preparation
 from gr.data.manifest import BLOCKS_PER_FILE
 from gr.data.sequences import Sequences
+from gr.data.writing import BLOCK_ROWS
 from gr.errors import UserError
 
 

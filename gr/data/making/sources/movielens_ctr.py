@@ -29,13 +29,14 @@ import pyarrow.csv as csv
 from pydantic import Field
 
 from gr.config import FRACTION, SEED, Section
-from gr.data.dataset import DatasetWriter, SequenceDataset, check_output
+from gr.data.dataset import SequenceDataset
 from gr.data.hashing import derive, keyed
 from gr.data.making.download import Published, downloads, obtain
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.sources.base import QUIET, Source
 from gr.data.making.sources.movielens import ML1M
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter, check_output
 from gr.errors import UserError, first_line
 from gr.progress import Progress
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gr.data.cluster import joined
-from gr.data.dataset import SequenceDataset, check_output
+from gr.data.dataset import SequenceDataset
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.executor import name_of
 from gr.data.making.prepare import prepare
 from gr.data.making.ray_blocks import BlocksReader, making
 from gr.data.making.sources.base import QUIET
 from gr.data.making.sources.log import ActionLog
+from gr.data.writing import check_output
 from gr.errors import UserError, first_line, nearest
 from gr.progress import Progress
 

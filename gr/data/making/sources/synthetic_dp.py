@@ -26,11 +26,12 @@ import pyarrow as pa
 from pydantic import Field
 
 from gr.config import POSITIVE, SEED
-from gr.data.dataset import DatasetWriter, SequenceDataset
+from gr.data.dataset import SequenceDataset
 from gr.data.hashing import derive
 from gr.data.making.engine import IN_PROCESS, Engine
 from gr.data.making.sources.base import QUIET, Source
 from gr.data.sequences import Sequences
+from gr.data.writing import DatasetWriter
 from gr.errors import UserError
 from gr.progress import Progress
 
