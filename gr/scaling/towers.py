@@ -223,13 +223,14 @@ def _words(encoded: Encoded, tokens: int, fake: FakeTensorMode) -> _Chunk:
     the chunks keep goes; at the end they are there in parts, beside them as one, and what was looked up."""
     encoder = encoded.encoder
     with fake, Tally(given=[*encoder.parameters(), *encoder.buffers()]) as tally:
-        ((*_, words),) = encoder.prepared([encoded.items.shaped(1, tokens)])
-        if encoded.recompute or not words.is_floating_point():
+        given = encoded.items.shaped(1, tokens)
+        ((*_, words),) = encoder.prepared([given])
+        if encoded.recompute or words is given[-1]:
             return _Chunk(0.0, 0.0, 0.0, [])
-        bytes_ = float(words.nbytes)
+        size = float(words.nbytes)
         if words.requires_grad:
             words.backward(torch.empty_like(words))
-        return _Chunk(bytes_, bytes_, 3 * bytes_ if words.requires_grad else 0.0, tally.operations)
+        return _Chunk(size, size, 3 * size if words.requires_grad else 0.0, tally.operations)
 
 
 def _formed_again(

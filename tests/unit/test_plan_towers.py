@@ -243,4 +243,7 @@ def test_the_log_has_the_work_of_a_tower(config, monkeypatch):
     rest = account.step(batch.share.lengths).total
     assert rows[0]["flops"] == pytest.approx(tower + rest, rel=1e-6) and tower > 0.2 * rest
     timing = read_rows(RunFolder(run.run.dir).timing)[-1]
-    assert timing["tflops"] > 0 and timing["mfu"] < timing["mfu_padded"]
+    assert timing["tflops"] > 0 and timing["mfu"] <= timing["mfu_padded"]  # rounded: alike on a slow machine
+    parts.model.items.content.formed_G = every
+    worked, padded = TowerWork(parts.model.items).last()
+    assert worked == tower < padded
