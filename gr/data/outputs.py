@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from gr.data.stores import Store, is_url, remedy, shown
 from gr.errors import UserError, first_line
 
-ROWS_PER_GROUP = 16_384
+ROWS_PER_GROUP, BYTES_PER_GROUP = 16_384, 1 << 26
 
 
 def output_file(path: str | os.PathLike) -> str:
@@ -152,7 +152,10 @@ def parquet_rows(out: str | os.PathLike) -> Iterator[Callable[[pa.Table], None]]
 
     def write(table: pa.Table) -> None:
         pending.append(table)
-        if sum(map(len, pending)) >= ROWS_PER_GROUP:
+        if (
+            sum(map(len, pending)) >= ROWS_PER_GROUP
+            or sum(table.nbytes for table in pending) >= BYTES_PER_GROUP
+        ):
             flush()
 
     with delivered(out) as scratch:

@@ -279,13 +279,15 @@ class FoundUsers:
         """How many were found."""
         return sum(map(len, self.rows.values()))
 
-    def refuse_unknown(self) -> FoundUsers:
-        """Itself, if all were found; else a UserError."""
+    def refuse_unknown(
+        self, fix: str = "take them out of the list, or prepare a dataset that has them"
+    ) -> FoundUsers:
+        """Itself, if all were found; else a UserError that ends in ``fix``."""
         if not self.unknown:
             return self
         raise UserError(
             f"{len(self.unknown)} of {len(self.unknown) + self.users} users are not in the dataset '{self.dataset}', "
-            f"the first is {self.unknown[0]!r}: take them out of the list, or prepare a dataset that has them"
+            f"the first is {self.unknown[0]!r}: {fix}"
         )
 
 

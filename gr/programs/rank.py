@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     with running(config_of(options.run, options.data_path)) as processes:
         run = open_run(options.run, options.checkpoint, processes, options.data_path)
         total = library.check_requests(run, options.requests)
-        with default_progress().stage("ranking", total, "requests") as stage:
+        with default_progress().stage("ranking", total, "candidates") as stage:
             done = library.rank(
                 run,
                 options.requests,

@@ -32,8 +32,8 @@ from gr.train import rank_fields
 from gr.train.place import parquet_file, place
 from gr.train.runs import OpenRun
 
-REQUESTS = 1024
-"""Requests that are read at a time."""
+REQUESTS, LISTED = 1024, 1 << 20
+"""Requests that are read at a time, and candidates in their lists; a list with more is read alone."""
 ACTIONS, CANDIDATES = 1 << 14, 1 << 15
 """Actions of histories, and candidates, that are computed at a time; a request with more candidates is cut."""
 OF_A_REQUEST, PAIRS = 256, 8192
@@ -60,7 +60,7 @@ def rank(
     *,
     unknown: Policy = "refuse",
     at_once: int | None = None,
-    advance: Callable[[int], None] = lambda requests: None,
+    advance: Callable[[int], None] = lambda candidates: None,
 ) -> Ranked:
     """Write to ``out`` the probability of each task's label for every candidate of every request.
 
@@ -69,16 +69,15 @@ def rank(
     column that the model knows of a request (of_request); for a two_tower model in the place of user_id and time the
     columns that it knows of a user.  Columns of ``out``: those, and of each task a list of float32, in the order of
     item_ids.  unknown: what to do about users and items that the dataset doesn't have.  at_once: candidates that are
-    computed together: of a request, 256 where nothing is said, or for a two_tower model of any, 8192.  Memory: 1024
-    requests with their lists, and what is computed at a time."""
+    computed together: of a request, 256 where nothing is said, or for a two_tower model of any, 8192.  advance: called
+    with numbers of candidates that are done.  Memory: 1024 requests with lists of 2^20 candidates in all, or the
+    longest list, and what is computed at a time."""
     model = ranking(run)
     source, names = _opened(asked, model, run.data.dataset)
     done = Ranked()
     with parquet_rows(out) as write, torch.no_grad():
-        for batch in source.iter_batches(REQUESTS, columns=names):
-            table = pa.Table.from_batches([batch])
-            write(_scored(run, model, table, str(asked), unknown, at_once, done))
-            advance(table.num_rows)
+        for table in _pieces(source, names):
+            write(_scored(run, model, table, str(asked), unknown, at_once, done, advance))
         if not done.requests:
             raise UserError(f"'{asked}' has no request: nothing is written to '{out}'")
     return done
@@ -95,9 +94,10 @@ def ranking(run: OpenRun) -> Pointwise | TwoTower:
 
 
 def check_requests(run: OpenRun, asked: str | os.PathLike) -> int:
-    """How many requests a file has; refuses one that the run's model can't answer, before anything is computed."""
+    """How many candidates a file of requests has, an empty list counted as one; refuses a file that the run's model
+    can't answer, before anything is computed."""
     source, _ = _opened(asked, ranking(run), run.data.dataset)
-    return source.metadata.num_rows
+    return sum(listed for _, listed in _sizes(source))
 
 
 def _opened(
@@ -137,12 +137,48 @@ def _opened(
         )
     if isinstance(model, TwoTower):
         return source, ["item_ids", *extra]
+    kind = source.schema_arrow.field(USER_ID).type
+    if not can_be_ids(kind):
+        raise UserError(f"column user_id of '{file}' is of type {kind}: give the log's ids, numbers or text")
     if TIME in there and not dataset.has_timestamps:
         raise UserError(f"'{file}' has a column time, and the run's dataset has no times: leave it out")
     if TIME in there and not pa.types.is_integer(source.schema_arrow.field(TIME).type):
         raise UserError(f"column time of '{file}' holds no integers: give seconds since 1970")
     times = [TIME] if TIME in there else []
     return source, list(dict.fromkeys([USER_ID, "item_ids", *times, *extra]))
+
+
+def _sizes(source: pq.ParquetFile) -> list[tuple[int, int]]:
+    """(requests, candidates) of each row group, an empty list counted as one candidate: so does Parquet."""
+    leaves = [source.schema.column(n) for n in range(len(source.schema))]
+    (at, *_) = (
+        n for n, leaf in enumerate(leaves) if leaf.path.startswith("item_ids.") and leaf.max_repetition_level
+    )
+    groups = [source.metadata.row_group(n) for n in range(source.num_row_groups)]
+    return [(group.num_rows, group.column(at).num_values) for group in groups]
+
+
+def _pieces(source: pq.ParquetFile, names: list[str]) -> Iterator[pa.Table]:
+    """The requests in order, as many at a time as REQUESTS and LISTED say.  (Of a row group with lists of very
+    different lengths Arrow may hold more than a piece: how many it reads at once is a matter of their mean.)"""
+    longest = max((listed / max(requests, 1) for requests, listed in _sizes(source)), default=1)
+    held: list[pa.RecordBatch] = []
+    requests = candidates = 0
+    for batch in source.iter_batches(max(1, min(REQUESTS, int(LISTED / max(longest, 1)))), columns=names):
+        first = 0
+        for row, count in enumerate(_counts(batch["item_ids"]).tolist()):
+            if requests == REQUESTS or (requests and candidates + count > LISTED):
+                yield pa.Table.from_batches([*held, batch.slice(first, row - first)])
+                held, first, requests, candidates = [], row, 0, 0
+            requests, candidates = requests + 1, candidates + count
+        held.append(batch.slice(first))
+    if requests:
+        yield pa.Table.from_batches(held)
+
+
+def _counts(lists: pa.Array) -> np.ndarray:
+    """(R,) int64, how long each list is; none is an empty one."""
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _scored(
@@ -153,13 +189,14 @@ def _scored(
     unknown: Policy,
     at_once: int | None,
     done: Ranked,
+    advance: Callable[[int], None],
 ) -> pa.Table:
     """The table with scores beside its requests."""
     rows, place_R = None, np.zeros(table.num_rows, np.int64)  # who asks a two_tower model says who that is
     if isinstance(model, Pointwise):
         rows, place_R = _histories(run.data.dataset, table, name, model.needs, unknown)
     lists = table["item_ids"].combine_chunks()
-    counts_R = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    counts_R = _counts(lists)
     items_C = _item_rows(lists.flatten(), run, name, unknown)
     owners_C = np.repeat(np.arange(len(counts_R)), counts_R)
     known_C = (items_C >= 0) & (place_R[owners_C] >= 0)
@@ -170,7 +207,7 @@ def _scored(
     scores_CK = np.zeros((len(items_C), len(model.labels.names)), np.float32)
     if isinstance(model, TwoTower):
         asking_C = items_C[known_C], owners_C[known_C]
-        scores_CK[known_C] = rank_fields.scores(run, model, table, name, *asking_C, at_once or PAIRS)
+        scores_CK[known_C] = rank_fields.scores(run, model, table, name, *asking_C, at_once or PAIRS, advance)
     elif known_C.any():
         asking = _requests(rows, place_R, table, name, run.config.data.max_length)
         done.without_history += int(((asking.lengths_R <= 1) & (place_R >= 0)).sum())
@@ -188,6 +225,8 @@ def _scored(
             scores_CK[own] = (
                 model.scores(batch, candidates, at_once or OF_A_REQUEST).sigmoid().float().cpu().numpy()
             )
+            advance(len(own))
+    advance(len(items_C) - int(known_C.sum()))
     if not np.isfinite(scores_CK).all():
         raise UserError("the model gives probabilities that are no numbers: choose an earlier --checkpoint")
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts_R)]).astype(np.int32))
@@ -239,7 +278,7 @@ def _histories(
     given = ids.to_pylist()
     found: FoundUsers = find_users(dataset, given)
     if unknown == "refuse":
-        found.refuse_unknown()
+        found.refuse_unknown("take their requests out, or give --unknown null")
     users = _Found()
     wanted = {ITEM, USER_ID, *columns, *([TIME] if dataset.has_timestamps else [])}
     for block, rows in zip(found.rows, dataset.read_blocks(sorted(found.rows), wanted)):

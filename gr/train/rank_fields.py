@@ -5,6 +5,8 @@ Each candidate is judged as an impression of an evaluation is, by the same funct
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -79,18 +81,27 @@ def scores(
     items_C: np.ndarray,
     owners_C: np.ndarray,
     at_once: int,
+    advance: Callable[[int], None],
 ) -> np.ndarray:
     """(C, 1) probabilities of candidates (rows of the catalogue) of the table's requests ``owners_C``, so many at a
-    time."""
+    time, of which ``advance`` is told."""
     of_items = item_columns(model, run.data.catalogue)
     of_users: dict[str, Tensor] = {}
     for column in model.user.needs:
-        of_users[column] = torch.tensor(values_of(table, column, run.data.dataset.column(column).type, name))
+        values_R = values_of(table, column, run.data.dataset.column(column).type, name)
+        if column in model.user.numbers and not np.isfinite(values_R).all():
+            worst = values_R[~np.isfinite(values_R)][0]
+            raise UserError(
+                f"column '{column}' of '{name}' holds {worst} (model.user.numbers), which no network can read: give a "
+                "finite number, or leave the request out"
+            )
+        of_users[column] = torch.tensor(values_R)
     found = [np.empty((0, 1), np.float32)]
     for start in range(0, len(items_C), at_once):
         items, owners = (torch.from_numpy(some[start : start + at_once]) for some in (items_C, owners_C))
         batch = _impressions(model, items, owners, of_users, of_items)
         found.append(model.logits(batch.to(model.device)).sigmoid().cpu().numpy())
+        advance(len(items))
     return np.concatenate(found)
 
 

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gr.data import outputs
 from gr.data.outputs import beside, delivered, output_file, output_files, parquet_rows, remove_output
 from gr.errors import UserError
 
@@ -47,6 +48,18 @@ def test_a_file_is_there_whole_or_not_at_all(out):
     with pytest.raises(UserError, match="nothing to write"), parquet_rows(where):
         pass
     assert there() is None
+
+
+def test_row_groups_end_where_their_rows_or_their_bytes_are_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "ROWS_PER_GROUP", 8)
+    monkeypatch.setattr(outputs, "BYTES_PER_GROUP", 800)
+    lengths = [100, 1, 1, 100, *[1] * 8, 1]
+    with parquet_rows(tmp_path / "out") as write:
+        for length in lengths:
+            write(pa.table({"list": [list(range(length))]}))
+    metadata = pq.ParquetFile(tmp_path / "out").metadata
+    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [1, 3, 8, 1]
+    assert [len(row) for row in pq.read_table(tmp_path / "out")["list"].to_pylist()] == lengths
 
 
 def test_no_file_overwrites_another(out):

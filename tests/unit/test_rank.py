@@ -148,11 +148,43 @@ def test_how_much_is_computed_at_a_time_changes_nothing_but_rounding(runs, tmp_p
         np.testing.assert_allclose(cut, whole, **OFF)
 
 
+def test_long_lists_are_read_alone_and_progress_counts_candidates(runs, tmp_path, monkeypatch):
+    """Lists of one user, of any length and none, in row groups of three: pieces of LISTED candidates, or one list."""
+    run, lengths = runs["interleaved"], [2, 0, 5, 1, 23, 0, 3, 3, 3, 0, 9, 1]
+    lists = pa.array([[i % 30 for i in range(n)] if n else None for n in lengths], pa.list_(pa.int64()))
+    user = run.data.dataset.read_user_ids(0)[0].item()
+    asked = tmp_path / "asked.parquet"
+    pq.write_table(pa.table({"user_id": [user] * len(lengths), "item_ids": lists}), asked, row_group_size=3)
+    pieces, scored, advanced = [], library._scored, []
+    monkeypatch.setattr(library, "LISTED", 8)
+    monkeypatch.setattr(library, "REQUESTS", 4)
+    monkeypatch.setattr(library, "CANDIDATES", 7)
+
+    def watched(run, model, table, *others):
+        pieces.append([len(row or []) for row in table["item_ids"].to_pylist()])
+        return scored(run, model, table, *others)
+
+    monkeypatch.setattr(library, "_scored", watched)
+    rank(run, asked, tmp_path / "out.parquet", advance=advanced.append)
+    assert [length for piece in pieces for length in piece] == lengths
+    assert all(len(piece) <= 4 and (sum(piece) <= 8 or len(piece) == 1) for piece in pieces)
+    assert sum(advanced) == sum(lengths) and max(advanced) <= 8
+    assert library.check_requests(run, asked) == sum(lengths) + lengths.count(0)
+    found = pq.read_table(tmp_path / "out.parquet")["like"].to_pylist()
+    assert [len(row) for row in found] == lengths
+    # an item's score doesn't hang on where it stands
+    for row in found:
+        np.testing.assert_allclose(row, found[4][: len(row)], **OFF)
+
+
 def test_what_the_dataset_does_not_have_is_refused_or_null_and_counted(runs, tmp_path):
     run = runs["interleaved"]
     user = run.data.dataset.read_user_ids(0)[0]
     asked = write(tmp_path / "asked.parquet", user_id=[user, 10**6], item_ids=[[3, 999], [4]])
-    with pytest.raises(UserError, match=r"1 of 2 users are not in the dataset.*the first is 1000000"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 2 users are not in the dataset.*the first is 1000000: take their .*--unknown null",
+    ):
         rank(run, asked, tmp_path / "out.parquet")
     done = rank(run, asked, tmp_path / "out.parquet", unknown="null")
     assert (done.unknown_users, done.unknown_items) == (1, 1)
@@ -208,6 +240,15 @@ def test_a_request_before_all_that_its_user_did_is_answered_and_counted(runs, tm
             "column 'user_id' of .* is of type double .*1.5.*holds int64",
         ),
         ({"user_id": pa.array([None], pa.int64()), "item_ids": [[1]]}, "a request without user_id"),
+        (
+            {"user_id": [[1]], "item_ids": [[1]]},
+            "column user_id of .* is of type list<.*: give the log's ids",
+        ),
+        ({"user_id": [True], "item_ids": [[1]]}, "column user_id of .* is of type bool"),
+        (
+            {"user_id": pa.array([1], pa.date32()), "item_ids": [[1]]},
+            "column user_id of .* is of type date32",
+        ),
         (
             {"user_id": pa.array([], pa.int64()), "item_ids": pa.array([], pa.list_(pa.int64()))},
             "has no request",

@@ -174,6 +174,9 @@ def test_rank_gives_what_the_evaluation_gives(data, tmp_path):
         ({"user": ["a"]}, "column 'user' of .* is of type string, and the dataset's holds int64"),
         ({"user": [40]}, r"column 'user' holds 40, and its table has rows for 0 to 39 .*unseen: own_row"),
         ({"group": pa.array([None], pa.int64())}, "a request without 'group': fill it in"),
+        ({"mean": [float("nan")]}, "column 'mean' of .*asked' holds nan .*give a finite number"),
+        # a float32 has no such number
+        ({"mean": [1e300], "item_ids": [[]]}, "column 'mean' of .*asked' holds inf"),
         ({"user": [1.5]}, "column 'user' of .* is of type double .*1.5.* and the dataset's holds int64"),
         (
             {"user": pa.array([2**64 - 1], pa.uint64())},
