@@ -239,9 +239,8 @@ class Features:
         """Names of those of items."""
         return [f.name for f in self.features if f.of_item]
 
-    def known_of(self, batch: SequenceBatch, places_N: Tensor, of: str) -> dict[str, Known]:
-        """What is known at these actions of a prepared batch: by the features ``of`` "items" alone."""
-        assert of == "items"
+    def known_of_items_at(self, batch: SequenceBatch, places_N: Tensor) -> dict[str, Known]:
+        """What is known of the items of these actions of a prepared batch, by feature."""
         return {f.name: f.told(taken(batch.columns[f.key], places_N)) for f in self.features if f.of_item}
 
     def known_of_items(self, items_N: Tensor) -> dict[str, Known]:

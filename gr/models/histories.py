@@ -16,15 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr import registry
-from gr.batch import TARGETS_FROM, UNKNOWN, SequenceBatch
+from gr.batch import TARGETS_FROM, SequenceBatch
 from gr.config import FRACTION, POSITIVE, ComponentConfig, InputSection, component
 from gr.embeddings.view import View
-from gr.errors import UserError
 from gr.labels import TASKS, Labels, idle_weights
 from gr.models.features import Features, sum_of
 from gr.models.layout import sequence_of_rows
 from gr.models.pointwise import Pointwise
-from gr.models.tasks import Known
+from gr.models.tasks import Known, places_asked
 from gr.processes import Axis
 
 
@@ -74,9 +73,7 @@ def histories(
     sequences_A = sequence_of_rows(batch.offsets_B1, batch.actions)
     places_A = torch.arange(batch.actions, device=sequences_A.device) - batch.offsets_B1[sequences_A]
     if last_alone:
-        targets_S = batch.offsets_B1[1:] - 1
-        if min(batch.lengths, default=1) == 0 or (batch.items_T[targets_S] == UNKNOWN).any():
-            raise UserError("a ranking model judges given items, and a request has none: give its item")
+        targets_S = places_asked(batch)
     else:
         from_B = batch.user_columns.get(TARGETS_FROM)
         first_A = 1 if from_B is None else from_B[sequences_A]

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr.batch import TARGETS_FROM, UNKNOWN, SequenceBatch
+from gr.batch import TARGETS_FROM, SequenceBatch
 from gr.errors import UserError, nearest
 from gr.labels import Labels
 from gr.models.features import Features
 from gr.models.layout import JaggedLayout, sequence_of_rows
-from gr.models.tasks import Known
+from gr.models.tasks import Known, places_asked
 from gr.processes import Axis
 
 
@@ -97,10 +97,7 @@ class Interleaving:
 
     def request(self, batch: SequenceBatch) -> Interleaved:
         """The last action of each sequence is the candidate."""
-        targets_S = batch.offsets_B1[1:] - 1
-        if min(batch.lengths, default=1) == 0 or (batch.items_T[targets_S] == UNKNOWN).any():
-            raise UserError("a ranking model judges given items, and a request has none: give its item")
-        return self._made(batch, targets_S, 0, supervised=False)
+        return self._made(batch, places_asked(batch), 0, supervised=False)
 
     def history(self, batch: SequenceBatch) -> Interleaved:
         """All but the candidate: of each sequence, whose last action stands for whatever is to be judged in its place,

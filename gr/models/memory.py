@@ -4,10 +4,10 @@ al., arXiv 2402.17152, section 3.4 and appendix H).
 An encoder whose rows meet in attention alone computes a history once; a :class:`Memory` keeps what each of its
 attentions was given.  Then come the candidates, some at a time: each stands where the next row of its sequence would,
 sees the history (or as much of it as there was at its request: a sequence has any number of those) and itself, and no
-other candidate.  That is the attention's cross form under its mask of targets,
-where it has no bias by position: that would tell candidates apart by the places that they have beside each other.  All
-of a sequence's candidates have one place, so their bias is a number for each key, which goes into the product as one
-more coordinate: scale (q . k) + b = scale ([q, 1] . [k, b / scale]).  All of it is differentiable.
+other candidate.  That is the attention's cross form under its mask of targets, where it has no bias by position: that
+would tell candidates apart by the places that they have beside each other.  All of a sequence's candidates have one
+place, so their bias is a number for each key, which goes into the product as one more coordinate:
+scale (q . k) + b = scale ([q, 1] . [k, b / scale]).  All of it is differentiable.
 
 Nothing else of the encoder knows of it: a layout with a memory is a layout.
 

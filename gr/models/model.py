@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from gr.batch import Jagged, SequenceBatch
+from gr.config import RunConfig
 from gr.embeddings.table import Table
 from gr.embeddings.view import View
 from gr.embeddings.vocabulary import OpenVocabulary
+from gr.errors import UserError
 from gr.labels import ColumnLike, Described
 from gr.models.layers import Stack
 from gr.models.step import StepContext
@@ -82,6 +84,15 @@ class Catalogue(Protocol):
     def keep(self, kind: str, about: dict[str, Any], table: Any) -> None:
         """Keep something that was computed of the items for the next time."""
         ...
+
+
+def refuse_objective(run: RunConfig, model: str) -> None:
+    """Of a kind of ``model`` that has a loss of its own: UserError where the config has an objective."""
+    if run.objective is not None:
+        raise UserError(
+            f"config key 'objective' is '{run.objective.name}', and model '{model}' has a loss of its own: leave it "
+            "out (objective=null), or use model=retrieval"
+        )
 
 
 class Model(nn.Module):

@@ -18,10 +18,9 @@ from gr.batch import Jagged, SequenceBatch
 from gr.config import RunConfig
 from gr.embeddings.table import TableSpec
 from gr.embeddings.view import View
-from gr.errors import UserError
 from gr.labels import Labels
 from gr.models.features import UNDER, Features
-from gr.models.model import Catalogue, Model
+from gr.models.model import Catalogue, Model, refuse_objective
 from gr.models.step import StepContext
 from gr.models.tasks import NextItem, taken
 from gr.modes import evaluating
@@ -43,11 +42,7 @@ class Pointwise(Model):
     def __init__(
         self, config: Any, run: RunConfig, catalogue: Catalogue, processes: Processes | None = None
     ) -> None:
-        if run.objective is not None:
-            raise UserError(
-                f"config key 'objective' is '{run.objective.name}', and model '{config.name}' has a loss of its own: "
-                "leave it out (objective=null), or use model=retrieval"
-            )
+        refuse_objective(run, config.name)
         labels = Labels(config.tasks, catalogue.manifest)
         spec = TableSpec(
             "items",
@@ -134,8 +129,7 @@ class Pointwise(Model):
             return self._logits(part, replace(context, views=self.fetch(self.wanted([part], context))))
 
     def scores(self, batch: SequenceBatch, candidates: Jagged, at_once: int = 256) -> Tensor:
-        """(C, K) float32 log-odds of many candidates of each sequence, ``at_once`` of them at a
-        time.
+        """(C, K) float32 log-odds of many candidates of each sequence, ``at_once`` of them at a time.
 
         candidates: B lists of int64 item rows on the model's device.  A sequence's last action stands in their place:
         it says when, and what else is known of the request; its item is not looked at.  What comes out is what
@@ -158,7 +152,6 @@ def repeated(alone: SequenceBatch, items_C: Tensor) -> SequenceBatch:
     count, n, device = len(items_C), alone.actions, items_C.device
     again = torch.arange(n, device=device).repeat(count)
     offsets_B1 = torch.arange(count + 1, device=device) * n
-
     user = torch.zeros(count, dtype=torch.int64, device=device)
     columns = {name: taken(column, again) for name, column in alone.columns.items()}
     columns["item"] = columns["item"].index_copy(0, offsets_B1[1:] - 1, items_C)

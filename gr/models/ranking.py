@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr import registry
-from gr.batch import UNKNOWN, Jagged, SequenceBatch
+from gr.batch import Jagged, SequenceBatch
 from gr.config import DISTINCT, FRACTION, POSITIVE, ComponentConfig, InputSection, RunConfig, component
 from gr.embeddings.view import View
 from gr.errors import UserError
@@ -48,7 +48,7 @@ from gr.models.memory import Memory
 from gr.models.model import Catalogue
 from gr.models.pointwise import Pointwise
 from gr.models.step import StepContext
-from gr.models.tasks import Known, Supervision, sources
+from gr.models.tasks import Known, Supervision, places_asked, sources
 from gr.models.together import Gathering, Together
 from gr.modes import evaluating
 from gr.processes import Axis, Processes
@@ -173,19 +173,17 @@ class Ranking(Pointwise):
         source_T = sources(batch, sequence.layout)
         labels_AK = self.labels.of(batch.columns)
         targets_S = (source_T if sequence.queries_S is None else source_T[sequence.queries_S]) + 1
-        candidates = self.features.known_of(batch, targets_S, "items")
+        candidates = self.features.known_of_items_at(batch, targets_S)
         return Labelled(sequence, labels_AK[source_T], labels_AK[targets_S], candidates)
 
     def asked(self, batch: SequenceBatch) -> Labelled | Interleaved:
         batch = self.prepare(batch)
         if self.interleaving is not None:
             return self.interleaving.request(batch)
-        sequence = self.task.request(batch)
-        if (sequence.targets_S == UNKNOWN).any():
-            raise UserError("a ranking model judges given items, and a request has none: give its item")
-        sequence = self.features.of_inputs(batch, sequence)
+        last_B = places_asked(batch)
+        sequence = self.features.of_inputs(batch, self.task.request(batch))
         history_TK = self.labels.of(batch.columns)[sources(batch, sequence.layout)]
-        candidates = self.features.known_of(batch, batch.offsets_B1[1:] - 1, "items")
+        candidates = self.features.known_of_items_at(batch, last_B)
         return Labelled(sequence, history_TK, history_TK.new_empty(0), candidates)
 
     def rows_of(self, part: Labelled | Interleaved) -> dict[str, list[Tensor]]:

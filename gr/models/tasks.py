@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gr.batch import TARGETS_FROM, UNKNOWN, Jagged, SequenceBatch, values_of
 from gr.config import ComponentConfig
+from gr.errors import UserError
 from gr.models.cut import Cut, cut
 from gr.models.layout import JaggedLayout
 from gr.processes import Axis
@@ -252,6 +253,15 @@ Task = NextItem | Cloze
 def sources(batch: SequenceBatch, layout: JaggedLayout) -> Tensor:
     """(T,) the place of each input row's action in the batch."""
     return batch.offsets_B1[layout.sequences_T] + layout.positions_T
+
+
+def places_asked(batch: SequenceBatch) -> Tensor:
+    """(B,) int64, the place of each sequence's last action, whose item a request to judge is about; UserError where
+    there is none.  Waits for a device."""
+    last_B = batch.offsets_B1[1:] - 1
+    if min(batch.lengths, default=1) == 0 or (batch.items_T[last_B] == UNKNOWN).any():
+        raise UserError("the model judges given items, and a request has none: give its item")
+    return last_B
 
 
 def _all_but_last(batch: SequenceBatch, dropout_key: int = 0) -> tuple[JaggedLayout, Tensor]:

@@ -440,6 +440,15 @@ def test_bad_values_of_a_batch_are_one_sentence():
     items[-1] = UNKNOWN
     with pytest.raises(UserError, match="judges given items"):
         model.logits(given.with_columns(item=items))
+    # a row without an impression, which would have the answer of the row before it
+    without = replace(
+        given,
+        offsets_B1=torch.cat([given.offsets_B1, given.offsets_B1[-1:]]),
+        ordinals_B=torch.arange(given.sequences + 1),
+        lengths=(*given.lengths, 0),
+    )
+    with pytest.raises(UserError, match="judges given items"):
+        model.logits(without)
 
 
 def test_a_share_in_pieces_is_refused_where_all_of_it_is_normalised():

@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gr import registry
-from gr.batch import UNKNOWN, Jagged, SequenceBatch
+from gr.batch import Jagged, SequenceBatch
 from gr.config import POSITIVE, ComponentConfig, RunConfig, component
 from gr.embeddings.table import TableSpec
 from gr.embeddings.view import View
 from gr.errors import UserError
 from gr.labels import TASKS, Labels, idle_weights
 from gr.models.init import initialise
-from gr.models.model import Catalogue, Model
+from gr.models.model import Catalogue, Model, refuse_objective
 from gr.models.step import StepContext
+from gr.models.tasks import places_asked
 from gr.models.two_tower.fields import Known, Looked, Side, SideSection, fields_of
 from gr.models.two_tower.network import Network, Pairs, Shape
 from gr.modes import evaluating
@@ -102,11 +103,7 @@ class TwoTower(Model):
     def __init__(
         self, config: Config, run: RunConfig, catalogue: Catalogue, processes: Processes | None = None
     ) -> None:
-        if run.objective is not None:
-            raise UserError(
-                f"config key 'objective' is '{run.objective.name}', and model 'two_tower' has a loss of its own: "
-                "leave it out (objective=null), or use model=retrieval"
-            )
+        refuse_objective(run, config.name)
         processes = processes or Processes(torch.device("cpu"))
         labels = Labels(config.tasks, catalogue.manifest)
         kind: type[Network] = config.network.component()
@@ -186,10 +183,7 @@ class TwoTower(Model):
     def logits(self, batch: SequenceBatch) -> Tensor:
         """(B, 1) float32: the log-odds of the label of each row's last action, at which the label isn't looked at."""
         with evaluating(self):
-            last_B = batch.offsets_B1[1:] - 1
-            if (batch.items_T[last_B] == UNKNOWN).any():
-                raise UserError("a two_tower model judges given items, and a request has none: give its item")
-            part = self._impressions(batch, last_B)
+            part = self._impressions(batch, places_asked(batch))
             context = StepContext(0)
             return self._judged(part, self.fetch(self.wanted([part], context)))[0][:, None].float()
 

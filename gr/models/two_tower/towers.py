@@ -164,8 +164,8 @@ class IntTower(Towers):
     """Light-SE, towers, and heads of each layer of the user's tower that meet an item's heads by MaxSim:
     s = sum over layers i and heads h of max_j <M_u^i[h], M_v[j]> (FE-Block).
 
-    CIR: for each like the InfoNCE loss of its user's top with the item's, against the items of the whole global batch
-    but for those that the batch's likes say the user likes, too:
+    CIR: for each like the InfoNCE loss of its user's top with the item's, against the items of all impressions of the
+    global batch but those of the same item and the user's own likes:
     L = L_ctr + cir * sum over likes of -log(exp(u.v/t) / sum over candidates of exp(u.v'/t)), tops L2-normalised.  (The
     released code indexes its columns by the label and never adds the loss.)
 
@@ -247,7 +247,8 @@ class IntTower(Towers):
             like_N = liked_S.nonzero()[:, 0]
         item_GW = gathered(F.normalize(item_SW, dim=1), self.axis)
         items_G, fans_G = (self.axis.gather(x) for x in (pairs.items_S, users_S.where(liked_S, -1)))
-        # neither the liked item itself nor what its user likes, too, is something to be kept away from
+        # neither the liked item itself nor the user's other likes are to be kept away from (what others were shown
+        # counts, though it be one of these)
         same = [(pairs.items_S[like_N], items_G), (users_S[like_N], fans_G)]
         own_N = like_N + first_row(len(item_SW), self.axis)
         return contrast(F.normalize(user_SW[like_N], dim=1), item_GW, own_N, same, self.config.temperature)
