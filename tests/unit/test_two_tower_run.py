@@ -23,6 +23,7 @@ from gr.train.rank import rank
 from gr.train.runs import open_run
 
 USERS, ITEMS = 40, 30
+PRICES = np.linspace(0, 1, ITEMS, dtype=np.float32)
 CONFIG = """
 run: {{dir: {run}}}
 data: {{path: {data}, max_length: 1, split: impressions, window_blocks: 2}}
@@ -51,13 +52,15 @@ def make_dataset(path, rows=600, **extra):
         "group": user % 3,
         "label": ((user % 2 == item % 2) ^ (rng.random(rows) < 0.1)).astype(np.int64),
         "mean": rng.random(rows).astype(np.float32),
+        "price": PRICES[item],
         **extra,
     }
     writer = DatasetWriter(path, "tiny", row_order="stream", block_rows=64)
     writer.add(Sequences.of(np.arange(rows), np.arange(rows + 1), item=item, **given))
     genres = pa.array([list(range(i % 4)) for i in range(ITEMS)], pa.list_(pa.int64()))
     counts = np.bincount(item, minlength=ITEMS)
-    catalogue = pa.table({"item_id": np.arange(ITEMS), "count": counts, "genres": genres})
+    known = {"item_id": np.arange(ITEMS), "count": counts, "genres": genres, "price": PRICES}
+    catalogue = pa.table(known)
     return writer.finish(catalogue, {"protocol": "tiny"})
 
 
@@ -149,8 +152,8 @@ def test_a_label_that_is_neither_0_nor_1_stops_training_with_one_sentence(tmp_pa
 
 def test_rank_gives_what_the_evaluation_gives(data, tmp_path):
     network = "model.network={name: dat, tower: [16, 8], std: 0.1}"
-    path = job.run(load(tmp_path, data, network, "train.max_steps=3", "eval.splits=[test]")).path
-    run = open_run(path)
+    short = ["train.max_steps=3", "eval.splits=[test]", "model.item.numbers=[price]"]
+    run = open_run(job.run(load(tmp_path, data, network, *short)).path)
     rows = run.data.dataset.read_block(0)
     asked = {name: rows.columns[name][:20] for name in ("user", "group", "mean")}
     items = [[int(item), 999, 4] for item in rows.items_A[:20]]
