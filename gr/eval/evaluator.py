@@ -24,8 +24,8 @@ class EvalResult:
     """Metrics over all processes' users.  ``population``: users that could have been evaluated, where only a subset
     was; ``seconds``: this process's time, reading and scoring; ``protocol``: what the figures mean (the rule of
     exclusion ...); ``heading``: what was measured, for people; ``shown``: the metrics to show where room is short;
-    ``notes``: sentences about those that are missing; ``targets``: shares of kinds of targets; ``judged``: what the
-    dataset's rows are called, "users" or "impressions"."""
+    ``notes``: sentences about those that are missing; ``targets``: shares of kinds of targets; ``judged``: what they
+    are called, "users", "impressions" or "actions"."""
 
     split: str
     users: int

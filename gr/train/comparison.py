@@ -62,7 +62,7 @@ def compare(
         for name in [*baselines, model]:
             watch.at(f"evaluation of {name}", opened.step)
             scorer = opened.model if name == model else joined.together(partial(evaluation.baseline, name))
-            with progress.stage(name, requests.share, data.dataset.manifest.rows_are) as stage:
+            with progress.stage(name, requests.share, evaluation.judged) as stage:
                 results[name] = evaluation.run(split, scorer, advance=stage.advance)
         return Comparison(run, split, model, opened.step, opened.epoch, results, joined.is_main)
 

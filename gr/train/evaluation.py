@@ -84,7 +84,12 @@ class Evaluation:
             assert held_out.kinds is not None
             counts = self.processes.data.sum(held_out.kinds.counts.tolist(), dtype=torch.int64)
             self._targets[name] = held_out.kinds.shares(counts)
-        return replace(result, targets=self._targets[name], judged=self.dataset.manifest.rows_are)
+        return replace(result, targets=self._targets[name], judged=self.judged)
+
+    @property
+    def judged(self) -> str:
+        """What the held-out targets are called: by the dataset's rows or, where a row may have several, "actions"."""
+        return "actions" if self.split.several else self.dataset.manifest.rows_are
 
     def family(self) -> MetricFamily:
         """The metrics, empty."""

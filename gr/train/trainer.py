@@ -457,7 +457,7 @@ class Trainer:
 
 
 def summary(row: dict[str, Any], shown: list[str], judged: str) -> str:
-    """An evaluation in one line: its metrics ``shown``, over how many users or impressions (``judged``)."""
+    """An evaluation in one line: its metrics ``shown``, over how many ``judged`` (EvalResult)."""
     figures = [f"{name} {row[name]:.4f}" for name in shown if name in row]
     who = row["name"] if row["kind"] == "baseline" else row.get("period", f"epoch {row['epoch'] + 1}")
     return f"{who:<10}  {row['split']:<5} {'  '.join(figures)}  ({row['users']:,} {judged})"

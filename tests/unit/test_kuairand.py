@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from gr import config as configs
 from gr.data.dataset import SequenceDataset
 from gr.data.making.sources.base import make_source
 from gr.data.making.sources.kuairand import LABELS, RANGES, _membership
 from gr.data.split import GlobalTime
 from gr.errors import UserError
+from gr.eval.tables import results_table
+from gr.train.evaluation import Evaluation
+from gr.train.parts import open_data
+from gr.train.trainer import summary
 
 DAY = 1_650_816_000  # 25 April 2022 in Beijing
 
@@ -214,6 +222,20 @@ def test_all_actions_of_a_period_are_held_out_each_with_all_before_it(dataset):
         found[name] = sorted((users[w], i) for w, i in zip(who.tolist(), index.tolist()))
     assert found == {"valid": [(5, 3)], "test": [(3, 2), (3, 3)]}
     assert split(held_out="first", test_from=DAY + 45).targets(rows, "test", 2)[1].tolist() == [2]
+
+
+@pytest.mark.parametrize(("held_out", "judged"), [("all", "4 actions"), ("first", "2 users")])
+def test_what_is_judged_is_called_what_it_is(dataset, held_out, judged):
+    of_split = {"valid_from": DAY + 10, "test_from": DAY + 15, "train_from": DAY, "held_out": held_out}
+    overrides = [f"data.split.{key}={value}" for key, value in of_split.items()]
+    config = configs.load("kuairand/din", [f"data.path={dataset.path}", *overrides])
+    data = open_data(config)
+    evaluation = Evaluation(data.dataset, data.split, config, data.catalogue, judged_by="pointwise")
+    (result,) = evaluation.baselines("test").values()
+    console = Console(file=io.StringIO(), width=200)
+    console.print(results_table({"prior": result}, "title"))
+    assert f"{judged}, " in console.file.getvalue()
+    assert f"({judged})" in summary({**result.row(), "kind": "eval", "epoch": 0}, result.shown, result.judged)
 
 
 def test_what_comes_before_training_begins_is_an_input_alone(dataset):
