@@ -61,7 +61,8 @@ def buckets_tables(result: EvalResult, label: str) -> list[Table]:
             title=f"{label}, by {title}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
         table.add_column(heading, no_wrap=True)
-        for column in (result.judged, *result.shown):
+        counted = "judged" if result.judged == heading else result.judged
+        for column in (counted, *result.shown):
             table.add_column(column, justify="right", no_wrap=True)
         for bucket in buckets:
             values = (_shown(bucket.get(metric)) for metric in result.shown)

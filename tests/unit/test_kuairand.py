@@ -16,7 +16,7 @@ from gr.data.making.sources.base import make_source
 from gr.data.making.sources.kuairand import LABELS, RANGES, _membership
 from gr.data.split import GlobalTime
 from gr.errors import UserError
-from gr.eval.tables import results_table
+from gr.eval.tables import buckets_tables, results_table
 from gr.train.evaluation import Evaluation
 from gr.train.parts import open_data
 from gr.train.trainer import summary
@@ -228,13 +228,17 @@ def test_all_actions_of_a_period_are_held_out_each_with_all_before_it(dataset):
 def test_what_is_judged_is_called_what_it_is(dataset, held_out, judged):
     of_split = {"valid_from": DAY + 10, "test_from": DAY + 15, "train_from": DAY, "held_out": held_out}
     overrides = [f"data.split.{key}={value}" for key, value in of_split.items()]
-    config = configs.load("kuairand/din", [f"data.path={dataset.path}", *overrides])
+    config = configs.load("kuairand/din", [f"data.path={dataset.path}", "eval.buckets=true", *overrides])
     data = open_data(config)
     evaluation = Evaluation(data.dataset, data.split, config, data.catalogue, judged_by="pointwise")
     (result,) = evaluation.baselines("test").values()
     console = Console(file=io.StringIO(), width=200)
-    console.print(results_table({"prior": result}, "title"))
-    assert f"{judged}, " in console.file.getvalue()
+    for table in (results_table({"prior": result}, "title"), *buckets_tables(result, "prior")):
+        console.print(table)
+    text = console.file.getvalue()
+    assert f"{judged}, " in text
+    # no two columns of one name: buckets are of numbers of actions
+    assert text.count(" judged ") == (len(result.buckets) if held_out == "all" else 0)
     assert f"({judged})" in summary({**result.row(), "kind": "eval", "epoch": 0}, result.shown, result.judged)
 
 
