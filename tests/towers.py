@@ -1,14 +1,24 @@
-"""A tiny encoder of text with real files, and a tiny dataset whose items have titles."""
+"""Tiny encoders with real files, a tiny dataset whose items have titles, pictures of them, and what tests ask of runs
+on these."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gr.data.dataset import SequenceDataset
+from gr.models.step import StepContext
+from gr.processes import Processes
 from tests.end_to_end.tiny import make_dataset
+from tests.precision import tolerance
+
+if TYPE_CHECKING:
+    from gr.train.parts import Parts
+    from gr.train.runs import OpenRun
 
 WORDS = (
     "red",
@@ -27,6 +37,12 @@ WORDS = (
     "old",
 )
 ITEMS = 60
+CPU = Processes(torch.device("cpu"))
+# Two layers of width 16 on ten tokens, a head, an encoder of width 16 and a loss of 17 terms, all of unit size
+CLOSE = tolerance(64, stages=12, size=10.0)
+PLAIN = ("model.input.dropout=0", "model.encoder.dropout=0", "train.clip_norm=null")
+SHORT = ("objective={name: sampled_softmax, negatives: 16}", "train.max_steps=1", "eval.splits=[]")
+FEW = "train.global_batch=2"  # of two users, who have not seen all items
 
 
 def titles(items: int = ITEMS) -> list[str | None]:
@@ -110,3 +126,19 @@ def make_image_encoder(path: Path, kind: str = "vit") -> Path:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(path)
     return path
+
+
+def first_step(parts: Parts, cut: int | None = None) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the first global batch, which is cut into micro-batches of ``cut`` actions."""
+    batch = next(parts.batches.epoch(0)).share
+    pieces = [parts.model.supervise(p, 7) for p in batch.split(cut or 10**6)]
+    loss = parts.engine.forward_backward(pieces, StepContext(7), sum(p.count for p in pieces))
+    return loss.item(), {name: p.grad.clone() for name, p in parts.model.named_dense() if p.grad is not None}
+
+
+def scores_of(parts_or_run: Parts | OpenRun) -> Tensor:
+    """(5, I) of five random queries."""
+    with torch.no_grad():
+        model = parts_or_run.model
+        queries = torch.randn(5, model.items.dim, generator=torch.Generator().manual_seed(0))
+        return model.similarity.scores(model.items, queries)
