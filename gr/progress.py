@@ -66,13 +66,13 @@ class _Counted(Stage):
         left = (
             f", {clock(max(self.total - self.done, 0) / self.rate)} left" if self.total and self.rate else ""
         )
-        rate = "" if self.shown else f", {self.rate:,.0f}/s"
+        rate = "" if self.shown else f", {speed(self.rate)}/s"
         shown = f", {self.shown}" if self.shown else ""
         return f"{self.done:,}{of} {self.unit}{rate}{left}{shown}"
 
     def result(self) -> str:
         """The same when all is done; a total that was an estimate is of no more interest."""
-        return f"{self.done - self.first:,} {self.unit} in {clock(self.seconds, 1)}, {self.rate:,.0f}/s"
+        return f"{self.done - self.first:,} {self.unit} in {clock(self.seconds, 1)}, {speed(self.rate)}/s"
 
 
 def clock(seconds: float, digits: int = 0) -> str:
@@ -82,6 +82,11 @@ def clock(seconds: float, digits: int = 0) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def speed(rate: float) -> str:
+    """1,234 a second; of less than ten two digits, so that what takes minutes a piece doesn't look as if it stood."""
+    return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
 
 
 class _PlainStage(_Counted):

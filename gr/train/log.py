@@ -11,7 +11,7 @@ from typing import Any
 
 from gr.data.batches import GlobalBatch
 from gr.processes import Processes
-from gr.progress import Progress, default_progress
+from gr.progress import Progress, default_progress, speed
 from gr.train.exposition import Exposition
 from gr.train.folder import RunFolder, append_rows
 from gr.train.work import Done
@@ -111,7 +111,7 @@ class StepProgress:
         shown = "-" if math.isnan(loss) else f"{loss:.4f}"  # none was read since a resume
         text = (
             f"epoch {epoch + 1}/{epochs}, loss {shown}, "
-            f"{self.window.samples_per_s:,.0f} samples/s, {self.window.actions_per_s:,.0f} tokens/s"
+            f"{speed(self.window.samples_per_s)} samples/s, {speed(self.window.actions_per_s)} tokens/s"
         )
         self._stage.show(text if status is None or not self._active else f"{text}, {status()}")
         self._stage.advance(step - self._step)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from gr import config as configs
-from gr.progress import BarProgress, PlainProgress, clock
+from gr.progress import BarProgress, PlainProgress, clock, speed
 from gr.train import job
 from gr.train.evaluation import Evaluation
 from gr.train.folder import RunFolder, read_rows
@@ -20,6 +20,17 @@ from tests.end_to_end.tiny import make_dataset, write_config
 
 def test_clock():
     assert [clock(s) for s in (0, 59.4, 59.6, 3599.4, 3722)] == ["0 s", "59 s", "1:00", "59:59", "1:02:02"]
+
+
+def test_what_is_slow_has_a_speed():
+    assert [speed(rate) for rate in (0, 0.0437, 4, 9.94, 9.96, 1234.5)] == [
+        "0",
+        "0.044",
+        "4",
+        "9.9",
+        "10",
+        "1,234",
+    ]
 
 
 class Clock:
@@ -88,7 +99,7 @@ def test_the_rate_after_an_evaluation_does_not_count_its_time(seconds, capsys):
     assert lines[0] == f"training: 2 of 100 steps, 49 s left, {rates}"
     assert lines[1] == "epoch 1  test"
     assert lines[2] == f"training: 16 of 100 steps, 44:27 left, {rates}", "evaluations will come again"
-    assert lines[-1] == "training: 30 steps in 8:35, 0/s"
+    assert lines[-1] == "training: 30 steps in 8:35, 0.058/s"
 
 
 def test_a_run_writes_rates_without_its_evaluations(seconds, tmp_path, monkeypatch):
