@@ -34,7 +34,16 @@ from gr.modality.encoder import (
     width_of,
 )
 from gr.modality.surroundings import Described
-from gr.modality.texts import Template, Tokens, Unread, most_tokens, say_empty, tokenised, tokenizer_digest
+from gr.modality.texts import (
+    AT_ONCE,
+    Template,
+    Tokens,
+    Unread,
+    most_tokens,
+    say_empty,
+    tokenised,
+    tokenizer_digest,
+)
 from gr.processes import Processes
 from gr_kernels.tracing import on_paper_now
 
@@ -53,9 +62,14 @@ class TextSection(Section):
     def idle(self) -> dict[str, str]:
         return {} if self.template is None else {"fields": "template says which columns"}
 
-    def texts(self, column: Any, names: Iterable[str], rows: int) -> list[str]:
-        """The text of each of ``rows`` items; ``names``: the columns that there are."""
-        template = Template(self.fields, self.template)
+    def parsed(self) -> Template:
+        """How columns become a text."""
+        return Template(self.fields, self.template)
+
+    def texts(self, column: Any, names: Iterable[str], rows: int) -> tuple[list[str], int]:
+        """The text of each of ``rows`` items, and how many have nothing to read; ``names``: the columns that there
+        are."""
+        template = self.parsed()
         for name in template.names:
             if name not in names:
                 raise UserError(
@@ -188,23 +202,23 @@ class TextReader(Reader):
 
     def tokens_of(self, column: Any, names: Iterable[str], rows: int) -> Tokens:
         """The tokens of items' texts."""
-        section = self.section
-        texts = section.texts(column, names, rows)
+        texts, empty = self.section.texts(column, names, rows)
         if self.processes.is_main:
-            say_empty(texts, Template(section.fields, section.template).names)
+            say_empty(empty, rows, self.section.parsed().names)
         return tokenised(texts, self.tokenizer, self._most)
 
     def items_in(self, items: pa.Table) -> Tokens:
+        self._check_some(items.column, items.column_names, len(items))
         return self.tokens_of(items.column, items.column_names, len(items))
 
     def items(self, catalogue: Described) -> Tokens:
         """Of the whole catalogue, kept beside the dataset."""
-        section = self.section
+        self.check(catalogue)
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()  # as a call leaves it behind, which is no part of what it is
         backend.no_padding()
         about = {
-            "template": Template(section.fields, section.template).pattern,
+            "template": self.section.parsed().pattern,
             "tokenizer": digest(backend.to_str()),
             "most": self._most,
         }
@@ -218,8 +232,21 @@ class TextReader(Reader):
         return tokens
 
     def check(self, catalogue: Described) -> None:
-        self.section.texts(lambda name: catalogue.column(name).slice(0, 1), catalogue.column_names, 1)
+        self._check_some(catalogue.column, catalogue.column_names, catalogue.rows)
         assert self._most
+
+    def _check_some(self, column: Any, names: Iterable[str], rows: int) -> None:
+        """Refuse items of which none has a text: all would be one.  Reads no more of them than it takes to find one."""
+        for start in range(0, rows, AT_ONCE):
+            some = min(AT_ONCE, rows - start)
+            _, empty = self.section.texts(lambda name: column(name).slice(start, some), names, some)  # noqa: B023
+            if empty < some:
+                return
+        raise UserError(
+            f"none of the {rows:,} items has a text ({', '.join(self.section.parsed().names)}): set fields or template "
+            "to columns that have one",
+            everywhere=True,
+        )
 
     def read_of(self, catalogue: Described) -> dict[str, str]:
         if self._tokens is None:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 CHARACTERS_A_TOKEN = 64
 """No more characters of a text than so many for each token that is kept are given to a tokenizer."""
 AT_ONCE = 4096
+"""Texts that are made, or tokenised, at a time."""
 SPECIMEN = "The red, RED & naïve Ärger: don't pay $1,234.50 (50 %) for l'été/3x2cm #no_1 東京タワー, сад, قمر 🙂\t..."
 FROM_PADDING = (
     "roberta",
@@ -58,14 +59,17 @@ class Template:
             )
         self._parsed = [(literal, name) for literal, name, _, _ in parsed]
 
-    def texts(self, column: Callable[[str], Any], rows: int) -> list[str]:
-        """The text of each item, white space made one blank each; ``column``: gives a column of theirs."""
+    def texts(self, column: Callable[[str], Any], rows: int) -> tuple[list[str], int]:
+        """The text of each item, white space made one blank each, and how many items have nothing in any column that
+        it names; ``column``: gives a column of theirs."""
         values = {name: as_texts(name, column(name), rows) for name in dict.fromkeys(self.names)}
-        rows_of = (dict(zip(values, row)) for row in zip(*values.values()))
-        filled = (
-            "".join(said + (row[name] if name else "") for said, name in self._parsed) for row in rows_of
-        )
-        return [" ".join(text.split()) for text in filled]
+        texts, empty = [], 0
+        for row in zip(*values.values()):
+            said = dict(zip(values, row))
+            empty += not any(value.strip() for value in row)
+            text = "".join(literal + (said[name] if name else "") for literal, name in self._parsed)
+            texts.append(" ".join(text.split()))
+        return texts, empty
 
 
 def as_texts(name: str, column: Any, rows: int) -> list[str]:
@@ -189,14 +193,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest(json.dumps(said))
 
 
-def say_empty(texts: Sequence[str], of: Sequence[str]) -> None:
+def say_empty(empty: int, items: int, columns: Sequence[str]) -> None:
     """A line where items have no text: they all have one vector."""
-    if empty := sum(not text for text in texts):
+    if empty:
         log.warning(
-            "%s of %s items have no text (%s): they share the vector of an empty one",
+            "%s of %s items have no text (%s): they share one vector",
             f"{empty:,}",
-            f"{len(texts):,}",
-            ", ".join(of),
+            f"{items:,}",
+            ", ".join(columns),
         )
 
 

@@ -20,8 +20,9 @@ def test_templates():
     def texts(fields, template=None):
         return Template(fields, template).texts(lambda name: pa.array(columns[name]), 2)
 
-    assert texts(["title", "tags"]) == ["a b x y", ""]
-    assert texts([], "{title} ({year})") == ["a b (1999)", "(2000)"]
+    assert texts(["title", "tags"]) == (["a b x y", ""], 1)
+    assert texts([], "{title} ({year})") == (["a b (1999)", "(2000)"], 0)
+    assert texts([], "called {title}") == (["called a b", "called"], 1)
     assert Template([], "{title.real}").names == ["title.real"]  # a column, and nothing of a value
     for wrong in ("no field", "{title", "{}", "{title!r}", "{title:>99999999999}"):
         with pytest.raises(UserError, match="template"):
