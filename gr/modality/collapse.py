@@ -35,11 +35,13 @@ def sample(rows: int) -> Tensor:
     return torch.linspace(0, rows - 1, min(rows, SAMPLE), dtype=torch.float64).round().long()
 
 
-def advice(cosine: float, rank: float) -> str | None:
-    """A sentence where vectors have collapsed."""
+def advice(cosine: float, rank: float, learns: bool) -> str | None:
+    """A sentence where vectors have collapsed; learns: whether their encoder trains."""
     if cosine < SAME:
         return None
+    encoder = "the encoder's rate (optimizer.groups, match: ^tables.items.encoder) or " if learns else ""
+    again = ", or begin again with mode frozen" if learns else ", or look at what the items' contents are"
     return (
-        f"the items' vectors have collapsed (mean cosine {cosine:.3f}, effective rank {rank:.1f}): lower the encoder's "
-        "rate (optimizer.groups, match: ^tables.items.encoder) or optimizer.lr, or begin again with mode frozen"
+        f"the items' vectors have collapsed (mean cosine {cosine:.3f}, effective rank {rank:.1f}): lower {encoder}"
+        f"optimizer.lr{again}"
     )

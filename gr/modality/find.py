@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 from gr_kernels.tracing import on_paper_now
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _refusing(encoder: str, load: Callable[[], Any]) -> Any:
                 f"encoder '{encoder}' comes with code of its own, which is never run: choose one of a kind that "
                 "transformers has"
             ) from error
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        first = first_line(error).rstrip(":")
         raise UserError(
             f"encoder '{encoder}' can't be loaded ({first}): give the path of a folder that save_pretrained wrote, or "
             "a name that the hub has, with a network"

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ def open_pictures(path: str) -> PictureFiles:
     except UserError:
         raise
     except Exception as error:  # a store's own too, such as that it has no key to it
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the pictures at '{path}' can't be read ({first}): give a folder, a zip, a tar, Parquet or an LMDB"
+            f"the pictures at '{path}' can't be read ({first_line(error)}): give a folder, a zip, a tar, Parquet or an "
+            "LMDB"
         ) from None
 
 

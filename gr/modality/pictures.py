@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 from gr.modality.digest import digest
 from gr.modality.picture_files import Content, PictureFiles
 
@@ -157,9 +157,8 @@ class Pictures:
         try:
             found = dict(zip(there, self.files.read(there), strict=True))
         except Exception as error:  # of a store, which may raise anything
-            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"pictures can't be read any more ({first}): see that they are where they were, and go on"
+                f"pictures can't be read any more ({first_line(error)}): see that they are where they were, and go on"
             ) from None
         return [found.get(name) for name in names]
 
@@ -170,7 +169,7 @@ class Pictures:
                     raise content
                 return decoded(content, self.side)
             except Exception as error:  # a decoder of damaged data may raise anything
-                self.bad[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.bad[name] = first_line(error)
         return np.zeros((3, self.side, self.side), np.float32)
 
     def check(self, where: str, column: str) -> None:

@@ -117,15 +117,16 @@ class ContentConfig(ComponentConfig):
     def _has_a_source(self) -> ContentConfig:
         if self.mode == "cached" and self.vectors is None:
             raise ValueError("mode cached reads vectors from a file: set vectors, or choose mode frozen")
-        if self.mode != "cached" and (self.text is None) == (self.image is None):
-            raise ValueError(
-                f"mode {self.mode} needs an encoder: set text.encoder, or image.encoder and not both"
-            )
-        other = {"text": self.image, "image": self.text}.get(self.name)
-        if other is not None:
-            raise ValueError(
-                f"a tower of name {self.name} reads no {'image' if self.name == 'text' else 'text'}"
-            )
+        sections = {"text": self.text, "image": self.image}
+        own = (
+            {self.name: sections[self.name]} if self.name in sections else sections
+        )  # a fused tower has either
+        for name in sections.keys() - own.keys():
+            if sections[name] is not None:
+                raise ValueError(f"a tower of name {self.name} reads no {name}")
+        if self.mode != "cached" and sum(section is not None for section in own.values()) != 1:
+            wanted = " or ".join(f"{name}.encoder" for name in own)
+            raise ValueError(f"mode {self.mode} needs an encoder, and one only: set {wanted}")
         return self
 
     def idle(self) -> dict[str, str]:

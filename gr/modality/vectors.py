@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 
 AT_ONCE = 1 << 14
 """Rows of a file that are read at a time."""
@@ -62,8 +62,10 @@ def _even(column: pa.Array) -> bool:
 
 def read_file(path: str, item_ids: pa.Array) -> Tensor:
     """(I, E) float32: the vectors that the file at ``path``, or a URL of fsspec, has for ``item_ids`` (I raw ids), in
-    their order; others that it has are passed over.  The file is gone through a piece at a time."""
+    their order; others that it has are passed over.  The file is gone through a piece at a time.  Refused are vectors
+    that are all the same: all items would be one."""
     what = f"'{path}'"
+    first_E, rows, alike = torch.empty(0), 0, True
     found_IE, counts_I = torch.empty(0, 0), np.zeros(len(item_ids), dtype=np.int64)
     with _opened(path) as parquet:
         for batch in parquet.iter_batches(AT_ONCE, columns=["item_id", "vector"]):
@@ -74,6 +76,8 @@ def read_file(path: str, item_ids: pa.Array) -> Tensor:
                 found_IE = torch.empty(len(item_ids), vectors_nE.shape[1])
             if vectors_nE.shape[1] != found_IE.shape[1]:
                 raise UserError(_not_even(what))
+            first_E = first_E if rows else vectors_nE[0].clone()
+            rows, alike = rows + len(vectors_nE), alike and bool((vectors_nE == first_E).all())
             wanted_n = np.flatnonzero(place_n >= 0)
             found_IE[torch.from_numpy(place_n[wanted_n])] = vectors_nE[torch.from_numpy(wanted_n)]
             counts_I += np.bincount(place_n[wanted_n], minlength=len(counts_I))
@@ -84,6 +88,8 @@ def read_file(path: str, item_ids: pa.Array) -> Tensor:
                 f"{what} has {said} for {wrong_I.sum():,} of {len(item_ids):,} items "
                 f"({item_ids[int(wrong_I.argmax())].as_py()!r} is the first): encode the catalogue again"
             )
+    if alike and rows > 1:
+        raise UserError(f"the vectors of {what} are all the same: encode the catalogue again")
     return found_IE
 
 
@@ -114,21 +120,22 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
     except UserError:
         raise
     except Exception as error:  # a store's own too, such as that it has no key to it
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{what} can't be read as a Parquet file of item_id and vector ({first}): write it again with the program "
-            "encode"
+            f"{what} can't be read as a Parquet file of item_id and vector ({first_line(error)}): write it again with "
+            "the program encode"
         ) from None
 
 
 def _places(ids_n: pa.Array, item_ids: pa.Array, what: str) -> np.ndarray:
     """(n,) int64: which of ``item_ids`` each is, or -1."""
     if ids_n.type != item_ids.type:
-        if not pa.types.is_string(item_ids.type):
+        both_integers = pa.types.is_integer(ids_n.type) and pa.types.is_integer(item_ids.type)
+        if not both_integers and not pa.types.is_string(item_ids.type):
             raise UserError(
-                f"item_id of {what} is {ids_n.type}, and the catalogue's {item_ids.type}: write it again"
+                f"item_id of {what} is {ids_n.type}, and the catalogue's {item_ids.type}: write ids as the catalogue's "
+                "are"
             )
-        ids_n = ids_n.cast(pa.string())
+        ids_n = ids_n.cast(item_ids.type)
     place_n = pc.index_in(ids_n, value_set=item_ids)
     return pc.fill_null(place_n, -1).to_numpy(zero_copy_only=False).astype(np.int64)
 

@@ -210,7 +210,7 @@ class Retrieval(Model):
         if not isinstance(self.items, Tower):
             return {}, None
         figures = self.items.watched()
-        return figures, advice(figures["item_cosine"], figures["item_rank"])
+        return figures, advice(figures["item_cosine"], figures["item_rank"], self.items.content.learns)
 
     # -- evaluation: in evaluation mode, without gradients ----------------------------------------------------------
 

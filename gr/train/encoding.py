@@ -21,6 +21,11 @@ def read_tower(path: str) -> TextSection | ImageSection:
     """The encoder that a YAML file describes, or one of that name that comes with gr (``towers/minilm``): of pictures
     where it says which ``images``, else of text."""
     said = read_yaml(find_config(path))
+    if "encoder" not in said:
+        raise UserError(
+            f"'{path}' names no encoder: write what stands under text, or image, of a run's model.item_tower "
+            "(towers/minilm is such a file)"
+        )
     return validate(ImageSection if "images" in said else TextSection, said, "")
 
 

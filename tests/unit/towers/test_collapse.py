@@ -22,6 +22,8 @@ def test_collapsed_vectors_are_noticed(config):
         parts.model.items.head.first.bias.fill_(100.0)
     figures, said = parts.model.watched()
     assert figures["item_cosine"] > 0.99 and "have collapsed" in said
+    assert said.endswith("lower optimizer.lr, or look at what the items' contents are")  # no encoder trains
+    assert "begin again with mode frozen" in collapse.advice(0.99, 1.0, learns=True)
     assert build(config({"name": "id", "text": None}), CPU).model.watched() == ({}, None)
 
 

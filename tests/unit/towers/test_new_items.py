@@ -85,6 +85,13 @@ def test_columns_of_new_items_have_names_of_their_own(tmp_path):
         read_items(tmp_path / "new.parquet")
 
 
+def test_a_tower_s_file_says_which_encoder(tmp_path):
+    """A run's config, which somebody may give, says it further inside."""
+    (tmp_path / "run.yaml").write_text("model: {item_tower: {name: text, text: {encoder: x}}}\n")
+    with pytest.raises(UserError, match="names no encoder: write what stands under text, or image"):
+        read_tower(str(tmp_path / "run.yaml"))
+
+
 def test_a_file_of_new_items_has_to_be_there(tmp_path):
     with pytest.raises(UserError, match=r"no file '.*' with items"):
         read_items(tmp_path / "nowhere.parquet")

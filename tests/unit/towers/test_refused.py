@@ -29,7 +29,17 @@ from tests.towers import CPU, ITEMS, SHORT
         ({"name": "text", "text": {"encoder": "package:no_such_package"}}, [], "make setup-encoders"),
         ({"name": "text", "mode": "cached", "text": None}, [], "mode cached reads vectors from a file"),
         ({"name": "text", "mode": "cached", "vectors": "no.parquet"}, [], "no file 'no.parquet'"),
-        ({"name": "text", "mode": "tuned", "text": None}, [], "mode tuned needs an encoder"),
+        (
+            {"name": "text", "mode": "tuned", "text": None},
+            [],
+            "mode tuned needs an encoder, and one only: set text.encoder$",
+        ),
+        ({"name": "fused", "text": None}, [], "one only: set text.encoder or image.encoder$"),
+        (
+            {"name": "text", "image": {"encoder": "x", "images": "y"}},
+            [],
+            "a tower of name text reads no image",
+        ),
         ({"name": "text"}, ["model.table=mapped", "objective=full_softmax"], "use model.table=local"),
         ({"name": "text"}, ["model.similarity.item_bias=true"], "item_bias is a number for each row"),
         ({"name": "fused"}, ["optimizer=lazy_adam", "objective=full_softmax"], "use optimizer=adamw"),

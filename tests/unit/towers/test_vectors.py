@@ -49,12 +49,18 @@ def test_files_of_vectors(tmp_path):
     for where, sentence in (("memory://w.parquet", "no file"), ("abc://v.parquet", "Protocol not known")):
         with pytest.raises(UserError, match=sentence):
             read_file(where, ids)
+    narrow = pa.table(
+        {"item_id": pa.array([9, 8, 4, 7], pa.int32()), "vector": [[float(n)] for n in range(4)]}
+    )
+    pq.write_table(narrow, tmp_path / "narrow.parquet")
+    assert read_file(str(tmp_path / "narrow.parquet"), ids).tolist() == [[2], [3], [0]]
     with pytest.raises(UserError, match="no vector for 1 of 3 items"):
         read_file(str(file), pa.array([4, 5, 9]))
     lists = {
         "one length": [[1.0], [1.0, 2.0], [1.0]],
         "NaN": [[1.0], [float("nan")], [1.0]],
         "lists of floats": ["a", "b", "c"],
+        "all the same": [[1.0, 2.0]] * 3,
     }
     for sentence, column in lists.items():
         pq.write_table(pa.table({"item_id": ids, "vector": column}), file)
