@@ -1,4 +1,4 @@
-"""Encoders of text from transformers, and their vectors of whole texts.
+"""Encoders from transformers: what those of texts and of pictures share, and vectors of whole texts.
 
 Shapes: n texts, L tokens of the longest of them, E the encoder's width.
 """
@@ -44,7 +44,8 @@ def transformers() -> Any:
         if error.name != "transformers":
             raise
         raise UserError(
-            "an item tower of text needs the package 'transformers': make setup-encoders, or pip install 'gr[encoders]'"
+            "an item tower's encoder needs the package 'transformers': make setup-encoders, or pip install "
+            "'gr[encoders]'"
         ) from None
     from huggingface_hub.utils import logging as hub_logging  # transformers needs it
 

@@ -47,14 +47,12 @@ class Template:
         try:
             parsed = list(string.Formatter().parse(self.pattern))  # no more: it would look into values
         except ValueError as error:
-            raise UserError(
-                f"model.item_tower.template {self.pattern!r} can't be read ({error}): correct it"
-            ) from None
+            raise UserError(f"template {self.pattern!r} can't be read ({error}): correct it") from None
         self.names = [name for _, name, _, _ in parsed if name is not None]
         plain = all(name and not spec and not how for _, name, spec, how in parsed if name is not None)
         if not self.names or not plain:
             raise UserError(
-                f"model.item_tower.template {self.pattern!r} must have names of the catalogue's columns in braces and "
+                f"template {self.pattern!r} must have names of the catalogue's columns in braces and "
                 "nothing else there, such as '{title}'"
             )
         self._parsed = [(literal, name) for literal, name, _, _ in parsed]

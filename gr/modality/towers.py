@@ -11,6 +11,7 @@ read from a file), ``tuned`` all of it, ``adapters`` small modules inside it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, NoReturn
@@ -28,6 +29,7 @@ from gr.embeddings.table import Table, TableSpec, filled_now
 from gr.errors import UserError
 from gr.modality import vectors
 from gr.modality.content import Content, Encoded, Fixed, FixedShares
+from gr.modality.encoder import Encoder
 from gr.modality.head import Fusion, Head, HeadSection
 from gr.modality.image_reader import ImageReader, ImageSection
 from gr.modality.reader import Reader, TextReader, TextSection
@@ -248,11 +250,8 @@ def _by_encoder(config: ContentConfig, around: Surroundings, reader: Reader, dea
     if config.mode == "frozen":
         if not on_paper_now():  # its vectors are made when a step asks for some
             reader.check(catalogue)
-        width, of_others, digest = reader.width, reader.vectors_of, lambda: reader.weights_digest
-        if dealt:
-            return FixedShares(width, partial(reader.shares, catalogue), of_others, processes, digest=digest)
-        several, make = processes.world.size > 1, partial(reader.vectors, catalogue)
-        return Fixed(width, make, of_others, processes.device, collective=several, digest=digest)
+        make, digest = partial(reader.shares, catalogue), lambda: reader.weights_digest
+        return _still(reader.width, make, reader.vectors_of, processes, dealt, digest=digest)
     encoder = reader.encoder(config.dropout)
     with with_numbers():
         items = reader.foreseen(catalogue) if on_paper_now() else reader.items(catalogue)
@@ -262,24 +261,12 @@ def _by_encoder(config: ContentConfig, around: Surroundings, reader: Reader, dea
         insert(encoder.model, config.adapters, around.spec.seed)
         encoder.to(processes.device)
         if config.adapters.name == "frozen":  # as another run has tuned it: its vectors are formed once
-            world = processes.world
 
-            def formed() -> Shares:
-                return reader.encoded(encoder, items)
+            def of_others(others: pa.Table) -> Tensor:
+                return processes.world.gather(reader.encoded(encoder, reader.items_in(others)).own_RE)
 
-            def of(others: pa.Table) -> Tensor:
-                return world.gather(reader.encoded(encoder, reader.items_in(others)).own_RE)
-
-            if dealt:
-                return FixedShares(encoder.width, formed, of, processes, encoder)
-            return Fixed(
-                encoder.width,
-                lambda: world.gather(formed().own_RE),
-                of,
-                processes.device,
-                collective=world.size > 1,
-                encoder=encoder,
-            )
+            make = partial(reader.encoded, encoder, items)
+            return _still(encoder.width, make, of_others, processes, dealt, encoder=encoder)
     elif config.freeze:
         freeze_layers(encoder.model, config.freeze)
     of_step = Encoded(
@@ -293,6 +280,32 @@ def _by_encoder(config: ContentConfig, around: Surroundings, reader: Reader, dea
         bf16=around.bf16,
     )
     return of_step if config.refresh is None else Refreshed(of_step, config.refresh)
+
+
+def _still(
+    width: int,
+    make: Callable[[], Shares],
+    other: Callable[[pa.Table], Tensor],
+    processes: Processes,
+    dealt: bool,
+    *,
+    encoder: Encoder | None = None,
+    digest: Callable[[], str] | None = None,
+) -> Content:
+    """Vectors that nothing moves, of which all processes ``make`` a stretch each: as they are dealt, or all of them on
+    every one."""
+    if dealt:
+        return FixedShares(width, make, other, processes, encoder, digest)
+    world = processes.world
+    return Fixed(
+        width,
+        lambda: world.gather(make().own_RE),
+        other,
+        processes.device,
+        collective=world.size > 1,
+        encoder=encoder,
+        digest=digest,
+    )
 
 
 def _foreseen(width: int, around: Surroundings, dealt: bool) -> Content:

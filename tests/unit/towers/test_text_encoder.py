@@ -9,41 +9,27 @@ import torch
 from gr.config import validate
 from gr.modality.encoder import PLAIN, TextEncoder
 from gr.modality.reader import TextReader, TextSection
-from gr.processes import Processes
 from tests.packages import needs
-from tests.precision import tolerance
-from tests.towers import make_encoder
+from tests.towers import CLOSE, CPU, make_encoder
 
 needs("transformers")
-CPU = Processes(torch.device("cpu"))
 WORDS, WIDTH = 40, 16
-# two layers of width 16 and 32 on eight tokens, numbers of about unit size
-CLOSE = tolerance(64, stages=12, size=10.0)
 
 
 def saved(path, kind):
     """An encoder of a ``kind`` of transformers with random weights."""
     import transformers
 
+    bert = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     sizes = {
-        "Bert": {
-            "hidden_size": WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-        },
-        "Roberta": {
-            "hidden_size": WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-        },
-        "MPNet": {
-            "hidden_size": WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-        },
+        "Bert": bert,
+        "Roberta": bert,
+        "MPNet": bert,
         "DistilBert": {"dim": WIDTH, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
         "OPT": {
             "hidden_size": WIDTH,
