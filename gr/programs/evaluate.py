@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     done = compare(options.run, options.split, baselines, overrides, *given)
     if done.is_main:
         console = Console()
-        console.print(results_table(done.results, f"{options.run}, {done.split}, step {done.step:,}"))
+        cut = "" if options.dim is None else f", the first {options.dim} numbers of vectors"
+        console.print(results_table(done.results, f"{options.run}, {done.split}, step {done.step:,}{cut}"))
         own = done.results[done.model]
         for table in buckets_tables(own, done.model):
             console.print(table)

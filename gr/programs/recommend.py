@@ -77,13 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
         if found is not None and (options.unknown == "refuse" or not found.users):
             found.refuse_unknown()
         total = run.data.dataset.users if found is None else found.users
+        new = None if options.new_items is None else library.unseen_items(run, options.new_items)
         with default_progress().stage("recommending", total, "users") as stage:
-            asked = ("k", "exclude", "time", "held_out", "user_vectors", "new_items")
-            wanted = {name: getattr(options, name) for name in asked}
+            asked = ("k", "exclude", "time", "held_out", "user_vectors")
+            wanted = {name: getattr(options, name) for name in asked} | {"new_items": new}
             count = library.recommend(run, options.out, users=found, advance=stage.advance, **wanted)
         if options.item_vectors:
-            library.write_item_vectors(run, options.item_vectors, options.new_items)
-    print(f"wrote {count:,} users to {options.out} (step {run.step:,} of {options.run})")
+            library.write_item_vectors(run, options.item_vectors, new)
+    cut = "" if options.dim is None else f", the first {options.dim} numbers of vectors"
+    print(f"wrote {count:,} users to {options.out} (step {run.step:,} of {options.run}{cut})")
     if found is not None and (listed := user_files.write_unknown_users(found, options.out)):
         print(
             f"{len(found.unknown):,} users are not in the dataset '{found.dataset}': they are listed in {listed}"

@@ -22,7 +22,8 @@ from gr.train.watch import watching
 
 @dataclass(frozen=True)
 class Comparison:
-    """``results``: baselines first, then the run under its encoder's name, ``model``."""
+    """``results``: baselines first, then the run under its encoder's name, ``model``.  dim: it was scored by so many
+    first numbers of vectors; None: by all."""
 
     run: str
     split: str
@@ -31,6 +32,7 @@ class Comparison:
     epoch: int
     results: dict[str, EvalResult]
     is_main: bool
+    dim: int | None = None
 
 
 def compare(
@@ -64,7 +66,7 @@ def compare(
             scorer = opened.model if name == model else joined.together(partial(evaluation.baseline, name))
             with progress.stage(name, requests.share, evaluation.judged) as stage:
                 results[name] = evaluation.run(split, scorer, advance=stage.advance)
-        return Comparison(run, split, model, opened.step, opened.epoch, results, joined.is_main)
+        return Comparison(run, split, model, opened.step, opened.epoch, results, joined.is_main, dim)
 
 
 def to_json(done: Comparison) -> str:
@@ -73,7 +75,8 @@ def to_json(done: Comparison) -> str:
         name: {**result.row(), "notes": result.notes, "buckets": result.buckets}
         for name, result in done.results.items()
     }
-    content = {"run": done.run, "step": done.step, "epoch": done.epoch, "results": rows}
+    of = {"run": done.run, "step": done.step, "epoch": done.epoch}
+    content = {**of, **({} if done.dim is None else {"dim": done.dim}), "results": rows}
     return json.dumps(content, indent=1) + "\n"
 
 

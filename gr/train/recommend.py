@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -44,7 +44,7 @@ def recommend(
     time: int | None = None,
     held_out: str | None = None,
     user_vectors: str | os.PathLike | None = None,
-    new_items: str | os.PathLike | None = None,
+    new_items: str | os.PathLike | NewItems | None = None,
     advance: Callable[[int], None] = lambda users: None,
 ) -> int:
     """Write the ``k`` best items of each user to ``out``; returns the number of users.
@@ -56,8 +56,8 @@ def recommend(
     the evaluation of this split asks: what comes after the actions before the held-out one, at its time, the held-out
     item never excluded; users without one are left out, and a column target_id has the held-out item.  user_vectors:
     a second file of user_id, vector (see :func:`query_vectors`).  new_items: a Parquet file of items that the catalogue
-    doesn't have, recommended beside the others (see :func:`unseen_items`).  advance: called with the users
-    done.  Files appear when they are complete.
+    doesn't have, recommended beside the others (see :func:`unseen_items`), or what was made of it.  advance: called
+    with the users done.  Files appear when they are complete.
     """
     model = retrieval(run)
     if held_out is None:
@@ -67,7 +67,7 @@ def recommend(
     item_ids = run.data.dataset.catalogue.column("item_id").combine_chunks()
     unseen: Table | None = None
     if new_items is not None:
-        more_ids, unseen = unseen_items(run, new_items)
+        more_ids, unseen = _as_new_items(run, new_items)
         item_ids = pa.concat_arrays([item_ids, more_ids])
     count = 0
     with ExitStack() as files, torch.no_grad():
@@ -150,14 +150,14 @@ def _best(
 
 
 def write_item_vectors(
-    run: OpenRun, out: str | os.PathLike, new_items: str | os.PathLike | None = None
+    run: OpenRun, out: str | os.PathLike, new_items: str | os.PathLike | NewItems | None = None
 ) -> None:
     """Write item_id, vector of the whole catalogue, and of ``new_items`` behind it (see :func:`recommend`); inner
     products with :func:`query_vectors` are the scores."""
     model = retrieval(run)
-    parts = [(run.data.dataset.catalogue.column("item_id").combine_chunks(), model.items)]
+    parts = [NewItems(run.data.dataset.catalogue.column("item_id").combine_chunks(), model.items)]
     if new_items is not None:
-        parts.append(unseen_items(run, new_items))
+        parts.append(_as_new_items(run, new_items))
     with parquet_rows(out) as write, torch.no_grad():
         for item_ids, items in parts:
             for start in range(0, len(item_ids), ROWS_PER_GROUP):
@@ -176,14 +176,25 @@ def retrieval(run: OpenRun) -> Retrieval:
     return run.model
 
 
-def unseen_items(run: OpenRun, path: str | os.PathLike) -> tuple[pa.Array, Table]:
+class NewItems(NamedTuple):
+    """Raw ids, and the rows that are searched for them."""
+
+    ids: pa.Array
+    rows: Table
+
+
+def _as_new_items(run: OpenRun, given: str | os.PathLike | NewItems) -> NewItems:
+    return given if isinstance(given, NewItems) else unseen_items(run, given)
+
+
+def unseen_items(run: OpenRun, path: str | os.PathLike) -> NewItems:
     """Raw ids, and rows to search, of items that the run's catalogue doesn't have: a Parquet file with item_id and the
     columns that the run's item tower reads.  Only of a model whose tower forms rows from such columns."""
     tower = retrieval(run).items
     if not isinstance(tower, Tower):
         raise UserError(
             f"run '{run.folder.path}' knows items by a row each and has none for new ones: train with "
-            "model.item_tower=text or fused"
+            "model.item_tower.name text, image or fused"
         )
     items = read_items(path)
     known = run.data.dataset.catalogue.column("item_id").combine_chunks()
@@ -204,7 +215,7 @@ def unseen_items(run: OpenRun, path: str | os.PathLike) -> tuple[pa.Array, Table
         raise UserError(
             f"'{path}' has {found:,} items that the catalogue knows ({first!r} is the first): leave them out"
         )
-    return ids, tower.unseen(items)
+    return NewItems(ids, tower.unseen(items))
 
 
 def query_vectors(model: Retrieval, queries_BD: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from gr.models.similarity import Similarity
 from gr.models.step import StepContext
 from gr.processes import Processes
 from gr.train import job
-from gr.train.comparison import compare
+from gr.train.comparison import compare, to_json
 from gr.train.exporting import export
 from gr.train.parts import build
 from gr.train.recommend import recommend, write_item_vectors
@@ -104,7 +105,9 @@ def test_a_run_is_evaluated_and_recommends_at_any_of_its_lengths(folder):
             for user, row in enumerate(recs.to_pylist()[:9]):
                 own = scores[user][[place_of[item] for item in row["item_ids"]]]
                 np.testing.assert_allclose(row["scores"], own, rtol=1e-4, atol=1e-4)
-        found[dim] = compare(str(result.path), dim=dim).results["hstu"].metrics["ndcg@10"]
+        done = compare(str(result.path), dim=dim)
+        assert json.loads(to_json(done))["dim"] == dim
+        found[dim] = done.results["hstu"].metrics["ndcg@10"]
     assert len(set(found.values())) == 3
     assert found[16] == result.evaluation("test")["ndcg@10"]
 

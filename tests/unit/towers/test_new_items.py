@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from gr.errors import UserError
+from gr.programs.recommend import main
 from gr.train import job
 from gr.train.encoding import encode, read_tower
 from gr.train.item_files import read_items
 from gr.train.parts import build
 from gr.train.recommend import recommend, unseen_items, write_item_vectors
 from gr.train.runs import open_run
-from tests.towers import CPU, ITEMS, titles
+from tests.towers import CPU, ITEMS, SHORT, titles
 
 
 def test_items_that_training_never_saw_are_recommended(folder, config, tmp_path):
@@ -56,6 +57,28 @@ def test_items_that_training_never_saw_are_recommended(folder, config, tmp_path)
     pq.write_table(new.set_column(0, "item_id", pa.array([1007, 11])), file)
     with pytest.raises(UserError, match="has 1 items that the catalogue knows"):
         recommend(run, tmp_path / "recs.parquet", new_items=file)
+
+
+def test_the_program_encodes_them_once_and_says_by_how_many_numbers(folder, config, tmp_path, capsys):
+    run = job.run(config({"name": "text"}, "model.similarity.matryoshka=[4]", *SHORT)).path
+    pq.write_table(
+        pa.table({"item_id": [1007, 1011], "title": ["red", "soap"]}), new := tmp_path / "new.parquet"
+    )
+    recs, vectors = tmp_path / "recs.parquet", tmp_path / "vectors.parquet"
+    asked = {
+        "--run": run,
+        "--users": "all",
+        "--new-items": new,
+        "--out": recs,
+        "--item-vectors": vectors,
+        "--dim": 4,
+    }
+    capsys.readouterr()
+    assert main([str(word) for pair in asked.items() for word in pair]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("encoding items: 2 items in") == 1
+    assert f"(step 1 of {run}, the first 4 numbers of vectors)" in said.out
+    assert len(pq.read_table(vectors)) == ITEMS + 2
 
 
 @pytest.mark.parametrize(
