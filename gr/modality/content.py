@@ -410,7 +410,8 @@ def encoded(
     are, where each has as many threads."""
     world, device, lengths_n = processes.world, processes.device, items.lengths_n
     parts = chunks(lengths_n, most)
-    own = parts[world.rank :: world.size]
+    # the longest first: what doesn't fit into memory is known at once, and the time that is left doesn't grow
+    own = parts[world.rank :: world.size][::-1]
     rows = sum(map(len, own))
     # lines even on a terminal: a bar may be there already
     shown = progress if progress is not None else PlainProgress() if processes.is_main else Progress()

@@ -74,7 +74,11 @@ def test_a_text_is_encoded_by_itself(folder, config):
     reader = TextReader(TextSection(encoder=str(folder / "encoder")), CPU)
     encoder = reader.encoder()
     tokens = tokenised([t or "" for t in titles()], reader.tokenizer, 20)
+    widths = []
+    watch = encoder.register_forward_pre_hook(lambda module, given: widths.append(given[0].shape[1]))
     together = encoded(encoder, tokens, CPU, 16).own_RE
+    watch.remove()
+    assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]  # what takes longest comes first
     with torch.no_grad():
         for item in range(0, ITEMS, 7):
             alone = encoder(*tokens.inputs(torch.tensor([item])))
