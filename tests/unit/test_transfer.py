@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -203,6 +204,20 @@ def test_the_table_of_adapters_starts_its_processes_itself(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="start it without torchrun, and say how many with --processes"):
         transfer(read_transfer("adapters"), None)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("eval.splits=[test]", "needs split 'valid': add it to eval.splits"),
+        ("eval.ks=[5]", "shows hr@10: add its k"),
+    ],
+)
+def test_the_table_of_adapters_refuses_what_leaves_it_empty(tmp_path, override, sentence):
+    """Before data is prepared and anything is trained."""
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        transfer(read_transfer("adapters"), None, data=str(tmp_path), out=str(tmp_path), overrides=[override])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_of_adapters():

@@ -1,15 +1,17 @@
-"""Before the rows of a table are trained: one process that starts the others, and the data."""
+"""Before the rows of a table are trained: one process that starts the others, their evaluations, and the data."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gr.config import RunConfig
 from gr.errors import UserError
 from gr.launcher import launched
 from gr.train.cells import exit_status
+from gr.train.selection import metric_names
 
 
 def refuse_torchrun() -> None:
@@ -20,6 +22,19 @@ def refuse_torchrun() -> None:
             "with --processes",
             everywhere=True,
         )
+
+
+def check_evaluates(
+    table: str, row: str, columns: Sequence[str], splits: Sequence[str], config: RunConfig
+) -> None:
+    """Refuse overrides that leave a column of the table without its figure, before anything is trained."""
+    measured = metric_names(config)
+    if missing := [column for column in columns if column not in measured]:
+        mend = f"add its k to eval.ks={config.eval.ks}" if "@" in missing[0] else "measure its task too"
+        raise UserError(f"the table of '{table}' shows {missing[0]}: {mend}")
+    for split in splits:
+        if split not in config.eval.splits:
+            raise UserError(f"'{row}' needs split '{split}': add it to eval.splits={config.eval.splits}")
 
 
 def prepare(name: str, options: Mapping[str, Any], source: str | None, path: str) -> None:

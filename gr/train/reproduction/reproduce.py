@@ -10,15 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gr.config import RunConfig, load
+from gr.config import load
 from gr.data.dataset import SequenceDataset
 from gr.errors import UserError, nearest
 from gr.shipped import find_table
 from gr.train.cells import Cell, train_cells
 from gr.train.reproduction.paired import paired, print_paired, to_json
-from gr.train.reproduction.prepared import prepare, refuse_torchrun
+from gr.train.reproduction.prepared import check_evaluates, prepare, refuse_torchrun
 from gr.train.reproduction.table import Measured, PublishedTable, Row, read_table
-from gr.train.selection import metric_names
 
 
 def reproduce(
@@ -41,7 +40,8 @@ def reproduce(
         if name not in [Path(r.config).stem for r in table.rows]:
             raise UserError(f"no row '{name}': {nearest(name, (Path(r.config).stem for r in table.rows))}")
     for row in chosen:
-        _check_evaluates(table, row, load(_config(table, row), overrides))
+        splits = ["test", "valid"] if row.valid else ["test"]
+        check_evaluates(table.title, row.name, table.columns, splits, load(_config(table, row), overrides))
     base = data or f"data/{table.dataset}"
     paths = {protocol: f"{base}-{protocol}" for protocol in table.protocols} or {"": base}
     for protocol, path in paths.items():
@@ -105,17 +105,6 @@ def _pair(runs: dict[str, str], folder: str, seed: int) -> None:
     rows = paired(runs)
     print_paired(rows, f"HR@10 on the same {rows[0].users:,} test records, ± a standard error; seed {seed}")
     (Path(folder) / f"paired-seed{seed}.json").write_text(json.dumps(to_json(rows), indent=1) + "\n")
-
-
-def _check_evaluates(table: PublishedTable, row: Row, config: RunConfig) -> None:
-    """Refuse overrides that leave a column of the table without its figure, before anything is trained."""
-    measured = metric_names(config)
-    if missing := [column for column in table.columns if column not in measured]:
-        mend = f"add its k to eval.ks={config.eval.ks}" if "@" in missing[0] else "measure its task too"
-        raise UserError(f"the table of '{table.title}' shows {missing[0]}: {mend}")
-    for split in ["test", "valid"] if row.valid else ["test"]:
-        if split not in config.eval.splits:
-            raise UserError(f"'{row.name}' needs split '{split}': add it to eval.splits={config.eval.splits}")
 
 
 def _check_options(dataset: str, options: Mapping[str, Any], path: str) -> None:

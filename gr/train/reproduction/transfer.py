@@ -17,14 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gr.config import Section, read_yaml, validate
+from gr.config import Section, load, read_yaml, validate
 from gr.errors import UserError, nearest
 from gr.shipped import find_table
 from gr.train import checkpoint
 from gr.train.cells import Cell, Trained, train_cells
 from gr.train.folder import RunFolder
 from gr.train.reproduction.hypotheses import Hypothesis, tested, to_json
-from gr.train.reproduction.prepared import prepare, refuse_torchrun
+from gr.train.reproduction.prepared import check_evaluates, prepare, refuse_torchrun
 from gr.train.reproduction.views import mean_and_spread
 from gr.train.saved_weights import SavedWeights
 from gr.train.selection import best_validation, selection_metric
@@ -91,9 +91,6 @@ def transfer(
     refuse_torchrun()
     base = data or "data"
     wanted = _chosen(table, rows)
-    for name in dict.fromkeys(n for d, _, _ in wanted for n in (d.source, d.target)):
-        if not (Path(base) / name / "manifest.json").is_file():
-            prepare(name, {}, None if source is None else str(Path(source) / name), f"{base}/{name}")
     starts: dict[str, Cell] = {}
     cells: dict[str, list[Cell]] = {}
     for direction, method, part in wanted:
@@ -102,9 +99,15 @@ def transfer(
             starts[start.folder] = start
             row = _row(table, direction, method, part, seed, out, base, start, overrides, processes)
             cells.setdefault(f"{direction.name} {method} {part}", []).append(row)
-    trained = train_cells([*starts.values(), *(cell for row in cells.values() for cell in row)])[
-        len(starts) :
-    ]
+    all_cells = [*starts.values(), *(cell for row in cells.values() for cell in row)]
+    for cell in all_cells:
+        check_evaluates(
+            table.name, cell.name, table.columns, ["test", "valid"], load(cell.config, cell.overrides)
+        )
+    for name in dict.fromkeys(n for d, _, _ in wanted for n in (d.source, d.target)):
+        if not (Path(base) / name / "manifest.json").is_file():
+            prepare(name, {}, None if source is None else str(Path(source) / name), f"{base}/{name}")
+    trained = train_cells(all_cells)[len(starts) :]
     found, left = [], iter(trained)
     for (direction, method, part), of_row in zip(wanted, cells.values(), strict=True):
         of_seeds = [next(left) for _ in of_row]
