@@ -17,7 +17,7 @@ from gr.config import RunConfig
 from gr.embeddings.planned import planning_for
 from gr.errors import UserError
 from gr.processes import Processes
-from gr.progress import clock
+from gr.progress import Progress, clock, default_progress
 from gr.scaling.machine import here
 from gr.scaling.plan import Planner
 from gr.train.cursor import Cursor
@@ -74,7 +74,13 @@ def _take_steps(config: RunConfig, parts: Parts, processes: Processes, watch: Wa
         trainer.progress = StepProgress(trainer.total_steps, 0, active=False)
         first_epoch = _first_epoch(trainer)
         seconds, losses, shares = [], [], []
-        with parts.batches.opened(processes), closing(parts.batches.epoch(first_epoch)) as batches:
+        # a step of a tuned encoder can take a minute
+        said = default_progress() if processes.is_main else Progress()
+        with (
+            parts.batches.opened(processes),
+            closing(parts.batches.epoch(first_epoch)) as batches,
+            said.stage("rehearsing", min(TIMED_STEPS, trainer.total_steps), "steps") as stage,
+        ):
             for batch in islice(batches, TIMED_STEPS):
                 started = time.perf_counter()
                 trainer.step(batch)
@@ -83,6 +89,7 @@ def _take_steps(config: RunConfig, parts: Parts, processes: Processes, watch: Wa
                 seconds.append(time.perf_counter() - started)
                 losses.append(trainer.last_loss)
                 shares.append(batch.share)
+                stage.advance(1)
         trainer.metrics.close()
     in_first = parts.batches.in_epoch(first_epoch)
     return _Taken(seconds, losses[0], shares[0], trainer.total_steps, in_first)

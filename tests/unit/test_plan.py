@@ -50,7 +50,9 @@ def test_the_memory_of_a_step_is_what_it_takes(config, kind):
 def agreeing(run, tmp_path, capsys) -> dict:
     """The program's plan of a run, whose memory is that which a dry run of it tells."""
     dry_run(run)
-    said = re.search(r"memory as planned\W+([\d.]+) MiB", capsys.readouterr().out)
+    written = capsys.readouterr()
+    assert "rehearsing: 3 steps in" in written.err
+    said = re.search(r"memory as planned\W+([\d.]+) MiB", written.out)
     file, plans = tmp_path / "same.yaml", tmp_path / "plans.json"
     file.write_text(configs.to_yaml(run))
     asked = ["--config", str(file), "--gpu", "cpu", "--gpus-per-node", "1", "--json", str(plans)]
