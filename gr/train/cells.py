@@ -71,7 +71,7 @@ def train_cells(cells: Sequence[Cell]) -> list[Trained]:
     two cells share one; later, where a training fails or is stopped.
     """
     check_cells(cells)
-    return [train_cell(cell) for cell in cells]
+    return [train_cell(cell, which=f"{number} of {len(cells)}, ") for number, cell in enumerate(cells, 1)]
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
@@ -120,14 +120,14 @@ def _refuse_another_run(cell: Cell) -> None:
         )
 
 
-def train_cell(cell: Cell, log: Path | None = None, start: Start | None = None) -> Trained:
+def train_cell(cell: Cell, log: Path | None = None, start: Start | None = None, which: str = "") -> Trained:
     """Train a checked cell unless it is finished.  log: a file for what the training prints, behind what is there.
-    start: what runs the training, on this machine without it.  Raises UserError where the training fails or is
-    stopped."""
+    start: what runs the training, on this machine without it.  which: stands before its name on the screen.  Raises
+    UserError where the training fails or is stopped."""
     run = RunFolder(cell.folder)
     if not is_finished(cell):
         if log is None:
-            print(f"\n{cell.name}: {cell.folder}", flush=True)
+            print(f"\n{which}{cell.name}: {cell.folder}", flush=True)
         arguments = ["--config", str(cell.config), f"run.dir={cell.folder}", *cell.overrides]
         if run.config.is_file():
             arguments = ["--resume", cell.folder]

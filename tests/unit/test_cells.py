@@ -85,11 +85,12 @@ def test_a_changed_cell_is_refused_before_any_is_trained(folder, commands):
     assert not commands and not Path(new.folder).exists()
 
 
-def test_a_training_that_fails_or_is_stopped_is_said(folder, monkeypatch):
+def test_a_training_that_fails_or_is_stopped_is_said(folder, monkeypatch, capsys):
     monkeypatch.setattr(cells, "exit_status", lambda command, *more: 1)
     with pytest.raises(UserError, match="training 'ends' failed"):
         train_cells([cell(folder, "ends")])
     monkeypatch.setattr(cells, "exit_status", lambda command, *more: 0)
+    assert f"\n1 of 1, ends: {folder / 'ends'}\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="training 'ends' was stopped; run the same command again to go on"):
         train_cells([cell(folder, "ends")])
 
