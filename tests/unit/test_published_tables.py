@@ -63,7 +63,10 @@ def test_an_order_is_confirmed_refuted_or_undecided(low, high, verdict):
 
 def test_a_tables_own_pairs_are_tested_by_every_column_each_in_its_own_sense(capsys):
     table = PublishedTable(
-        dataset="x", columns=["auc/like", "ne/like"], rows=ROWS, hypotheses=[["high", "low"], ["low", "own"]]
+        dataset="x",
+        columns=["auc/like", "ne/like", "hr@10/cold"],  # a figure that this data doesn't give
+        rows=ROWS,
+        hypotheses=[["high", "low"], ["low", "own"]],
     )
     low = [{"auc/like": 0.70, "ne/like": 0.9}, {"auc/like": 0.72, "ne/like": 0.8}]
     high = [{"auc/like": 0.80, "ne/like": 0.7}, {"auc/like": 0.83, "ne/like": 0.5}]
