@@ -135,7 +135,12 @@ def _places(ids_n: pa.Array, item_ids: pa.Array, what: str) -> np.ndarray:
                 f"item_id of {what} is {ids_n.type}, and the catalogue's {item_ids.type}: write ids as the catalogue's "
                 "are"
             )
-        ids_n = ids_n.cast(item_ids.type)
+        try:
+            ids_n = ids_n.cast(item_ids.type)
+        except pa.ArrowInvalid as error:  # an integer that is too large to be one of the catalogue's
+            raise UserError(
+                f"item_id of {what} can't be one of the catalogue's ({first_line(error)}): write ids as those are"
+            ) from None
     place_n = pc.index_in(ids_n, value_set=item_ids)
     return pc.fill_null(place_n, -1).to_numpy(zero_copy_only=False).astype(np.int64)
 

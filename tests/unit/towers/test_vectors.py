@@ -54,6 +54,10 @@ def test_files_of_vectors(tmp_path):
     )
     pq.write_table(narrow, tmp_path / "narrow.parquet")
     assert read_file(str(tmp_path / "narrow.parquet"), ids).tolist() == [[2], [3], [0]]
+    wide = pa.table({"item_id": pa.array([2**64 - 1], pa.uint64()), "vector": [[1.0]]})
+    pq.write_table(wide, tmp_path / "wide.parquet")
+    with pytest.raises(UserError, match="can't be one of the catalogue's"):
+        read_file(str(tmp_path / "wide.parquet"), ids)
     with pytest.raises(UserError, match="no vector for 1 of 3 items"):
         read_file(str(file), pa.array([4, 5, 9]))
     lists = {
