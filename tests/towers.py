@@ -3,8 +3,9 @@ on these."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from gr.data.dataset import SequenceDataset
 from gr.models.step import StepContext
 from gr.processes import Processes
-from tests.end_to_end.tiny import make_dataset
+from tests.end_to_end.tiny import CONFIG, make_dataset
 from tests.precision import tolerance
 
 if TYPE_CHECKING:
@@ -86,6 +87,16 @@ def make_encoder(path: Path, width: int = 16, seed: int = 0) -> Path:
     )
     BertModel(config, add_pooling_layer=False).save_pretrained(path)
     return path
+
+
+def tower_job(folder: Path, name: str, tower: dict[str, Any], *overrides: str) -> dict[str, Any]:
+    """A job (tests/distributed/jobs.py) in ``folder``, which has ``data`` with titles and an ``encoder`` of these: run
+    NAME, whose losses hang on no process."""
+    file = folder / f"{name}.yaml"
+    file.write_text(CONFIG.format(run=folder / name, data=folder / "data"))
+    asked = {"name": "text", "text": {"encoder": str(folder / "encoder")}, **tower}
+    plain = ["model.input.dropout=0", "model.encoder.dropout=0", "train.clip_norm=null"]
+    return {"config": file, "overrides": [f"model.item_tower={json.dumps(asked)}", *plain, *overrides]}
 
 
 def make_pictures(folder: Path, items: int = ITEMS) -> Path:

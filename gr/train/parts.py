@@ -19,6 +19,7 @@ from gr.models.model import Model
 from gr.processes import Processes
 from gr.train.engines.engine import Engine
 from gr.train.evaluation import Evaluation, baseline_kind
+from gr.train.preflight import check_towers
 from gr.train.selection import check_selection, judged_by
 from gr.train.starting import start
 
@@ -54,7 +55,10 @@ def build(
         warn_of_idle_keys(config)
     data.catalogue.count_once(processes)
     data = replace(data, split=data.split.on(data.dataset, processes))
-    return processes.together(lambda: _build(config, data, processes, begun))
+    parts = processes.together(lambda: _build(config, data, processes, begun))
+    if begun is None:  # else what a checkpoint notes is compared on each
+        check_towers(parts.model, processes)
+    return parts
 
 
 def _open_to_train(config: RunConfig, generation: str | None) -> Data:

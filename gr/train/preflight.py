@@ -27,6 +27,8 @@ from gr.data.manifest import MANIFEST
 from gr.data.stores import is_url
 from gr.errors import UserError
 from gr.launcher import host
+from gr.modality.digest import digest_of as digest_of_tensors
+from gr.models.model import Model
 from gr.processes import Processes
 from gr.train.environment import PACKAGES, installed_version
 
@@ -36,6 +38,7 @@ CLOCK_SECONDS = 5.0
 LEAST_FREE_GIB = 1.0
 LISTED = 6
 SAME_EVERYWHERE = "install the same on all hosts"
+SAME_FILES = "have the same files on all hosts"
 REMEDIES = {
     "gr": SAME_EVERYWHERE,
     "code of gr": "use the same checkout on all hosts",
@@ -51,6 +54,13 @@ WORTH_A_WORD = {
     "threads": "results differ in their last bits from those of hosts that are alike",
 }
 """What may differ."""
+MADE_OF = {
+    "weights": "weights",
+    "statistics": "running statistics",
+    "settings": "settings",
+    "tokenizer": "tokenizer",
+}
+"""Of an item tower's encoder what must be equal: digests, and what people call it."""
 
 
 def check_agreement(config: RunConfig, processes: Processes) -> None:
@@ -80,6 +90,35 @@ def difference_of(
             return difference(f"the config's {key}", values, everybodys, REMEDIES["config"])
         return difference(what, values, everybodys, REMEDIES.get(what, SAME_EVERYWHERE))
     return ""
+
+
+def check_towers(model: Model, processes: Processes) -> None:
+    """Refuse to train where processes would form items' rows by other encoders, or from other vectors in a file.
+
+    These are looked for by each process where it runs, on a disk of its host's own, in a package or in what was fetched
+    from the hub at some time.  Nothing would bring other weights together again: gradients are sums, and what is frozen
+    has none.  Every process calls this together, before anything has moved."""
+    if processes.world.size == 1:
+        return
+    for table in model.tables.values():
+        if not table.formed:
+            continue
+        weights = digest_of_tensors(dict(table.named_shared("")), table.outside_digest())
+        own = {"host": host(), "weights": weights, "sketch": table.sketch(), **table.made_of()}
+        everybodys = processes.everybodys(own)
+        for what, called in MADE_OF.items():
+            values = [one[what][:12] if what in one else None for one in everybodys]
+            if any(value != values[0] for value in values):
+                said = f"the encoder of model.item_tower ({called})"
+                raise UserError(difference(said, values, everybodys, SAME_FILES), everywhere=True)
+        sketches = [one["sketch"] for one in everybodys]
+        others = [rank for rank, one in enumerate(sketches) if one and one.differs(sketches[0])]
+        if others:
+            raise UserError(
+                f"'{sketches[0].file}' has other vectors on rank {others[0]} ({everybodys[others[0]]['host']}) than on "
+                f"rank 0 ({everybodys[0]['host']}): {SAME_FILES}",
+                everywhere=True,
+            )
 
 
 def _differing(everybodys: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]:

@@ -2,7 +2,8 @@
 
 A job is {"config": path, "overrides": [...]} or {"resume": run's folder, "overrides": [...]}; with "broken_at": STEP,
 that step's gradients are not numbers, though its loss is one; with "dirty": true, new memory has NaN in it until it is
-written; with "told": [RANK, STEP], that rank alone gets a SIGTERM after that step.
+written; with "told": [RANK, STEP], that rank alone gets a SIGTERM after that step; with "killed": [RANKS, STEP], those
+ranks get a SIGKILL after it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from torch.multiprocessing.spawn import ProcessException
+
 from tests.distributed.group import in_group
 
 
@@ -24,6 +28,12 @@ def run_jobs(folder: Path, jobs: list[dict], processes: int) -> list[list[str | 
     meeting = Path(tempfile.mkdtemp(dir=folder)) / "group"
     ranks = in_group(refusals, processes, meeting, json.dumps(jobs, default=str), by_hand=processes > 1)
     return [list(of_job) for of_job in zip(*ranks, strict=True)]
+
+
+def run_killed(folder: Path, job: dict, ranks: list[int], step: int, processes: int) -> None:
+    """Run a job to that step, at which ``ranks`` of its processes are killed, and the others end as they can."""
+    with pytest.raises(ProcessException):
+        run_jobs(folder, [{**job, "killed": [ranks, step]}], processes)
 
 
 @contextmanager
@@ -69,13 +79,13 @@ def dirty_memory(wanted: bool) -> Iterator[None]:
         torch.empty = real
 
 
-def telling(rank: int, step: int, own: int) -> Callable[[object], None]:
+def signalling(number: signal.Signals, ranks: list[int], step: int, own: int) -> Callable[[object], None]:
     """What a run calls after each step on rank ``own``."""
     steps = itertools.count(1)
 
     def on_step(_: object) -> None:
-        if (own, next(steps)) == (rank, step):
-            os.kill(os.getpid(), signal.SIGTERM)
+        if next(steps) == step and own in ranks:
+            os.kill(os.getpid(), number)
 
     return on_step
 
@@ -93,7 +103,12 @@ def refusals(jobs: str) -> list[str | None]:
     said: list[str | None] = []
     for asked in json.loads(jobs):
         overrides, refusal = asked.get("overrides", []), None
-        on_step = telling(*asked["told"], rank) if "told" in asked else job.nothing
+        on_step = job.nothing
+        if "told" in asked:
+            told, step = asked["told"]
+            on_step = signalling(signal.SIGTERM, [told], step, rank)
+        if "killed" in asked:
+            on_step = signalling(signal.SIGKILL, *asked["killed"], rank)
         try:
             with breaking(asked.get("broken_at")), dirty_memory(asked.get("dirty", False)):
                 if "resume" in asked:

@@ -4,13 +4,14 @@ take part in what one of them has to do."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from gr.embeddings.shares import Shares
 from gr.modality import tower as tower_module
 from gr.modality.content import FixedShares
 from gr.modality.tower import Tower
+from gr.modality.vectors import as_table
 from gr.processes import Processes, processes
 from gr.train.parts import build
 from tests.distributed.group import in_group
+from tests.distributed.jobs import refusals
 from tests.end_to_end.tiny import CONFIG, make_dataset
 from tests.packages import needs
 from tests.precision import tolerance
@@ -36,7 +39,9 @@ RANKS, ITEMS, DIM = 3, 59, 16  # stretches of 19, 20 and 20 items
 WANTED = ([*range(2, 40, 3), 5, 5, 2], [], [58, 5, 8, 11, 30, 50, 58])
 BATCHES = ([5, 2, 5], [], [58, 30])
 SOME = [0, 3, 19, 20, 41, 58]
-NEW = pa.table({"item_id": [100, 101, 102, 103], "title": ["red soap", "oil", None, "brush for old hair you"]})
+NEW = pa.table(
+    {"item_id": [100, 101, 102, 103], "title": ["red soap", "oil", None, "brush for old hair you"]}
+)
 # Two layers of width 16 on ten tokens and a head, all of unit size, and back
 CLOSE = tolerance(64, stages=12, size=10.0)
 SCORING = Scoring()
@@ -194,7 +199,7 @@ def assert_steps_alike(one: dict, several: list[dict], rows: set[int]) -> None:
         torch.testing.assert_close(found["vectors"], one["vectors"][mine], **CLOSE)
         scale = one["gradients"].abs().max()
         torch.testing.assert_close(found["gradients"] / scale, one["gradients"] / scale, **CLOSE)
-        assert not found["missing"], "an optimiser would leave it where it is, and an exchange would wait for it"
+        assert not found["missing"], "an optimiser would leave it, and an exchange wait for it"
     everybodys = [row for found in several for row in found["encoded"]]
     assert sorted(everybodys) == sorted(one["encoded"]) == sorted(rows), "each is encoded, and once"
 
@@ -258,3 +263,38 @@ def test_a_sketch_is_of_everybodys_vectors(found):
     for of_rank in found[1]:
         for mine, ones in zip(of_rank["sketches"], found[0]["sketches"], strict=True):
             assert mine == pytest.approx(ones, rel=1e-9)
+
+
+OF_HOSTS = {
+    "tuned": {"mode": "tuned", "text": {"encoder": "encoder"}},
+    "frozen": {"text": {"encoder": "encoder"}},
+    "adapters": {"mode": "adapters", "text": {"encoder": "encoder"}},
+    "cached": {"mode": "cached", "vectors": "vectors.parquet"},
+}
+
+
+def refused(folder: str) -> list[str | None]:
+    """What this process is refused with where the same paths lead to files of its own."""
+    os.chdir(f"{folder}/host-{os.environ['RANK']}")
+    towers = [f"model.item_tower={json.dumps({'name': 'text', **tower})}" for tower in OF_HOSTS.values()]
+    asked = [{"config": f"{folder}/run.yaml", "overrides": [tower, "train.max_steps=1"]} for tower in towers]
+    return refusals(json.dumps(asked))
+
+
+def test_hosts_with_other_encoders_or_vectors_are_refused(tmp_path):
+    """Each process would form rows by its own, and nothing would ever tell."""
+    make_dataset(tmp_path / "data", items=ITEMS, described={"title": titles(ITEMS)})
+    (tmp_path / "run.yaml").write_text(CONFIG.format(run=tmp_path / "run", data=tmp_path / "data"))
+    for rank in range(2):
+        make_encoder(tmp_path / f"host-{rank}" / "encoder", seed=rank)
+        vectors = torch.randn(ITEMS, DIM, generator=torch.Generator().manual_seed(rank))
+        file = tmp_path / f"host-{rank}" / "vectors.parquet"
+        pq.write_table(as_table(pa.array(range(ITEMS)), vectors), file)
+    said = in_group(refused, 2, tmp_path / "group", str(tmp_path), by_hand=False)
+    assert said[0] == said[1]
+    *of_encoders, of_file = said[0]
+    for sentence in of_encoders:
+        assert sentence.startswith("the encoder of model.item_tower (weights) is ")
+        assert " on rank 1 (" in sentence and sentence.endswith(": have the same files on all hosts")
+    assert of_file.startswith("'vectors.parquet' has other vectors on rank 1 (")
+    assert not (tmp_path / "run").exists()
