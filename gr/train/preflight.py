@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 CLOCK_SECONDS = 5.0
 LEAST_FREE_GIB = 1.0
 LISTED = 6
+SHOWN = 12  # digits of a digest
 SAME_EVERYWHERE = "install the same on all hosts"
 SAME_FILES = "have the same files on all hosts"
 REMEDIES = {
@@ -104,21 +105,22 @@ def check_towers(model: Model, processes: Processes) -> None:
         if not table.formed:
             continue
         weights = digest_of_tensors(dict(table.named_shared("")), table.outside_digest())
-        own = {"host": host(), "weights": weights, "sketch": table.sketch(), **table.made_of()}
-        everybodys = processes.everybodys(own)
+        own = {"weights": weights, **table.made_of()}
+        found = processes.everybodys(({"host": host()}, own, table.sketch()))
+        hosts = [one for one, _, _ in found]
         for what, called in MADE_OF.items():
-            values = [one[what][:12] if what in one else None for one in everybodys]
+            values = [digests.get(what, "")[:SHOWN] for _, digests, _ in found]
             if any(value != values[0] for value in values):
                 said = f"the encoder of model.item_tower ({called})"
-                raise UserError(difference(said, values, everybodys, SAME_FILES), everywhere=True)
-        sketches = [one["sketch"] for one in everybodys]
-        others = [rank for rank, one in enumerate(sketches) if one and one.differs(sketches[0])]
-        if others:
-            raise UserError(
-                f"'{sketches[0].file}' has other vectors on rank {others[0]} ({everybodys[others[0]]['host']}) than on "
-                f"rank 0 ({everybodys[0]['host']}): {SAME_FILES}",
-                everywhere=True,
-            )
+                raise UserError(difference(said, values, hosts, SAME_FILES), everywhere=True)
+        first = found[0][2]
+        for rank, (_, _, sketch) in enumerate(found):
+            if first is not None and sketch is not None and sketch.differs(first):
+                raise UserError(
+                    f"'{first.file}' has other vectors on rank {rank} ({hosts[rank]['host']}) than on rank 0 "
+                    f"({hosts[0]['host']}): {SAME_FILES}",
+                    everywhere=True,
+                )
 
 
 def _differing(everybodys: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]:

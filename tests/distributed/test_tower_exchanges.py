@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gr import config as configs
@@ -275,7 +276,7 @@ OF_HOSTS = {
 
 def refused(folder: str) -> list[str | None]:
     """What this process is refused with where the same paths lead to files of its own."""
-    os.chdir(f"{folder}/host-{os.environ['RANK']}")
+    os.chdir(f"{folder}/host-{dist.get_rank()}")
     towers = [f"model.item_tower={json.dumps({'name': 'text', **tower})}" for tower in OF_HOSTS.values()]
     asked = [{"config": f"{folder}/run.yaml", "overrides": [tower, "train.max_steps=1"]} for tower in towers]
     return refusals(json.dumps(asked))
@@ -290,7 +291,7 @@ def test_hosts_with_other_encoders_or_vectors_are_refused(tmp_path):
         vectors = torch.randn(ITEMS, DIM, generator=torch.Generator().manual_seed(rank))
         file = tmp_path / f"host-{rank}" / "vectors.parquet"
         pq.write_table(as_table(pa.array(range(ITEMS)), vectors), file)
-    said = in_group(refused, 2, tmp_path / "group", str(tmp_path), by_hand=False)
+    said = in_group(refused, 2, tmp_path / "group", str(tmp_path))
     assert said[0] == said[1]
     *of_encoders, of_file = said[0]
     for sentence in of_encoders:
