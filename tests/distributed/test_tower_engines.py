@@ -26,7 +26,7 @@ PLAIN = [
     "train.micro_batch_actions=35",
 ]
 SGD = f"optimizer={{name: sgd, lr: {RATE}}}"
-# of two users, and of one: one sequence has all processes at it, or one process has none
+# of two users, and of one: all processes have a part of its sequence, or one has none
 TWO, ONE = "train.global_batch=2", "train.global_batch=1"
 TOWERS = {
     "kept": (
@@ -55,8 +55,8 @@ SETTINGS = {
     "context": "train.context=2",
 }
 CASES = [
-    *(("kept", "fsdp"), ("kept", "zero3"), ("kept", "context"), ("one user", "context")),
-    *(("one user", "zero1"), ("frozen", "zero2"), ("frozen", "zero3"), ("prompt", "all_reduce")),
+    *(("kept", "fsdp"), ("kept", "zero3"), ("one user", "context"), ("one user", "all_reduce")),
+    *(("frozen", "zero2"), ("prompt", "zero1")),
 ]
 JUDGED = ("hr@10", "ndcg@10", "mrr", "loss", "users")
 
@@ -106,12 +106,13 @@ def test_two_processes_train_as_one(folder, name, setting):
 
 
 def test_any_number_of_processes_evaluates_runs_and_exports_as_the_run_did(folder):
+    """To the bit as many as trained; ranks are the same for others, losses but for rounding."""
     runs = [folder / f"{name}-{setting}" for name, setting in CASES]
     exports = [folder / f"{run.name}.export" for run in runs]
     for run, out in zip(runs, exports, strict=True):
         export(run, out)
-    asked = json.dumps([str(path) for path in (*runs, *exports)])
     logged = [[rows(run, "eval")[-1][name] for name in JUDGED] for run in runs]
-    for processes in (1, 3):
+    for processes, paths in ((1, exports), (2, exports), (3, runs)):
+        asked = json.dumps([str(path) for path in paths])
         for found in in_group(evaluated, processes, folder / f"by {processes}", asked, by_hand=processes > 1):
-            np.testing.assert_allclose(found, logged + logged, rtol=1e-6)
+            np.testing.assert_allclose(found, logged, rtol=0 if processes == 2 else 1e-6)

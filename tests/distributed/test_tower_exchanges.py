@@ -169,7 +169,7 @@ def searched(tower: Tower, joined: Processes) -> dict[str, Any]:
         with torch.no_grad():
             scores, best = tower.topk(own, 9, SCORING)
             view = tower.kept_view([rows, rows[:3]])
-            return {
+            found = {
                 "stretch": tower.kept().own_RE,
                 "scores": scores,
                 "best": best,
@@ -177,6 +177,14 @@ def searched(tower: Tower, joined: Processes) -> dict[str, Any]:
                 "seen": view.lookup(rows),
                 "watched": tower.watched(),
             }
+        tower.views([rows])  # a step, in which rows of ids move that the first process alone owns
+        if joined.is_main:
+            for piece in tower.beneath[0].pieces():
+                piece.values_RC[:3] += 1.0
+        tower.beneath[0].refilled()
+        joined.barrier()
+        with torch.no_grad():
+            return found | {"moved": tower.vectors(0, 30)}
     finally:
         tower_module.ROWS_AT_ONCE = before
 
@@ -258,6 +266,9 @@ def test_stretches_of_formed_rows_are_searched_as_one(found):
         for name in ("some", "seen"):
             torch.testing.assert_close(of_rank[name], one["stretch"][15:45], **CLOSE)
         assert of_rank["watched"] == pytest.approx(one["watched"], rel=1e-4)
+        torch.testing.assert_close(of_rank["moved"], one["moved"], **CLOSE)
+    apart = (one["moved"] - one["stretch"][:30]).abs().amax(1)
+    assert apart[:3].min() > 1e-2 and apart[3:].max() == 0
 
 
 def test_a_sketch_is_of_everybodys_vectors(found):
