@@ -1,4 +1,4 @@
-"""A ranking model over processes: the same losses and weights but for rounding, and the same metrics to the bit."""
+"""A ranking model over processes: the same losses, weights and metrics but for rounding, the same order of scores."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from gr.train.folder import RunFolder
 from tests.distributed.jobs import run_jobs
 from tests.distributed.rounding import of_losses, of_weights, sgd
 from tests.end_to_end.tiny import ROOT, weights
+from tests.precision import tolerance
 from tests.programs import run_python, torchrun
 from tests.unit.test_ranking_run import CONFIG, make_dataset
 
 RATE, TERMS = 0.5, 2 * 16 * 20  # labels of two tasks, of the actions of 16 users
 NO_DROPOUT = ["model.input.dropout=0", "model.encoder.dropout=0"]
+# Log-odds of unit size, by a head's and an encoder's sums of up to 32 terms: a batch of another number of rows may be
+# multiplied in another order.  A log loss moves by as much at most, and the entropy and the share of labels that it
+# and a sum of probabilities are divided by are 1/8 at least.
+ODDS = 8 * tolerance(32, stages=10, size=3.0)["atol"]
+ROUNDED = ("ne/", "log_loss/", "calibration/")
 PLAIN = [
     *("train.epochs=1", "eval.splits=[test]"),
     f"optimizer={{name: sgd, lr: {RATE}}}",  # its steps are as large as the gradients: a wrong scale would show
@@ -56,6 +62,23 @@ def evaluated(folder, name, processes):
     return done.stdout, json.loads(out.read_text())["results"]
 
 
+def alike(one, other):
+    """Assert that two evaluations are the same: counts, and what only the order of scores decides, to the bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            if name.startswith(ROUNDED):
+                assert other[name] == pytest.approx(one[name], abs=ODDS, rel=0), name
+            else:
+                alike(one[name], other[name])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for pair in zip(one, other):
+            alike(*pair)
+    else:
+        assert one == other
+
+
 def test_processes_micro_batches_engines_and_tables_train_alike(folder):
     micro = ["train.micro_batch_actions=60"]
     run(folder, 1, one=[], micro=micro)
@@ -79,7 +102,7 @@ def test_two_processes_measure_what_one_does(folder):
     if not (folder / "one").exists():
         run(folder, 1, one=[])
     (text, alone), (_, both) = (evaluated(folder, "one", processes) for processes in (1, 2))
-    assert alone == both, "not the same bits"
+    alike(alone, both)
     lines = " ".join(text.split())
     assert "targets: 0.00% never a training action" in lines and "labels of the last action" in lines
     row = alone["hstu"]
@@ -103,7 +126,7 @@ SEQUENCES = {
 }
 
 
-def test_models_over_sequences_train_alike_on_any_number_of_processes_and_are_measured_to_the_bit(folder):
+def test_models_over_sequences_train_and_are_measured_alike_on_any_number_of_processes(folder):
     make_dataset(folder / "spread", time=spread_times())
     own = [f"data.path={folder / 'spread'}", SPLIT]
     few = ["train.global_batch=3", "train.max_steps=3", "eval.splits=[]", "eval.baselines=[]"]
@@ -129,6 +152,6 @@ def test_models_over_sequences_train_alike_on_any_number_of_processes_and_are_me
                 atol = of_weights(len(rows), sgd(RATE), TERMS)
                 np.testing.assert_allclose(other[key], tensor, atol=atol, rtol=0, err_msg=f"{name} {key}")
     (_, alone), (_, both) = (evaluated(folder, "interleaved1", processes) for processes in (1, 2))
-    assert alone == both, "not the same bits"
+    alike(alone, both)
     assert {"gauc/like", "gauc_mean/like", "gauc_users/like", "one_class_users/like"} <= alone["hstu"].keys()
     assert alone["hstu"]["users"] > 2 * alone["hstu"]["gauc_users/like"] > 20
