@@ -338,7 +338,11 @@ class Encoded(Content):
 
     def form(self, chunks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
         """(m, E) of each of a step's chunks, by what their items are read as."""
-        return [self.call(inputs) for inputs in (chunks if self.recompute else self.encoder.prepared(chunks))]
+        return [self.call(inputs) for inputs in self.prepared(chunks)]
+
+    def prepared(self, chunks: Iterable[Sequence[Tensor]]) -> Iterable[Sequence[Tensor]]:
+        """What the encoder is called with for each; with ``recompute`` nothing that would stay is made for them."""
+        return chunks if self.recompute else self.encoder.prepared(chunks)
 
     def call(self, inputs: Sequence[Tensor]) -> Tensor:
         """(m, E) of a chunk, by what the encoder is called with."""

@@ -129,19 +129,15 @@ class TextEncoder(Encoder):
     def forward(self, ids_nL: Tensor, mask_nL: Tensor, words_nLE: Tensor | None = None) -> Tensor:
         """(n, E) float32.  ids_nL, mask_nL: int64; the mask is 1 where there is a token.  words_nLE: the tokens' rows,
         where they have been looked up (:meth:`prepared`)."""
-        if not self._takes_words:
+        if self._takes_words:
+            words_nLE = self._words(ids_nL) if words_nLE is None else words_nLE
+            prompt, longer_nL = getattr(self.model, "prompt", None), mask_nL
+            if prompt is not None:
+                words_nLE, longer_nL = prompt.before(words_nLE, mask_nL)
+            hidden_nLE = self.model(inputs_embeds=words_nLE, attention_mask=longer_nL).last_hidden_state
+            hidden_nLE = hidden_nLE[:, -mask_nL.shape[1] :]
+        else:
             hidden_nLE = self.model(input_ids=ids_nL, attention_mask=mask_nL).last_hidden_state
-            return self._pooled(hidden_nLE, mask_nL)
-        words_nLE = self._words(ids_nL) if words_nLE is None else words_nLE
-        prompt = getattr(self.model, "prompt", None)
-        longer_nL = mask_nL
-        if prompt is not None:
-            words_nLE, longer_nL = prompt.before(words_nLE, mask_nL)
-        hidden_nLE = self.model(inputs_embeds=words_nLE, attention_mask=longer_nL).last_hidden_state
-        hidden_nLE = hidden_nLE[:, -mask_nL.shape[1] :]
-        return self._pooled(hidden_nLE, mask_nL)
-
-    def _pooled(self, hidden_nLE: Tensor, mask_nL: Tensor) -> Tensor:
         if self.pooling == "cls":
             return hidden_nLE[:, 0].float()
         kept_nL1 = mask_nL[:, :, None].to(hidden_nLE.dtype)

@@ -224,8 +224,8 @@ def _words(encoded: Encoded, tokens: int, fake: FakeTensorMode) -> _Chunk:
     encoder = encoded.encoder
     with fake, Tally(given=[*encoder.parameters(), *encoder.buffers()]) as tally:
         given = encoded.items.shaped(1, tokens)
-        ((*_, words),) = encoder.prepared([given])
-        if encoded.recompute or words is given[-1]:
+        ((*_, words),) = encoded.prepared([given])
+        if words is given[-1]:  # nothing is looked up
             return _Chunk(0.0, 0.0, 0.0, [])
         size = float(words.nbytes)
         if words.requires_grad:
@@ -263,10 +263,8 @@ def _chunk(encoded: Encoded, count: int, length: int, fake: FakeTensorMode, *, a
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter) if again else None
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        inputs: Sequence[Tensor] = encoded.items.shaped(count, length)
-        if not encoded.recompute:
-            (inputs,) = encoder.prepared([inputs])
-            inputs = [given.detach().requires_grad_(given.requires_grad) for given in inputs]
+        (prepared,) = encoded.prepared([encoded.items.shaped(count, length)])
+        inputs = [given.detach().requires_grad_(given.requires_grad) for given in prepared]
         with Tally(given=[*encoder.parameters(), *encoder.buffers(), *gradients, *inputs]) as tally:
             with torch.autocast("cpu", torch.bfloat16, enabled=encoded.bf16):
                 out = encoded.call(inputs)
